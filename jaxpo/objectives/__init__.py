@@ -1,0 +1,19 @@
+"""Published objectives as short compositions of primitives, in one registry."""
+from jaxpo.objectives import group_relative, hybrid, parts  # noqa: F401 (imported for their registrations)
+from jaxpo.objectives.base import (
+    Objective,
+    Part,
+    Policy,
+    Protocol,
+    State,
+    Term,
+    evaluate,
+    from_terms,
+    linearized,
+    policy_gradient,
+    preference,
+)
+from jaxpo.registry import describe, make, names, register
+
+__all__ = ["Objective", "Part", "Policy", "Protocol", "State", "Term", "describe", "evaluate", "from_terms", "linearized", "make", "names",
+           "policy_gradient", "preference", "register"]

@@ -1,0 +1,349 @@
+"""What an objective is (`Objective`), how data is gathered for it (`Protocol`), and how one is composed of terms.
+
+A loss is ``sum_k coef_k sum(weight_k * value_k)``: ``weigh`` fixes every weight once on the whole optimizer batch, ``loss`` only multiplies and
+adds. Losses of any split into slices therefore add up to the loss, exactly, whatever the aggregation.
+"""
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array, lax
+
+from jaxpo.batch import Rollouts, TokenStats, complete, role_id
+from jaxpo.metrics import Max, Mean, Metrics, Moments, Sum
+from jaxpo.primitives import aggregation, grouping, ratios, regularizers
+from jaxpo.primitives.numerics import promote
+
+Policy = Callable[[Rollouts], TokenStats]
+
+
+@struct.dataclass
+class State:
+    """An objective's memory: a clock, and whatever else it has to remember (a pytree, checkpointed).
+
+    iteration: index of the current rollout batch (-1 before the first ``prepare``). step: optimizer steps taken.
+    """
+    iteration: Array
+    step: Array
+    memory: Any = struct.field(default_factory=dict)
+
+
+class Objective(NamedTuple):
+    """What is minimised: pure, jittable, vmappable functions (see docs/objectives.md)."""
+    init: Callable[[], State]
+    prepare: Callable[[Rollouts, State], tuple[Rollouts, State]]
+    weigh: Callable[[Rollouts, State, TokenStats | None], Rollouts]
+    loss: Callable[[Policy, Rollouts, State], tuple[Array, Metrics]]
+    update: Callable[[State, Rollouts, Metrics], State]
+    needs: frozenset[str] = frozenset()
+    wants: frozenset[str] = frozenset({"logp"})
+    peeks: frozenset[str] = frozenset()
+    coupling: Literal["row", "group"] = "row"
+    layout: tuple[str, ...] = ()
+    protocol: str = "on_policy"
+
+
+class Protocol(NamedTuple):
+    """How data is gathered and weights are moved: host-side hooks of the training loop, which owns ``Run`` and ``Tools``.
+
+    init(run) -> run: frozen slots, tables, buffers. collect(run, tools, key) -> (run, rollouts): any number of generate/score calls, fixed shapes.
+    before(run, tools, rollouts) -> (run, rollouts): scored, no gradient yet. after(run, tools, rollouts) -> run: last optimizer step done.
+    sampler(state) -> SamplingOptions, or None = the configured ones.
+    """
+    init: Callable[[Any], Any]
+    collect: Callable[[Any, Any, Array], tuple[Any, Rollouts]]
+    before: Callable[[Any, Any, Rollouts], tuple[Any, Rollouts]]
+    after: Callable[[Any, Any, Rollouts], Any]
+    sampler: Callable[[State], Any]
+
+
+class Term(NamedTuple):
+    """One summand of a loss.
+
+    value: (stats, batch, state) -> [B, T], or [B] when ``per`` is "row". Never multiplied by mask or count: the weight holds them.
+    aggregate: (mask, count, batch) -> weight; see `jaxpo.primitives.aggregation`.
+    rows: (batch, state) -> [B], tokens: (batch, state) -> [B, T]: what counts in this term's denominators besides mask and count.
+    coef: number, traced scalar or function of the state; multiplies in ``loss``, never inside the weight.
+    outer: set by `linearized`.
+    """
+    name: str
+    value: Callable[[TokenStats, Rollouts, State], Array]
+    aggregate: aggregation.Aggregation = aggregation.token_mean
+    rows: Callable[[Rollouts, State], Array] | None = None
+    tokens: Callable[[Rollouts, State], Array] | None = None
+    coef: float | Array | Callable[[State], Array] = 1.0
+    per: Literal["token", "row"] = "token"
+    outer: Callable[[Array], Array] | None = None
+
+
+class Part(NamedTuple):
+    """An interchangeable part of an objective: a function of the batch, and what it asks for."""
+    fn: Callable[..., Any]
+    needs: frozenset[str] = frozenset()
+    wants: frozenset[str] = frozenset()
+    peeks: frozenset[str] = frozenset()
+    per: Literal["token", "row"] = "token"
+    clipped: Callable[..., Array] | None = None     # surrogates: which tokens lose their gradient
+    aggregate: aggregation.Aggregation | None = None  # regularizers: None = as the policy term
+    name: str = ""
+
+
+def is_off(coef: Any) -> bool:
+    """A Python 0 removes its term (and what the term needs); a traced 0 does not."""
+    return isinstance(coef, int | float) and coef == 0
+
+
+def linearized(term: Term, f: Callable[[Array], Array]) -> Term:
+    """The term ``f(S)`` of a batch mean ``S = sum(weight * value)``, e.g. a square root or a distance to a target.
+
+    ``S`` is peeked at before the pass (detached); then ``f(S_peek) + f'(S_peek) (value - S_peek)`` per token has the exact value and gradient of
+    ``f(S)`` and still is a sum over slices. The term's aggregation must be a mean (weights that sum to 1).
+    """
+    return term._replace(outer=f)
+
+
+def from_terms(terms: Sequence[Term], *, prepare: Callable[[Rollouts, State], tuple[Rollouts, State]] | None = None,
+               weigh: Callable[[Rollouts, State, TokenStats | None], Rollouts] | None = None,
+               update: Callable[[State, Rollouts, Metrics], State] | None = None,
+               metrics: Callable[[TokenStats, Rollouts, State], Metrics] | None = None, memory: Any = None,
+               needs: Sequence[str] = (), wants: Sequence[str] = ("logp",), peeks: Sequence[str] = (),
+               coupling: Literal["row", "group"] = "row", layout: tuple[str, ...] = (), protocol: str = "on_policy") -> Objective:
+    """Derive an `Objective` from its terms.
+
+    Args:
+      terms: the summands; those whose ``coef`` is a Python 0 are dropped.
+      prepare, weigh, update, metrics: hooks that run before the derived ones (``weigh`` before the weights are computed).
+      memory: initial ``State.memory``.
+
+    Raises:
+      ValueError: no terms, two of one name, or a value per row with an aggregation over tokens.
+    """
+    terms = [t for t in terms if not is_off(t.coef)]
+    if not terms:
+        raise ValueError("an objective needs at least one term whose coefficient is not 0")
+    if len({t.name for t in terms}) < len(terms):
+        raise ValueError(f"two terms of one name in {[t.name for t in terms]}")
+    for t in terms:
+        if t.per == "row" and t.aggregate not in aggregation.PER_ROW:
+            raise ValueError(f"term {t.name!r} has one value a row, so aggregate must be seq_mean, group_mean or unit_mean: "
+                             "a mean over tokens would weigh rows by a length the value does not have")
+    if any(t.outer for t in terms):
+        peeks = (*peeks, "logp")
+
+    def init() -> State:
+        return State(jnp.asarray(-1, jnp.int32), jnp.asarray(0, jnp.int32), {} if memory is None else memory)
+
+    def prepare_batch(batch: Rollouts, state: State) -> tuple[Rollouts, State]:
+        batch, state = complete(batch), state.replace(iteration=state.iteration + 1)
+        for name in sorted(frozenset(needs)):
+            batch.get(name)
+        if layout and batch.layout != layout:
+            raise ValueError(f"Rollouts.layout is {batch.layout}; this objective needs units of rows {layout}")
+        return lax.stop_gradient(prepare(batch, state) if prepare else (batch, state))
+
+    def weigh_batch(batch: Rollouts, state: State, peek: TokenStats | None) -> Rollouts:
+        if peeks and peek is None:
+            raise ValueError(f"this objective peeks at {sorted(set(peeks))} of the current policy before its weights are fixed")
+        batch = weigh(batch, state, peek) if weigh else batch
+        weights = {t.name: _weight(t, batch, state) for t in terms}
+        for t in terms:
+            if t.outer:
+                stats, clean = _sanitise(peek, batch)
+                center = _weighted_sum(t.value(stats, clean, state), weights[t.name])
+                weights[_center(t)] = jnp.full(batch.rows, center)
+        return lax.stop_gradient(batch.replace(weights={**batch.weights, **weights}))
+
+    def loss(policy: Policy, batch: Rollouts, state: State) -> tuple[Array, Metrics]:
+        stats, batch = _sanitise(policy(batch), lax.stop_gradient(batch))
+        total, parts = jnp.zeros((), stats.logp.dtype), {}
+        for t in terms:
+            value = _value(t, stats, batch, state)
+            part = _weighted_sum(value, batch.weights[t.name])
+            total = total + (t.coef(state) if callable(t.coef) else t.coef) * part
+            parts[f"loss/{t.name}"] = Sum(lax.stop_gradient(part))
+        extra = metrics(stats, batch, state) if metrics else {}
+        report = {"loss": Sum(total), **parts, **standard_metrics(stats, batch), **extra}
+        return total, lax.stop_gradient(report)
+
+    def step(state: State, batch: Rollouts, report: Metrics) -> State:
+        state = state.replace(step=state.step + 1)
+        return update(state, batch, report) if update else state
+
+    return Objective(init, prepare_batch, weigh_batch, loss, step, frozenset(needs), frozenset(wants) | {"logp"}, frozenset(peeks), coupling, layout,
+                     protocol)
+
+
+def _center(t: Term) -> str:
+    return f"{t.name}/center"
+
+
+def _weight(t: Term, batch: Rollouts, state: State) -> Array:
+    """[B, T] weight of a term's tokens, or [B] of its rows."""
+    mask = promote(batch.mask)
+    if t.tokens is not None:
+        mask = mask * t.tokens(batch, state)
+    count = promote(batch.count)
+    if t.rows is not None:
+        count = count * t.rows(batch, state)
+    if t.per == "row":  # a row is a sequence of one token: its value; an empty row has none
+        return t.aggregate(jnp.any(mask > 0, -1, keepdims=True), count, batch)[:, 0]
+    return t.aggregate(mask, count, batch)
+
+
+def _value(t: Term, stats: TokenStats, batch: Rollouts, state: State) -> Array:
+    value = t.value(stats, batch, state)
+    weight = batch.weights[t.name]
+    if value.shape != weight.shape:
+        raise ValueError(f"term {t.name!r} gave a value of shape {value.shape} where its weight has {weight.shape}; "
+                         f"per={t.per!r} asks for {'[B]' if t.per == 'row' else '[B, T]'}")
+    if t.outer is None:
+        return value
+    center = batch.weights[_center(t)].reshape(-1, *[1] * (value.ndim - 1)).astype(value.dtype)
+    f, slope = jax.vjp(jax.vmap(t.outer), center.reshape(-1))
+    f, slope = f.reshape(center.shape), slope(jnp.ones_like(f))[0].reshape(center.shape)
+    return f + slope * (value - center)
+
+
+def _weighted_sum(value: Array, weight: Array) -> Array:
+    """``sum(weight * value)`` in at least float32, blind to values of weight 0 (0 * inf would be NaN)."""
+    value = promote(value)
+    return jnp.sum(jnp.where(weight != 0, value, 0) * weight.astype(value.dtype))
+
+
+def _sanitise(stats: TokenStats, batch: Rollouts) -> tuple[TokenStats, Rollouts]:
+    """Float32 (at least) and 0 at masked positions, before any exp. Without ``logp_old`` the policy is the one that is compared with."""
+    def clean(x: Array | None) -> Array | None:
+        return None if x is None else jnp.where(batch.mask > 0, promote(x), 0)
+
+    stats = stats.replace(**{f: clean(getattr(stats, f)) for f in ("logp", "entropy", "value")})
+    old = clean(batch.logp_old) if batch.logp_old is not None else lax.stop_gradient(stats.logp)
+    batch = batch.replace(logp_old=old, logp_beh=clean(batch.logp_beh), entropy_old=clean(batch.entropy_old), value_old=clean(batch.value_old),
+                          slots={k: clean(x) for k, x in batch.slots.items()})
+    return stats, batch
+
+
+def per_token(x: Array) -> Array:
+    """[B] -> [B, 1], so that it broadcasts over tokens; [B, T] as it is."""
+    return x[:, None] if x.ndim == 1 else x
+
+
+def standard_metrics(stats: TokenStats, batch: Rollouts) -> dict[str, Any]:
+    """The metrics every objective reports under the same names (sanitised inputs; see docs/objectives.md)."""
+    count = promote(batch.count)
+    tokens = promote(batch.mask) * count[:, None]
+    log_ratio = ratios.token_log_ratio(stats.logp, batch.logp_old, batch.mask)
+    out: dict[str, Any] = {
+        "ratio/mean": Mean.of(jnp.exp(log_ratio), tokens), "ratio/max": Max.of(jnp.exp(log_ratio), tokens),
+        "kl/old_k3": Mean.of(regularizers.kl_estimate(stats.logp, batch.logp_old, "k3"), tokens),
+        "length/mean": Mean.of(batch.lengths, count), "tokens": Sum(tokens.sum())}
+    if stats.entropy is not None:
+        out["entropy"] = Mean.of(stats.entropy, tokens)
+    if "ref" in batch.slots:
+        out["kl/ref_k3"] = Mean.of(regularizers.kl_estimate(stats.logp, batch.slots["ref"], "k3"), tokens)
+    if batch.reward is not None:
+        out["reward"] = Moments.of(batch.reward, count)
+    if batch.adv is not None:
+        out["adv"] = Moments.of(jnp.broadcast_to(per_token(batch.adv), tokens.shape), tokens)
+    if batch.truncated is not None:
+        out["length/truncated_frac"] = Mean.of(batch.truncated, count)
+    sampler = batch.token_extras.get("logp_sampler", batch.logp_beh)
+    if sampler is not None:  # ``logp_old`` is the trainer's word on the same tokens under the same parameters
+        own = tokens * (batch.role == role_id("own"))[:, None]
+        out["mismatch/logp_abs_max"] = Max.of(jnp.abs(batch.logp_old - jnp.where(batch.mask > 0, promote(sampler), 0)), own)
+    if "degenerate" in batch.extras:
+        out["group/degenerate_frac"] = Mean.of(batch.extras["degenerate"], count)
+    return out
+
+
+def policy_gradient(*, advantage: Part, surrogate: Part, ratio: Part, aggregate: aggregation.Aggregation, regularizers: Sequence[tuple[Any, Part]] = (),
+                    filters: Sequence[Part] = (), shaping: Sequence[Part] = (), **options: Any) -> Objective:
+    """Compose a policy-gradient objective: *advantage x ratio x surrogate x regularizers x aggregation*.
+
+    Args:
+      advantage: ``fn(batch, state) -> [B] or [B, T]``.
+      surrogate: ``fn(ratio, adv, stats, batch, state) -> value``; ``clipped`` of the same arguments says which tokens are cut.
+      ratio: ``fn(stats, batch) -> log-ratio`` [B, T], or [B] when ``per`` is "row".
+      aggregate: weights of the policy term, and of regularizers that do not bring their own.
+      regularizers: pairs (coefficient, part with ``fn(stats, batch, state) -> [B, T]``); a Python 0 removes its term and its needs.
+      filters: ``fn(batch, state) -> [B]`` bool, rows to keep; the others get count 0. They see the unshaped reward.
+      shaping: ``fn(batch, state) -> reward`` [B], applied in turn after the filters.
+      options: passed on to `from_terms`.
+    """
+    regularizers = [(coef, part) for coef, part in regularizers if not is_off(coef)]
+    parts = [advantage, surrogate, ratio, *filters, *shaping, *[p for _, p in regularizers]]
+
+    def prepare(batch: Rollouts, state: State) -> tuple[Rollouts, State]:
+        if batch.reward is not None:
+            degenerate = grouping.group_constant(batch.reward, batch.group, batch.count)
+            batch = batch.replace(extras={**batch.extras, "degenerate": promote(degenerate)})
+        for keep in filters:
+            batch = batch.replace(count=batch.count * keep.fn(batch, state))
+        for shape in shaping:
+            batch = batch.replace(reward=shape.fn(batch, state))
+        return batch.replace(adv=promote(advantage.fn(batch, state))), state
+
+    def arguments(stats: TokenStats, batch: Rollouts, state: State) -> tuple[Any, ...]:
+        log_ratio = ratio.fn(stats, batch)
+        adv = per_token(batch.adv) if log_ratio.ndim == 2 else batch.adv
+        if adv.ndim != log_ratio.ndim:
+            raise ValueError("a ratio per sequence needs an advantage per row [B]; this advantage gives one per token [B, T]")
+        return jnp.exp(log_ratio), jnp.broadcast_to(adv, log_ratio.shape), stats, batch, state
+
+    def clip_metric(stats: TokenStats, batch: Rollouts, state: State) -> Metrics:
+        count, weight = promote(batch.count), promote(batch.mask)
+        weight = weight * count[:, None] if ratio.per == "token" else count * (weight.sum(-1) > 0)
+        cut = surrogate.clipped(*arguments(stats, batch, state)) if surrogate.clipped else jnp.zeros_like(weight)
+        return {"ratio/clip_frac": Mean.of(cut, weight)}
+
+    terms = [Term("policy", lambda stats, batch, state: surrogate.fn(*arguments(stats, batch, state)), aggregate, per=ratio.per)]
+    terms += [Term(p.name, p.fn, p.aggregate or aggregate, coef=coef) for coef, p in regularizers]
+    return from_terms(terms, prepare=prepare, metrics=clip_metric, needs=frozenset().union(*[p.needs for p in parts]),
+                      wants=frozenset({"logp"}).union(*[p.wants for p in parts]), peeks=frozenset().union(*[p.peeks for p in parts]), **options)
+
+
+def preference(link: Callable[[Array, Rollouts], Array], *, beta: float | Array, reference: str | None = "ref", normalize_length: bool = False,
+               layout: tuple[str, ...] = ("chosen", "rejected"), **options: Any) -> Objective:
+    """Compose a direct-alignment objective: ``mean over pairs of link(beta (s_chosen - s_rejected))``.
+
+    ``s = sum_t (logp - logp_<reference>)`` of a row, or its mean over tokens with ``normalize_length``; ``reference=None`` leaves the companion out.
+
+    Args:
+      link: ``(margin [N], batch) -> loss [N]``, e.g. ``-log_sigmoid`` for DPO (arXiv:2305.18290, eq. 7).
+      layout: roles of a unit's rows; must hold "chosen" and "rejected".
+      options: passed on to `from_terms`.
+    """
+    chosen, rejected = layout.index("chosen"), layout.index("rejected")
+
+    def margin(stats: TokenStats, batch: Rollouts) -> Array:
+        score = stats.logp if reference is None else stats.logp - batch.get(f"logp_{reference}")
+        score = jnp.where(batch.mask > 0, score, 0).sum(-1)
+        if normalize_length:
+            score = score / jnp.maximum(batch.lengths, 1)
+        unit = batch.unit(score)
+        return beta * (unit[:, chosen] - unit[:, rejected])
+
+    def value(stats: TokenStats, batch: Rollouts, state: State) -> Array:
+        return jnp.repeat(link(margin(stats, batch), batch), len(layout))
+
+    def report(stats: TokenStats, batch: Rollouts, state: State) -> Metrics:
+        h, count = margin(stats, batch), batch.unit(promote(batch.count))[:, 0]
+        row = jnp.where(batch.mask > 0, stats.logp, 0).sum(-1)
+        by_role = {f"logp/{r}": Mean.of(row, promote(batch.count) * (batch.role == role_id(r))) for r in ("chosen", "rejected")}
+        return {"preference/accuracy": Mean.of(h > 0, count), "preference/margin": Mean.of(h, count), **by_role}
+
+    needs = {"role"} | ({f"logp_{reference}"} if reference else set())
+    return from_terms([Term("preference", value, aggregation.unit_mean, per="row")], metrics=report, needs=needs, layout=layout, **options)
+
+
+def evaluate(objective: Objective, policy: Policy, batch: Rollouts, state: State | None = None) -> tuple[Array, Metrics]:
+    """``prepare -> peek -> weigh -> loss`` on one batch: all a notebook needs.
+
+    >>> loss, metrics = evaluate(make("grpo", beta=0), lambda batch: TokenStats(logp=my_logp), batch)
+
+    ``jax.grad`` of it with respect to what the policy closes over is the gradient that the training loop would take.
+    """
+    batch, state = objective.prepare(batch, objective.init() if state is None else state)
+    peek = lax.stop_gradient(policy(batch)) if objective.peeks else None
+    return objective.loss(policy, objective.weigh(batch, state, peek), state)

@@ -1,0 +1,16 @@
+"""Objectives that learn from demonstrations, alone or mixed with reinforcement learning."""
+from jaxpo.objectives import parts
+from jaxpo.objectives.base import Objective, Term, from_terms
+from jaxpo.registry import register
+
+
+@register(source="standard maximum likelihood", budget={})
+def sft(agg: str = "token_mean", L_const: float | None = None) -> Objective:  # noqa: N803
+    """Supervised fine-tuning: ``-logp`` of the completion tokens, averaged over the whole batch.
+
+    Shapes: logp [B, T]. Prompt tokens are never trained.
+
+    Args:
+      agg, L_const: "token_mean" (default), "seq_mean", or "seq_sum_const" with its constant.
+    """
+    return from_terms([Term("nll", lambda stats, batch, state: -stats.logp, parts.aggregation_of(agg, L_const))])

@@ -1,0 +1,98 @@
+"""What the policy says of a batch: hidden states of the completion positions, reduced to `TokenStats`."""
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxpo.batch import Rollouts, TokenStats
+from jaxpo.kernels import token_logprob
+from jaxpo.policy.transformer import Attend, Model, Params
+from jaxpo.registry import unknown
+
+AVAILABLE = ("logp", "entropy")
+
+
+def prompt_mask(prompt_length: Array | None, rows: int, width: int) -> Array:
+    """[rows, P] bool: real prompt tokens (left-padded)."""
+    if prompt_length is None:
+        return jnp.ones((rows, width), bool)
+    return jnp.arange(width) >= width - prompt_length[:, None]
+
+
+def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """q [B, Tq, H, d], k, v [B, Tk, KV, d], mask [B, Tq, Tk] bool -> [B, Tq, H, d]."""
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+
+
+def shared_prompt_attend(prompts: int, prompt_width: int, rows: int, width: int, prompt_ok: Array) -> Attend:
+    """Attention over a flat token axis that holds ``prompts`` prompts and then ``rows`` completions, K = rows / prompts per prompt.
+
+    A prompt attends to itself; a completion attends to the keys of its prompt, which were computed once for all K, and to itself.
+    ``prompt_ok`` [prompts, P] marks real prompt tokens.
+    """
+    split, k_per_prompt = prompts * prompt_width, rows // prompts
+    causal = jnp.tril(jnp.ones((prompt_width, prompt_width), bool))
+    prompt_mask_ = causal & prompt_ok[:, None, :]
+    own = jnp.broadcast_to(jnp.tril(jnp.ones((width, width), bool)), (rows, width, width))
+    seen = jnp.broadcast_to(jnp.repeat(prompt_ok, k_per_prompt, 0)[:, None, :], (rows, width, prompt_width))
+    mask = jnp.concatenate([seen, own], -1)
+
+    def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+        def parts(x: Array) -> tuple[Array, Array]:
+            return x[:split].reshape(prompts, prompt_width, *x.shape[1:]), x[split:].reshape(rows, width, *x.shape[1:])
+
+        (qp, qc), (kp, kc), (vp, vc) = parts(q), parts(k), parts(v)
+        of_prompt = attention(qp, kp, vp, prompt_mask_)
+        if width == 0:
+            return of_prompt.reshape(split, *q.shape[1:]), None
+        keys = jnp.concatenate([jnp.repeat(kp, k_per_prompt, 0), kc], 1)
+        values = jnp.concatenate([jnp.repeat(vp, k_per_prompt, 0), vc], 1)
+        of_completion = attention(qc, keys, values, mask)
+        return jnp.concatenate([of_prompt.reshape(split, *q.shape[1:]), of_completion.reshape(rows * width, *q.shape[1:])]), None
+
+    return attend
+
+
+def completion_hidden(model: Model, params: Params, batch: Rollouts) -> Array:
+    """[B, T, D]: the final hidden state from which each completion token is predicted.
+
+    The prompt of ``batch.shared_prompt`` consecutive rows is run once.
+    """
+    if batch.tokens is None:
+        raise ValueError("Rollouts.tokens is required by a policy: [B, P+T] token ids")
+    b, p, t, k = batch.rows, batch.prompt_width, batch.width, batch.shared_prompt
+    prompts = b // k
+    length = None if batch.prompt_length is None else batch.prompt_length[::k]
+    ok = prompt_mask(length, prompts, p)
+    start = jnp.full(b, p) if batch.prompt_length is None else batch.prompt_length
+    prompt_positions = jnp.maximum(jnp.cumsum(ok, -1) - 1, 0)
+    inputs = batch.completions[:, :-1]  # the last token is predicted, never read
+    tokens = jnp.concatenate([batch.tokens[::k, :p].reshape(-1), inputs.reshape(-1)])
+    positions = jnp.concatenate([prompt_positions.reshape(-1), (start[:, None] + jnp.arange(t - 1)).reshape(-1)])
+    attend = shared_prompt_attend(prompts, p, b, t - 1, ok)
+    x, _ = model.run_blocks(params, model.embed(params, tokens), positions, attend)
+    last = x[: prompts * p].reshape(prompts, p, -1)[:, -1:]
+    x = jnp.concatenate([jnp.repeat(last, k, 0), x[prompts * p:].reshape(b, t - 1, -1)], 1)
+    return model.final(params, x)
+
+
+def token_stats(model: Model, params: Params, batch: Rollouts, *, wants: frozenset[str] = frozenset({"logp", "entropy"}),
+                temperature: float = 1.0) -> TokenStats:
+    """`TokenStats` of the completion tokens; logp and entropy [B, T] of ``softmax(logits / temperature)``, in float32.
+
+    Raises:
+      ValueError: ``wants`` holds a statistic that this policy does not give.
+    """
+    for name in wants:
+        if name not in AVAILABLE:
+            raise ValueError(unknown("policy statistic", name, AVAILABLE))
+    hidden = completion_hidden(model, params, batch)
+    out = token_logprob(hidden.reshape(-1, hidden.shape[-1]), model.unembed(params).T, batch.completions.reshape(-1), temperature=temperature)
+    shape = batch.rows, batch.width
+    return TokenStats(logp=out.logp.reshape(shape), entropy=out.entropy.reshape(shape))
+
+
+def policy_of(model: Model, **options: object) -> partial:
+    """``(params, batch) -> TokenStats``: what the training step calls."""
+    return partial(token_stats, model, **options)

@@ -1,0 +1,73 @@
+"""How token losses become one number: each aggregation turns (mask, count, batch) into the *weight* of every token.
+
+The loss is ``sum(weight * value)``. The weight is computed once on the whole optimizer batch, so losses of microbatches add up and no mean of
+means can exist. Notation: ``mask`` [B, T] tokens that count, ``count`` [B] multiplicity of rows, ``length_i`` their masked tokens.
+A row without tokens contributes 0 and still counts among the rows; a row with count 0 leaves the denominator.
+``batch`` gives what some of them need besides (``group``, ``layout``). For a value per row, mask is [B, 1].
+"""
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxpo.primitives.grouping import group_sum
+from jaxpo.primitives.numerics import promote, ratio_or_zero
+
+Aggregation = Callable[[Array, Array, Any], Array]
+
+
+def token_mean(mask: Array, count: Array, batch: Any) -> Array:
+    """``mask count / sum(mask count)``: every token of the batch the same."""
+    weight = promote(mask) * promote(count)[:, None]
+    return ratio_or_zero(weight, weight.sum())
+
+
+def seq_mean(mask: Array, count: Array, batch: Any) -> Array:
+    """``mask count / (length_i sum(count))``: every row the same."""
+    mask, count = promote(mask), promote(count)[:, None]
+    return ratio_or_zero(mask * count, mask.sum(-1, keepdims=True) * count.sum())
+
+
+def seq_sum(mask: Array, count: Array, batch: Any) -> Array:
+    """``mask count / sum(count)``: sum over a row's tokens, mean over rows."""
+    count = promote(count)[:, None]
+    return ratio_or_zero(promote(mask) * count, count.sum())
+
+
+def seq_sum_const(L_const: float) -> Aggregation:  # noqa: N803 (the cards' name)
+    """`seq_sum` divided by the constant ``L_const`` (the generation budget, never the padded width)."""
+    constant = positive("L_const", L_const)
+    return lambda mask, count, batch: seq_sum(mask, count, batch) / constant
+
+
+def sum_const(L_const: float) -> Aggregation:  # noqa: N803
+    """``mask count / L_const``: not divided by the number of rows."""
+    constant = positive("L_const", L_const)
+    return lambda mask, count, batch: promote(mask) * promote(count)[:, None] / constant
+
+
+def group_mean(mask: Array, count: Array, batch: Any) -> Array:
+    """``mask count / (length_i count_group n_groups)``: mean over groups of the mean over their rows; empty groups leave."""
+    mask, count = promote(mask), promote(count)[:, None]
+    size = group_sum(count[:, 0], batch.group)[:, None]
+    n_groups = ratio_or_zero(count, size).sum()
+    return ratio_or_zero(mask * count, mask.sum(-1, keepdims=True) * size * n_groups)
+
+
+def unit_mean(mask: Array, count: Array, batch: Any) -> Array:
+    """``count / sum(count)`` [B, 1]: mean over units, for a value per row that repeats the unit's value on each of its rows."""
+    count = promote(count)[:, None]
+    return ratio_or_zero(jnp.ones_like(mask, count.dtype) * count, count.sum())
+
+
+def positive(name: str, value: float | None) -> float:
+    """``value`` if it is a positive number; ``ValueError`` naming it otherwise (traced values pass)."""
+    if value is None or (isinstance(value, int | float) and not value > 0):
+        raise ValueError(f"{name} must be a positive number, not {value}")
+    return value
+
+
+PER_TOKEN = {"token_mean": token_mean, "seq_mean": seq_mean, "seq_sum": seq_sum, "group_mean": group_mean}
+WITH_CONSTANT = {"seq_sum_const": seq_sum_const, "sum_const": sum_const}
+PER_ROW = (seq_mean, group_mean, unit_mean)

@@ -1,0 +1,125 @@
+"""Generation in one compiled function: prefill once per prompt, then a loop that ends when every row has.
+
+The K responses to a prompt share its keys and values; each row keeps only those of its own completion. Layers are unrolled, so that each layer's cache
+is a buffer of its own that the loop updates in place.
+"""
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxpo.batch import Rollouts
+from jaxpo.policy.stats import attention, prompt_mask
+from jaxpo.policy.transformer import Attend, Model, Params
+from jaxpo.rollout.sampling import SamplingOptions, sample
+
+Cache = list[tuple[Array, Array]]  # per layer: keys, values [rows, KV, positions, d]
+
+
+def prefill(model: Model, params: Params, prompts: Array, prompt_length: Array | None) -> tuple[Array, Cache, Array]:
+    """Run the prompts [G, P] once.
+
+    Returns:
+      final hidden state [G, D] after the last prompt token, the cache of each layer [G, KV, P, d], and the mask of real tokens [G, P].
+    """
+    g, p = prompts.shape
+    ok = prompt_mask(prompt_length, g, p)
+    mask = jnp.tril(jnp.ones((p, p), bool)) & ok[:, None, :]
+
+    def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
+        return attention(q, k, v, mask), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+
+    x, cache = model.embed(params, prompts), []
+    positions = jnp.maximum(jnp.cumsum(ok, -1) - 1, 0)
+    for i in range(model.config.layers):
+        x, kept = model.run_block(model.layer(params, i), x, positions, attend)
+        cache.append(kept)
+    return model.final(params, x[:, -1]), cache, ok
+
+
+def decode_attend(of_prompt: tuple[Array, Array], own: tuple[Array, Array], ok: Array, t: Array) -> Attend:
+    """Attention of one new token per row: over the prompt's keys [G, KV, P, d] and the row's own [B, KV, T, d] up to and with position ``t``."""
+    kp, vp = of_prompt
+    g, kv, _, d = kp.shape
+    b, width = own[0].shape[0], own[0].shape[2]
+
+    def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
+        kc, vc = (jax.lax.dynamic_update_slice_in_dim(c, x[:, :, None].astype(c.dtype), t, 2) for c, x in zip(own, (k, v), strict=True))
+        dtype = jnp.promote_types(q.dtype, jnp.float32)
+        qs = (q * d**-0.5).reshape(b, kv, -1, d)
+        r = qs.shape[2]
+        shared = qs.reshape(g, b // g, kv, r, d)
+        sp = jnp.einsum("gkhrd,ghpd->gkhrp", shared, kp, preferred_element_type=dtype)
+        sp = jnp.where(ok[:, None, None, None], sp, -jnp.inf).reshape(b, kv, r, -1)
+        sc = jnp.einsum("bhrd,bhtd->bhrt", qs, kc, preferred_element_type=dtype)
+        sc = jnp.where(jnp.arange(width) <= t, sc, -jnp.inf)
+        top = jnp.maximum(sp.max(-1, keepdims=True), sc.max(-1, keepdims=True))
+        ep, ec = jnp.exp(sp - top), jnp.exp(sc - top)
+        total = ep.sum(-1, keepdims=True) + ec.sum(-1, keepdims=True)
+        op = jnp.einsum("gkhrp,ghpd->gkhrd", ep.reshape(g, b // g, kv, r, -1).astype(vp.dtype), vp, preferred_element_type=dtype)
+        oc = jnp.einsum("bhrt,bhtd->bhrd", ec.astype(vc.dtype), vc, preferred_element_type=dtype)
+        return ((op.reshape(oc.shape) + oc) / total).reshape(q.shape).astype(q.dtype), (kc, vc)
+
+    return attend
+
+
+def generate(model: Model, params: Params, prompts: Array, key: Array, options: SamplingOptions, *, prompt_length: Array | None = None,
+             responses: int = 1, policy_temperature: float = 1.0, pad_id: int = 0) -> Rollouts:
+    """Sample ``responses`` completions of each prompt; jit it with ``options`` as an ordinary argument.
+
+    Args:
+      prompts: [G, P] ids, left-padded. prompt_length: [G] real tokens; None = all.
+      key: source of the uniforms (one per row and position).
+      policy_temperature: the temperature at which the trainer scores.
+
+    Returns:
+      Rollouts of B = G * responses rows in the order of the prompts: ``tokens``, ``mask`` (1 up to and with the token that ended the row),
+      ``truncated`` (the length limit ended it), ``logp_beh`` under the sampling distribution, ``token_extras["logp_sampler"]`` under the plain
+      policy when that is another one, ``group`` and ``shared_prompt``.
+    """
+    g, p = prompts.shape
+    b, width = g * responses, options.max_new_tokens
+    hidden, prompt_cache, ok = prefill(model, params, prompts, prompt_length)
+    layers = [model.layer(params, i) for i in range(model.config.layers)]
+    uniform = jax.random.uniform(key, (width, b))
+    start = jnp.repeat(ok.sum(-1), responses)
+    eos = jnp.asarray(options.eos_ids, jnp.int32)
+    last_state = None if options.stop_table is None else options.stop_table.shape[0] - 1
+
+    def draw(t: Array, hidden: Array, state: dict[str, Any]) -> dict[str, Any]:
+        """Sample position ``t`` of the rows that have not ended, and record it."""
+        u = jax.lax.dynamic_index_in_dim(uniform, t, keepdims=False)
+        token, logp, plain = sample(model.logits(params, hidden), u, options, policy_temperature=policy_temperature)
+        alive = ~state["done"]
+        token = jnp.where(alive, token, pad_id).astype(jnp.int32)
+        new = dict(tokens=token, mask=alive.astype(jnp.float32), logp=jnp.where(alive, logp, 0.0), plain=jnp.where(alive, plain, 0.0))
+        record = {k: jax.lax.dynamic_update_index_in_dim(state[k], v, t, 0) for k, v in new.items() if k in state}
+        done = state["done"] | jnp.isin(token, eos) & alive
+        if last_state is not None:
+            record["stop"] = jnp.where(alive, options.stop_table[state["stop"], token], state["stop"])
+            done |= record["stop"] == last_state
+        return {**state, **record, "done": done}
+
+    def step(carry: tuple[Array, dict[str, Any], Cache]) -> tuple[Array, dict[str, Any], Cache]:
+        t, state, cache = carry
+        x = model.embed(params, jax.lax.dynamic_index_in_dim(state["tokens"], t - 1, keepdims=False))
+        new_cache = []
+        for layer, of_prompt, own in zip(layers, prompt_cache, cache, strict=True):
+            x, kept = model.run_block(layer, x, start + t - 1, decode_attend(of_prompt, own, ok, t - 1))
+            new_cache.append(kept)
+        return t + 1, draw(t, model.final(params, x), state), new_cache
+
+    state: dict[str, Any] = dict(tokens=jnp.full((width, b), pad_id, jnp.int32), mask=jnp.zeros((width, b)), logp=jnp.zeros((width, b)),
+                                 done=jnp.zeros(b, bool))
+    if not (options.plain and policy_temperature == 1):
+        state["plain"] = jnp.zeros((width, b))
+    if last_state is not None:
+        state["stop"] = jnp.zeros(b, jnp.int32)
+    state = draw(jnp.int32(0), jnp.repeat(hidden, responses, 0), state)
+    cache = [tuple(jnp.zeros((b, x.shape[1], max(width - 1, 1), x.shape[3]), x.dtype) for x in kv) for kv in prompt_cache]
+    _, state, _ = jax.lax.while_loop(lambda c: (c[0] < width) & ~jnp.all(c[1]["done"]), step, (jnp.int32(1), state, cache))
+    return Rollouts(
+        tokens=jnp.concatenate([jnp.repeat(prompts, responses, 0), state["tokens"].T], 1), mask=state["mask"].T, logp_beh=state["logp"].T,
+        prompt_length=start.astype(jnp.int32), group=jnp.repeat(jnp.arange(g, dtype=jnp.int32), responses), shared_prompt=responses,
+        truncated=(~state["done"]).astype(jnp.float32), token_extras={"logp_sampler": state["plain"].T} if "plain" in state else {})

@@ -1,0 +1,131 @@
+"""Drawing tokens from logits: temperature, top-k, top-p, min-p, greedy; one uniform number per row."""
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from jaxpo.primitives.numerics import promote
+
+
+@struct.dataclass
+class SamplingOptions:
+    """How completions are sampled. Static fields decide what is compiled; the others may change from step to step.
+
+    Attributes:
+      max_new_tokens: (static) T.
+      eos_ids: (static) ids that end a completion; () = only the length ends it.
+      greedy: (static) take the most probable token; excludes every other setting below.
+      temperature: divides the logits. Truncations apply to the tempered distribution, in this order:
+      top_k: (static) keep the k most probable; ties go to the lowest ids.
+      top_p: keep the smallest set of most probable tokens that holds this much probability.
+      min_p: keep tokens at least this likely relative to the most probable one.
+      stop_table: [S, V] transitions of the stop strings' automaton (`jaxpo.rollout.stopping`); a state >= its last row ends the row.
+    """
+    max_new_tokens: int = struct.field(pytree_node=False)
+    eos_ids: tuple[int, ...] = struct.field(pytree_node=False, default=())
+    greedy: bool = struct.field(pytree_node=False, default=False)
+    top_k: int | None = struct.field(pytree_node=False, default=None)
+    temperature: float | Array = 1.0
+    top_p: float | Array | None = None
+    min_p: float | Array | None = None
+    stop_table: Array | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether what is sampled is the policy itself (as far as can be known before the values are)."""
+        unit = isinstance(self.temperature, int | float) and self.temperature == 1
+        return unit and not self.greedy and self.top_k is None and self.top_p is None and self.min_p is None
+
+
+def validate(options: SamplingOptions) -> SamplingOptions:
+    """Check ranges and contradictions of concrete values.
+
+    Raises:
+      ValueError: naming the field; also for a setting that greedy decoding would ignore.
+    """
+    def number(x: object) -> bool:
+        return isinstance(x, int | float)
+
+    if options.max_new_tokens < 1:
+        raise ValueError(f"sampling.max_new_tokens must be at least 1, not {options.max_new_tokens}")
+    if number(options.temperature) and not options.temperature > 0:
+        raise ValueError(f"sampling.temperature must be positive, not {options.temperature}; for the most probable token set greedy=True")
+    if options.top_k is not None and options.top_k < 1:
+        raise ValueError(f"sampling.top_k must be at least 1, not {options.top_k}")
+    if number(options.top_p) and not 0 < options.top_p <= 1:
+        raise ValueError(f"sampling.top_p must be in (0, 1], not {options.top_p}")
+    if number(options.min_p) and not 0 <= options.min_p <= 1:
+        raise ValueError(f"sampling.min_p must be in [0, 1], not {options.min_p}")
+    unit = number(options.temperature) and options.temperature == 1
+    if options.greedy and not (unit and options.top_k is None and options.top_p is None and options.min_p is None):
+        raise ValueError("sampling.greedy takes the most probable token: temperature, top_k, top_p and min_p have no effect with it")
+    return options
+
+
+def truncate(z: Array, options: SamplingOptions) -> Array:
+    """Logits [B, V] with -inf at the tokens that top-k, top-p and min-p remove."""
+    if options.top_k is not None or options.top_p is not None:
+        k = z.shape[-1] if options.top_k is None else min(options.top_k, z.shape[-1])
+        values, ids = jax.lax.top_k(z, k)  # sorted; equal logits by lowest id
+        keep = jnp.ones(values.shape, bool)
+        if options.top_p is not None:
+            p = jax.nn.softmax(values, -1)
+            keep = jnp.cumsum(p, -1) - p < options.top_p  # what came before does not yet hold top_p
+        kept = jnp.zeros(z.shape, bool).at[jnp.arange(z.shape[0])[:, None], ids].set(keep)
+        z = jnp.where(kept, z, -jnp.inf)
+    if options.min_p is not None:
+        z = jnp.where(z >= z.max(-1, keepdims=True) + jnp.log(promote(options.min_p)), z, -jnp.inf)
+    return z
+
+
+def inverse_cdf(weight: Array, total: Array, u: Array, *, block: int = 256) -> Array:
+    """Index [B] drawn with probability ``weight / total`` from uniforms ``u`` [B] in [0, 1).
+
+    Two levels of cumulative sums (blocks, then inside one block) keep the additions short, hence float32 exact to about 1e-7 of the total, and
+    cost one pass over ``weight`` [B, V]. An index of weight 0 is never returned (unless all are 0).
+    """
+    b, v = weight.shape
+    n = -(-v // block)
+    blocks = jnp.pad(weight, ((0, 0), (0, n * block - v))).reshape(b, n, block)
+    sums = blocks.sum(-1)
+    cumulative = jnp.cumsum(sums, -1)
+    # Scaled by the sum of this very cumulation, so that the target cannot lie beyond it by rounding of another sum.
+    target = u * jnp.minimum(total, cumulative[:, -1])
+
+    def first_above(cumulative: Array, weight: Array, target: Array) -> Array:
+        above = (cumulative > target[:, None]) & (weight > 0)
+        last = weight.shape[-1] - 1 - jnp.argmax(weight[:, ::-1] > 0, -1)
+        return jnp.where(above.any(-1), jnp.argmax(above, -1), last)
+
+    i = first_above(cumulative, sums, target)
+    inside = jnp.take_along_axis(blocks, i[:, None, None], 1)[:, 0]
+    before = jnp.take_along_axis(cumulative - sums, i[:, None], 1)[:, 0]
+    return i * block + first_above(jnp.cumsum(inside, -1), inside, jnp.maximum(target - before, 0))
+
+
+def _log_prob(z: Array, token: Array) -> Array:
+    return jnp.take_along_axis(z, token[:, None], 1)[:, 0] - jax.nn.logsumexp(z, axis=-1)
+
+
+def sample(logits: Array, u: Array, options: SamplingOptions, *, policy_temperature: float = 1.0) -> tuple[Array, Array, Array]:
+    """Draw one token per row.
+
+    Args:
+      logits: [B, V] float32. u: [B] uniforms in [0, 1); unused when greedy.
+      policy_temperature: the temperature at which the trainer scores.
+
+    Returns:
+      token [B], its log-prob under the distribution that was sampled from, and under the plain policy. Under greedy decoding the former is 0.
+    """
+    if options.greedy:
+        token = jnp.argmax(logits, -1)
+        return token, jnp.zeros(token.shape, logits.dtype), _log_prob(logits / policy_temperature, token)
+    z = truncate(logits / options.temperature, options)
+    top = z.max(-1, keepdims=True)
+    weight = jnp.exp(z - top)
+    total = weight.sum(-1)
+    token = inverse_cdf(weight, total, u)
+    logp = jnp.take_along_axis(z - top, token[:, None], 1)[:, 0] - jnp.log(total)
+    if options.plain and policy_temperature == 1:
+        return token, logp, logp
+    return token, logp, _log_prob(logits / policy_temperature, token)

@@ -1,0 +1,66 @@
+"""Stop strings on the device: an automaton over token ids, exact for every tokenizer.
+
+A stop string may be spelt by many token sequences, and may begin inside one token and end inside another. So the strings are compiled into an
+Aho-Corasick automaton over *bytes*, and each token into the state it leads to from each state: stopping costs one table look-up a token.
+"""
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def stop_table(strings: Sequence[str], token_bytes: Sequence[bytes]) -> np.ndarray:
+    """[S + 1, V] int32: the next state after each token; state 0 is the start, state S means "a stop string has occurred" and is absorbing.
+
+    Args:
+      strings: the stop strings. token_bytes: what each id appends to the text; b"" (special tokens) starts the match anew.
+
+    Raises:
+      ValueError: no strings, or an empty one (it would end every row at once).
+    """
+    if not strings or any(not s for s in strings):
+        raise ValueError(f"sampling.stop must hold non-empty strings, not {list(strings)!r}")
+    step, final = _aho_corasick([s.encode() for s in strings])
+    states = len(step)
+    table = np.zeros((states + 1, len(token_bytes)), np.int32)
+    table[states] = states
+    for token, text in enumerate(token_bytes):
+        for state in range(states):
+            here = state if text else 0
+            for byte in text:
+                here = step[here][byte]
+                if here in final:
+                    here = states
+                    break
+            table[state, token] = here
+    return table
+
+
+def _aho_corasick(patterns: Sequence[bytes]) -> tuple[list[list[int]], set[int]]:
+    """Complete transition table [state][byte] and the states in which a pattern has just ended."""
+    children: list[dict[int, int]] = [{}]
+    final: set[int] = set()
+    for pattern in patterns:
+        state = 0
+        for byte in pattern:
+            if byte not in children[state]:
+                children[state][byte] = len(children)
+                children.append({})
+            state = children[state][byte]
+        final.add(state)
+    step = [[0] * 256 for _ in children]
+    fail = [0] * len(children)
+    queue = deque([0])
+    while queue:  # breadth first: the failure state of a node is complete before the node is
+        state = queue.popleft()
+        if fail[state] in final:
+            final.add(state)
+        for byte in range(256):
+            child = children[state].get(byte)
+            if child is None:
+                step[state][byte] = step[fail[state]][byte] if state else 0
+            else:
+                step[state][byte] = child
+                fail[child] = step[fail[state]][byte] if state else 0
+                queue.append(child)
+    return step, final

@@ -1,0 +1,154 @@
+"""What a task is: examples to train and test on, a verifier, and, where the task has answers, demonstrations.
+
+Everything here is host side and plain Python, so that it can be imported by processes that must not load jax.
+"""
+import importlib
+import inspect
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jaxpo.registry import check_arguments, names, unknown
+from jaxpo.registry import entry as registered
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt. ``task.train[e.index] is e`` (likewise for test); ``entry`` is what the verifier needs."""
+    index: int
+    question: str
+    answer: str | None
+    entry: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Score:
+    """The verdict on one completion. ``error``: the verifier raised, timed out or returned nonsense; to be counted apart."""
+    reward: float
+    correct: bool
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task, ready to run.
+
+    Attributes:
+      name: for logs.
+      train, test: the examples; no question of ``test`` occurs in ``train``.
+      score: examples and the decoded completions, one each, to one ``Score`` each, in order.
+      demonstrate: a correct completion of an example; ``None`` when the task has no answers.
+      report: what was found while building, as metrics (``train/size``, ``train/removed``, ``test/unseen_share``, ...).
+    """
+    name: str
+    train: Sequence[Example]
+    test: Sequence[Example]
+    score: Callable[[Sequence[Example], Sequence[str]], list[Score]]
+    demonstrate: Callable[[Example], str] | None
+    report: Mapping[str, float]
+
+
+# Where the factories live; a factory is imported when it is asked for. Tasks of one's own: @jaxpo.registry.register("task").
+TASKS = {
+    "jsonl": "jaxpo.tasks.jsonl:jsonl",
+    "reasoning_gym": "jaxpo.tasks.reasoning_gym:reasoning_gym",
+    "toy": "jaxpo.tasks.toy:toy",
+}
+
+
+def build(config: Mapping[str, Any]) -> Task:
+    """The task that ``config`` describes: ``{"name": "reasoning_gym", "dataset": "spell_backward", ...}``.
+
+    Raises:
+      ValueError: no name, or a name or argument that does not exist (with the nearest one), or a required argument that is
+        absent; before any example is made.
+    """
+    arguments = dict(config)
+    choices = sorted({*TASKS, *names("task")})
+    if "name" not in arguments:
+        raise ValueError(f"task: field 'name' is missing; known: {', '.join(choices)}")
+    name = arguments.pop("name")
+    if name not in choices:
+        raise ValueError(unknown("task", name, choices))
+    factory = locate(TASKS[name]) if name in TASKS else registered(name, "task").factory
+    parameters = inspect.signature(factory).parameters
+    plain = {k: p for k, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
+    # A factory with **options checks those itself: only it knows which of them exist.
+    given = arguments if len(plain) == len(parameters) else plain.keys() & arguments.keys()
+    check_arguments(f"task {name!r}", given, plain)
+    return factory(**arguments)
+
+
+def locate(path: str) -> Any:
+    """The object that ``"package.module:name"`` names."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def split(train: Sequence[Example], test: Sequence[Example]) -> tuple[list[Example], list[Example], dict[str, float]]:
+    """Removes from ``train`` every example whose question occurs in ``test``, renumbers both, and reports.
+
+    Seeds or files that differ prove nothing in a small task space; only the text of the question decides.
+
+    Returns:
+      train, test, and a report: sizes, ``train/removed``, ``test/unseen_share`` (of the sets returned),
+      ``test/distinct_share`` (a test set that repeats itself says less than its size).
+
+    Raises:
+      ValueError: a set is empty, or nothing is left of ``train``.
+    """
+    held_out = {e.question for e in test}
+    kept = [e for e in train if e.question not in held_out]
+    if not test or not kept:
+        raise ValueError(f"nothing to {'train' if test else 'test'} on: {len(train)} training items, {len(test)} test items, "
+                         f"{len(train) - len(kept)} training items removed because the test set contains their question")
+    seen = {e.question for e in kept}
+    report = {
+        "train/size": float(len(kept)),
+        "test/size": float(len(test)),
+        "train/removed": float(len(train) - len(kept)),
+        "test/unseen_share": sum(e.question not in seen for e in test) / len(test),
+        "test/distinct_share": len(held_out) / len(test),
+    }
+    renumber = lambda examples: [replace(e, index=i) for i, e in enumerate(examples)]  # noqa: E731
+    return renumber(kept), renumber(test), report
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raises ``ValueError`` that names the argument unless every size is a positive integer."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{name} must be a positive integer, got {size!r}")
+
+
+def verdict(value: Any, error: str | None, partial_credit: bool) -> Score:
+    """The score for what a verifier returned (a number in [0, 1]) or for the error it ended with."""
+    if error is not None:
+        return Score(0.0, False, error)
+    if not isinstance(value, (int, float)) or not math.isfinite(value) or not 0 <= value <= 1:
+        return Score(0.0, False, f"the verifier returned {value!r}, not a number in [0, 1]")
+    correct = value == 1
+    return Score(float(value) if partial_credit else float(correct), correct)
+
+
+def imperfect(demonstrate: Callable[[Example], str], drop_last: float = 0.6, seed: int = 0) -> Callable[[Example], str]:
+    """A demonstrator that makes mistakes, as data found on the web does: it omits the last character of some answers.
+
+    Whether it does is a function of ``(example.index, seed)`` alone, so a run can be repeated and an example stays as it is.
+
+    Args:
+      demonstrate: the demonstrator that is right.
+      drop_last: share of examples whose demonstration loses its last character, in [0, 1].
+      seed: another one spoils other examples.
+    """
+    if not 0 <= drop_last <= 1:
+        raise ValueError(f"drop_last is a share in [0, 1], got {drop_last!r}")
+
+    def spoiled(example: Example) -> str:
+        text = demonstrate(example)
+        # A string seeds by its hash digest: the same in every process, unlike hash().
+        return text[:-1] if random.Random(f"{seed}:{example.index}").random() < drop_last else text
+
+    return spoiled

@@ -1,0 +1,111 @@
+"""Procedural tasks of the reasoning_gym library, with its verifiers."""
+import dataclasses
+import functools
+import inspect
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxpo.registry import unknown
+from jaxpo.tasks.base import Example, Score, Task, check_sizes, split, verdict
+from jaxpo.tasks.rewards import extract_answer, present
+from jaxpo.tasks.workers import runner
+
+# Verifiers that pay for anything: to train on them is to train on nothing.
+REFUSED = {
+    "game_of_life_halting": "its verifier gives full credit to any completion",
+    "puzzle24": "its verifier ignores which numbers are used",
+}
+# Verifiers that evaluate the completion (eval, sympy, Fraction("1e999999999")): they can hang, so they run in worker processes.
+EVALUATES = frozenset({"binary_matrix", "coin_flip", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication",
+                       "simple_integration", "spiral_matrix", "string_insertion"})
+
+# An item's seed is `seed + index`. Every run seed owns a block of consecutive item seeds, half for testing, half for training.
+HALF = 1_000_000
+SEEDS = 2**32 // (2 * HALF)       # some datasets seed numpy, which takes 32 bits
+
+
+def reasoning_gym(dataset: str, train_size: int, test_size: int, seed: int, partial_credit: bool = False, extract: str = "text",
+                  timeout: float | None = None, workers: int | None = None, **dataset_config: Any) -> Task:
+    """A task from a dataset of reasoning_gym: ``reasoning_gym("spell_backward", 4000, 200, seed=0, max_word_len=6)``.
+
+    The test set is made first. Training items whose question occurs in it are removed, so ``train`` may be shorter than ``train_size``;
+    the report says by how much.
+
+    Args:
+      dataset: its name in reasoning_gym.
+      train_size, test_size: items to generate, at most 1,000,000 each.
+      seed: two seeds have no item seed in common, nor have training and testing.
+      partial_credit: pay what the verifier says; otherwise 1 for its full score and 0 for less (partial credit can be padded).
+      extract: where the completion has its answer (``rewards.EXTRACT``); ``text`` is all of it, stripped.
+      timeout, workers: seconds for one verdict and number of worker processes. Verifiers that evaluate the completion run in workers
+        with 5 s by default; the others run in this process unless one of the two is given.
+      **dataset_config: fields of the dataset's own config.
+
+    Raises:
+      ValueError: unknown dataset, field or ``extract`` (with the nearest), a value the dataset refuses, sizes or a seed out of range, or a
+        dataset whose verifier is worthless; before anything is built. Also if no training item is left.
+    """
+    from reasoning_gym.factory import DATASETS, create_dataset      # takes seconds
+    _check(dataset, train_size, test_size, seed, dataset_config, DATASETS)
+    extract_answer("", extract)
+
+    def items(size: int, first_seed: int) -> list[Example]:
+        try:
+            source = create_dataset(dataset, size=size, seed=first_seed, **dataset_config)
+        except (AssertionError, ValueError, TypeError) as error:
+            raise ValueError(f"reasoning_gym dataset {dataset!r} refuses its config: {error}") from error
+        return [Example(i, e["question"], e["answer"], e) for i, e in enumerate(source)]
+
+    verifier = functools.partial(_verify, dataset, pickle.dumps(dataset_config), extract)
+    verify = runner(verifier, isolate=dataset in EVALUATES, timeout=timeout, workers=workers)
+    test = items(test_size, 2 * HALF * seed)
+    train, test, report = split(items(train_size, 2 * HALF * seed + HALF), test)
+
+    def score(examples: Sequence[Example], texts: Sequence[str]) -> list[Score]:
+        outcomes = verify([(e.entry, text) for e, text in zip(examples, texts, strict=True)])
+        return [verdict(*outcome, partial_credit) for outcome in outcomes]
+
+    return Task(f"reasoning_gym/{dataset}", train, test, score, _demonstrator(dataset, extract), report)
+
+
+def _check(dataset: str, train_size: int, test_size: int, seed: int, config: dict[str, Any], datasets: dict[str, tuple]) -> None:
+    if dataset not in datasets:
+        raise ValueError(unknown("reasoning_gym dataset", dataset, datasets))
+    if dataset in REFUSED:
+        raise ValueError(f"reasoning_gym dataset {dataset!r} cannot be trained on: {REFUSED[dataset]}")
+    if dataset == "composite":
+        raise ValueError("reasoning_gym dataset 'composite' hides the verifiers of its parts: name one of them instead")
+    fields = {f.name for f in dataclasses.fields(datasets[dataset][1])} - {"seed", "size"}
+    for name in config:
+        if name not in fields:
+            own = inspect.signature(reasoning_gym).parameters.keys() - {"dataset_config"}
+            raise ValueError(unknown(f"argument of reasoning_gym dataset {dataset!r}", name, fields | own))
+    check_sizes(train_size=train_size, test_size=test_size)
+    for name, size in (("train_size", train_size), ("test_size", test_size)):
+        if size > HALF:
+            raise ValueError(f"{name} must be at most {HALF}, got {size}: item seeds of training and testing would meet")
+    if not isinstance(seed, int) or not 0 <= seed < SEEDS:
+        raise ValueError(f"seed must be an integer in [0, {SEEDS}), got {seed!r}")
+
+
+def _verify(dataset: str, config: bytes, extract: str, entry: dict[str, Any], completion: str) -> float:
+    """The dataset's own score; 0 if the completion has no answer to extract. At the top of the module: workers import it."""
+    answer = extract_answer(completion, extract)
+    return 0.0 if answer is None else _source(dataset, config).score_answer(answer.strip(), entry)
+
+
+@functools.lru_cache(maxsize=8)
+def _source(dataset: str, config: bytes) -> Any:
+    """The dataset that verifies. Made from its name where it is needed, because some datasets cannot be pickled."""
+    from reasoning_gym.factory import create_dataset
+    return create_dataset(dataset, size=1, seed=0, **pickle.loads(config))
+
+
+def _demonstrator(dataset: str, extract: str) -> Callable[[Example], str]:
+    def demonstrate(example: Example) -> str:
+        if example.answer is None:
+            raise ValueError(f"reasoning_gym dataset {dataset!r} has no answers to demonstrate: it can be trained on by reward only")
+        return present(example.answer, extract)
+
+    return demonstrate

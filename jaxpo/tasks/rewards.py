@@ -1,0 +1,202 @@
+r"""Reward functions ``(completion, answer) -> float in [0, 1]``, usable alone and chosen by name.
+
+Each first takes the answer out of the completion (``extract``):
+``text`` all of it, stripped; ``last_number``; ``boxed`` the last ``\boxed{...}``; ``answer_tag`` the last ``<answer>...</answer>``.
+A completion in which there is nothing to take is wrong (0). An exception means that the pair could not be judged.
+"""
+import functools
+import importlib.util
+import inspect
+import logging
+import re
+from collections.abc import Callable
+from fractions import Fraction
+
+from jaxpo.registry import unknown
+from jaxpo.tasks.base import locate
+
+Reward = Callable[[str, str], float]
+
+_NUMBER = re.compile(r"(?<![\d.])[-+]?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\d))?(?:/\d+)?")
+_ANSWER_TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+
+
+def last_number(text: str) -> str | None:
+    """The last number in a text: ``-3``, ``1,000``, ``.5``, ``2e-3`` or ``3/4``; ``None`` if there is none."""
+    found = _NUMBER.findall(text)
+    return found[-1] if found else None
+
+
+def boxed(text: str) -> str | None:
+    r"""What stands in the last closed ``\boxed{...}``, braces inside it matched; ``None`` if there is none."""
+    for start in reversed([m.end() for m in re.finditer(r"\\boxed\s*\{", text)]):
+        depth = 1
+        for end in range(start, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                return text[start:end].strip()
+    return None
+
+
+def answer_tag(text: str) -> str | None:
+    """What stands in the last ``<answer>...</answer>``; ``None`` if there is none."""
+    found = _ANSWER_TAG.findall(text)
+    return found[-1].strip() if found else None
+
+
+EXTRACT: dict[str, Callable[[str], str | None]] = {
+    "text": str.strip, "last_number": last_number, "boxed": boxed, "answer_tag": answer_tag}
+_PRESENT = {"text": "{}", "last_number": "{}", "boxed": r"\boxed{{{}}}", "answer_tag": "<answer>{}</answer>"}
+
+
+def extract_answer(completion: str, how: str) -> str | None:
+    """The answer in a completion, or ``None``; ``how`` is one of ``EXTRACT``."""
+    if how not in EXTRACT:
+        raise ValueError(unknown("extract", how, EXTRACT))
+    return EXTRACT[how](completion)
+
+
+def present(answer: str, how: str) -> str:
+    """A completion from which ``extract_answer`` takes ``answer``: what a demonstration has to look like."""
+    return _PRESENT[how].format(answer)
+
+
+def exact(completion: str, answer: str, *, extract: str = "text", ignore_case: bool = False) -> float:
+    """1 if the extracted text is the answer, apart from white space at both ends."""
+    found = extract_answer(completion, extract)
+    if found is None:
+        return 0.0
+    fold = str.casefold if ignore_case else str
+    return float(fold(found.strip()) == fold(answer.strip()))
+
+
+def numeric(completion: str, answer: str, *, extract: str = "last_number", tolerance: float = 0.0) -> float:
+    """1 if the last number of the extracted text differs from the last number of the answer by at most ``tolerance``.
+
+    Numbers are compared exactly (1/2 is 0.5, and neighbours beyond 2**53 stay apart). Raises ``ValueError`` for an answer without a
+    number.
+    """
+    expected = _check_number(answer)
+    found = extract_answer(completion, extract)
+    value = None if found is None else _number(found)
+    return float(value is not None and abs(value - expected) <= tolerance)
+
+
+def regex(completion: str, answer: str, *, pattern: str | None = None, extract: str = "text") -> float:
+    """1 if the last match of ``pattern`` in the extracted text (its first group, if it has one) is the answer.
+
+    Without ``pattern`` the answer is one itself, and the extracted text has to match it from end to end.
+    """
+    found = extract_answer(completion, extract)
+    if found is None:
+        return 0.0
+    if pattern is None:
+        return float(re.fullmatch(answer, found) is not None)
+    matches = list(re.finditer(pattern, found))
+    if not matches:
+        return 0.0
+    last = matches[-1].group(1) if matches[-1].re.groups else matches[-1].group()
+    return float(last is not None and last.strip() == answer.strip())
+
+
+def mathematical(completion: str, answer: str, *, extract: str = "text") -> float:
+    r"""1 if math-verify finds the completion's expression equal to the answer's; needs the extra ``[math]``.
+
+    With ``extract="text"`` math-verify looks for the expression in the completion by its own rules, of which the last resort is lenient
+    (``12\pi`` without ``$`` reads as 12): prefer ``boxed`` where the model can be told to box its answer.
+
+    It can hang: tasks run it in worker processes, so its own time-outs, which work in a main thread only, are off.
+
+    Raises:
+      ValueError: nothing in the answer can be read as mathematics.
+    """
+    from math_verify import parse, verify
+    logging.getLogger("math_verify").setLevel(logging.ERROR)          # it warns that its time-outs are off
+    read = functools.partial(parse, parsing_timeout=None, raise_on_error=True)
+    found = extract_answer(completion, extract)
+    if found is None:
+        return 0.0
+    if found == answer.strip():
+        return 1.0
+    gold = read(_delimited(answer))
+    if not gold:
+        raise ValueError(f"the answer {answer!r} cannot be read as mathematics")
+    # The answer goes first: verify is not symmetric.
+    return float(verify(gold, read(found if extract == "text" else _delimited(found)), timeout_seconds=None, raise_on_error=True))
+
+
+def _delimited(expression: str) -> str:
+    """Bare LaTeX in dollars: without them math-verify reads ``12\\pi`` as 12 and ``x^2+1`` as nothing."""
+    return expression if re.search(r"\$|\\boxed|\\\(|\\\[", expression) else f"${expression.strip()}$"
+
+
+def _number(text: str) -> Fraction | None:
+    found = last_number(text)
+    if found is None or len(found) > 1000:          # int() refuses longer ones
+        return None
+    numerator, _, denominator = found.replace(",", "").partition("/")
+    if denominator and not int(denominator):
+        return None
+    return Fraction(numerator) / int(denominator or 1)
+
+
+def _check_number(answer: str) -> Fraction:
+    value = _number(answer)
+    if value is None:
+        raise ValueError(f"the answer {answer!r} contains no number")
+    return value
+
+
+REWARDS: dict[str, Callable[..., float]] = {"exact": exact, "numeric": numeric, "regex": regex, "math": mathematical}
+MAY_HANG = frozenset({"regex", "math"})     # backtracking and symbolic algebra; run in worker processes with a time limit
+
+
+def make_reward(reward: str | Reward, **options: object) -> Reward:
+    """The reward function for a name in ``REWARDS``, for ``"module:function"``, or for a function, with its options filled in.
+
+    Raises:
+      ValueError: unknown name, option or ``extract`` (with the nearest), or a pattern that is not a regular expression.
+      ImportError: ``math`` without math-verify.
+    """
+    if reward == "math" and importlib.util.find_spec("math_verify") is None:
+        raise ImportError("reward 'math' needs math-verify: pip install 'jaxpo[math]'")
+    function = _function(reward)
+    for name in options:
+        if name not in option_names(reward):
+            raise ValueError(unknown(f"option of reward {reward!r}", name, option_names(reward)))
+    if function in REWARDS.values():
+        extract_answer("", options.get("extract", "text"))
+        _compiles(options.get("pattern") or "", "pattern")
+        if not 0 <= options.get("tolerance", 0):
+            raise ValueError(f"tolerance must not be negative, got {options['tolerance']!r}")
+    return functools.partial(function, **options) if options else function
+
+
+def option_names(reward: str | Reward) -> list[str]:
+    """The options of a reward: its keyword-only parameters. Raises ``ValueError`` for an unknown name."""
+    return [n for n, p in inspect.signature(_function(reward)).parameters.items() if p.kind is p.KEYWORD_ONLY]
+
+
+def _function(reward: str | Reward) -> Reward:
+    if callable(reward):
+        return reward
+    if reward in REWARDS:
+        return REWARDS[reward]
+    if ":" in reward:
+        return locate(reward)
+    raise ValueError(unknown("reward", reward, REWARDS))
+
+
+def check_answer(reward: str | Reward, answer: str, **options: object) -> None:
+    """Raises ``ValueError`` if the reward could never judge against this answer; cheap, so that a data file is checked when read."""
+    if reward == "numeric":
+        _check_number(answer)
+    if reward == "regex" and options.get("pattern") is None:
+        _compiles(answer, "the answer")
+
+
+def _compiles(pattern: str, what: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{what} {pattern!r} is not a regular expression: {error}") from error

@@ -1,0 +1,227 @@
+"""Text to token ids and back: characters for policies trained from scratch, Hugging Face tokenizers for pretrained ones.
+
+Which positions count is never read off token ids: the pad id may well be the end-of-sequence id.
+"""
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from jaxpo.registry import unknown
+
+
+class Tokenizer(Protocol):
+    """What the rest of jaxpo asks of a tokenizer.
+
+    Attributes:
+      vocab_size: ids are in [0, vocab_size).
+      pad_id: fills unused positions; may equal an end-of-sequence id.
+      eos_ids: any of these ends a completion; the first one ends a demonstration.
+    """
+    vocab_size: int
+    pad_id: int
+    eos_ids: tuple[int, ...]
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text; no special token is added."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; special tokens (pad, end of sequence) are left out."""
+
+    def token_bytes(self) -> list[bytes]:
+        """For every id the bytes it appends to a text; ``b""`` for special ones."""
+
+    def render(self, question: str) -> str:
+        """The prompt that asks a question."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Enough for ``from_json`` to rebuild the tokenizer."""
+
+
+class _Symbols:
+    """A tokenizer whose tokens are single characters: id ``first + i`` is ``symbols[i]``, ids below ``first`` are special."""
+
+    def __init__(self, symbols: Sequence[str], first: int, pad_id: int, eos_id: int, separator: str):
+        self.pad_id, self.eos_ids, self.vocab_size = pad_id, (eos_id,), first + len(symbols)
+        self.separator = separator
+        self._text = [""] * first + list(symbols)
+        self._ids = {symbol: first + i for i, symbol in enumerate(symbols)}
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of the characters; ``ValueError`` names the first one that is not in the alphabet."""
+        try:
+            return [self._ids[c] for c in text]
+        except KeyError as error:
+            raise ValueError(f"character {error.args[0]!r} of {text[:80]!r} is not in the alphabet "
+                             f"{''.join(self._ids)!r}") from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The characters of the ids, special ones left out; ``ValueError`` names an id outside the vocabulary."""
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f"token id {int(i)} is outside the vocabulary of {self.vocab_size}")
+        return "".join(self._text[i] for i in ids)
+
+    def token_bytes(self) -> list[bytes]:
+        return [text.encode() for text in self._text]
+
+    def render(self, question: str) -> str:
+        """The question and the separator, which tells the policy where the question ends."""
+        return question + self.separator
+
+
+class CharTokenizer(_Symbols):
+    """One token a character: pad 0, end of sequence 1, then the alphabet in sorted order.
+
+    Args:
+      alphabet: the characters that occur; order and repetition do not matter.
+      separator: ends the question in ``render``; it joins the alphabet.
+    """
+
+    def __init__(self, alphabet: Iterable[str], separator: str = "\n"):
+        if len(separator) != 1:
+            raise ValueError(f"separator must be one character, got {separator!r}")
+        self.alphabet = "".join(sorted({*"".join(alphabet), separator}))
+        super().__init__(self.alphabet, first=2, pad_id=0, eos_id=1, separator=separator)
+
+    @classmethod
+    def from_texts(cls, texts: Iterable[str], separator: str = "\n") -> "CharTokenizer":
+        """The tokenizer whose alphabet is the characters of ``texts``."""
+        return cls(texts, separator)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "characters", "alphabet": self.alphabet, "separator": self.separator}
+
+
+class IntegerTokenizer(_Symbols):
+    """Digits of a base up to 36: id 0 is pad and end of sequence at once, 1 is the separator ``=``, ``2 + d`` is digit d."""
+
+    def __init__(self, base: int):
+        if not 2 <= base <= 36:
+            raise ValueError(f"base must be in [2, 36], got {base!r}")
+        self.base = base
+        super().__init__("=" + "0123456789abcdefghijklmnopqrstuvwxyz"[:base], first=1, pad_id=0, eos_id=0, separator="=")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "integers", "base": self.base}
+
+
+class PretrainedTokenizer:
+    """A fast tokenizer of ``transformers``.
+
+    Args:
+      tokenizer: a folder or hub name to load it from, or the object itself.
+      chat_template: ask questions through the model's chat template (instruct models). Otherwise a question is followed by a newline, and
+        preceded by the beginning-of-sequence token if the tokenizer is one that adds it.
+      eos: further tokens that end a completion, by their text. The tokenizer's own comes first; those of a ``generation_config.json``
+        in the folder are added.
+
+    Raises:
+      ValueError: not a fast tokenizer, no chat template, no end-of-sequence token, an ``eos`` that is no token (with the nearest).
+    """
+
+    def __init__(self, tokenizer: Any, chat_template: bool, eos: Sequence[str] = ()):
+        path = tokenizer if isinstance(tokenizer, (str, Path)) else None
+        if path is not None:
+            from transformers import AutoTokenizer
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(f"a fast tokenizer of transformers is needed, got {type(tokenizer).__name__}")
+        if chat_template and not tokenizer.chat_template:
+            raise ValueError("chat_template=True, but this tokenizer has no chat template: it belongs to a base model")
+        self._tokenizer, self.chat_template = tokenizer, chat_template
+        vocabulary = tokenizer.get_vocab()
+        self.vocab_size = max(vocabulary.values()) + 1
+        for text in eos:
+            if text not in vocabulary:
+                raise ValueError(unknown("eos token", text, tokenizer.all_special_tokens))
+        ends = [tokenizer.eos_token_id, *(vocabulary[text] for text in eos), *_generation_eos(path)]
+        self.eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
+        if not self.eos_ids:
+            raise ValueError("this tokenizer has no end-of-sequence token: name one with eos=[...]")
+        self.pad_id = self.eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self._special = {self.pad_id, *self.eos_ids, *tokenizer.all_special_ids}
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        kept = [int(i) for i in ids if int(i) not in self._special]
+        return self._tokenizer.decode(kept, clean_up_tokenization_spaces=False)
+
+    def token_bytes(self) -> list[bytes]:
+        """For every id the bytes it appends to a text; ``ValueError`` for a tokenizer whose tokens cannot be told apart as bytes."""
+        spec = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        to_bytes = _byte_reader(spec)
+        table = [b""] * self.vocab_size
+        added = {t["id"]: t["content"] for t in spec["added_tokens"]}      # written in plain text, whatever the model's alphabet
+        for token, i in self._tokenizer.get_vocab().items():
+            if i not in self._special:
+                table[i] = added[i].encode() if i in added else to_bytes(token)
+        return table
+
+    def render(self, question: str) -> str:
+        if self.chat_template:
+            return self._tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
+                                                       add_generation_prompt=True)
+        bos = self._tokenizer.bos_token_id
+        prefix = self._tokenizer.bos_token if bos is not None and self._tokenizer.encode("a")[0] == bos else ""
+        return f"{prefix}{question}\n"
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole tokenizer, not its path: a checkpoint has to be usable when the folder or the hub is gone."""
+        t = self._tokenizer
+        names = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")
+        options = {name: getattr(t, name) for name in names if getattr(t, name) is not None}
+        extra = [s for s in t.all_special_tokens if s not in options.values()]
+        return {"kind": "pretrained", "tokenizer": t.backend_tokenizer.to_str(), "options": options, "special": extra,
+                "chat_template": self.chat_template, "eos": [t.convert_ids_to_tokens(i) for i in self.eos_ids]}
+
+
+def from_json(spec: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer whose ``to_json`` is ``spec``. Raises ``ValueError`` for an unknown kind."""
+    kinds = {
+        "characters": lambda s: CharTokenizer(s["alphabet"], s["separator"]),
+        "integers": lambda s: IntegerTokenizer(s["base"]),
+        "pretrained": _pretrained_from_json,
+    }
+    if spec.get("kind") not in kinds:
+        raise ValueError(unknown("kind of tokenizer", spec.get("kind"), kinds))
+    return kinds[spec["kind"]](spec)
+
+
+def _pretrained_from_json(spec: Mapping[str, Any]) -> PretrainedTokenizer:
+    from tokenizers import Tokenizer as Backend
+    from transformers import PreTrainedTokenizerFast
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Backend.from_str(spec["tokenizer"]), **spec["options"],
+                                        additional_special_tokens=spec["special"])
+    return PretrainedTokenizer(tokenizer, spec["chat_template"], spec["eos"])
+
+
+def _generation_eos(path: str | Path | None) -> list[int]:
+    """The end-of-sequence ids of a model folder's generation_config.json (instruct models often have several)."""
+    file = None if path is None else Path(path) / "generation_config.json"
+    if file is None or not file.is_file():
+        return []
+    ids = json.loads(file.read_text()).get("eos_token_id")
+    return ids if isinstance(ids, list) else [ids]
+
+
+def _byte_reader(spec: Mapping[str, Any]):
+    """How a token of this vocabulary is read as bytes, by the decoder in its tokenizer.json."""
+    decoder = spec.get("decoder") or {}
+    steps = {step["type"] for step in decoder.get("decoders", [decoder]) if step}
+    if "ByteLevel" in steps:
+        table = {c: b for b, c in _bytes_to_unicode().items()}
+        return lambda token: bytes(table[c] for c in token)
+    if steps & {"Metaspace", "Replace", "ByteFallback"}:
+        return lambda token: bytes([int(token[3:5], 16)]) if re.fullmatch("<0x[0-9A-F]{2}>", token) else token.replace("▁", " ").encode()
+    raise ValueError(f"token_bytes knows byte-level and SentencePiece vocabularies; this tokenizer decodes by {sorted(steps) or 'nothing'}")
+
+
+def _bytes_to_unicode() -> dict[int, str]:
+    """GPT-2's table: printable bytes stand for themselves, the others are shifted to 256 and up, in order."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)}

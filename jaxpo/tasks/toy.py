@@ -1,0 +1,101 @@
+"""A task small enough to live inside jit: write the digits of the prompt in reverse, then stop.
+
+Prompts, targets and rewards are jax arrays, so whole training runs can be scanned and vmapped; ``toy`` offers the same task to
+the ordinary loop, with the same rewards.
+"""
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxpo.tasks.base import Example, Score, Task, check_sizes, split, verdict
+from jaxpo.tasks.tokenizers import IntegerTokenizer
+
+
+@dataclass(frozen=True)
+class ReverseDigits:
+    """Prompts of ``digits`` digits of base ``base`` and a separator; P = digits + 1. Token ids are those of ``IntegerTokenizer``.
+
+    Attributes:
+      digits: digits a prompt.
+      base: digits are in [0, base).
+      partial_credit: pay the share of right positions instead of 1 for all of them and 0 for less.
+    """
+    digits: int = 3
+    base: int = 10
+    partial_credit: bool = False
+
+    def __post_init__(self):
+        check_sizes(digits=self.digits)
+        IntegerTokenizer(self.base)          # refuses a base that is out of range
+
+    @property
+    def tokenizer(self) -> IntegerTokenizer:
+        return IntegerTokenizer(self.base)
+
+    def prompts(self, key: jax.Array, n: int) -> jax.Array:
+        """``n`` random prompts [n, P], int32."""
+        digits = jax.random.randint(key, (n, self.digits), 2, 2 + self.base, jnp.int32)
+        return jnp.concatenate([digits, jnp.ones((n, 1), jnp.int32)], axis=1)
+
+    def targets(self, prompt_tokens: jax.Array) -> jax.Array:
+        """The completions [B, digits + 1] that are right, end of sequence included. Prompts may be padded on the left."""
+        answer = prompt_tokens[:, -2:-2 - self.digits:-1]
+        return jnp.pad(answer, ((0, 0), (0, 1)))         # the end of sequence is token 0
+
+    def reward(self, prompt_tokens: jax.Array, completion: jax.Array, mask: jax.Array) -> jax.Array:
+        """The reward [B], float32, of completions.
+
+        Args:
+          prompt_tokens: [B, P] int; a longer P is padding on the left.
+          completion: [B, T] int; what is written is the sampled tokens before the end of sequence.
+          mask: [B, T]; 1 on tokens that were sampled.
+
+        Raises:
+          ValueError: T leaves no room for the answer and the end of sequence.
+        """
+        if completion.shape[1] < self.digits + 1:
+            raise ValueError(f"completions of {completion.shape[1]} tokens cannot hold {self.digits} digits and the end of sequence")
+        written = (mask > 0) & (completion != 0)
+        answer = self.targets(prompt_tokens)[:, :-1]
+        right = jnp.sum(written[:, :self.digits] & (completion[:, :self.digits] == answer), axis=1)
+        # Writing more than the answer dilutes it: there is no credit in padding.
+        share = right / jnp.maximum(self.digits, jnp.sum(written, axis=1))
+        return (share if self.partial_credit else share == 1).astype(jnp.float32)
+
+    def score(self, question: str, text: str) -> float:
+        """The same reward for texts, on the host."""
+        right = sum(a == b for a, b in zip(question[::-1], text, strict=False))
+        share = right / max(self.digits, len(text))
+        return share if self.partial_credit else float(share == 1)
+
+
+def toy(train_size: int, test_size: int, seed: int, digits: int = 3, base: int = 10, partial_credit: bool = False) -> Task:
+    """``ReverseDigits`` as a task for the ordinary loop; its tokenizer is ``IntegerTokenizer(base)``.
+
+    Questions are strings of digits, answers the reversed strings. Test questions are distinct; training items are drawn with
+    replacement and those that occur in the test set are removed, so ``train`` is shorter than ``train_size``.
+
+    Raises:
+      ValueError: sizes that are not positive, or a test set that is all there is.
+    """
+    game = ReverseDigits(digits, base, partial_credit)
+    check_sizes(train_size=train_size, test_size=test_size)
+    if test_size >= base**digits:
+        raise ValueError(f"test_size={test_size} leaves nothing to train on: there are {base**digits} different prompts")
+    rng, prompts = random.Random(seed), range(base**digits)
+    held_out = rng.sample(prompts, test_size)
+    drawn = rng.choices(prompts, k=train_size)
+
+    def example(index: int, number: int) -> Example:
+        question = game.tokenizer.decode([2 + number // base**place % base for place in range(digits)])
+        return Example(index, question, question[::-1], {})
+
+    train, test, report = split([example(*pair) for pair in enumerate(drawn)], [example(*pair) for pair in enumerate(held_out)])
+
+    def score(examples: Sequence[Example], texts: Sequence[str]) -> list[Score]:
+        return [verdict(game.score(e.question, text), None, partial_credit) for e, text in zip(examples, texts, strict=True)]
+
+    return Task("toy", train, test, score, lambda example: example.answer, report)

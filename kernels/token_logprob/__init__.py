@@ -1,0 +1,1 @@
+"""Log-probabilities of target tokens from hidden states, without the logits [N, V] in memory."""
