@@ -54,6 +54,7 @@ setup(
         "reasoning-gym~=0.1.25",  # a newer series may generate other items from the same seed
         "rich>=13.7",
         "tensorstore>=0.1.84",
+        "tokenizers>=0.22",
         "tqdm>=4.66",
         "transformers>=5.0",
     ],

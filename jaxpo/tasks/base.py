@@ -5,6 +5,7 @@ Everything here is host side and plain Python, so that it can be imported by pro
 import importlib
 import inspect
 import math
+import numbers
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Score:
-    """The verdict on one completion. ``error``: the verifier raised, timed out or returned nonsense; to be counted apart."""
+    """The verdict on one completion. ``error``: the verifier raised, timed out or returned nonsense; counted apart."""
     reward: float
     correct: bool
     error: str | None = None
@@ -50,7 +51,8 @@ class Task:
     report: Mapping[str, float]
 
 
-# Where the factories live; a factory is imported when it is asked for. Tasks of one's own: @jaxpo.registry.register("task").
+# Where the factories live; a factory is imported when it is asked for. Tasks of one's own:
+# @jaxpo.registry.register("task").
 TASKS = {
     "jsonl": "jaxpo.tasks.jsonl:jsonl",
     "reasoning_gym": "jaxpo.tasks.reasoning_gym:reasoning_gym",
@@ -62,23 +64,33 @@ def build(config: Mapping[str, Any]) -> Task:
     """The task that ``config`` describes: ``{"name": "reasoning_gym", "dataset": "spell_backward", ...}``.
 
     Raises:
-      ValueError: no name, or a name or argument that does not exist (with the nearest one), or a required argument that is
-        absent; before any example is made.
+      ValueError: no name, or a name or argument that does not exist (with the nearest one), or a required argument
+        that is absent; before any example is made.
     """
-    arguments = dict(config)
-    choices = sorted({*TASKS, *names("task")})
-    if "name" not in arguments:
-        raise ValueError(f"task: field 'name' is missing; known: {', '.join(choices)}")
-    name = arguments.pop("name")
-    if name not in choices:
-        raise ValueError(unknown("task", name, choices))
-    factory = locate(TASKS[name]) if name in TASKS else registered(name, "task").factory
-    parameters = inspect.signature(factory).parameters
+    if "name" not in config:
+        raise ValueError(f"task: field 'name' is missing; known: {', '.join(_choices())}")
+    arguments = {k: v for k, v in config.items() if k != "name"}
+    name, parameters = config["name"], task_arguments(config["name"])
     plain = {k: p for k, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
     # A factory with **options checks those itself: only it knows which of them exist.
     given = arguments if len(plain) == len(parameters) else plain.keys() & arguments.keys()
     check_arguments(f"task {name!r}", given, plain)
-    return factory(**arguments)
+    return _factory(name)(**arguments)
+
+
+def task_arguments(name: str) -> Mapping[str, inspect.Parameter]:
+    """The arguments of the task called ``name``; ``ValueError`` with the nearest names if there is none."""
+    return inspect.signature(_factory(name)).parameters
+
+
+def _choices() -> list[str]:
+    return sorted({*TASKS, *names("task")})
+
+
+def _factory(name: str) -> Callable[..., Task]:
+    if name not in _choices():
+        raise ValueError(unknown("task", name, _choices()))
+    return locate(TASKS[name]) if name in TASKS else registered(name, "task").factory
 
 
 def locate(path: str) -> Any:
@@ -102,8 +114,9 @@ def split(train: Sequence[Example], test: Sequence[Example]) -> tuple[list[Examp
     held_out = {e.question for e in test}
     kept = [e for e in train if e.question not in held_out]
     if not test or not kept:
-        raise ValueError(f"nothing to {'train' if test else 'test'} on: {len(train)} training items, {len(test)} test items, "
-                         f"{len(train) - len(kept)} training items removed because the test set contains their question")
+        raise ValueError(f"nothing to {'train' if test else 'test'} on: {len(train)} training items, {len(test)} test "
+                         f"items, {len(train) - len(kept)} training items removed because their question is in the "
+                         "test set")
     seen = {e.question for e in kept}
     report = {
         "train/size": float(len(kept)),
@@ -112,8 +125,11 @@ def split(train: Sequence[Example], test: Sequence[Example]) -> tuple[list[Examp
         "test/unseen_share": sum(e.question not in seen for e in test) / len(test),
         "test/distinct_share": len(held_out) / len(test),
     }
-    renumber = lambda examples: [replace(e, index=i) for i, e in enumerate(examples)]  # noqa: E731
-    return renumber(kept), renumber(test), report
+    return _renumbered(kept), _renumbered(test), report
+
+
+def _renumbered(examples: Sequence[Example]) -> list[Example]:
+    return [replace(e, index=i) for i, e in enumerate(examples)]
 
 
 def check_sizes(**sizes: int) -> None:
@@ -127,7 +143,7 @@ def verdict(value: Any, error: str | None, partial_credit: bool) -> Score:
     """The score for what a verifier returned (a number in [0, 1]) or for the error it ended with."""
     if error is not None:
         return Score(0.0, False, error)
-    if not isinstance(value, (int, float)) or not math.isfinite(value) or not 0 <= value <= 1:
+    if not isinstance(value, numbers.Real) or not math.isfinite(value) or not 0 <= value <= 1:
         return Score(0.0, False, f"the verifier returned {value!r}, not a number in [0, 1]")
     correct = value == 1
     return Score(float(value) if partial_credit else float(correct), correct)
@@ -136,7 +152,8 @@ def verdict(value: Any, error: str | None, partial_credit: bool) -> Score:
 def imperfect(demonstrate: Callable[[Example], str], drop_last: float = 0.6, seed: int = 0) -> Callable[[Example], str]:
     """A demonstrator that makes mistakes, as data found on the web does: it omits the last character of some answers.
 
-    Whether it does is a function of ``(example.index, seed)`` alone, so a run can be repeated and an example stays as it is.
+    Whether it does is a function of ``(example.index, seed)`` alone: a run can be repeated, and an example shown again
+    is spoiled again.
 
     Args:
       demonstrate: the demonstrator that is right.

@@ -9,13 +9,14 @@ from typing import Any
 
 from jaxpo.registry import unknown
 from jaxpo.tasks.base import Example, Score, Task, check_sizes, split, verdict
-from jaxpo.tasks.rewards import MAY_HANG, Reward, check_answer, make_reward, option_names, present
+from jaxpo.tasks.rewards import MAY_HANG, Reward, check_answer, make_reward, option_names, preparation, present
 from jaxpo.tasks.workers import runner
 
 
-def jsonl(path: str | os.PathLike, test_path: str | os.PathLike | None = None, test_size: int | None = None, seed: int = 0,
-          question_field: str = "question", answer_field: str = "answer", demonstration_field: str | None = None,
-          reward: str | Reward = "exact", timeout: float | None = None, workers: int | None = None, **reward_options: Any) -> Task:
+def jsonl(path: str | os.PathLike, test_path: str | os.PathLike | None = None, test_size: int | None = None,
+          seed: int = 0, question_field: str = "question", answer_field: str = "answer",
+          demonstration_field: str | None = None, reward: str | Reward = "exact", timeout: float | None = None,
+          workers: int | None = None, **reward_options: Any) -> Task:
     """A task from a file with one JSON object a line: ``jsonl("train.jsonl", "test.jsonl", reward="numeric")``.
 
     Training items whose question occurs in the test set are removed; the report says how many.
@@ -27,9 +28,10 @@ def jsonl(path: str | os.PathLike, test_path: str | os.PathLike | None = None, t
       seed: of that draw.
       question_field, answer_field: their names in the objects; a question is a string, an answer a string or a number.
       demonstration_field: a worked solution to imitate; by default demonstrations are made of the answer.
-      reward: ``exact``, ``numeric``, ``regex``, ``math``, ``"module:function"`` or a function ``(completion, answer) -> [0, 1]``.
-      timeout, workers: seconds for one verdict and number of worker processes. ``exact`` and ``numeric`` run in this process unless one
-        of the two is given; all others run in workers, with 5 s by default.
+      reward: ``exact``, ``numeric``, ``regex``, ``math``, ``"module:function"``, or a function
+        ``(completion, answer) -> float in [0, 1]`` from an importable module.
+      timeout, workers: seconds for one verdict and number of worker processes. ``exact`` and ``numeric`` run in this
+        process unless one of the two is given; all others run in workers, with 5 s by default.
       **reward_options: options of the reward (``extract``, ``tolerance``, ``pattern``, ``ignore_case``, ...).
 
     Raises:
@@ -53,7 +55,7 @@ def jsonl(path: str | os.PathLike, test_path: str | os.PathLike | None = None, t
         test, rest = _hold_out(_read(path, fields, reward, reward_options), test_size, seed, path)
     train, test, report = split(rest, test)
     in_process = isinstance(reward, str) and ":" not in reward and reward not in MAY_HANG
-    verify = runner(judge, isolate=not in_process, timeout=timeout, workers=workers)
+    verify = runner(judge, isolate=not in_process, timeout=timeout, workers=workers, prepare=preparation(reward))
 
     def score(examples: Sequence[Example], texts: Sequence[str]) -> list[Score]:
         outcomes = verify([(text, e.answer) for e, text in zip(examples, texts, strict=True)])
@@ -64,43 +66,47 @@ def jsonl(path: str | os.PathLike, test_path: str | os.PathLike | None = None, t
             return example.entry[demonstration_field]
         return present(example.answer, reward_options.get("extract", "text"))
 
-    # An answer that is a pattern, or that a function of the user's reads in its own way, is not something to write down.
+    # An answer that is a pattern, or that a function of the user's reads in its own way, is not something to write
+    # down.
     writable = demonstration_field is not None or reward in ("exact", "numeric", "math")
     return Task(f"jsonl/{Path(path).name}", train, test, score, demonstrate if writable else None, report)
 
 
-def _read(path: str | os.PathLike, fields: list[str], reward: str | Reward, options: Mapping[str, Any]) -> list[Example]:
-    """The examples of a file; ``fields`` are question, answer and, if asked for, demonstration. Blank lines are skipped."""
+def _read(path: str | os.PathLike, fields: list[str], reward: str | Reward,
+          options: Mapping[str, Any]) -> list[Example]:
+    """The examples of a file; ``fields`` are question, answer and, if asked for, demonstration. Skips blank lines."""
     examples = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
             record = json.loads(line)
         except ValueError as error:              # not JSON, or not UTF-8
-            raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
+            raise ValueError(f"{where}: not JSON: {error}") from error
         if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: a JSON object is expected, found {type(record).__name__}")
+            raise ValueError(f"{where}: a JSON object is expected, found {type(record).__name__}")
         for position, field in enumerate(fields):
             if field not in record:
-                raise ValueError(f"{path}, line {number}: field {field!r} is missing: {unknown('field', field, record)}")
+                raise ValueError(f"{where}: field {field!r} is missing: {unknown('field', field, record)}")
             value, allowed = record[field], (str, int, float) if position == 1 else (str,)
             if not isinstance(value, allowed) or isinstance(value, bool) or value == "":
-                raise ValueError(f"{path}, line {number}: field {field!r} must be a string{' or a number' * (position == 1)}, "
-                                 f"not empty, found {value!r}")
+                raise ValueError(f"{where}: field {field!r} must be a string{' or a number' * (position == 1)}, not "
+                                 f"empty, found {value!r}")
         question, answer = record[fields[0]], str(record[fields[1]])
         try:
             check_answer(reward, answer, **options)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: field {fields[1]!r}: {error}") from error
+            raise ValueError(f"{where}: field {fields[1]!r}: {error}") from error
         examples.append(Example(len(examples), question, answer, record))
     if not examples:
         raise ValueError(f"{path}: no items")
     return examples
 
 
-def _hold_out(examples: list[Example], size: int, seed: int, path: str | os.PathLike) -> tuple[list[Example], list[Example]]:
-    """``size`` distinct questions drawn for testing (their first occurrences), and the rest, later occurrences included."""
+def _hold_out(examples: list[Example], size: int, seed: int,
+              path: str | os.PathLike) -> tuple[list[Example], list[Example]]:
+    """``size`` distinct questions drawn for testing (their first occurrences), and all else, later occurrences too."""
     first: dict[str, Example] = {}
     for example in examples:
         first.setdefault(example.question, example)

@@ -16,37 +16,43 @@ REFUSED = {
     "game_of_life_halting": "its verifier gives full credit to any completion",
     "puzzle24": "its verifier ignores which numbers are used",
 }
-# Verifiers that evaluate the completion (eval, sympy, Fraction("1e999999999")): they can hang, so they run in worker processes.
-EVALUATES = frozenset({"binary_matrix", "coin_flip", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication",
-                       "simple_integration", "spiral_matrix", "string_insertion"})
+# Verifiers that evaluate the completion (eval, sympy, Fraction("1e999999999")): they can hang, so they run in worker
+# processes.
+EVALUATES = frozenset({"binary_matrix", "coin_flip", "countdown", "intermediate_integration", "n_queens",
+                       "polynomial_multiplication", "simple_integration", "spiral_matrix", "string_insertion"})
 
-# An item's seed is `seed + index`. Every run seed owns a block of consecutive item seeds, half for testing, half for training.
+# An item's seed is `seed + index`. Every run seed owns a block of consecutive item seeds, half for testing, half for
+# training.
 HALF = 1_000_000
 SEEDS = 2**32 // (2 * HALF)       # some datasets seed numpy, which takes 32 bits
 
 
-def reasoning_gym(dataset: str, train_size: int, test_size: int, seed: int, partial_credit: bool = False, extract: str = "text",
-                  timeout: float | None = None, workers: int | None = None, **dataset_config: Any) -> Task:
+def reasoning_gym(dataset: str, train_size: int, test_size: int, seed: int, partial_credit: bool = False,
+                  extract: str = "text", timeout: float | None = None, workers: int | None = None,
+                  **dataset_config: Any) -> Task:
     """A task from a dataset of reasoning_gym: ``reasoning_gym("spell_backward", 4000, 200, seed=0, max_word_len=6)``.
 
-    The test set is made first. Training items whose question occurs in it are removed, so ``train`` may be shorter than ``train_size``;
-    the report says by how much.
+    The test set is made first. Training items whose question occurs in it are removed, so ``train`` may be shorter than
+    ``train_size``; the report says by how much.
 
     Args:
       dataset: its name in reasoning_gym.
       train_size, test_size: items to generate, at most 1,000,000 each.
       seed: two seeds have no item seed in common, nor have training and testing.
-      partial_credit: pay what the verifier says; otherwise 1 for its full score and 0 for less (partial credit can be padded).
+      partial_credit: pay what the verifier says; otherwise 1 for its full score and 0 for less. Off by default,
+        because some verifiers' partial credit grows with padding.
       extract: where the completion has its answer (``rewards.EXTRACT``); ``text`` is all of it, stripped.
-      timeout, workers: seconds for one verdict and number of worker processes. Verifiers that evaluate the completion run in workers
-        with 5 s by default; the others run in this process unless one of the two is given.
+      timeout, workers: seconds for one verdict and number of worker processes. Verifiers that evaluate the completion
+        run in workers with 5 s by default; the others run in this process unless one of the two is given.
       **dataset_config: fields of the dataset's own config.
 
     Raises:
-      ValueError: unknown dataset, field or ``extract`` (with the nearest), a value the dataset refuses, sizes or a seed out of range, or a
-        dataset whose verifier is worthless; before anything is built. Also if no training item is left.
+      ValueError: unknown dataset, field or ``extract`` (with the nearest), a value the dataset refuses, sizes or a seed
+        out of range, or a dataset whose verifier is worthless; before anything is built. Also if no training item is
+        left.
     """
-    from reasoning_gym.factory import DATASETS, create_dataset      # takes seconds
+    from reasoning_gym.factory import DATASETS, create_dataset
+
     _check(dataset, train_size, test_size, seed, dataset_config, DATASETS)
     extract_answer("", extract)
 
@@ -57,8 +63,9 @@ def reasoning_gym(dataset: str, train_size: int, test_size: int, seed: int, part
             raise ValueError(f"reasoning_gym dataset {dataset!r} refuses its config: {error}") from error
         return [Example(i, e["question"], e["answer"], e) for i, e in enumerate(source)]
 
-    verifier = functools.partial(_verify, dataset, pickle.dumps(dataset_config), extract)
-    verify = runner(verifier, isolate=dataset in EVALUATES, timeout=timeout, workers=workers)
+    config = pickle.dumps(dataset_config)
+    verify = runner(functools.partial(_verify, dataset, config, extract), isolate=dataset in EVALUATES, timeout=timeout,
+                    workers=workers, prepare=functools.partial(_source, dataset, config))
     test = items(test_size, 2 * HALF * seed)
     train, test, report = split(items(train_size, 2 * HALF * seed + HALF), test)
 
@@ -69,7 +76,8 @@ def reasoning_gym(dataset: str, train_size: int, test_size: int, seed: int, part
     return Task(f"reasoning_gym/{dataset}", train, test, score, _demonstrator(dataset, extract), report)
 
 
-def _check(dataset: str, train_size: int, test_size: int, seed: int, config: dict[str, Any], datasets: dict[str, tuple]) -> None:
+def _check(dataset: str, train_size: int, test_size: int, seed: int, config: dict[str, Any],
+           datasets: dict[str, tuple]) -> None:
     if dataset not in datasets:
         raise ValueError(unknown("reasoning_gym dataset", dataset, datasets))
     if dataset in REFUSED:
@@ -84,13 +92,13 @@ def _check(dataset: str, train_size: int, test_size: int, seed: int, config: dic
     check_sizes(train_size=train_size, test_size=test_size)
     for name, size in (("train_size", train_size), ("test_size", test_size)):
         if size > HALF:
-            raise ValueError(f"{name} must be at most {HALF}, got {size}: item seeds of training and testing would meet")
+            raise ValueError(f"{name} must be at most {HALF}, got {size}: training and testing would share item seeds")
     if not isinstance(seed, int) or not 0 <= seed < SEEDS:
         raise ValueError(f"seed must be an integer in [0, {SEEDS}), got {seed!r}")
 
 
 def _verify(dataset: str, config: bytes, extract: str, entry: dict[str, Any], completion: str) -> float:
-    """The dataset's own score; 0 if the completion has no answer to extract. At the top of the module: workers import it."""
+    """The dataset's own score; 0 if the completion has no answer to extract. Worker processes import it by name."""
     answer = extract_answer(completion, extract)
     return 0.0 if answer is None else _source(dataset, config).score_answer(answer.strip(), entry)
 
@@ -105,7 +113,7 @@ def _source(dataset: str, config: bytes) -> Any:
 def _demonstrator(dataset: str, extract: str) -> Callable[[Example], str]:
     def demonstrate(example: Example) -> str:
         if example.answer is None:
-            raise ValueError(f"reasoning_gym dataset {dataset!r} has no answers to demonstrate: it can be trained on by reward only")
+            raise ValueError(f"reasoning_gym dataset {dataset!r} has no answers to demonstrate: it only offers rewards")
         return present(example.answer, extract)
 
     return demonstrate

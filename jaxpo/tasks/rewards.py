@@ -1,10 +1,12 @@
 r"""Reward functions ``(completion, answer) -> float in [0, 1]``, usable alone and chosen by name.
 
 Each first takes the answer out of the completion (``extract``):
-``text`` all of it, stripped; ``last_number``; ``boxed`` the last ``\boxed{...}``; ``answer_tag`` the last ``<answer>...</answer>``.
+``text`` all of it, stripped; ``last_number``; ``boxed`` the last ``\boxed{...}``; ``answer_tag`` the last
+``<answer>...</answer>``.
 A completion in which there is nothing to take is wrong (0). An exception means that the pair could not be judged.
 """
 import functools
+import importlib
 import importlib.util
 import inspect
 import logging
@@ -17,7 +19,8 @@ from jaxpo.tasks.base import locate
 
 Reward = Callable[[str, str], float]
 
-_NUMBER = re.compile(r"(?<![\d.])[-+]?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\d))?(?:/\d+)?")
+_NUMBER = re.compile(r"(?<![\d.])[-+]?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+|(?=\.\d))(?:\.\d+)?"     # -1,234.5
+                     r"(?:[eE][-+]?\d{1,3}(?!\d))?(?:/\d+)?")                                      # e-3, /4
 _ANSWER_TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 
 
@@ -73,8 +76,8 @@ def exact(completion: str, answer: str, *, extract: str = "text", ignore_case: b
 def numeric(completion: str, answer: str, *, extract: str = "last_number", tolerance: float = 0.0) -> float:
     """1 if the last number of the extracted text differs from the last number of the answer by at most ``tolerance``.
 
-    Numbers are compared exactly (1/2 is 0.5, and neighbours beyond 2**53 stay apart). Raises ``ValueError`` for an answer without a
-    number.
+    Numbers are compared exactly (1/2 is 0.5, and neighbors beyond 2**53 stay apart). Raises ``ValueError`` for an
+    answer without a number.
     """
     expected = _check_number(answer)
     found = extract_answer(completion, extract)
@@ -102,8 +105,8 @@ def regex(completion: str, answer: str, *, pattern: str | None = None, extract: 
 def mathematical(completion: str, answer: str, *, extract: str = "text") -> float:
     r"""1 if math-verify finds the completion's expression equal to the answer's; needs the extra ``[math]``.
 
-    With ``extract="text"`` math-verify looks for the expression in the completion by its own rules, of which the last resort is lenient
-    (``12\pi`` without ``$`` reads as 12): prefer ``boxed`` where the model can be told to box its answer.
+    With ``extract="text"`` math-verify looks for the expression in the completion by its own rules, of which the last
+    resort is lenient (``12\pi`` without ``$`` reads as 12): prefer ``boxed`` where the model can be told to box.
 
     It can hang: tasks run it in worker processes, so its own time-outs, which work in a main thread only, are off.
 
@@ -122,7 +125,8 @@ def mathematical(completion: str, answer: str, *, extract: str = "text") -> floa
     if not gold:
         raise ValueError(f"the answer {answer!r} cannot be read as mathematics")
     # The answer goes first: verify is not symmetric.
-    return float(verify(gold, read(found if extract == "text" else _delimited(found)), timeout_seconds=None, raise_on_error=True))
+    target = read(found if extract == "text" else _delimited(found))
+    return float(verify(gold, target, timeout_seconds=None, raise_on_error=True))
 
 
 def _delimited(expression: str) -> str:
@@ -148,11 +152,11 @@ def _check_number(answer: str) -> Fraction:
 
 
 REWARDS: dict[str, Callable[..., float]] = {"exact": exact, "numeric": numeric, "regex": regex, "math": mathematical}
-MAY_HANG = frozenset({"regex", "math"})     # backtracking and symbolic algebra; run in worker processes with a time limit
+MAY_HANG = frozenset({"regex", "math"})     # backtracking, symbolic algebra: run in worker processes with a time limit
 
 
 def make_reward(reward: str | Reward, **options: object) -> Reward:
-    """The reward function for a name in ``REWARDS``, for ``"module:function"``, or for a function, with its options filled in.
+    """The reward function for a name in ``REWARDS``, ``"module:function"`` or a function, with its options filled in.
 
     Raises:
       ValueError: unknown name, option or ``extract`` (with the nearest), or a pattern that is not a regular expression.
@@ -172,6 +176,11 @@ def make_reward(reward: str | Reward, **options: object) -> Reward:
     return functools.partial(function, **options) if options else function
 
 
+def preparation(reward: str | Reward) -> Callable[[], object] | None:
+    """What a worker process should do before the first verdict, so that its imports are not taken for a slow item."""
+    return functools.partial(importlib.import_module, "math_verify") if reward == "math" else None
+
+
 def option_names(reward: str | Reward) -> list[str]:
     """The options of a reward: its keyword-only parameters. Raises ``ValueError`` for an unknown name."""
     return [n for n, p in inspect.signature(_function(reward)).parameters.items() if p.kind is p.KEYWORD_ONLY]
@@ -188,7 +197,7 @@ def _function(reward: str | Reward) -> Reward:
 
 
 def check_answer(reward: str | Reward, answer: str, **options: object) -> None:
-    """Raises ``ValueError`` if the reward could never judge against this answer; cheap, so that a data file is checked when read."""
+    """Raises ``ValueError`` if the reward could never judge against this answer; cheap enough for whole data files."""
     if reward == "numeric":
         _check_number(answer)
     if reward == "regex" and options.get("pattern") is None:

@@ -1,10 +1,11 @@
-"""Text to token ids and back: characters for policies trained from scratch, Hugging Face tokenizers for pretrained ones.
+"""Text to token ids and back: characters for policies trained from scratch, ``transformers`` for pretrained ones.
 
 Which positions count is never read off token ids: the pad id may well be the end-of-sequence id.
 """
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import string
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,7 +41,7 @@ class Tokenizer(Protocol):
 
 
 class _Symbols:
-    """A tokenizer whose tokens are single characters: id ``first + i`` is ``symbols[i]``, ids below ``first`` are special."""
+    """Tokens are single characters: id ``first + i`` is ``symbols[i]``, ids below ``first`` are special."""
 
     def __init__(self, symbols: Sequence[str], first: int, pad_id: int, eos_id: int, separator: str):
         self.pad_id, self.eos_ids, self.vocab_size = pad_id, (eos_id,), first + len(symbols)
@@ -95,13 +96,14 @@ class CharTokenizer(_Symbols):
 
 
 class IntegerTokenizer(_Symbols):
-    """Digits of a base up to 36: id 0 is pad and end of sequence at once, 1 is the separator ``=``, ``2 + d`` is digit d."""
+    """Digits of a base up to 36: id 0 is pad and end of sequence at once, 1 the separator ``=``, ``2 + d`` digit d."""
 
     def __init__(self, base: int):
         if not 2 <= base <= 36:
             raise ValueError(f"base must be in [2, 36], got {base!r}")
         self.base = base
-        super().__init__("=" + "0123456789abcdefghijklmnopqrstuvwxyz"[:base], first=1, pad_id=0, eos_id=0, separator="=")
+        digits = (string.digits + string.ascii_lowercase)[:base]
+        super().__init__("=" + digits, first=1, pad_id=0, eos_id=0, separator="=")
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "integers", "base": self.base}
@@ -112,13 +114,14 @@ class PretrainedTokenizer:
 
     Args:
       tokenizer: a folder or hub name to load it from, or the object itself.
-      chat_template: ask questions through the model's chat template (instruct models). Otherwise a question is followed by a newline, and
-        preceded by the beginning-of-sequence token if the tokenizer is one that adds it.
-      eos: further tokens that end a completion, by their text. The tokenizer's own comes first; those of a ``generation_config.json``
-        in the folder are added.
+      chat_template: ask questions through the model's chat template (instruct models). Otherwise a question is followed
+        by a newline, and preceded by the beginning-of-sequence token if the tokenizer is one that adds it.
+      eos: further tokens that end a completion, by their text. The tokenizer's own comes first; those of a
+        ``generation_config.json`` in the folder are added.
 
     Raises:
-      ValueError: not a fast tokenizer, no chat template, no end-of-sequence token, an ``eos`` that is no token (with the nearest).
+      ValueError: not a fast tokenizer, no chat template, no end-of-sequence token, or an ``eos`` that is no token (with
+        the nearest).
     """
 
     def __init__(self, tokenizer: Any, chat_template: bool, eos: Sequence[str] = ()):
@@ -151,11 +154,11 @@ class PretrainedTokenizer:
         return self._tokenizer.decode(kept, clean_up_tokenization_spaces=False)
 
     def token_bytes(self) -> list[bytes]:
-        """For every id the bytes it appends to a text; ``ValueError`` for a tokenizer whose tokens cannot be told apart as bytes."""
+        """For every id the bytes it appends to a text; ``ValueError`` for a vocabulary that is no sequence of bytes."""
         spec = json.loads(self._tokenizer.backend_tokenizer.to_str())
         to_bytes = _byte_reader(spec)
         table = [b""] * self.vocab_size
-        added = {t["id"]: t["content"] for t in spec["added_tokens"]}      # written in plain text, whatever the model's alphabet
+        added = {t["id"]: t["content"] for t in spec["added_tokens"]}       # in plain text, not in the model's alphabet
         for token, i in self._tokenizer.get_vocab().items():
             if i not in self._special:
                 table[i] = added[i].encode() if i in added else to_bytes(token)
@@ -208,7 +211,7 @@ def _generation_eos(path: str | Path | None) -> list[int]:
     return ids if isinstance(ids, list) else [ids]
 
 
-def _byte_reader(spec: Mapping[str, Any]):
+def _byte_reader(spec: Mapping[str, Any]) -> Callable[[str], bytes]:
     """How a token of this vocabulary is read as bytes, by the decoder in its tokenizer.json."""
     decoder = spec.get("decoder") or {}
     steps = {step["type"] for step in decoder.get("decoders", [decoder]) if step}
@@ -216,8 +219,14 @@ def _byte_reader(spec: Mapping[str, Any]):
         table = {c: b for b, c in _bytes_to_unicode().items()}
         return lambda token: bytes(table[c] for c in token)
     if steps & {"Metaspace", "Replace", "ByteFallback"}:
-        return lambda token: bytes([int(token[3:5], 16)]) if re.fullmatch("<0x[0-9A-F]{2}>", token) else token.replace("▁", " ").encode()
-    raise ValueError(f"token_bytes knows byte-level and SentencePiece vocabularies; this tokenizer decodes by {sorted(steps) or 'nothing'}")
+        return _sentencepiece_bytes
+    raise ValueError("token_bytes knows byte-level and SentencePiece vocabularies; this tokenizer decodes by "
+                     f"{sorted(steps) or 'nothing'}")
+
+
+def _sentencepiece_bytes(token: str) -> bytes:
+    byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+    return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
 
 
 def _bytes_to_unicode() -> dict[int, str]:

@@ -1,9 +1,10 @@
 """A task small enough to live inside jit: write the digits of the prompt in reverse, then stop.
 
-Prompts, targets and rewards are jax arrays, so whole training runs can be scanned and vmapped; ``toy`` offers the same task to
-the ordinary loop, with the same rewards.
+Prompts, targets and rewards are jax arrays, so whole training runs can be scanned and vmapped; ``toy`` offers the same
+task to the ordinary loop, with the same rewards.
 """
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from jaxpo.tasks.tokenizers import IntegerTokenizer
 
 @dataclass(frozen=True)
 class ReverseDigits:
-    """Prompts of ``digits`` digits of base ``base`` and a separator; P = digits + 1. Token ids are those of ``IntegerTokenizer``.
+    """Prompts of ``digits`` digits and a separator (P = digits + 1); token ids are those of ``IntegerTokenizer(base)``.
 
     Attributes:
       digits: digits a prompt.
@@ -41,7 +42,7 @@ class ReverseDigits:
         return jnp.concatenate([digits, jnp.ones((n, 1), jnp.int32)], axis=1)
 
     def targets(self, prompt_tokens: jax.Array) -> jax.Array:
-        """The completions [B, digits + 1] that are right, end of sequence included. Prompts may be padded on the left."""
+        """The right completions [B, digits + 1], end of sequence included. Prompts may be padded on the left."""
         answer = prompt_tokens[:, -2:-2 - self.digits:-1]
         return jnp.pad(answer, ((0, 0), (0, 1)))         # the end of sequence is token 0
 
@@ -57,7 +58,7 @@ class ReverseDigits:
           ValueError: T leaves no room for the answer and the end of sequence.
         """
         if completion.shape[1] < self.digits + 1:
-            raise ValueError(f"completions of {completion.shape[1]} tokens cannot hold {self.digits} digits and the end of sequence")
+            raise ValueError(f"{completion.shape[1]} completion tokens cannot hold {self.digits} digits and the end")
         written = (mask > 0) & (completion != 0)
         answer = self.targets(prompt_tokens)[:, :-1]
         right = jnp.sum(written[:, :self.digits] & (completion[:, :self.digits] == answer), axis=1)
@@ -72,30 +73,33 @@ class ReverseDigits:
         return share if self.partial_credit else float(share == 1)
 
 
-def toy(train_size: int, test_size: int, seed: int, digits: int = 3, base: int = 10, partial_credit: bool = False) -> Task:
+def toy(train_size: int, test_size: int, seed: int, digits: int = 3, base: int = 10,
+        partial_credit: bool = False) -> Task:
     """``ReverseDigits`` as a task for the ordinary loop; its tokenizer is ``IntegerTokenizer(base)``.
 
-    Questions are strings of digits, answers the reversed strings. Test questions are distinct; training items are drawn with
-    replacement and those that occur in the test set are removed, so ``train`` is shorter than ``train_size``.
+    Questions are strings of digits, answers the reversed strings. Test questions are distinct; training items are drawn
+    with replacement and those that occur in the test set are removed, so ``train`` may be shorter than ``train_size``.
 
     Raises:
-      ValueError: sizes that are not positive, or a test set that is all there is.
+      ValueError: sizes that are not positive, too many digits, or a test set that is all there is.
     """
     game = ReverseDigits(digits, base, partial_credit)
     check_sizes(train_size=train_size, test_size=test_size)
+    if base**digits > sys.maxsize:
+        raise ValueError(f"digits={digits} of base {base} are more prompts than can be numbered")
     if test_size >= base**digits:
-        raise ValueError(f"test_size={test_size} leaves nothing to train on: there are {base**digits} different prompts")
+        raise ValueError(f"test_size={test_size} leaves nothing to train on: {base**digits} different prompts exist")
     rng, prompts = random.Random(seed), range(base**digits)
-    held_out = rng.sample(prompts, test_size)
-    drawn = rng.choices(prompts, k=train_size)
+    held_out, drawn = rng.sample(prompts, test_size), rng.choices(prompts, k=train_size)
 
-    def example(index: int, number: int) -> Example:
-        question = game.tokenizer.decode([2 + number // base**place % base for place in range(digits)])
-        return Example(index, question, question[::-1], {})
+    def examples(numbers: Sequence[int]) -> list[Example]:
+        texts = [game.tokenizer.decode([2 + n // base**place % base for place in range(digits)]) for n in numbers]
+        return [Example(i, text, text[::-1], {}) for i, text in enumerate(texts)]
 
-    train, test, report = split([example(*pair) for pair in enumerate(drawn)], [example(*pair) for pair in enumerate(held_out)])
+    train, test, report = split(examples(drawn), examples(held_out))
 
     def score(examples: Sequence[Example], texts: Sequence[str]) -> list[Score]:
-        return [verdict(game.score(e.question, text), None, partial_credit) for e, text in zip(examples, texts, strict=True)]
+        pairs = zip(examples, texts, strict=True)
+        return [verdict(game.score(e.question, text), None, partial_credit) for e, text in pairs]
 
     return Task("toy", train, test, score, lambda example: example.answer, report)

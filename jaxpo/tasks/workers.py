@@ -1,12 +1,14 @@
 """Verifiers in worker processes, with a wall-clock limit per item.
 
-A verifier that hangs (``9**9**9**9`` in a symbolic parser) holds the interpreter's lock, so no thread or Python signal handler can end it:
-only a process can be killed. The workers are fresh interpreters, as with multiprocessing's "spawn", because jax does not survive a
-fork; they are started without multiprocessing because that would import the parent's main module, and jax with it, into each of them.
+A verifier that hangs (``9**9**9**9`` in a symbolic parser) holds the interpreter's lock, so no thread or Python signal
+handler can end it: only a process can be killed. The workers are fresh interpreters, as with multiprocessing's "spawn",
+because jax does not survive a fork. They are started without multiprocessing because that would import the parent's
+main module, and jax with it, into each of them.
 
 This file is also the program that a worker runs; it imports the standard library only.
 """
 import functools
+import importlib.util
 import os
 import pickle
 import signal
@@ -40,13 +42,13 @@ def attempt(function: Callable, call: Sequence[Any]) -> Outcome:
         return Outcome(None, _describe(error))
 
 
-def runner(function: Callable, *, isolate: bool, timeout: float | None = None,
-           workers: int | None = None) -> Callable[[Sequence[tuple]], list[Outcome]]:
-    """How a verifier is run: in worker processes if it may hang (``isolate``) or if ``timeout`` or ``workers`` asks for them."""
+def runner(function: Callable, *, isolate: bool, timeout: float | None = None, workers: int | None = None,
+           prepare: Callable[[], Any] | None = None) -> Callable[[Sequence[tuple]], list[Outcome]]:
+    """How a verifier is run: in worker processes if it may hang (``isolate``) or if a time limit or number is given."""
     if not isolate and timeout is None and workers is None:
         return lambda calls: [attempt(function, call) for call in calls]
     return WorkerPool(function, workers=default_workers() if workers is None else workers,
-                      timeout=TIMEOUT if timeout is None else timeout).map
+                      timeout=TIMEOUT if timeout is None else timeout, prepare=prepare).map
 
 
 def default_workers() -> int:
@@ -66,25 +68,28 @@ class _Worker:
 class WorkerPool:
     """Calls one function in worker processes: ``WorkerPool(f, timeout=5).map([(a, b), (c, d)])``.
 
-    A call that takes longer than the limit is killed with its worker and becomes an error; so does one whose worker dies. The
-    other calls are not touched, and a new worker takes over. Workers start with the first ``map``, stay for the next ones, and
-    end with ``close``, with the pool itself, or with this process. Safe to use from any thread, one ``map`` at a time.
+    A call that takes longer than the limit is killed with its worker and becomes an error, and so does one whose worker
+    dies. The other calls are not touched, and a new worker takes over. Workers start with the first ``map``, stay for
+    the next ones, and end with ``close``, with the pool itself, or with this process. Any thread may use it; calls of
+    ``map`` wait for each other.
 
     Args:
-      function: importable by name from a module (not a lambda, nor defined in ``__main__``), or a ``functools.partial`` of one.
+      function: importable by name from a module (no lambda, not from ``__main__``), or a ``functools.partial`` of one.
       workers: how many processes.
       timeout: seconds of wall clock for one call.
+      prepare: called once in every new worker, outside the time limit: imports that take a while.
 
     Raises:
-      ValueError: the function cannot be sent to another process, or a number is not positive.
+      ValueError: a function cannot be sent to another process, or a number is not positive.
     """
 
-    def __init__(self, function: Callable, *, workers: int = 2, timeout: float = TIMEOUT):
+    def __init__(self, function: Callable, *, workers: int = 2, timeout: float = TIMEOUT,
+                 prepare: Callable[[], Any] | None = None):
         if not isinstance(workers, int) or workers < 1:
             raise ValueError(f"workers must be a positive integer, got {workers!r}")
         if not timeout > 0:
             raise ValueError(f"timeout must be a positive number of seconds, got {timeout!r}")
-        self._payload = _importable(function)
+        self._payload = _importable(function), _importable(prepare)
         self._count, self._timeout = workers, float(timeout)
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()
@@ -138,13 +143,15 @@ class WorkerPool:
 
     def _start(self) -> _Worker:
         pipe, theirs = Pipe()
-        # -P: this file's folder stays off the path, where tokenizers.py would hide the library of that name. A session of its own:
-        # Ctrl-C and a SIGTERM to the group reach the main process only. A verifier that does import jax must not take the TPU.
-        process = subprocess.Popen([sys.executable, "-P", "-W", "ignore", __file__, str(theirs.fileno())], stdin=subprocess.DEVNULL,
-                                   stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True,
-                                   env={**os.environ, "JAX_PLATFORMS": "cpu"})
+        # -P: this file's folder stays off the path, where tokenizers.py would hide the library of that name. A session
+        # of its own: Ctrl-C and a SIGTERM to the group reach the main process only. A verifier that does import jax
+        # must not take the TPU.
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-W", "ignore", __file__, str(theirs.fileno())], stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"})
         theirs.close()
-        pipe.send((list(sys.path), self._payload, self._timeout))
+        pipe.send((list(sys.path), *self._payload, self._timeout))
         return _Worker(process, pipe, deadline=time.monotonic() + STARTUP)
 
     def _give(self, worker: _Worker, waiting: deque[int], calls: list[tuple]) -> None:
@@ -179,7 +186,7 @@ class WorkerPool:
 
 
 def _end(workers: list[_Worker]) -> None:
-    """Ends processes, whatever they are doing, and empties the list. They hold no state, so there is nothing to say good-bye to."""
+    """Ends processes, whatever they are doing, and empties the list. They hold no state, so killing loses nothing."""
     while workers:
         worker = workers.pop()
         worker.process.kill()
@@ -187,30 +194,53 @@ def _end(workers: list[_Worker]) -> None:
         worker.pipe.close()
 
 
-def _importable(function: Callable) -> bytes:
+def _importable(function: Callable | None) -> bytes:
     """The function as bytes that another process can load."""
     inner = function
     while isinstance(inner, functools.partial):
         inner = inner.func
     name = getattr(inner, "__qualname__", type(inner).__qualname__)
     if getattr(inner, "__module__", None) == "__main__":
-        raise ValueError(f"{name} is defined in the main program, which worker processes do not import: move it to a module")
+        raise ValueError(f"{name} is defined in the main program, which workers do not import: move it to a module")
     try:
         return pickle.dumps(function)
     except Exception as error:
-        raise ValueError(f"{name} cannot be sent to a worker process: define it at the top of a module ({error})") from error
+        raise ValueError(f"{name} cannot be sent to a worker: define it at the top of a module ({error})") from error
 
 
 def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".rstrip(": ")[:500]
 
 
+def _defer_init(package: str) -> None:
+    """Lets modules of a package be imported without running its ``__init__``, which for jaxpo's users imports jax.
+
+    It is run after all if something asks the package for a name (a user's reward with ``from jaxpo import make``).
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        return
+    module = sys.modules[package] = importlib.util.module_from_spec(spec)
+
+    def run_init(name: str) -> Any:
+        if name.startswith("__") and name != "__version__":
+            raise AttributeError(name)
+        module.__dict__.pop("__getattr__", None)
+        spec.loader.exec_module(module)
+        return getattr(module, name)
+
+    module.__getattr__ = run_init
+
+
 def _serve(pipe: Connection) -> None:
     """The worker's side: load the function, then answer calls until the other end closes."""
     try:
-        path, payload, timeout = pipe.recv()
+        path, payload, preparation, timeout = pipe.recv()
         sys.path[:] = path
-        function = pickle.loads(payload)
+        _defer_init("jaxpo")
+        function, prepare = pickle.loads(payload), pickle.loads(preparation)
+        if prepare is not None:
+            prepare()
     except BaseException as error:
         pipe.send(_describe(error))
         return
@@ -220,12 +250,13 @@ def _serve(pipe: Connection) -> None:
             call = pipe.recv_bytes()
         except EOFError:
             return
-        # The parent keeps the time. Should it be killed meanwhile, the kernel ends this process too, even inside C code.
+        # The parent keeps the time. Should it be killed meanwhile, the kernel ends this process too, even inside C
+        # code.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, 2 * timeout + 1)
         try:
             reply = (function(*pickle.loads(call)), None)
-        except BaseException as error:      # math-verify's time-out is not an Exception, nor is the exit() of a generated program
+        except BaseException as error:      # exit() in an evaluated text, math-verify's own time-out
             reply = (None, _describe(error))
         signal.setitimer(signal.ITIMER_REAL, 0)
         try:

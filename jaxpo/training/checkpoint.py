@@ -1,8 +1,8 @@
 """Checkpoints of a whole training state by orbax: written in the background, restored bit for bit on any mesh.
 
 A checkpoint is a directory named after its step. It holds the arrays of a pytree under flat names ("params/head/w") and
-a manifest: the shape and dtype of every leaf, and the ``position`` (data position, step, ...: what JSON can hold). Orbax
-alone takes an empty directory for a checkpoint and casts dtypes without a word; the manifest is there to notice.
+a manifest: the shape and dtype of every leaf, and the ``position`` (data position, step, ...: what JSON can hold).
+Orbax alone takes an empty directory for a checkpoint and casts dtypes without a word; the manifest is there to notice.
 
 With several processes (``jax.distributed``) all of them have to make every call.
 """
@@ -35,8 +35,8 @@ class Checkpoints:
 
     Args:
       directory: where they are kept, made if it is missing; a local path or one that etils.epath writes (gs://...).
-      keep: how many finished ones stay; the oldest go first. ``save``, ``wait`` and ``close`` prune, so for a while there
-        can be one more.
+      keep: how many finished ones stay; the oldest go first. ``save``, ``wait`` and ``close`` prune, so there can be
+        one more for a while.
     """
 
     def __init__(self, directory: str, keep: int = 3):

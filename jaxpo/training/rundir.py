@@ -10,7 +10,6 @@
 With several processes only the first one makes a ``RunDirectory``.
 """
 import importlib
-import io
 import json
 import math
 import os
@@ -37,9 +36,9 @@ class RunDirectory:
     Args:
       workdir: made if it is missing.
       tensorboard: write TensorBoard events too.
-      wandb: arguments of ``wandb.init`` (project, name, ...) to log there too, or None. A resumed run continues its wandb run.
-      resume_step: the step of the checkpoint that the run continues from. Lines of later steps, and a line that a kill has
-        torn, are removed, so that each step is there once.
+      wandb: arguments of ``wandb.init`` (project, name, ...) to log there too, or None. A resumed run continues there.
+      resume_step: the step of the checkpoint that the run continues from. Lines of later steps, and a line that a kill
+        has torn, are removed, so that each step is there once.
 
     Raises:
       FileExistsError: the directory is not empty and ``resume_step`` is None.
@@ -113,8 +112,8 @@ def read_metrics(workdir: str | os.PathLike) -> dict[str, np.ndarray]:
     """The metrics of a run as columns.
 
     Returns:
-      {name: float64[n]} and "step" (int64[n]), a row for every step that was written; nan where a step lacks the metric or it
-      was not finite. Lines of the same step are merged, the later one wins.
+      {name: float64[n]} and "step" (int64[n]), a row for every step that was written; nan where a step lacks the metric
+      or it was not finite. Lines of the same step are merged, the later one wins.
 
     Raises:
       FileNotFoundError: there is no metrics.jsonl in ``workdir``.
@@ -179,12 +178,11 @@ class Progress:
         self.close()
 
     def update(self, metrics: Mapping[str, float], steps: int = 1) -> None:
-        """``steps`` more are done; show those of ``metrics`` that were chosen (the others keep the value shown last)."""
+        """``steps`` more are done; show the chosen ones of ``metrics`` (those not among them keep their last value)."""
         before, self.step = self.step, self.step + steps
         for label, names in self._names.items():
-            if value := next((metrics[name] for name in names if name in metrics), None) is not None:
-                value = next(metrics[name] for name in names if name in metrics)
-                self._shown[label] = float(value)
+            if present := [name for name in names if name in metrics]:
+                self._shown[label] = float(metrics[present[0]])
         text = "  ".join(f"{label} {_short(value)}" for label, value in self._shown.items())
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
@@ -208,8 +206,8 @@ class Progress:
             self._bar.close()
 
 
-def closing_table(title: str, rows: Sequence[Sequence[str]], *, columns: Sequence[str] = (), file: IO[str] | None = None,
-                  ) -> None:
+def closing_table(title: str, rows: Sequence[Sequence[str]], *, columns: Sequence[str] = (),
+                  file: IO[str] | None = None) -> None:
     """Print a table of text: what the run came to (accuracy before and after, pass@k, where the time went).
 
     Args:
@@ -235,10 +233,9 @@ def closing_table(title: str, rows: Sequence[Sequence[str]], *, columns: Sequenc
 # ---- lines and values
 
 def _number(name: str, value: Any) -> float:
-    array = np.asarray(value)
-    if array.ndim != 0 or array.dtype == object or array.dtype.kind in "USV" and not hasattr(array.item(), "__float__"):
-        raise TypeError(f"metric {name!r}: one number is expected, not {type(value).__name__} of shape {array.shape}")
-    return float(array)
+    if isinstance(value, str) or not hasattr(value, "__float__") or np.ndim(value):
+        raise TypeError(f"metric {name!r}: expected one number, not {type(value).__name__} of shape {np.shape(value)}")
+    return float(value)
 
 
 def _plain(value: Any) -> Any:
@@ -286,7 +283,7 @@ def _check_workdir(path: Path, resume_step: int | None) -> None:
         raise FileExistsError(f"workdir: {path} is a file")
     used = path.is_dir() and any(path.iterdir())
     if used and resume_step is None:
-        raise FileExistsError(f"workdir: {path} is not empty; continue that run with --resume or choose another directory")
+        raise FileExistsError(f"workdir: {path} is not empty; continue its run with --resume or choose another one")
     if resume_step is not None and not used:
         raise FileNotFoundError(f"workdir: no run to resume in {path}")
 

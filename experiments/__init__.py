@@ -1,0 +1,1 @@
+"""Runnable modules: ``python -m experiments.train_rl --config=configs/quickstart.py --workdir=runs/quickstart``."""

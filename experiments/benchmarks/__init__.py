@@ -1,0 +1,1 @@
+"""Measurements of jaxpo beside other systems; each module is a command."""

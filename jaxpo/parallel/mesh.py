@@ -1,0 +1,38 @@
+"""The device mesh: axes ``data`` (replicas), ``fsdp`` (parameters and rows), ``tensor`` (heads, MLP, vocabulary)."""
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
+    """Sizes of ``AXES`` with one ``-1`` resolved to the rest.
+
+    Raises:
+      ValueError: an axis that does not exist, a size below 1, more than one -1, or a product that is not the devices.
+    """
+    for name in sizes:
+        if name not in AXES:
+            raise ValueError(f"mesh.{name} does not exist; axes: {', '.join(AXES)}")
+    shape = [sizes.get(name, 1) for name in AXES]
+    for name, size in zip(AXES, shape, strict=True):
+        if size != -1 and size < 1:
+            raise ValueError(f"mesh.{name} must be -1 (the rest) or at least 1, not {size}")
+    if shape.count(-1) > 1:
+        raise ValueError(f"only one axis of the mesh may be -1 (the rest): {dict(zip(AXES, shape, strict=True))}")
+    known = int(np.prod([s for s in shape if s != -1]))
+    if -1 in shape:
+        shape[shape.index(-1)] = devices // known if devices % known == 0 else 0
+    if int(np.prod(shape)) != devices:
+        raise ValueError(f"mesh {dict(sizes)} does not fit {devices} devices: the product of its axes must be {devices}")
+    return tuple(shape)
+
+
+def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over ``devices`` (all by default). ``{"data": -1, "fsdp": 1, "tensor": 1}`` is the default shape."""
+    devices = list(jax.devices() if devices is None else devices)
+    shape = mesh_shape({"data": -1} if sizes is None else sizes, len(devices))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

@@ -1,0 +1,315 @@
+"""The run's configuration: its fields and defaults, how names fill in their own fields, and every check that needs no compilation.
+
+A config file has ``get_config()``; it starts from `default` and sets what differs. Blocks with a ``name`` (objective, task, optimizer, schedule,
+tokenizer) hold the arguments of what they name: `fill` adds their defaults *before* flags are parsed, so that
+``--config.objective.name=dapo --config.objective.eps_high=0.3`` works and a misspelt field fails with the nearest one.
+"""
+import dataclasses
+import importlib.util
+import inspect
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_dict
+from ml_collections.config_flags import config_flags
+
+from jaxpo import registry
+from jaxpo.objectives import Objective, make
+from jaxpo.parallel.mesh import mesh_shape
+from jaxpo.policy.transformer import TransformerConfig
+from jaxpo.registry import unknown
+from jaxpo.rollout.sampling import SamplingOptions
+from jaxpo.rollout.sampling import validate as validate_sampling
+from jaxpo.tasks.base import task_arguments
+from jaxpo.training.optimizers import make_optimizer, optimizer_arguments, schedule_arguments
+
+EMPTY = inspect.Parameter.empty
+
+
+def tokenizer_arguments(name: str) -> Mapping[str, inspect.Parameter]:
+    """Arguments of a tokenizer block; ``characters`` takes its alphabet from the task."""
+    if name == "characters":
+        return {}
+    if name == "pretrained":
+        def pretrained(path: str, chat_template: bool = True): ...
+        return inspect.signature(pretrained).parameters
+    if name == "integers":
+        def integers(base: int = 10): ...
+        return inspect.signature(integers).parameters
+    raise ValueError(unknown("tokenizer", name, ("characters", "integers", "pretrained")))
+
+
+# path of a named block -> (what it is called in errors, the arguments that its name takes)
+NAMED = {
+    "objective": lambda name: registry.entry(name).parameters,
+    "task": task_arguments,
+    "tokenizer": tokenizer_arguments,
+    "optimizer": optimizer_arguments,
+    "optimizer.schedule": schedule_arguments,
+    "warm_start.optimizer": optimizer_arguments,
+    "warm_start.optimizer.schedule": schedule_arguments,
+}
+OWN = {"optimizer": ("learning_rate", "clip_norm", "schedule"), "warm_start.optimizer": ("learning_rate", "clip_norm", "schedule")}
+
+
+def _optimizer(learning_rate: float) -> ConfigDict:
+    return ConfigDict(dict(name="adamw", learning_rate=learning_rate, clip_norm=config_dict.placeholder(float),
+                           schedule=dict(name="constant", warmup_steps=0)))
+
+
+def default() -> ConfigDict:
+    """Every field of a run, with its default. Units: steps are iterations (one rollout batch each) unless said otherwise."""
+    optional = config_dict.placeholder
+    policy = {f.name: optional(int) if f.default is None else f.default for f in dataclasses.fields(TransformerConfig)
+              if f.name != "vocab_size"}
+    return ConfigDict(dict(
+        seed=0,                       # of parameters, prompt order and sampling; the task has its own
+        steps=100,                    # iterations of reinforcement learning
+        task=dict(name="toy"),
+        tokenizer=dict(name="characters"),
+        policy=policy,
+        init_from=optional(str),      # run directory whose last checkpoint the parameters come from
+        objective=dict(name="grpo"),
+        optimizer=_optimizer(1e-4),
+        rollout=dict(prompts=32,      # prompts per iteration
+                     responses=8,     # completions of each
+                     prompt_width=optional(int)),  # None = the longest prompt; longer ones are dropped and counted
+        sampling=dict(max_new_tokens=32, temperature=1.0, top_k=optional(int), top_p=optional(float), min_p=optional(float), stop=()),
+        training=dict(epochs=1,         # passes over a rollout batch
+                    minibatches=1,    # optimizer steps per pass
+                    microbatches=1),  # slices per optimizer step: memory only, the result is the same
+        policy_temperature=1.0,       # at which the trainer scores
+        warm_start=dict(steps=0,      # optimizer steps of supervised training before; 0 = none
+                        batch=128,    # demonstrations per step
+                        drop_last=0.0,  # share of demonstrations that lose their last character (an imperfect demonstrator)
+                        optimizer=_optimizer(1e-3)),
+        evaluation=dict(every=20,     # iterations; the first and the last are always evaluated
+                        prompts=256,  # test prompts at most
+                        pass_at=(1, 4, 8),  # k of pass@k before and after; () = none
+                        samples=8),   # completions per prompt for pass@k
+        checkpoint=dict(every=50, keep=2),
+        mesh=dict(data=-1, fsdp=1, tensor=1),
+        dynamic_sampling=dict(max_batches=10),  # generation batches at most, for objectives whose protocol refills
+        logging=dict(tensorboard=False, wandb_project=optional(str), samples=8, plot_seconds=20.0),
+        nonfinite_patience=5,         # consecutive skipped steps before the run stops
+        compilation_cache=optional(str)))  # folder; None = the user's cache folder
+
+
+# ---- filling and flags ------------------------------------------------------------------------------------------------
+
+def _block(config: ConfigDict, path: str) -> ConfigDict:
+    for part in path.split("."):
+        config = config[part]
+    return config
+
+
+def _value(parameter: inspect.Parameter) -> Any:
+    """The default as a config value: None keeps its type, so that a flag can give it a number."""
+    if parameter.default is not None and parameter.default is not EMPTY:
+        return parameter.default
+    options = typing.get_args(parameter.annotation) if isinstance(parameter.annotation, types.UnionType) else (parameter.annotation,)
+    kinds = [k for k in options if k in (bool, int, float, str)]
+    return config_dict.placeholder(kinds[0] if kinds else object)
+
+
+def fill(config: ConfigDict) -> ConfigDict:
+    """Add to every named block the arguments it lacks, with their defaults.
+
+    Hyperparameters that are a share of the generation budget (``L_const``, ``max_len``, ...) get it from ``sampling.max_new_tokens``.
+
+    Raises:
+      ValueError: an unknown name or argument (with the nearest), or a required argument that nothing gives.
+    """
+    with config.unlocked():
+        for path, arguments in NAMED.items():
+            block = _block(config, path)
+            parameters = dict(arguments(block.name))
+            variadic = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+            parameters = {k: p for k, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+            own = ("name", *OWN.get(path, ()))
+            for field in block:
+                if field not in own and field not in parameters and not variadic:
+                    raise ValueError(unknown(f"field of config.{path} ({block.name})", field, [*own, *parameters]))
+            budget = registry.entry(block.name).budget if path == "objective" else {}
+            for name, parameter in parameters.items():
+                if name in budget and block.get(name) is None:
+                    share = budget[name] * config.sampling.max_new_tokens
+                    block[name] = max(1, round(share)) if parameter.annotation is int else share
+                elif name not in block:
+                    block[name] = _value(parameter)
+    return config
+
+
+def arguments_of(block: ConfigDict, parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    """The fields of a block without its name, and without unset fields whose default is not None."""
+    out = {k: v for k, v in block.items() if k != "name"}
+    return {k: v.to_dict() if isinstance(v, ConfigDict) else v for k, v in out.items()
+            if v is not None or k not in parameters or parameters[k].default is None}
+
+
+def objective_of(config: ConfigDict) -> Objective:
+    """The objective that the config names."""
+    return make(config.objective.name, **arguments_of(config.objective, registry.entry(config.objective.name).parameters))
+
+
+def read(path: str) -> ConfigDict:
+    """``get_config()`` of a Python file.
+
+    Raises:
+      ValueError: no such file (the nearest one is named), or it has no ``get_config``.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(unknown("config file", str(file), [str(p) for p in file.parent.glob("*.py")]))
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path} has no function get_config()")
+    return module.get_config()
+
+
+def _check_paths(config: ConfigDict, overrides: Sequence[str]) -> None:
+    """``ValueError`` naming the nearest field for the first override whose path does not exist."""
+    for path in overrides:
+        here: Any = config
+        for i, part in enumerate(path.split(".")):
+            if not isinstance(here, ConfigDict) or part not in here:
+                where = ".".join(["config", *path.split(".")[:i]])
+                raise ValueError(unknown(f"field of {where}", part, list(here) if isinstance(here, ConfigDict) else []))
+            here = here.get_ref(part).get() if not isinstance(here[part], ConfigDict) else here[part]
+
+
+def parse(argv: Sequence[str], *, config_required: bool = True, **extra: Any) -> tuple[ConfigDict | None, dict[str, Any]]:
+    """Read ``--config=file.py``, its ``--config.a.b=value`` overrides, and the other flags of an experiment.
+
+    Args:
+      argv: the command line without the program's name.
+      extra: flag name -> (default, help); the type is that of the default (a bool makes a switch).
+
+    Returns:
+      the filled and locked config (None without ``--config``, if that is allowed), and the values of the other flags.
+
+    Raises:
+      ValueError: anything misspelt or of the wrong type, with the nearest valid choice.
+    """
+    values = flags.FlagValues()
+    known = {"config": "configuration file", **{k: v[1] for k, v in extra.items()}}
+    config = None
+    given, overrides = {}, []
+    for arg in argv:
+        name, _, value = arg.removeprefix("--").partition("=")
+        if not arg.startswith("--"):
+            raise ValueError(f"unexpected argument {arg!r}: flags are written --name=value")
+        if name.startswith("config."):
+            overrides.append((name[len("config."):], value))
+        elif name in ("help", "helpfull"):
+            raise SystemExit("\n".join(["flags:", *[f"  --{k}: {v}" for k, v in known.items()], "  --config.FIELD=VALUE: overrides"]))
+        elif name not in known and name.removeprefix("no") not in known:
+            raise ValueError(unknown("flag", f"--{name}", [f"--{k}" for k in known]))
+        elif name == "config":
+            given["config"] = value
+    if "config" in given:
+        config = read(given["config"])
+        for path, value in overrides:  # a new name brings its own arguments: the file's belong to the old one
+            block = path.rsplit(".", 1)[0]
+            if path.endswith(".name") and block in NAMED and _block(config, block).name != value:
+                with config.unlocked():
+                    for field in [f for f in _block(config, block) if f not in ("name", *OWN.get(block, ()))]:
+                        del _block(config, block)[field]
+                    _block(config, block).name = value
+        for path, value in overrides:  # the generation budget decides defaults
+            if path == "sampling.max_new_tokens" and value.isdigit():
+                config.sampling.max_new_tokens = int(value)
+        fill(config)
+        _check_paths(config, [path for path, _ in overrides])
+        argv = [a for a in argv if not a.startswith("--config=")]
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["", *argv])
+    elif config_required or overrides:
+        raise ValueError("--config=FILE is required, e.g. --config=configs/quickstart.py")
+    for name, (value, text) in extra.items():
+        define = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DEFINE_float}.get(type(value), flags.DEFINE_string)
+        define(name, value, text, flag_values=values)
+    try:
+        values(["", *argv])
+    except (flags.Error, TypeError) as error:
+        raise ValueError(str(error)) from error
+    return (values["config"].value if config is not None else None), {name: values[name].value for name in extra}
+
+
+# ---- checks -----------------------------------------------------------------------------------------------------------
+
+def sampling_of(config: ConfigDict, eos_ids: Sequence[int] = (), stop_table: Any = None) -> SamplingOptions:
+    """The validated `SamplingOptions` of a run."""
+    fields = {k: v for k, v in config.sampling.items() if k != "stop"}
+    return validate_sampling(SamplingOptions(**fields, eos_ids=tuple(eos_ids), stop_table=stop_table))
+
+
+def validate(config: ConfigDict, devices: int) -> ConfigDict:
+    """Everything that can be wrong before anything is compiled.
+
+    Raises:
+      ValueError: naming the field, its value and what would do.
+    """
+    def positive(*paths: str) -> None:
+        for path in paths:
+            value = _block(config, path)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"config.{path} must be a whole number of at least 1, not {value!r}")
+
+    positive("rollout.prompts", "rollout.responses", "training.epochs", "training.minibatches", "training.microbatches", "evaluation.every",
+             "evaluation.prompts", "evaluation.samples", "checkpoint.every", "checkpoint.keep", "warm_start.batch", "sampling.max_new_tokens",
+             "nonfinite_patience", "dynamic_sampling.max_batches")
+    for path in ("steps", "warm_start.steps"):
+        if _block(config, path) < 0:
+            raise ValueError(f"config.{path} must not be negative, not {_block(config, path)}")
+    fill(config)
+    objective = objective_of(config)
+    sampling_of(config)
+    TransformerConfig(vocab_size=1, **config.policy)
+    make_optimizer(config.optimizer.to_dict(), max(config.steps, 1))
+    make_optimizer(config.warm_start.optimizer.to_dict(), max(config.warm_start.steps, 1))
+    if config.sampling.temperature != 1 and not isinstance(config.sampling.temperature, int | float):
+        raise ValueError(f"config.sampling.temperature must be a number, not {config.sampling.temperature!r}")
+    _check_division(config, objective, devices)
+    if not 0 <= config.warm_start.drop_last <= 1:
+        raise ValueError(f"config.warm_start.drop_last is a share in [0, 1], not {config.warm_start.drop_last}")
+    if config.evaluation.pass_at and max(config.evaluation.pass_at) > config.evaluation.samples:
+        raise ValueError(f"config.evaluation.pass_at asks for pass@{max(config.evaluation.pass_at)}, which takes at least as many "
+                         f"samples; config.evaluation.samples is {config.evaluation.samples}")
+    return config
+
+
+def _check_division(config: ConfigDict, objective: Objective, devices: int) -> None:
+    data, fsdp, tensor = mesh_shape(config.mesh, devices)
+    prompts, responses = config.rollout.prompts, config.rollout.responses
+    minibatches, microbatches = config.training.minibatches, config.training.microbatches
+    if prompts % minibatches:
+        raise ValueError(f"config.training.minibatches {minibatches} does not divide config.rollout.prompts {prompts}: "
+                         f"choose one of {_divisors(prompts)}")
+    rows = prompts // minibatches * responses
+    if rows % microbatches:
+        raise ValueError(f"config.training.microbatches {microbatches} does not divide the {rows} rows of a minibatch "
+                         f"(rollout.prompts / training.minibatches * rollout.responses): choose one of {_divisors(rows)}")
+    if rows // microbatches % (data * fsdp):
+        raise ValueError(f"the {rows // microbatches} rows of a microbatch do not divide over mesh.data * mesh.fsdp = {data * fsdp}: "
+                         "change config.rollout.prompts, config.rollout.responses or config.training.microbatches")
+    if config.warm_start.steps and config.warm_start.batch % (data * fsdp):
+        raise ValueError(f"config.warm_start.batch {config.warm_start.batch} does not divide over mesh.data * mesh.fsdp = {data * fsdp}")
+    if objective.coupling == "group" and prompts // minibatches % microbatches:
+        raise ValueError(f"config.training.microbatches {microbatches} would cut groups that {config.objective.name} must see whole: "
+                         f"choose one of {_divisors(prompts // minibatches)}")
+    policy = TransformerConfig(vocab_size=1, **config.policy)
+    for field in ("heads", "kv_heads", "mlp_width"):
+        if getattr(policy, field) % tensor:
+            raise ValueError(f"config.mesh.tensor {tensor} does not divide config.policy.{field} {getattr(policy, field)}")
+    if policy.width % fsdp:
+        raise ValueError(f"config.mesh.fsdp {fsdp} does not divide config.policy.width {policy.width}")
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(i) for i in range(1, n + 1) if n % i == 0)

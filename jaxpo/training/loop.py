@@ -1,0 +1,387 @@
+"""The training loop: prompts -> generate -> reward -> score -> prepare -> optimizer steps, with everything a run leaves behind."""
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+
+from jaxpo.batch import Rollouts
+from jaxpo.objectives import Protocol
+from jaxpo.parallel import shardings
+from jaxpo.policy.transformer import Params, parameter_count
+from jaxpo.registry import check_arguments, entry, make
+from jaxpo.training import evaluation
+from jaxpo.training.checkpoint import Checkpoints, restore_params
+from jaxpo.training.plots import plot_curves
+from jaxpo.training.protocols import NothingLeft, Run, Tools, advance
+from jaxpo.training.rundir import Progress, RunDirectory, closing_table, read_metrics
+from jaxpo.training.supervised import warm_start
+from jaxpo.training.workspace import Workspace, compilation_cache, must_score, setup, slots_of
+
+BEFORE_ALL = -(2**31)  # resuming from here keeps nothing of an earlier attempt's logs
+
+
+class Diverged(RuntimeError):
+    """Too many optimizer steps in a row were not finite."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to. before, after: evaluation metrics; seconds: wall time by phase; params: the trained parameters."""
+    params: Params
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    seconds: Mapping[str, float]
+    iteration: int
+    workspace: Workspace
+
+
+class Clock:
+    """Wall seconds by phase."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+
+class Interrupt:
+    """SIGTERM asks for a clean end: the iteration under way is finished, saved, and the run exits."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self) -> "Interrupt":
+        def ask(*_: object) -> None:
+            self.asked = True
+        try:
+            self._before = signal.signal(signal.SIGTERM, ask)
+        except ValueError:  # not in the main thread (a notebook's executor): the caller keeps its own signals
+            self._before = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+
+# ---- one iteration --------------------------------------------------------------------------------------------------------
+
+def keys_of(seed: int) -> dict[str, Array]:
+    """Independent keys of a run; everything random is a function of them and the iteration."""
+    return {name: jax.random.fold_in(jax.random.key(seed), i) for i, name in enumerate(("params", "rollout", "evaluate", "update"))}
+
+
+def prompt_order(seed: int, position: int, n: int, size: int) -> np.ndarray:
+    """Indices of the prompts at ``position .. position + n``: each epoch is a permutation drawn from (seed, epoch)."""
+    epochs = range(position // size, (position + n - 1) // size + 1)
+    order = np.concatenate([np.random.default_rng((seed, e)).permutation(size) for e in epochs])
+    start = position - epochs[0] * size
+    return order[start: start + n]
+
+
+def make_tools(workspace: Workspace, clock: Clock, notes: dict[str, float]) -> Tools:
+    """The calls that a protocol may make; ``notes`` collects what they count."""
+    config, prompts = workspace.config, workspace.train
+
+    def draw(run: Run, n: int) -> tuple[Run, np.ndarray]:
+        return advance(run, position=run.position + n), prompt_order(config.seed, run.position, n, len(prompts))
+
+    def generate(params: Params, indices: np.ndarray, key: Array, options: Any = None) -> Rollouts:
+        with clock.phase("generate"):
+            responses = config.rollout.responses
+            tokens, length = workspace.put((prompts.tokens[indices], prompts.length[indices])) if len(indices) % _rows(workspace) == 0 else (
+                jnp.asarray(prompts.tokens[indices]), jnp.asarray(prompts.length[indices]))
+            draw_key, seed_key = jax.random.split(key)
+            out = workspace.generate(params, tokens, length, draw_key, options or workspace.sampling, responses=responses)
+            seeds = np.asarray(jax.random.bits(seed_key, (out.rows,)))
+            return jax.block_until_ready(out.replace(prompt=np.repeat(indices, responses).astype(np.int32), seed=seeds,
+                                                     role=np.zeros(out.rows, np.int32), count=np.ones(out.rows, np.float32)))
+
+    def reward(rollouts: Rollouts) -> Rollouts:
+        with clock.phase("reward"):
+            scores = workspace.task.score([prompts.examples[i] for i in np.asarray(rollouts.prompt)], workspace.texts(rollouts))
+            errors = [s.error for s in scores if s.error is not None]
+            notes["reward/errors"] = notes.get("reward/errors", 0) + len(errors)
+            return rollouts.replace(reward=np.array([s.reward for s in scores], np.float32),
+                                    correct=np.array([s.correct for s in scores], np.float32))
+
+    return Tools(config.rollout.prompts, draw, generate, reward)
+
+
+def _rows(workspace: Workspace) -> int:
+    return workspace.mesh.shape["data"] * workspace.mesh.shape["fsdp"]
+
+
+def score_companions(workspace: Workspace, run: Run, batch: Rollouts) -> Rollouts:
+    """Attach ``logp_old`` (unless the first optimizer step is its own old policy) and ``logp_<slot>``."""
+    if workspace.optimizer_steps() > 1 or must_score(workspace.objective, batch, run.state.objective):
+        old = workspace.score(run.state.params, batch)
+        batch = batch.replace(logp_old=old.logp, entropy_old=old.entropy)
+    bare = batch.replace(logp_old=None, entropy_old=None, slots={})  # one shape for every slot
+    return batch.replace(slots={name: workspace.score(params, bare).logp for name, params in run.slots.items()})
+
+
+def update(workspace: Workspace, run: Run, batch: Rollouts, key: Array) -> tuple[Run, list[dict[str, Array]]]:
+    """All optimizer steps of an iteration; minibatches are made of whole groups."""
+    config, responses, state, steps = workspace.config, batch.shared_prompt, run.state, []
+    groups = batch.rows // responses
+    for epoch in range(config.training.epochs):
+        order = np.arange(groups)
+        if config.training.minibatches > 1:
+            order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), groups))
+        for part in order.reshape(config.training.minibatches, -1):
+            rows = (part[:, None] * responses + np.arange(responses)).reshape(-1).astype(np.int32)
+            state, out = workspace.step(state, batch, rows, fresh=not steps and bool(workspace.objective.peeks))
+            steps.append(out)
+    return advance(run, state=state), steps
+
+
+def merge_steps(steps: list[dict[str, Array]]) -> dict[str, float]:
+    """Mean over an iteration's optimizer steps; the largest for maxima, the sum for counts."""
+    steps = jax.device_get(steps)
+    out = {}
+    for name in steps[0]:
+        values = np.array([s[name] for s in steps])
+        out[name] = float(values.max() if name.endswith("max") else values.sum() if name.startswith("step/") else values.mean())
+    # Only the first optimizer step has the rollout's own parameters; later ones differ from the sampler because they have learned.
+    if "mismatch/logp_abs_max" in out:
+        out["mismatch/logp_abs_max"] = float(steps[0]["mismatch/logp_abs_max"])
+    return out
+
+
+def iterate(workspace: Workspace, protocol: Protocol, tools: Tools, run: Run, key: Array, clock: Clock) -> tuple[Run, dict[str, float]]:
+    """One iteration: gather, score, prepare, update."""
+    run, rollouts = protocol.collect(run, tools, jax.random.fold_in(key, 0))
+    with clock.phase("score"):
+        batch = score_companions(workspace, run, workspace.put(rollouts))
+        run, batch = protocol.before(run, tools, batch)
+        batch, memory = workspace.prepare(batch, run.state.objective)
+        run = advance(run, state=run.state.replace(objective=memory))
+        jax.block_until_ready(batch)
+    with clock.phase("update"):
+        run, steps = update(workspace, run, batch, jax.random.fold_in(key, 1))
+        jax.block_until_ready(run.state.params)
+    run = protocol.after(run, tools, batch)
+    metrics = merge_steps(steps)
+    if "generation_batches" in batch.extras:
+        metrics["dynamic_sampling/batches"] = float(batch.extras["generation_batches"][0])
+    return advance(run, iteration=run.iteration + 1), metrics
+
+
+# ---- the run --------------------------------------------------------------------------------------------------------------
+
+def checkpoint_of(run: Run) -> tuple[dict[str, Any], dict[str, int]]:
+    """The arrays and the position of a run."""
+    state = run.state
+    arrays = dict(params=state.params, opt_state=state.opt_state, objective=state.objective, slots=run.slots, tables=run.tables)
+    return arrays, dict(iteration=run.iteration, position=run.position)
+
+
+def restore(checkpoints: Checkpoints, run: Run) -> Run:
+    """The latest checkpoint, with the shapes, dtypes and sharding of ``run``."""
+    arrays, position = checkpoints.restore(checkpoint_of(run)[0])
+    state = run.state.replace(params=arrays["params"], opt_state=arrays["opt_state"], objective=arrays["objective"])
+    return advance(run, state=state, slots=arrays["slots"], tables=arrays["tables"], **position)
+
+
+def load_params(workspace: Workspace, directory: str) -> Params:
+    """Parameters of a run directory's last checkpoint, on this mesh."""
+    params, _ = restore_params(f"{directory}/checkpoints")
+    expected = jax.eval_shape(workspace.init_params, jax.random.key(0))
+    if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, expected):
+        raise ValueError(f"config.init_from {directory!r} holds parameters of another shape than config.policy and the tokenizer ask for")
+    return jax.device_put(params, shardings(params, workspace.mesh))
+
+
+def make_protocol(config: ConfigDict, workspace: Workspace) -> Protocol:
+    """The objective's protocol, with the fields of the config block that bears its name."""
+    name = workspace.objective.protocol
+    fields = config[name].to_dict() if name in config else {}
+    check_arguments(f"protocol {name!r}", fields, entry(name, "protocol").parameters)
+    return make(name, "protocol", **fields)
+
+
+def train_rl(config: ConfigDict, workdir: str, *, resume: bool = False, profile_steps: int = 0) -> Result:
+    """Train a policy by reinforcement learning: the main job.
+
+    Args:
+      config: see `jaxpo.training.config.default`; validated before anything is compiled.
+      workdir: receives config, metrics, samples, curves and checkpoints.
+      resume: go on from the last checkpoint in ``workdir``, if there is one.
+      profile_steps: write a profiler trace of so many iterations (from the third on) to ``workdir/profile``.
+
+    Raises:
+      ValueError: a config that cannot run. FileExistsError: ``workdir`` is not empty and ``resume`` is not set.
+      Diverged, NothingLeft: the run cannot go on; the last checkpoint is named.
+    """
+    compilation_cache(config.compilation_cache)
+    progress_print = print
+    workspace = setup(config, report=lambda text: progress_print(text))
+    keys = keys_of(config.seed)
+    clock, notes = Clock(), {}
+    protocol, tools = make_protocol(config, workspace), make_tools(workspace, clock, notes)
+    started = time.perf_counter()
+    step = find_checkpoint(workdir) if resume else None
+    log = open_run(workdir, config, workspace, resume_step=(BEFORE_ALL if step is None else step) if resume else None)
+    checkpoints = Checkpoints(f"{workdir}/checkpoints", keep=config.checkpoint.keep)
+    try:
+        run = begin(workspace, keys, protocol, log, clock, restoring=step is not None)
+        if step is not None:
+            run = restore(checkpoints, run)
+            print(f"resumed at iteration {run.iteration} from {workdir}/checkpoints/{step}")
+        else:
+            checkpoints.save(0, *checkpoint_of(run))
+        before = read_before(workdir) if run.iteration else evaluate_both(workspace, run, keys, clock, log)
+        with Progress(config.steps, initial=run.iteration) as progress, Interrupt() as interrupt:
+            progress_print = progress.print
+            run, stopped = loop(workspace, protocol, tools, run, keys, clock, notes, log, checkpoints, progress, interrupt, profile_steps)
+        progress_print = print
+        checkpoints.wait()
+        if stopped:
+            print(f"stopped by SIGTERM after iteration {run.iteration}, saved; go on with --resume")
+            return Result(run.state.params, before, {}, clock.seconds, run.iteration, workspace)
+        after = evaluate_both(workspace, run, keys, clock, log) if run.iteration else before
+        draw_curves(workdir)
+        summarise(workspace, run, before, after, clock, time.perf_counter() - started)
+        return Result(run.state.params, before, after, clock.seconds, run.iteration, workspace)
+    finally:
+        checkpoints.close()
+        log.close()
+
+
+def find_checkpoint(workdir: str) -> int | None:
+    """The last finished checkpoint of a run directory."""
+    from jaxpo.training.checkpoint import finished_steps
+    return max(finished_steps(f"{workdir}/checkpoints"), default=None)
+
+
+def open_run(workdir: str, config: ConfigDict, workspace: Workspace, *, resume_step: int | None) -> RunDirectory:
+    """The run directory, with config and tokenizer in it; says what is about to run."""
+    wandb = {"project": config.logging.wandb_project} if config.logging.wandb_project else None
+    log = RunDirectory(workdir, tensorboard=config.logging.tensorboard, wandb=wandb, resume_step=resume_step)
+    log.save_json("config.json", config.to_dict())
+    log.save_json("tokenizer.json", workspace.tokenizer.to_json())
+    shapes = jax.eval_shape(workspace.init_params, jax.random.key(0))
+    mesh = " x ".join(f"{k} {v}" for k, v in workspace.mesh.shape.items())
+    print(f"{workspace.task.name}: " + ", ".join(f"{k} {v:g}" for k, v in workspace.report.items()))
+    print(f"policy: {parameter_count(shapes):,} parameters, {workspace.tokenizer.vocab_size} tokens; objective {config.objective.name}; mesh {mesh} "
+          f"on {jax.devices()[0].platform}")
+    return log
+
+
+def begin(workspace: Workspace, keys: Mapping[str, Array], protocol: Protocol, log: RunDirectory, clock: Clock, *, restoring: bool) -> Run:
+    """Parameters (random, loaded, or warm-started), frozen slots and protocol tables. A run that is restored only needs the shapes."""
+    config = workspace.config
+    params = workspace.init_params(keys["params"])
+    if config.init_from and not restoring:
+        params = load_params(workspace, config.init_from)
+    if config.warm_start.steps and not restoring:
+        with clock.phase("warm start"):
+            params = warm_start(workspace, params, log)
+    slots = {name: jax.tree.map(jnp.copy, params) for name in slots_of(workspace.objective)}
+    return protocol.init(Run(workspace.init_state(params), slots))
+
+
+def evaluate_both(workspace: Workspace, run: Run, keys: Mapping[str, Array], clock: Clock, log: RunDirectory) -> dict[str, float]:
+    """Greedy accuracy and pass@k at the current iteration, logged."""
+    config = workspace.config
+    with clock.phase("evaluate"):
+        metrics, samples = evaluation.greedy(workspace, run.state.params, workspace.test)
+        if config.evaluation.pass_at:
+            metrics |= evaluation.sampled(workspace, run.state.params, workspace.test, jax.random.fold_in(keys["evaluate"], run.iteration),
+                                          samples=config.evaluation.samples, ks=config.evaluation.pass_at)
+    log.write(run.iteration, metrics)
+    log.samples(run.iteration, samples[: config.logging.samples])
+    return metrics
+
+
+def loop(workspace: Workspace, protocol: Protocol, tools: Tools, run: Run, keys: Mapping[str, Array], clock: Clock, notes: dict[str, float],
+         log: RunDirectory, checkpoints: Checkpoints, progress: Progress, interrupt: Interrupt, profile_steps: int) -> tuple[Run, bool]:
+    """Iterations up to the last; returns the run and whether SIGTERM ended it."""
+    config, skipped, drawn, first = workspace.config, 0, time.perf_counter(), run.iteration
+    while run.iteration < config.steps:
+        if profile_steps and run.iteration == first + 2:
+            jax.profiler.start_trace(f"{log.path}/profile")
+        start, spent = time.perf_counter(), dict(clock.seconds)
+        try:
+            run, metrics = iterate(workspace, protocol, tools, run, jax.random.fold_in(keys["rollout"], run.iteration), clock)
+        except NothingLeft as nothing:
+            raise NothingLeft(f"iteration {run.iteration}: {nothing} ({_last_good(checkpoints)})") from None
+        seconds = time.perf_counter() - start
+        metrics |= {f"time/{k}": clock.seconds[k] - spent.get(k, 0.0) for k in ("generate", "reward", "score", "update")}
+        metrics |= {"time/iteration": seconds, "time/tokens_per_s": metrics["tokens"] * _passes(config) / seconds, **notes}
+        notes.clear()
+        # A step that was skipped for want of tokens is not a sign of divergence; one that was not finite is.
+        skipped = skipped + int(metrics["step/nonfinite"]) if metrics["step/nonfinite"] else 0
+        if profile_steps and run.iteration == first + 2 + profile_steps:
+            jax.profiler.stop_trace()
+            progress.print(f"profile of {profile_steps} iterations in {log.path}/profile")
+        if run.iteration % config.evaluation.every == 0 and run.iteration < config.steps:
+            with clock.phase("evaluate"):
+                scores, samples = evaluation.greedy(workspace, run.state.params, workspace.test)
+            metrics |= scores
+            log.samples(run.iteration, samples[: config.logging.samples])
+        log.write(run.iteration, metrics)
+        progress.update(metrics)
+        if skipped >= config.nonfinite_patience:
+            raise Diverged(f"{skipped} optimizer steps in a row had a loss or gradient that was not finite, up to iteration {run.iteration}: stopped. "
+                           f"{_last_good(checkpoints)}")
+        if (run.iteration % config.checkpoint.every == 0 or run.iteration == config.steps or interrupt.asked) and not skipped:
+            with clock.phase("checkpoint"):
+                checkpoints.save(run.iteration, *checkpoint_of(run))
+        if time.perf_counter() - drawn > config.logging.plot_seconds:
+            with clock.phase("plot"):
+                draw_curves(str(log.path))
+            drawn = time.perf_counter()
+        if interrupt.asked and run.iteration < config.steps:
+            return run, True
+    return run, False
+
+
+def _passes(config: ConfigDict) -> int:
+    """``tokens`` is a mean over optimizer steps, each of which saw one minibatch."""
+    return config.training.minibatches
+
+
+def _last_good(checkpoints: Checkpoints) -> str:
+    checkpoints.wait()
+    return f"the last good checkpoint is {checkpoints.directory}/{checkpoints.latest()}"
+
+
+def read_before(workdir: str) -> dict[str, float]:
+    """The evaluation at iteration 0 of a resumed run."""
+    metrics = read_metrics(workdir)
+    rows = np.flatnonzero(metrics.get("step", np.array([])) == 0)
+    return {k: float(v[rows[0]]) for k, v in metrics.items() if k.startswith("eval/")} if len(rows) else {}
+
+
+def draw_curves(workdir: str) -> None:
+    """Refresh ``curves.png``."""
+    plot_curves({str(workdir): read_metrics(workdir)}, f"{workdir}/curves.png")
+
+
+def summarise(workspace: Workspace, run: Run, before: Mapping[str, float], after: Mapping[str, float], clock: Clock, seconds: float) -> None:
+    """The closing tables: accuracy before and after, and where the time went."""
+    def shown(metrics: Mapping[str, float], name: str) -> str:
+        return f"{metrics[name]:.3f} [{metrics[name + '_lo']:.3f}, {metrics[name + '_hi']:.3f}]" if name in metrics else ""
+
+    names = ["eval/greedy", *[f"eval/pass@{k}" for k in workspace.config.evaluation.pass_at]]
+    closing_table(f"{workspace.task.name}, {len(workspace.test)} test prompts: before and after {run.iteration} iterations (95% intervals)",
+                  [(n.removeprefix("eval/"), shown(before, n), shown(after, n)) for n in names], columns=("", "before", "after"))
+    compiling = sum(c.seconds for c in workspace.compiled)
+    rest = seconds - sum(clock.seconds.values())
+    rows = [*clock.seconds.items(), ("everything else", rest)]
+    closing_table(f"{seconds:.0f} s in all, of which {compiling:.0f} s compiling", [(k, f"{v:.1f} s", f"{v / seconds:.0%}") for k, v in rows])

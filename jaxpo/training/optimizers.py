@@ -1,0 +1,66 @@
+"""optax by name: an optimizer, a schedule and gradient clipping from a config."""
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import optax
+
+from jaxpo.registry import check_arguments, unknown
+
+OPTIMIZERS = tuple(n for n in ("adam", "adamw", "adafactor", "adagrad", "lamb", "lion", "muon", "nadamw", "novograd", "radam", "rmsprop",
+                               "sgd", "sophia", "yogi") if hasattr(optax, n))
+
+
+def constant(peak: float, steps: int, warmup_steps: int = 0) -> optax.Schedule:
+    """Linear warm-up from 0 over ``warmup_steps``, then constant."""
+    return optax.warmup_constant_schedule(0.0, peak, warmup_steps) if warmup_steps else optax.constant_schedule(peak)
+
+
+def cosine(peak: float, steps: int, warmup_steps: int = 0, end_share: float = 0.1) -> optax.Schedule:
+    """Linear warm-up, then half a cosine down to ``end_share * peak`` at the last step."""
+    return optax.warmup_cosine_decay_schedule(0.0 if warmup_steps else peak, peak, warmup_steps, max(steps, warmup_steps + 1), end_share * peak)
+
+
+def linear(peak: float, steps: int, warmup_steps: int = 0, end_share: float = 0.0) -> optax.Schedule:
+    """Linear warm-up, then a line down to ``end_share * peak`` at the last step."""
+    down = optax.linear_schedule(peak, end_share * peak, max(steps - warmup_steps, 1))
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup_steps, 1)), down], [warmup_steps]) if warmup_steps else down
+
+
+SCHEDULES = {f.__name__: f for f in (constant, cosine, linear)}
+
+
+def optimizer_arguments(name: str) -> Mapping[str, inspect.Parameter]:
+    """Arguments of an optax optimizer besides the learning rate; ``ValueError`` for an unknown name."""
+    if name not in OPTIMIZERS:
+        raise ValueError(unknown("optimizer", name, OPTIMIZERS))
+    return {k: p for k, p in inspect.signature(getattr(optax, name)).parameters.items() if k != "learning_rate"}
+
+
+def schedule_arguments(name: str) -> Mapping[str, inspect.Parameter]:
+    """Arguments of a schedule besides its peak and length; ``ValueError`` for an unknown name."""
+    if name not in SCHEDULES:
+        raise ValueError(unknown("schedule", name, SCHEDULES))
+    return {k: p for k, p in inspect.signature(SCHEDULES[name]).parameters.items() if k not in ("peak", "steps")}
+
+
+def make_schedule(config: Mapping[str, Any], peak: float, steps: int) -> optax.Schedule:
+    """``config``: ``name`` and arguments of one of ``SCHEDULES``; ``steps`` optimizer steps in the whole run."""
+    arguments = {k: v for k, v in config.items() if k != "name"}
+    check_arguments(f"schedule {config['name']!r}", arguments, schedule_arguments(config["name"]))
+    return SCHEDULES[config["name"]](peak, steps, **arguments)
+
+
+def make_optimizer(config: Mapping[str, Any], steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, then the named optimizer under its schedule.
+
+    Args:
+      config: ``name``, ``learning_rate``, ``clip_norm`` (None = off), ``schedule`` and any argument of the optax optimizer.
+      steps: optimizer steps in the whole run.
+    """
+    own = {k: v for k, v in config.items() if k not in ("name", "learning_rate", "clip_norm", "schedule")}
+    check_arguments(f"optimizer {config['name']!r}", own, optimizer_arguments(config["name"]))
+    if not config["learning_rate"] > 0:
+        raise ValueError(f"optimizer.learning_rate must be positive, not {config['learning_rate']}")
+    rule = getattr(optax, config["name"])(make_schedule(config["schedule"], config["learning_rate"], steps), **own)
+    return rule if config["clip_norm"] is None else optax.chain(optax.clip_by_global_norm(config["clip_norm"]), rule)

@@ -1,0 +1,239 @@
+"""Everything a run computes with, built once from its config: task, tokenizer, mesh, policy, objective, compiled functions."""
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jax import Array
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jaxpo.batch import MissingField, Rollouts, take
+from jaxpo.objectives import Objective, State
+from jaxpo.parallel import batch_shards, make_mesh, replicated, rows_over_mesh, shardings
+from jaxpo.policy import stats, transformer
+from jaxpo.policy.transformer import Model, Params
+from jaxpo.rollout import SamplingOptions, generate
+from jaxpo.rollout.stopping import stop_table
+from jaxpo.tasks import Example, Task, build
+from jaxpo.tasks.tokenizers import CharTokenizer, IntegerTokenizer, PretrainedTokenizer, Tokenizer
+from jaxpo.training import config as config_lib
+from jaxpo.training.compiled import Compiled
+from jaxpo.training.optimizers import make_optimizer
+from jaxpo.training.step import optimizer_step, score
+
+
+@struct.dataclass
+class TrainState:
+    """What an optimizer step changes."""
+    params: Params
+    opt_state: Any
+    objective: State
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Tokenised prompts of a set of examples: tokens [n, P] left-padded, length [n]; ``examples[i]`` belongs to row i."""
+    examples: Sequence[Example]
+    tokens: np.ndarray
+    length: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The fixed surroundings of a run. ``step`` and the other `Compiled` functions hold no state."""
+    config: ConfigDict
+    task: Task
+    tokenizer: Tokenizer
+    mesh: Mesh
+    model: Model
+    objective: Objective
+    sampling: SamplingOptions
+    train: Prompts
+    test: Prompts
+    report: dict[str, float]
+    generate: Compiled      # (params, tokens, length, key, options, responses) -> Rollouts
+    score: Compiled         # (params, batch) -> TokenStats
+    prepare: Compiled       # (batch, state) -> (batch, state)
+    step: Compiled          # (train state, batch, rows, fresh) -> (train state, metrics)
+
+    @property
+    def compiled(self) -> tuple[Compiled, ...]:
+        return self.generate, self.score, self.prepare, self.step
+
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of one iteration."""
+        return self.config.training.epochs * self.config.training.minibatches
+
+    def init_params(self, key: Array) -> Params:
+        """Random parameters, made where they will live."""
+        init = partial(transformer.init, self.model.config)
+        return jax.jit(init, out_shardings=shardings(jax.eval_shape(init, key), self.mesh))(key)
+
+    def init_state(self, params: Params) -> TrainState:
+        """Optimizer and objective state for ``params``."""
+        optimizer = self.optimizer()
+        opt = jax.eval_shape(optimizer.init, params)
+        opt_state = jax.jit(optimizer.init, out_shardings=shardings(opt, self.mesh))(params)
+        return TrainState(params, opt_state, jax.device_put(self.objective.init(), replicated(self.mesh)))
+
+    def optimizer(self) -> optax.GradientTransformation:
+        return make_optimizer(self.config.optimizer.to_dict(), max(1, self.config.steps * self.optimizer_steps()))
+
+    def put(self, tree: Any) -> Any:
+        """Arrays [B, ...] onto the mesh, rows spread over it."""
+        return rows_over_mesh(tree, self.mesh)
+
+    def texts(self, rollouts: Rollouts) -> list[str]:
+        """The completions as text, without special tokens and cut before a stop string."""
+        completions, mask = np.asarray(rollouts.completions), np.asarray(rollouts.mask)
+        texts = [self.tokenizer.decode(row[m > 0].tolist()) for row, m in zip(completions, mask, strict=True)]
+        for stop in self.config.sampling.stop:
+            texts = [text.split(stop)[0] for text in texts]
+        return texts
+
+
+def compilation_cache(folder: str | None) -> None:
+    """Keep compiled programs between runs, in ``folder`` or the user's cache folder."""
+    path = folder or os.path.join(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "jaxpo", "compiled")
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def make_tokenizer(config: ConfigDict, task: Task) -> Tokenizer:
+    """The tokenizer that the config names; characters come from the task's questions and answers."""
+    match config.tokenizer.name:
+        case "characters":
+            texts = [text for e in (*task.train, *task.test) for text in (e.question, e.answer or "")]
+            return CharTokenizer.from_texts(texts)
+        case "integers":
+            return IntegerTokenizer(config.tokenizer.base)
+        case "pretrained":
+            return PretrainedTokenizer(config.tokenizer.path, config.tokenizer.chat_template)
+
+
+def tokenize(examples: Sequence[Example], tokenizer: Tokenizer, width: int | None) -> tuple[list[Example], list[list[int]]]:
+    """The examples whose prompt has at most ``width`` tokens (None = any), and those prompts."""
+    ids = [tokenizer.encode(tokenizer.render(e.question)) for e in examples]
+    kept = [i for i, x in enumerate(ids) if width is None or len(x) <= width]
+    return [examples[i] for i in kept], [ids[i] for i in kept]
+
+
+def pad_prompts(examples: Sequence[Example], ids: Sequence[Sequence[int]], width: int, pad_id: int) -> Prompts:
+    """Left-pad to ``width``."""
+    tokens = np.full((len(ids), width), pad_id, np.int32)
+    for row, x in zip(tokens, ids, strict=True):
+        row[width - len(x):] = x
+    return Prompts(examples, tokens, np.array([len(x) for x in ids], np.int32))
+
+
+def setup(config: ConfigDict, *, tokenizer: Tokenizer | None = None, report: Callable[[str], None] = print) -> Workspace:
+    """Build the workspace of a validated config.
+
+    Args:
+      tokenizer: instead of the config's (the one that a run directory holds). report: where messages about compilation go.
+
+    Raises:
+      ValueError: whatever `jaxpo.training.config.validate` refuses, no prompt short enough, or an objective whose needs this loop cannot meet.
+    """
+    config_lib.validate(config, len(jax.devices()))
+    objective = config_lib.objective_of(config)
+    slots_of(objective)
+    if objective.layout:
+        raise ValueError(f"objective {config.objective.name!r} learns from units {objective.layout}, which rollouts of single completions are not")
+    task = build({k: v for k, v in config.task.items() if v is not None})
+    tokenizer = tokenizer or make_tokenizer(config, task)
+    mesh = make_mesh(config.mesh)
+    limit = config.rollout.prompt_width
+    (train, train_ids), (test, test_ids) = tokenize(task.train, tokenizer, limit), tokenize(task.test[: config.evaluation.prompts], tokenizer, limit)
+    if not train or not test:
+        raise ValueError(f"config.rollout.prompt_width {limit} is shorter than every {'test' if train else 'training'} prompt")
+    width = limit or max(map(len, [*train_ids, *test_ids]))
+    dropped = len(task.train) - len(train) + min(len(task.test), config.evaluation.prompts) - len(test)
+    model = transformer.build(transformer.TransformerConfig(vocab_size=tokenizer.vocab_size, **config.policy))
+    table = jnp.asarray(stop_table(config.sampling.stop, tokenizer.token_bytes())) if config.sampling.stop else None
+    return Workspace(
+        config=config, task=task, tokenizer=tokenizer, mesh=mesh, model=model, objective=objective,
+        sampling=config_lib.sampling_of(config, tokenizer.eos_ids, table), train=pad_prompts(train, train_ids, width, tokenizer.pad_id),
+        test=pad_prompts(test, test_ids, width, tokenizer.pad_id), report={**task.report, "prompts/dropped": float(dropped)},
+        **_compile(config, mesh, model, objective, tokenizer.pad_id, report))
+
+
+def _compile(config: ConfigDict, mesh: Mesh, model: Model, objective: Objective, pad_id: int,
+             report: Callable[[str], None]) -> dict[str, Compiled]:
+    """The four compiled functions of the loop."""
+    apply = stats.policy_of(model, wants=objective.wants | {"entropy"}, temperature=config.policy_temperature)
+    training = config.training
+    slices = training.minibatches * training.microbatches
+    optimizer = make_optimizer(config.optimizer.to_dict(), max(1, config.steps * training.epochs * training.minibatches))
+
+    def constrain(batch: Rollouts) -> Rollouts:
+        return jax.lax.with_sharding_constraint(batch, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp"))))
+
+    def run_generate(params: Params, tokens: Array, length: Array, key: Array, options: SamplingOptions, responses: int) -> Rollouts:
+        return constrain(generate(model, params, tokens, key, options, prompt_length=length, responses=responses,
+                                  policy_temperature=config.policy_temperature, pad_id=pad_id))
+
+    def run_step(state: TrainState, batch: Rollouts, rows: Array, fresh: bool) -> tuple[TrainState, dict[str, Array]]:
+        batch = constrain(take(batch, rows, shared_prompt=batch.shared_prompt))
+        params, opt_state, memory, out = optimizer_step(objective, apply, optimizer, state.params, state.opt_state, state.objective, batch,
+                                                        microbatches=training.microbatches, fresh=fresh)
+        new = TrainState(params, opt_state, memory)
+        return jax.lax.with_sharding_constraint(new, TrainState(shardings(params, mesh), shardings(opt_state, mesh), replicated(mesh))), out
+
+    peeking = 2 if objective.peeks and training.epochs * training.minibatches > 1 else 1
+    return dict(
+        # training rollouts and greedy evaluation differ in shape and in what is compiled
+        generate=Compiled("generate", run_generate, report=report, expected=2, static_argnames="responses"),
+        score=Compiled("score", lambda params, batch: score(apply, params, batch, microbatches=slices), report=report),
+        prepare=Compiled("prepare", objective.prepare, report=report),
+        step=Compiled("update", run_step, report=report, expected=peeking, static_argnames="fresh", donate_argnums=0))
+
+
+# ---- what an objective asks the loop for ----------------------------------------------------------------------------------
+
+PROVIDED = frozenset({"reward", "correct", "truncated", "group", "role", "prompt", "seed", "count", "mask", "tokens", "logp_old", "logp_beh",
+                      "entropy_old"})
+SLOTS = ("ref",)
+
+
+def slots_of(objective: Objective) -> list[str]:
+    """Frozen companions that the objective needs (``ref`` = the policy at the start of the run).
+
+    Raises:
+      ValueError: it needs something that this loop does not provide; the message says what it does.
+    """
+    wanted = sorted(n[len("logp_"):] for n in objective.needs - PROVIDED if n.startswith("logp_"))
+    other = sorted(n for n in objective.needs - PROVIDED if not n.startswith("logp_")) + [f"logp_{s}" for s in wanted if s not in SLOTS]
+    if other:
+        raise ValueError(f"the objective needs {', '.join(other)}; the training loop provides "
+                         f"{', '.join(sorted(PROVIDED))} and {', '.join(f'logp_{s}' for s in SLOTS)}")
+    return wanted
+
+
+def must_score(objective: Objective, batch: Rollouts, state: State) -> bool:
+    """Whether ``prepare`` or ``weigh`` read what only a scoring pass gives. If they do not, the first optimizer step is its own old policy."""
+    if objective.peeks:
+        return True
+    try:
+        jax.eval_shape(lambda b, s: objective.weigh(*objective.prepare(b, s), None), batch, state)
+    except MissingField as missing:
+        if missing.field not in ("logp_old", "entropy_old"):
+            raise
+        return True
+    return False
+
+
+def shard_count(workspace: Workspace) -> int:
+    """Rows of any batch must be a multiple of this."""
+    return batch_shards(workspace.mesh)

@@ -1,0 +1,263 @@
+"""What the estimators estimate, by exact enumeration: a tabular policy over 3 tokens writes answers of at most 3, and every answer is visited.
+
+No sampling error: an "expected gradient" here is the sum over all groups of answers of probability times the gradient of the loss.
+"""
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxpo
+from jaxpo.primitives.regularizers import kl_estimate, kl_penalty
+
+VOCABULARY, LENGTH, END = 3, 3, 2
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def _answers() -> list[tuple[int, ...]]:
+    """Every answer: it ends with END, or is LENGTH long."""
+    done, open_ = [], [()]
+    while open_:
+        longer = [prefix + (token,) for prefix in open_ for token in range(VOCABULARY)]
+        done += [y for y in longer if y[-1] == END or len(y) == LENGTH]
+        open_ = [y for y in longer if y[-1] != END and len(y) < LENGTH]
+    return done
+
+
+ANSWERS = _answers()
+CONTEXTS = sorted({y[:t] for y in ANSWERS for t in range(len(y))}, key=lambda c: (len(c), c))
+MASK = np.array([[t < len(y) for t in range(LENGTH)] for y in ANSWERS])
+AT = np.array([[CONTEXTS.index(y[:t]) if t < len(y) else 0 for t in range(LENGTH)] for y in ANSWERS])
+TOKEN = np.array([[y[t] if t < len(y) else 0 for t in range(LENGTH)] for y in ANSWERS])
+
+_rng = np.random.default_rng(0)
+LOGITS, LOGITS_REF, LOGITS_BEHAVIOUR = [1.2 * _rng.normal(size=(len(CONTEXTS), VOCABULARY)) for _ in range(3)]
+REAL = _rng.normal(size=len(ANSWERS))
+BINARY = np.array([float(sum(y) % 3 == 0) for y in ANSWERS])
+
+
+def log_probs(logits):
+    """[answers, LENGTH] log-prob of every token of every answer (0 after its end)."""
+    return jnp.where(MASK, jax.nn.log_softmax(logits)[AT, TOKEN], 0)
+
+
+def probabilities(logits):
+    return jnp.exp(log_probs(logits).sum(-1))
+
+
+def expected_reward_gradient(reward) -> np.ndarray:
+    return np.asarray(jax.grad(lambda logits: probabilities(logits) @ reward)(jnp.asarray(LOGITS)))
+
+
+def expected_step(name: str, k: int, reward, sampler=LOGITS, **hyperparameters) -> np.ndarray:
+    """Minus the expected gradient of the loss in the policy's logits, over groups of ``k`` answers drawn from ``sampler``."""
+    objective = jaxpo.make(name, **hyperparameters)
+    logp, logp_old, ref = [log_probs(jnp.asarray(x)) for x in (LOGITS, sampler, LOGITS_REF)]
+    mask, reward = jnp.asarray(MASK), jnp.asarray(reward)
+
+    def gradient(drawn):  # [k] answers -> d loss / d logp [k, LENGTH]
+        batch = jaxpo.Rollouts(mask=mask[drawn], reward=reward[drawn], correct=reward[drawn] > 0, group=jnp.zeros(k, jnp.int32),
+                               logp_old=logp_old[drawn], slots={"ref": ref[drawn]})
+        return jax.grad(lambda x: jaxpo.evaluate(objective, lambda _: jaxpo.TokenStats(logp=x), batch)[0])(logp[drawn])
+
+    groups = np.array(list(itertools.product(range(len(ANSWERS)), repeat=k)))
+    weight = np.prod(np.asarray(probabilities(jnp.asarray(sampler)))[groups], -1)
+    assert abs(weight.sum() - 1) < 1e-12
+    gradients = np.asarray(jax.jit(jax.vmap(gradient))(jnp.asarray(groups)))
+    by_answer = np.zeros(MASK.shape)
+    np.add.at(by_answer, groups, weight[:, None, None] * gradients)
+    return -np.asarray(jax.vjp(log_probs, jnp.asarray(LOGITS))[1](jnp.asarray(by_answer))[0])
+
+
+def same_direction(a: np.ndarray, b: np.ndarray) -> float:
+    """Cosine."""
+    return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
+
+
+# ---- policy gradients -------------------------------------------------------------------------------------------------------------------
+
+def test_reinforce_with_seq_sum_is_the_gradient_of_the_expected_reward():
+    np.testing.assert_allclose(expected_step("reinforce", 1, REAL, agg="seq_sum"), expected_reward_gradient(REAL), atol=1e-12)
+
+
+@pytest.mark.parametrize("agg", ("token_mean", "seq_mean"))
+def test_reinforce_with_a_mean_over_tokens_is_not(agg):
+    assert same_direction(expected_step("reinforce", 1, REAL, agg=agg), expected_reward_gradient(REAL)) < 0.99
+
+
+def test_reinforce_with_batch_mean_shrinks_the_gradient_by_k_minus_1_over_k():
+    step = expected_step("reinforce", 2, REAL, agg="seq_sum", baseline="batch_mean")
+    np.testing.assert_allclose(step, expected_reward_gradient(REAL) / 2, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ("reinforce", "ppo"))
+def test_rloo_is_the_gradient_of_the_expected_reward(form):
+    np.testing.assert_allclose(expected_step("rloo", 2, REAL, beta=0.0, form=form), expected_reward_gradient(REAL), atol=1e-12)
+
+
+def test_rloo_with_beta_is_the_gradient_of_the_reward_minus_the_reverse_kl():
+    def value(logits):
+        p, log_ratio = probabilities(logits), (log_probs(logits) - log_probs(LOGITS_REF)).sum(-1)
+        return p @ REAL - 0.3 * p @ log_ratio
+
+    np.testing.assert_allclose(expected_step("rloo", 2, REAL, beta=0.3), jax.grad(value)(jnp.asarray(LOGITS)), atol=1e-12)
+
+
+def test_dr_grpo_is_the_gradient_of_the_expected_reward_up_to_constants():
+    step = expected_step("dr_grpo", 2, REAL, L_const=5)
+    np.testing.assert_allclose(step, (2 - 1) / 2 / 5 * expected_reward_gradient(REAL), atol=1e-12)
+
+
+def _std_factor(k: int, p: float) -> float:
+    """Of binary rewards with success probability p: by how much dividing by the group std stretches the expected gradient.
+
+    S ~ Binomial(K, p) successes have variance S (K-S) / (K (K-1)), which leaves ``E sqrt(S (K-S)) sqrt(K-1) K^(-3/2) / (p (1-p))``.
+    """
+    spread = sum(math.comb(k, s) * p ** s * (1 - p) ** (k - s) * math.sqrt(s * (k - s)) for s in range(k + 1))
+    return spread * math.sqrt(k - 1) * k ** -1.5 / (p * (1 - p))
+
+
+@pytest.fixture(scope="module")
+def grpo_on_binary_rewards() -> dict[int, np.ndarray]:
+    with jax.enable_x64(True):
+        return {k: expected_step("grpo", k, BINARY, beta=0.0, adv_eps=0.0, agg="seq_sum") for k in (2, 3)}
+
+
+@pytest.mark.parametrize("k", (2, 3))
+def test_grpo_std_stretches_the_gradient_of_binary_rewards_by_a_known_factor(grpo_on_binary_rewards, k):
+    p = float(probabilities(jnp.asarray(LOGITS)) @ BINARY)
+    assert 0.05 < p < 0.95
+    factor = _std_factor(k, p)
+    np.testing.assert_allclose(grpo_on_binary_rewards[k], factor * expected_reward_gradient(BINARY), atol=1e-12)
+    assert abs(factor - (k - 1) / k) > 0.1  # (K-1)/K is what centring alone leaves
+
+
+def test_grpo_std_weighs_hard_and_easy_prompts_more_than_even_ones():
+    """With K = 2 the factor is 1/sqrt(2) for every prompt; with more answers it depends on how hard the prompt is: the difficulty bias."""
+    assert _std_factor(2, 0.05) == pytest.approx(_std_factor(2, 0.5)) == pytest.approx(1 / math.sqrt(2))
+    assert _std_factor(8, 0.05) > 1.4 * _std_factor(8, 0.5)
+    assert _std_factor(8, 0.95) == pytest.approx(_std_factor(8, 0.05))
+
+
+def test_grpo_std_climbs_the_win_rate_of_real_rewards_with_two_answers():
+    """Two answers: the advantage is the sign of the difference over sqrt(2), whatever its size, so the direction is not the reward's."""
+    against = np.sign(REAL[:, None] - REAL[None]) @ np.asarray(probabilities(jnp.asarray(LOGITS)))
+    step = expected_step("grpo", 2, REAL, beta=0.0, adv_eps=0.0, agg="seq_sum")
+    np.testing.assert_allclose(step, expected_reward_gradient(against) / math.sqrt(2), atol=1e-12)
+    assert same_direction(step, expected_reward_gradient(REAL)) < 0.99
+
+
+# ---- KL estimators: values and gradients ------------------------------------------------------------------------------------------------
+
+def kl(p_logits, q_logits):
+    """[contexts] KL(p || q)."""
+    p, q = jax.nn.log_softmax(p_logits), jax.nn.log_softmax(q_logits)
+    return (jnp.exp(p) * (p - q)).sum(-1)
+
+
+def expected_estimate(estimate, sampler=LOGITS) -> tuple[np.ndarray, np.ndarray]:
+    """Per context: the mean over tokens drawn from ``sampler`` of ``estimate(logp, logp_ref, log q)``, and of its gradient in the logits.
+
+    The draw is fixed: the gradient goes through logp only, as in a loss.
+    """
+    q = jax.nn.log_softmax(jnp.asarray(sampler))
+
+    def value(logits):
+        return (jnp.exp(q) * estimate(jax.nn.log_softmax(logits), jax.nn.log_softmax(jnp.asarray(LOGITS_REF)), q)).sum(-1)
+
+    value_, gradient = jax.vjp(value, jnp.asarray(LOGITS))
+    return np.asarray(value_), np.asarray(gradient(jnp.ones_like(value_))[0])
+
+
+REVERSE = (lambda logits: kl(logits, LOGITS_REF))
+FORWARD = (lambda logits: kl(LOGITS_REF, logits))
+
+
+def kl_gradient(of) -> np.ndarray:
+    return np.asarray(jax.grad(lambda logits: of(logits).sum())(jnp.asarray(LOGITS)))
+
+
+@pytest.mark.parametrize("estimator", ("k1", "k3"))
+def test_k1_and_k3_have_the_kl_as_their_mean(estimator):
+    value, _ = expected_estimate(lambda logp, ref, q: kl_estimate(logp, ref, estimator))
+    np.testing.assert_allclose(value, REVERSE(jnp.asarray(LOGITS)), atol=1e-12)
+
+
+def test_k2_has_not():
+    value, _ = expected_estimate(lambda logp, ref, q: kl_estimate(logp, ref, "k2"))
+    assert np.abs(value - REVERSE(jnp.asarray(LOGITS))).max() > 0.01
+
+
+def test_k2_is_accurate_to_second_order():
+    """Halving the distance to the reference divides the error by about 8."""
+    direction = jnp.asarray(LOGITS_REF - LOGITS)
+
+    def error(step):
+        here, ref = jax.nn.log_softmax(jnp.asarray(LOGITS)), jax.nn.log_softmax(LOGITS + step * direction)
+        return jnp.abs((jnp.exp(here) * (kl_estimate(here, ref, "k2") - (here - ref))).sum(-1))
+
+    np.testing.assert_allclose(error(1e-2) / error(5e-3), 8, rtol=0.2)
+
+
+def test_k1_as_a_loss_has_no_expected_gradient():
+    _, gradient = expected_estimate(lambda logp, ref, q: kl_estimate(logp, ref, "k1"))
+    np.testing.assert_allclose(gradient, 0, atol=1e-12)
+
+
+def test_k2_as_a_loss_has_the_gradient_of_the_reverse_kl():
+    _, gradient = expected_estimate(lambda logp, ref, q: kl_estimate(logp, ref, "k2"))
+    np.testing.assert_allclose(gradient, kl_gradient(REVERSE), atol=1e-12)
+
+
+def test_k3_as_a_loss_has_the_gradient_of_the_forward_kl():
+    _, gradient = expected_estimate(lambda logp, ref, q: kl_estimate(logp, ref, "k3"))
+    np.testing.assert_allclose(gradient, kl_gradient(FORWARD), atol=1e-12)
+    assert np.abs(gradient - kl_gradient(REVERSE)).max() > 0.01
+
+
+def test_ratio_times_k3_off_policy_has_value_and_gradient_of_the_reverse_kl():
+    value, gradient = expected_estimate(lambda logp, ref, q: kl_penalty(logp, ref, "k3", ratio=jnp.exp(logp - q)), LOGITS_BEHAVIOUR)
+    np.testing.assert_allclose(value, REVERSE(jnp.asarray(LOGITS)), atol=1e-12)
+    np.testing.assert_allclose(gradient, kl_gradient(REVERSE), atol=1e-12)
+
+
+@pytest.mark.parametrize("estimator", ("k1", "k2", "k3"))
+def test_without_the_ratio_every_estimator_is_biased_off_policy(estimator):
+    value, gradient = expected_estimate(lambda logp, ref, q: kl_estimate(logp, ref, estimator), LOGITS_BEHAVIOUR)
+    assert np.abs(value - REVERSE(jnp.asarray(LOGITS))).max() > 0.01
+    for of in (REVERSE, FORWARD):
+        assert np.abs(gradient - kl_gradient(of)).max() > 0.01
+
+
+def test_k1_in_the_reward_has_the_gradient_of_the_reverse_kl():
+    penalty = -np.asarray((log_probs(jnp.asarray(LOGITS)) - log_probs(jnp.asarray(LOGITS_REF))).sum(-1))
+
+    def sequence_kl(logits):
+        return probabilities(logits) @ (log_probs(logits) - log_probs(jnp.asarray(LOGITS_REF))).sum(-1)
+
+    np.testing.assert_allclose(expected_step("reinforce", 1, penalty, agg="seq_sum"), -jax.grad(sequence_kl)(jnp.asarray(LOGITS)), atol=1e-12)
+
+
+def visits(sampler) -> np.ndarray:
+    """[contexts] how often an answer of ``sampler`` passes through a context."""
+    out = np.zeros(len(CONTEXTS))
+    np.add.at(out, AT[MASK], np.broadcast_to(np.asarray(probabilities(jnp.asarray(sampler)))[:, None], MASK.shape)[MASK])
+    return out
+
+
+def test_grpo_kl_term_pulls_along_the_forward_kl_on_policy():
+    step = expected_step("grpo", 1, np.zeros(len(ANSWERS)), beta=1.0, agg="seq_sum")
+    np.testing.assert_allclose(step, -visits(LOGITS)[:, None] * kl_gradient(FORWARD), atol=1e-12)
+
+
+def test_grpo_kl_is_makes_it_the_reverse_kl_also_off_policy():
+    step = expected_step("grpo", 1, np.zeros(len(ANSWERS)), LOGITS_BEHAVIOUR, beta=1.0, agg="seq_sum", kl_is=True)
+    np.testing.assert_allclose(step, -visits(LOGITS_BEHAVIOUR)[:, None] * kl_gradient(REVERSE), atol=1e-12)

@@ -1,0 +1,154 @@
+"""Worker processes: time limits, deaths, reuse. ``eval`` serves as the function that may do anything."""
+import functools
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxpo.tasks.workers import Outcome, WorkerPool, attempt, runner
+
+HANG_IN_C = "9**9**9**9"        # holds the interpreter's lock: no thread or signal handler of Python runs any more
+HANG = "__import__('time').sleep(60)"
+PID = "__import__('os').getpid()"
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits to be reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with WorkerPool(eval, workers=2, timeout=1.0) as pool:
+        yield pool
+
+
+def test_values_come_back_in_order(pool):
+    assert pool.map([(f"{i} * {i}",) for i in range(50)]) == [Outcome(i * i, None) for i in range(50)]
+    assert pool.map([]) == []
+
+
+def test_exceptions_are_errors_of_their_item_only(pool):
+    outcomes = pool.map([("1/0",), ("2",), ("exit()",), ("undefined",), ("lambda: 0",), ("3",)])
+    assert [o.value for o in outcomes] == [None, 2, None, None, None, 3]
+    errors = [o.error for o in outcomes]
+    assert errors[0] == "ZeroDivisionError: division by zero"
+    assert errors[2].startswith("SystemExit") and errors[3].startswith("NameError")
+    assert errors[4].startswith("the result cannot be sent back")
+    assert errors[1] is errors[5] is None
+
+
+@pytest.mark.parametrize("hang", [HANG, HANG_IN_C])
+def test_a_hung_item_is_killed_and_the_others_are_unharmed(pool, hang):
+    pool.map([("0",)] * 2)                              # start-up is not what is timed
+    start = time.monotonic()
+    outcomes = pool.map([("1",), (hang,), *[(str(i),) for i in range(20)]])
+    assert time.monotonic() - start < 10
+    assert outcomes[1] == Outcome(None, "timed out after 1 s")
+    assert [o.value for o in outcomes[2:]] == list(range(20)) and outcomes[0].value == 1
+    assert pool.map([("7",)]) == [Outcome(7, None)]
+
+
+def test_a_worker_that_dies_is_an_error_and_is_replaced(pool):
+    outcomes = pool.map([("__import__('os')._exit(3)",), ("5",), ("6",)])
+    assert outcomes == [Outcome(None, "the worker process died (exit code 3)"), Outcome(5, None), Outcome(6, None)]
+
+
+def test_a_worker_killed_while_idle_loses_no_item(pool):
+    pid = pool.map([(PID,)])[0].value
+    os.kill(pid, 9)
+    while alive(pid):
+        time.sleep(0.01)
+    assert pool.map([("5",), ("6",), ("7",)]) == [Outcome(5, None), Outcome(6, None), Outcome(7, None)]
+
+
+def test_workers_are_reused_and_end_with_close():
+    pool = WorkerPool(eval, workers=1, timeout=5)
+    first, second = pool.map([(PID,)])[0].value, pool.map([(PID,)])[0].value
+    assert first == second != os.getpid()
+    pool.close()
+    assert not alive(first)
+    third = pool.map([(PID,)])[0].value                 # a closed pool starts again when used
+    assert third != first
+    del pool
+    assert not alive(third)
+
+
+def test_preparation_is_not_on_the_clock():
+    with WorkerPool(eval, workers=1, timeout=0.5, prepare=functools.partial(time.sleep, 1.0)) as slow_start:
+        assert slow_start.map([("1",)]) == [(1, None)]
+    with WorkerPool(eval, workers=1, prepare=functools.partial(int, "x")) as broken, \
+            pytest.raises(RuntimeError, match="could not load the function: ValueError: invalid literal"):
+        broken.map([("1",)])
+
+
+def test_it_works_from_other_threads_at_once(pool):
+    results = {}
+
+    def use(name):
+        results[name] = [o.value for o in pool.map([(f"{name} + {i}",) for i in range(10)])]
+
+    threads = [threading.Thread(target=use, args=(n,)) for n in (100, 200)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert results == {n: [n + i for i in range(10)] for n in (100, 200)}
+
+
+def test_workers_never_import_jax(pool):
+    loaded = "[m in __import__('sys').modules for m in ('jax', 'numpy', 'jaxpo.tasks.rewards')]"
+    assert pool.map([("__import__('jaxpo.tasks.rewards') and " + loaded,)])[0].value == [False, False, True]
+
+
+def test_a_worker_function_may_still_use_all_of_jaxpo(pool):
+    # The package's __init__ is put off, not left out.
+    with WorkerPool(eval, workers=1, timeout=60) as slow:
+        outcome = slow.map([("__import__('jaxpo').__version__",)])[0]
+    import jaxpo
+    assert outcome == Outcome(jaxpo.__version__, None)
+
+
+def test_workers_end_when_the_main_process_is_killed():
+    program = """
+import os, signal
+from jaxpo.tasks.workers import WorkerPool
+pool = WorkerPool(eval, workers=1, timeout=1)
+print(pool.map([("__import__('os').getpid()",)])[0].value, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)})
+    pid = int(done.stdout)
+    deadline = time.monotonic() + 10
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(pid)
+
+
+def test_a_function_that_workers_cannot_load_is_refused():
+    with pytest.raises(ValueError, match="cannot be sent to a worker"):
+        WorkerPool(lambda: 0)
+    with pytest.raises(ValueError, match="workers must be a positive integer, got 0"):
+        WorkerPool(eval, workers=0)
+    with pytest.raises(ValueError, match="timeout must be a positive number"):
+        WorkerPool(eval, timeout=0)
+    program = "def f(x): pass\nfrom jaxpo.tasks.workers import WorkerPool\nWorkerPool(f)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)})
+    assert "f is defined in the main program" in done.stderr
+
+
+def test_a_runner_isolates_when_it_has_to():
+    here = runner(eval, isolate=False)
+    assert here([(PID,), ("1/0",)]) == [(os.getpid(), None), (None, "ZeroDivisionError: division by zero")]
+    for away in (runner(eval, isolate=True), runner(eval, isolate=False, workers=1),
+                 runner(eval, isolate=False, timeout=20.0)):
+        assert away([(PID,)])[0].value != os.getpid()
+    assert attempt(functools.partial(math.pow, 2), (3,)) == Outcome(8.0, None)
