@@ -63,3 +63,8 @@ def rows_over_mesh(tree: Any, mesh: Mesh) -> Any:
     """Put arrays [B, ...] on the mesh, rows spread over ``ROWS``."""
     sharding = NamedSharding(mesh, PartitionSpec(ROWS))
     return jax.tree.map(lambda x: jax.device_put(x, sharding), tree)
+
+
+def constrain_rows(tree: Any, mesh: Mesh) -> Any:
+    """Inside jit: keep the rows of arrays [B, ...] spread over the mesh."""
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec(ROWS)))

@@ -295,6 +295,8 @@ def _check_division(config: ConfigDict, objective: Objective, devices: int) -> N
     if rows % microbatches:
         raise ValueError(f"config.training.microbatches {microbatches} does not divide the {rows} rows of a minibatch "
                          f"(rollout.prompts / training.minibatches * rollout.responses): choose one of {_divisors(rows)}")
+    if prompts % (data * fsdp):
+        raise ValueError(f"config.rollout.prompts {prompts} does not divide over mesh.data * mesh.fsdp = {data * fsdp}")
     if rows // microbatches % (data * fsdp):
         raise ValueError(f"the {rows // microbatches} rows of a microbatch do not divide over mesh.data * mesh.fsdp = {data * fsdp}: "
                          "change config.rollout.prompts, config.rollout.responses or config.training.microbatches")

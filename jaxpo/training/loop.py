@@ -1,10 +1,12 @@
 """The training loop: prompts -> generate -> reward -> score -> prepare -> optimizer steps, with everything a run leaves behind."""
+import json
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,9 +19,11 @@ from jaxpo.batch import Rollouts
 from jaxpo.objectives import Protocol
 from jaxpo.parallel import shardings
 from jaxpo.policy.transformer import Params, parameter_count
-from jaxpo.registry import check_arguments, entry, make
+from jaxpo.registry import check_arguments, entry, make, unknown
+from jaxpo.tasks.tokenizers import from_json
 from jaxpo.training import evaluation
-from jaxpo.training.checkpoint import Checkpoints, restore_params
+from jaxpo.training.checkpoint import Checkpoints, finished_steps, restore_params
+from jaxpo.training.config import default
 from jaxpo.training.plots import plot_curves
 from jaxpo.training.protocols import NothingLeft, Run, Tools, advance
 from jaxpo.training.rundir import Progress, RunDirectory, closing_table, read_metrics
@@ -102,8 +106,7 @@ def make_tools(workspace: Workspace, clock: Clock, notes: dict[str, float]) -> T
     def generate(params: Params, indices: np.ndarray, key: Array, options: Any = None) -> Rollouts:
         with clock.phase("generate"):
             responses = config.rollout.responses
-            tokens, length = workspace.put((prompts.tokens[indices], prompts.length[indices])) if len(indices) % _rows(workspace) == 0 else (
-                jnp.asarray(prompts.tokens[indices]), jnp.asarray(prompts.length[indices]))
+            tokens, length = workspace.put((prompts.tokens[indices], prompts.length[indices]))
             draw_key, seed_key = jax.random.split(key)
             out = workspace.generate(params, tokens, length, draw_key, options or workspace.sampling, responses=responses)
             seeds = np.asarray(jax.random.bits(seed_key, (out.rows,)))
@@ -119,10 +122,6 @@ def make_tools(workspace: Workspace, clock: Clock, notes: dict[str, float]) -> T
                                     correct=np.array([s.correct for s in scores], np.float32))
 
     return Tools(config.rollout.prompts, draw, generate, reward)
-
-
-def _rows(workspace: Workspace) -> int:
-    return workspace.mesh.shape["data"] * workspace.mesh.shape["fsdp"]
 
 
 def score_companions(workspace: Workspace, run: Run, batch: Rollouts) -> Rollouts:
@@ -197,13 +196,41 @@ def restore(checkpoints: Checkpoints, run: Run) -> Run:
     return advance(run, state=state, slots=arrays["slots"], tables=arrays["tables"], **position)
 
 
-def load_params(workspace: Workspace, directory: str) -> Params:
-    """Parameters of a run directory's last checkpoint, on this mesh."""
-    params, _ = restore_params(f"{directory}/checkpoints")
+def load_params(workspace: Workspace, directory: str, step: int | None = None) -> Params:
+    """Parameters of a run directory's checkpoint (the last one), on this mesh."""
+    params, _ = restore_params(f"{directory}/checkpoints", step)
     expected = jax.eval_shape(workspace.init_params, jax.random.key(0))
     if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, expected):
-        raise ValueError(f"config.init_from {directory!r} holds parameters of another shape than config.policy and the tokenizer ask for")
+        raise ValueError(f"{directory} holds parameters of another shape than config.policy and the tokenizer ask for")
     return jax.device_put(params, shardings(params, workspace.mesh))
+
+
+def open_finished(workdir: str, step: int | None = None, **changes: Any) -> tuple[Workspace, Params, int]:
+    """A run directory to evaluate or sample from: its workspace, the parameters of checkpoint ``step`` (the last one), and that step.
+
+    Args:
+      changes: config fields by path ("evaluation.prompts": 100) that differ from the run's.
+
+    Raises:
+      ValueError: no run directory, or no such checkpoint in it.
+    """
+    folder = Path(workdir)
+    if not (folder / "config.json").is_file():
+        siblings = [str(p.parent) for p in folder.parent.glob("*/config.json")]
+        raise ValueError(unknown("run directory", str(folder), siblings))
+    config = default()
+    with config.unlocked():
+        config.update(json.loads((folder / "config.json").read_text()))
+        config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+        for path, value in changes.items():
+            config.update_from_flattened_dict({path: value})
+    tokenizer = from_json(json.loads((folder / "tokenizer.json").read_text()))
+    steps = finished_steps(f"{workdir}/checkpoints")
+    if not steps or (step is not None and step not in steps):
+        raise ValueError(f"{workdir} has no checkpoint{'' if step is None else f' {step}'}; it has: {', '.join(map(str, steps)) or 'none'}")
+    workspace = setup(config, tokenizer=tokenizer)
+    step = max(steps) if step is None else step
+    return workspace, load_params(workspace, workdir, step), step
 
 
 def make_protocol(config: ConfigDict, workspace: Workspace) -> Protocol:
@@ -228,8 +255,8 @@ def train_rl(config: ConfigDict, workdir: str, *, resume: bool = False, profile_
       Diverged, NothingLeft: the run cannot go on; the last checkpoint is named.
     """
     compilation_cache(config.compilation_cache)
-    progress_print = print
-    workspace = setup(config, report=lambda text: progress_print(text))
+    say = print
+    workspace = setup(config, report=lambda text: say(text))
     keys = keys_of(config.seed)
     clock, notes = Clock(), {}
     protocol, tools = make_protocol(config, workspace), make_tools(workspace, clock, notes)
@@ -238,7 +265,7 @@ def train_rl(config: ConfigDict, workdir: str, *, resume: bool = False, profile_
     log = open_run(workdir, config, workspace, resume_step=(BEFORE_ALL if step is None else step) if resume else None)
     checkpoints = Checkpoints(f"{workdir}/checkpoints", keep=config.checkpoint.keep)
     try:
-        run = begin(workspace, keys, protocol, log, clock, restoring=step is not None)
+        run = begin(workspace, keys, protocol, log, clock, lambda text: say(text), restoring=step is not None)
         if step is not None:
             run = restore(checkpoints, run)
             print(f"resumed at iteration {run.iteration} from {workdir}/checkpoints/{step}")
@@ -246,9 +273,9 @@ def train_rl(config: ConfigDict, workdir: str, *, resume: bool = False, profile_
             checkpoints.save(0, *checkpoint_of(run))
         before = read_before(workdir) if run.iteration else evaluate_both(workspace, run, keys, clock, log)
         with Progress(config.steps, initial=run.iteration) as progress, Interrupt() as interrupt:
-            progress_print = progress.print
+            say = progress.print
             run, stopped = loop(workspace, protocol, tools, run, keys, clock, notes, log, checkpoints, progress, interrupt, profile_steps)
-        progress_print = print
+        say = print
         checkpoints.wait()
         if stopped:
             print(f"stopped by SIGTERM after iteration {run.iteration}, saved; go on with --resume")
@@ -264,7 +291,6 @@ def train_rl(config: ConfigDict, workdir: str, *, resume: bool = False, profile_
 
 def find_checkpoint(workdir: str) -> int | None:
     """The last finished checkpoint of a run directory."""
-    from jaxpo.training.checkpoint import finished_steps
     return max(finished_steps(f"{workdir}/checkpoints"), default=None)
 
 
@@ -282,7 +308,8 @@ def open_run(workdir: str, config: ConfigDict, workspace: Workspace, *, resume_s
     return log
 
 
-def begin(workspace: Workspace, keys: Mapping[str, Array], protocol: Protocol, log: RunDirectory, clock: Clock, *, restoring: bool) -> Run:
+def begin(workspace: Workspace, keys: Mapping[str, Array], protocol: Protocol, log: RunDirectory, clock: Clock, report: Callable[[str], None], *,
+          restoring: bool) -> Run:
     """Parameters (random, loaded, or warm-started), frozen slots and protocol tables. A run that is restored only needs the shapes."""
     config = workspace.config
     params = workspace.init_params(keys["params"])
@@ -290,7 +317,7 @@ def begin(workspace: Workspace, keys: Mapping[str, Array], protocol: Protocol, l
         params = load_params(workspace, config.init_from)
     if config.warm_start.steps and not restoring:
         with clock.phase("warm start"):
-            params = warm_start(workspace, params, log)
+            params = warm_start(workspace, params, log, report=report)
     slots = {name: jax.tree.map(jnp.copy, params) for name in slots_of(workspace.objective)}
     return protocol.init(Run(workspace.init_state(params), slots))
 

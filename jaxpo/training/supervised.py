@@ -1,6 +1,6 @@
 """Supervised training on a task's own demonstrations: objective `sft`, the same optimizer step as everything else."""
 import time
-from functools import partial
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -8,14 +8,11 @@ import numpy as np
 from jaxpo.batch import Demonstrations, Rollouts
 from jaxpo.objectives import make
 from jaxpo.parallel import replicated
-from jaxpo.policy import stats
 from jaxpo.policy.transformer import Params
 from jaxpo.tasks import imperfect
-from jaxpo.training.compiled import Compiled
 from jaxpo.training.optimizers import make_optimizer
 from jaxpo.training.rundir import Progress, RunDirectory
-from jaxpo.training.step import optimizer_step
-from jaxpo.training.workspace import Workspace
+from jaxpo.training.workspace import Workspace, init_state, make_step, policy_of
 
 
 def demonstrations(workspace: Workspace, indices: np.ndarray) -> Rollouts:
@@ -38,28 +35,29 @@ def demonstrations(workspace: Workspace, indices: np.ndarray) -> Rollouts:
     return Demonstrations(questions, answers, prompt_width=prompts.tokens.shape[1], width=config.sampling.max_new_tokens, pad_id=tokenizer.pad_id)
 
 
-def warm_start(workspace: Workspace, params: Params, log: RunDirectory) -> Params:
-    """Train ``params`` by ``config.warm_start`` and return them. Logged as ``sft/*`` under negative steps: reinforcement learning begins at 0."""
-    config = workspace.config.warm_start
-    objective = make("sft")
+def warm_start(workspace: Workspace, params: Params, log: RunDirectory, *, report: Callable[[str], None] = print) -> Params:
+    """Train ``params`` by ``config.warm_start`` and return them; they are donated.
+
+    Logged as ``sft/*`` under steps up to 0: reinforcement learning goes on from there.
+    """
+    config, mesh, objective = workspace.config.warm_start, workspace.mesh, make("sft")
     optimizer = make_optimizer(config.optimizer.to_dict(), config.steps)
-    apply = stats.policy_of(workspace.model, temperature=workspace.config.policy_temperature)
-    step = Compiled("supervised update", partial(optimizer_step, objective, apply, optimizer), donate_argnums=(0, 1, 2))
-    data = demonstrations(workspace, np.arange(len(workspace.train)))
-    opt_state, state = optimizer.init(params), jax.device_put(objective.init(), replicated(workspace.mesh))
-    rng, seen, start = np.random.default_rng((workspace.config.seed, 1)), 0.0, time.perf_counter()
+    step = make_step(objective, policy_of(workspace.model, workspace.config, objective), optimizer, mesh, name="supervised update", report=report)
+    state = init_state(params, optimizer, objective, mesh)
+    data, memory = objective.prepare(demonstrations(workspace, np.arange(len(workspace.train))), state.objective)
+    data, state = workspace.put_whole(data), state.replace(objective=jax.device_put(memory, replicated(mesh)))
+    rng, tokens, start = np.random.default_rng((workspace.config.seed, 1)), 0.0, time.perf_counter()
     with Progress(config.steps, metrics={"nll": "sft/loss", "tok/s": "sft/tokens_per_s"}, every=max(config.steps // 5, 1)) as progress:
-        step._report = progress.print
-        for i in range(config.steps):
-            rows = rng.choice(len(workspace.train), config.batch, replace=len(workspace.train) < config.batch)
-            batch = workspace.put(jax.tree.map(lambda x, rows=rows: x[rows], data))
-            batch, state = objective.prepare(batch, state)
-            params, opt_state, state, out = step(params, opt_state, state, batch)
-            if i % 10 == 9 or i == config.steps - 1:
+        for i in range(1, config.steps + 1):
+            rows = rng.choice(len(workspace.train), config.batch, replace=len(workspace.train) < config.batch).astype(np.int32)
+            state, out = step(state, data, rows)
+            if i % 10 == 0 or i == config.steps:
                 out = jax.device_get(out)
-                seen += float(out["tokens"]) * 10
+                if out["step/nonfinite"]:
+                    raise FloatingPointError(f"supervised step {i}: the loss or its gradient is not finite; lower config.warm_start.optimizer.learning_rate")
+                tokens += float(out["tokens"]) * (i - progress.step)
                 metrics = {"sft/loss": float(out["loss"]), "sft/grad_norm": float(out["grad_norm"]),
-                           "sft/tokens_per_s": seen / (time.perf_counter() - start)}
-                log.write(i + 1 - config.steps if i + 1 < config.steps else -0, metrics)
-                progress.update(metrics, i + 1 - progress.step)
-    return params
+                           "sft/tokens_per_s": tokens / (time.perf_counter() - start)}
+                log.write(i - config.steps, metrics)
+                progress.update(metrics, i - progress.step)
+    return state.params

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from jaxpo.batch import MissingField, Rollouts, take
 from jaxpo.objectives import Objective, State
-from jaxpo.parallel import batch_shards, make_mesh, replicated, rows_over_mesh, shardings
+from jaxpo.parallel import batch_shards, constrain_rows, make_mesh, replicated, rows_over_mesh, shardings
 from jaxpo.policy import stats, transformer
 from jaxpo.policy.transformer import Model, Params
 from jaxpo.rollout import SamplingOptions, generate
@@ -27,7 +27,7 @@ from jaxpo.tasks.tokenizers import CharTokenizer, IntegerTokenizer, PretrainedTo
 from jaxpo.training import config as config_lib
 from jaxpo.training.compiled import Compiled
 from jaxpo.training.optimizers import make_optimizer
-from jaxpo.training.step import optimizer_step, score
+from jaxpo.training.step import Apply, optimizer_step, score
 
 
 @struct.dataclass
@@ -82,17 +82,15 @@ class Workspace:
 
     def init_state(self, params: Params) -> TrainState:
         """Optimizer and objective state for ``params``."""
-        optimizer = self.optimizer()
-        opt = jax.eval_shape(optimizer.init, params)
-        opt_state = jax.jit(optimizer.init, out_shardings=shardings(opt, self.mesh))(params)
-        return TrainState(params, opt_state, jax.device_put(self.objective.init(), replicated(self.mesh)))
-
-    def optimizer(self) -> optax.GradientTransformation:
-        return make_optimizer(self.config.optimizer.to_dict(), max(1, self.config.steps * self.optimizer_steps()))
+        return init_state(params, optimizer_of(self.config), self.objective, self.mesh)
 
     def put(self, tree: Any) -> Any:
         """Arrays [B, ...] onto the mesh, rows spread over it."""
         return rows_over_mesh(tree, self.mesh)
+
+    def put_whole(self, tree: Any) -> Any:
+        """Arrays onto every device of the mesh."""
+        return jax.device_put(tree, replicated(self.mesh))
 
     def texts(self, rollouts: Rollouts) -> list[str]:
         """The completions as text, without special tokens and cut before a stop string."""
@@ -172,32 +170,51 @@ def setup(config: ConfigDict, *, tokenizer: Tokenizer | None = None, report: Cal
 def _compile(config: ConfigDict, mesh: Mesh, model: Model, objective: Objective, pad_id: int,
              report: Callable[[str], None]) -> dict[str, Compiled]:
     """The four compiled functions of the loop."""
-    apply = stats.policy_of(model, wants=objective.wants | {"entropy"}, temperature=config.policy_temperature)
-    training = config.training
-    slices = training.minibatches * training.microbatches
-    optimizer = make_optimizer(config.optimizer.to_dict(), max(1, config.steps * training.epochs * training.minibatches))
+    apply, training = policy_of(model, config, objective), config.training
+    slices, steps = training.minibatches * training.microbatches, training.epochs * training.minibatches
 
-    def constrain(batch: Rollouts) -> Rollouts:
-        return jax.lax.with_sharding_constraint(batch, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp"))))
+    def run_generate(params: Params, tokens: Array, length: Array, key: Array, options: SamplingOptions,
+                     responses: int) -> Rollouts:
+        return constrain_rows(generate(model, params, tokens, key, options, prompt_length=length, responses=responses,
+                                       policy_temperature=config.policy_temperature, pad_id=pad_id), mesh)
 
-    def run_generate(params: Params, tokens: Array, length: Array, key: Array, options: SamplingOptions, responses: int) -> Rollouts:
-        return constrain(generate(model, params, tokens, key, options, prompt_length=length, responses=responses,
-                                  policy_temperature=config.policy_temperature, pad_id=pad_id))
-
-    def run_step(state: TrainState, batch: Rollouts, rows: Array, fresh: bool) -> tuple[TrainState, dict[str, Array]]:
-        batch = constrain(take(batch, rows, shared_prompt=batch.shared_prompt))
-        params, opt_state, memory, out = optimizer_step(objective, apply, optimizer, state.params, state.opt_state, state.objective, batch,
-                                                        microbatches=training.microbatches, fresh=fresh)
-        new = TrainState(params, opt_state, memory)
-        return jax.lax.with_sharding_constraint(new, TrainState(shardings(params, mesh), shardings(opt_state, mesh), replicated(mesh))), out
-
-    peeking = 2 if objective.peeks and training.epochs * training.minibatches > 1 else 1
     return dict(
         # training rollouts and greedy evaluation differ in shape and in what is compiled
         generate=Compiled("generate", run_generate, report=report, expected=2, static_argnames="responses"),
         score=Compiled("score", lambda params, batch: score(apply, params, batch, microbatches=slices), report=report),
         prepare=Compiled("prepare", objective.prepare, report=report),
-        step=Compiled("update", run_step, report=report, expected=peeking, static_argnames="fresh", donate_argnums=0))
+        step=make_step(objective, apply, optimizer_of(config), mesh, microbatches=training.microbatches, report=report,
+                       expected=2 if objective.peeks and steps > 1 else 1))
+
+
+def policy_of(model: Model, config: ConfigDict, objective: Objective) -> Apply:
+    """``(params, batch) -> TokenStats`` with what the objective wants, and the entropy for the metrics (it costs nothing more)."""
+    return stats.policy_of(model, wants=objective.wants | {"entropy"}, temperature=config.policy_temperature)
+
+
+def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
+    """The optimizer of the reinforcement-learning phase; its schedule runs over all of its optimizer steps."""
+    steps = config.steps * config.training.epochs * config.training.minibatches
+    return make_optimizer(config.optimizer.to_dict(), max(1, steps))
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation, objective: Objective, mesh: Mesh) -> TrainState:
+    """Fresh optimizer and objective state, where `make_step` leaves them (or the second step would be compiled anew)."""
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings(jax.eval_shape(optimizer.init, params), mesh))(params)
+    return TrainState(params, opt_state, jax.device_put(objective.init(), replicated(mesh)))
+
+
+def make_step(objective: Objective, apply: Apply, optimizer: optax.GradientTransformation, mesh: Mesh, *, microbatches: int = 1,
+              name: str = "update", report: Callable[[str], None] = print, expected: int = 1) -> Compiled:
+    """The compiled ``(train state, batch, rows, fresh) -> (train state, metrics)``: one optimizer step on the chosen rows. Donates the state."""
+    def run_step(state: TrainState, batch: Rollouts, rows: Array, fresh: bool = False) -> tuple[TrainState, dict[str, Array]]:
+        batch = constrain_rows(take(batch, rows, shared_prompt=batch.shared_prompt), mesh)
+        params, opt_state, memory, out = optimizer_step(objective, apply, optimizer, state.params, state.opt_state, state.objective,
+                                                        batch, microbatches=microbatches, fresh=fresh)
+        where = TrainState(shardings(params, mesh), shardings(opt_state, mesh), replicated(mesh))
+        return jax.lax.with_sharding_constraint(TrainState(params, opt_state, memory), where), out
+
+    return Compiled(name, run_step, report=report, expected=expected, static_argnames="fresh", donate_argnums=0)
 
 
 # ---- what an objective asks the loop for ----------------------------------------------------------------------------------
