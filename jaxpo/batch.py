@@ -118,7 +118,7 @@ class Rollouts:
     @property
     def lengths(self) -> Array:
         """[B] float: number of masked tokens of each row."""
-        return self.mask.astype(jnp.float32).sum(-1)
+        return self.mask.astype(jnp.result_type(float)).sum(-1)
 
     def get(self, name: str) -> Array:
         """A field, a slot (``logp_<slot>``) or an extra by name; `MissingField` if the batch does not have it."""
@@ -152,7 +152,7 @@ def complete(batch: Rollouts) -> Rollouts:
     """Validate, and fill the fields whose absence has one meaning: count 1, each row its own group, role own, seed and prompt = row."""
     validate(batch)
     b, index = batch.rows, jnp.arange(batch.rows, dtype=jnp.int32)
-    defaults = dict(count=jnp.ones(b, jnp.float32), group=index, role=jnp.zeros(b, jnp.int32), prompt=index, seed=index.astype(jnp.uint32))
+    defaults = dict(count=jnp.ones(b), group=index, role=jnp.zeros(b, jnp.int32), prompt=index, seed=index.astype(jnp.uint32))
     return batch.replace(**{k: v for k, v in defaults.items() if getattr(batch, k) is None})
 
 

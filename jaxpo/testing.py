@@ -23,6 +23,7 @@ from jaxpo import registry
 from jaxpo.batch import ROLES, MissingField, Rollouts, TokenStats, complete, concatenate, pad, role_id, take
 from jaxpo.metrics import results
 from jaxpo.objectives import Objective, evaluate
+from jaxpo.objectives.base import standard_metrics
 from jaxpo.training.checkpoint import Checkpoints
 from jaxpo.training.step import accumulate, score
 
@@ -467,8 +468,10 @@ def _accepted(case: Case, names: list[str], now: Mapping[str, Any]) -> dict[str,
 
 
 def _vmap_equals_loop(case: Case, start: Mapping[str, float], changed: Mapping[str, float]) -> str:
+    stats = case.stats
+
     def run(numbers: Mapping[str, Any]) -> tuple[Array, TokenStats]:
-        out = direct(case.factory(**{**case.hyperparameters, **numbers}), case.stats, case.batch)
+        out = direct(case.factory(**{**case.hyperparameters, **numbers}), stats, case.batch)
         return out.loss, out.grads[0]
 
     start = {name: float(start[name]) for name in changed}
@@ -510,10 +513,19 @@ def needs_is_exact(case: Case) -> str:
         jax.eval_shape(partial(direct, objective), case.stats, least)
     except (MissingField, AttributeError, TypeError) as error:
         raise AssertionError(f"with needs {sorted(objective.needs)} alone: {type(error).__name__}: {error}") from error
+    prepared, _ = objective.prepare(batch, objective.init())
+    standard = results(standard_metrics(case.stats, prepared.replace(logp_old=case.stats.logp)))
+
+    def effects(batch: Rollouts) -> dict[str, np.ndarray]:
+        out = case.direct(case.stats, batch)
+        own = {name: x for name, x in out.metrics.items() if name not in standard}  # every objective reports the others
+        return _leaves(out._replace(grads=out.grads[0], metrics=own))
+
+    before = effects(batch)
     for name in sorted(objective.needs):
-        zeros = _replaced(batch, name, jnp.zeros_like(batch.get(name)))
-        a, b = (_leaves(out._replace(grads=out.grads[0])) for out in (case.direct(case.stats, zeros), case.base))
-        assert any(not np.array_equal(a[path], b[path]) for path in b), f"{name!r} is in needs, but nothing depends on it"
+        after = effects(_replaced(batch, name, jnp.zeros_like(batch.get(name))))
+        changed = any(not np.array_equal(after[path], before[path]) for path in before)
+        assert changed, f"{name!r} is in needs, but neither loss, gradient nor a metric of its own depends on it"
     return f"needs {', '.join(sorted(objective.needs)) or 'nothing'}"
 
 
@@ -536,7 +548,8 @@ def state_survives_a_checkpoint(case: Case) -> str:
     objective = case.objective
     begin = objective.init()
     batch, prepared = objective.prepare(case.batch, begin)
-    report = jax.eval_shape(lambda b: evaluate(objective, lambda _: case.stats, b)[1], case.batch)
+    stats = case.stats
+    report = jax.eval_shape(lambda b: evaluate(objective, lambda _: stats, b)[1], case.batch)
     stepped = objective.update(prepared, batch, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), report))
     clock = [(int(s.iteration), int(s.step)) for s in (begin, prepared, stepped)]
     assert clock == [(-1, 0), (0, 0), (0, 1)], f"(iteration, step) of init, prepare, update is {clock}, not [(-1, 0), (0, 0), (0, 1)]"

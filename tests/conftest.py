@@ -1,8 +1,16 @@
-"""Eight simulated CPU devices for every test; both settings work only before the first use of a backend."""
+"""Eight simulated CPU devices for every test, and compiled programs kept between runs."""
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the gpu tier sets its own
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
+# Works only before the first use of a backend, so here.
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "cache"):  # absent with -p no:cacheprovider
+        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

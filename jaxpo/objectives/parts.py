@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxpo.batch import Rollouts
 from jaxpo.objectives.base import Part, State
 from jaxpo.primitives import advantages, aggregation, ratios, regularizers, shaping, surrogates
+from jaxpo.primitives.numerics import promote
 from jaxpo.registry import make, names, register, unknown
 
 NEEDS_REWARD = frozenset({"reward"})
@@ -99,7 +100,7 @@ def kl_to_reference(estimator: str = "k3", gradient: str | None = None, is_weigh
 def kl_in_reward(beta: float = 0.05) -> Part:
     """``reward - beta sum_t (logp_old - logp_ref)``: the k1 estimate on the rollout's own log-probs, a constant."""
     def fn(b: Rollouts, s: State) -> Any:
-        difference = jnp.where(b.mask > 0, b.get("logp_old") - b.get("logp_ref"), 0)
+        difference = jnp.where(b.mask > 0, promote(b.get("logp_old")) - promote(b.get("logp_ref")), 0)
         return b.reward - beta * difference.sum(-1)
     return Part(fn, frozenset({"reward", "logp_old", "logp_ref"}))
 

@@ -17,9 +17,8 @@ def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def batch_centered(reward: Array, count: Array) -> Array:
-    """``A_i = reward_i - mean over the counted rows`` [B] (REINFORCE with a batch baseline)."""
-    reward = promote(reward)
-    return lax.stop_gradient(reward - ratio_or_zero(jnp.sum(jnp.where(count > 0, reward, 0) * count), count.sum()))
+    """``A_i = reward_i - mean over the counted rows`` [B] (REINFORCE with a batch baseline); exactly 0 if all are the same."""
+    return group_centered(reward, jnp.zeros(reward.shape[0], jnp.int32), count)
 
 
 def group_centered(reward: Array, group: Array, count: Array, *, singleton: Singleton = "zero") -> Array:

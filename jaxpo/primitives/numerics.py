@@ -4,9 +4,9 @@ from jax import Array
 
 
 def promote(x: Array) -> Array:
-    """At least float32: bfloat16 and integers are widened, float64 passes untouched."""
+    """At least float32: bfloat16 is widened, float64 passes untouched, counts and masks get the default float type."""
     x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.result_type(float))
 
 
 def ratio_or_zero(numerator: Array, denominator: Array) -> Array:

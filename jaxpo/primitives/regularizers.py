@@ -11,7 +11,8 @@ def kl_estimate(logp: Array, logp_ref: Array, estimator: str, *, exponent_clip: 
     """Estimate of KL(pi || ref) from a token sampled from pi, with ``d = logp - logp_ref`` (Schulman, 2020).
 
     k1 = d; k2 = d^2/2; k3 = exp(-d) + d - 1 (>= 0); abs = |d|. As a loss, E[grad k1] = 0, E[grad k2] = grad KL(pi||ref),
-    E[grad k3] = grad KL(ref||pi). The exponent of k3 is clamped to ``±exponent_clip``.
+    E[grad k3] = grad KL(ref||pi). k3 clamps d to ``±exponent_clip`` as a whole (as verl does): were only the exponent clamped, the
+    rest would have a gradient that drives the policy away from the reference.
     """
     d = promote(logp) - promote(logp_ref)
     match estimator:
@@ -21,7 +22,8 @@ def kl_estimate(logp: Array, logp_ref: Array, estimator: str, *, exponent_clip: 
             return jnp.square(d) / 2
         case "k3":
             # expm1 keeps the small values that exp(-d) - 1 + d would cancel.
-            return jnp.expm1(jnp.clip(-d, -exponent_clip, exponent_clip)) + d
+            d = jnp.clip(d, -exponent_clip, exponent_clip)
+            return jnp.expm1(-d) + d
         case "abs":
             return jnp.abs(d)
     raise ValueError(f"unknown KL estimator {estimator!r}: known: {', '.join(KL_ESTIMATORS)}")

@@ -8,7 +8,6 @@ main module, and jax with it, into each of them.
 This file is also the program that a worker runs; it imports the standard library only.
 """
 import functools
-import importlib.util
 import os
 import pickle
 import signal
@@ -212,32 +211,11 @@ def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".rstrip(": ")[:500]
 
 
-def _defer_init(package: str) -> None:
-    """Lets modules of a package be imported without running its ``__init__``, which for jaxpo's users imports jax.
-
-    It is run after all if something asks the package for a name (a user's reward with ``from jaxpo import make``).
-    """
-    spec = importlib.util.find_spec(package)
-    if spec is None:
-        return
-    module = sys.modules[package] = importlib.util.module_from_spec(spec)
-
-    def run_init(name: str) -> Any:
-        if name.startswith("__") and name != "__version__":
-            raise AttributeError(name)
-        module.__dict__.pop("__getattr__", None)
-        spec.loader.exec_module(module)
-        return getattr(module, name)
-
-    module.__getattr__ = run_init
-
-
 def _serve(pipe: Connection) -> None:
     """The worker's side: load the function, then answer calls until the other end closes."""
     try:
         path, payload, preparation, timeout = pipe.recv()
         sys.path[:] = path
-        _defer_init("jaxpo")
         function, prepare = pickle.loads(payload), pickle.loads(preparation)
         if prepare is not None:
             prepare()

@@ -164,10 +164,10 @@ def setup(config: ConfigDict, *, tokenizer: Tokenizer | None = None, report: Cal
         config=config, task=task, tokenizer=tokenizer, mesh=mesh, model=model, objective=objective,
         sampling=config_lib.sampling_of(config, tokenizer.eos_ids, table), train=pad_prompts(train, train_ids, width, tokenizer.pad_id),
         test=pad_prompts(test, test_ids, width, tokenizer.pad_id), report={**task.report, "prompts/dropped": float(dropped)},
-        **_compile(config, mesh, model, objective, tokenizer.pad_id, report))
+        **compile_functions(config, mesh, model, objective, tokenizer.pad_id, report))
 
 
-def _compile(config: ConfigDict, mesh: Mesh, model: Model, objective: Objective, pad_id: int,
+def compile_functions(config: ConfigDict, mesh: Mesh, model: Model, objective: Objective, pad_id: int,
              report: Callable[[str], None]) -> dict[str, Compiled]:
     """The four compiled functions of the loop."""
     apply, training = policy_of(model, config, objective), config.training

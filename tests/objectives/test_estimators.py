@@ -1,7 +1,9 @@
-"""What the estimators estimate, by exact enumeration: a tabular policy over 3 tokens writes answers of at most 3, and every answer is visited.
+"""What the estimators estimate, by exact enumeration.
 
-No sampling error: an "expected gradient" here is the sum over all groups of answers of probability times the gradient of the loss.
+A tabular policy over 3 tokens writes answers of at most 3, and every answer is visited: an "expected gradient" here is
+the sum over all groups of answers of probability times the gradient of the loss. There is no sampling error.
 """
+
 import itertools
 import math
 
@@ -12,6 +14,7 @@ import pytest
 
 import jaxpo
 from jaxpo.primitives.regularizers import kl_estimate, kl_penalty
+from tests.oracles.cases import COMPILE_FAST
 
 VOCABULARY, LENGTH, END = 3, 3, 2
 
@@ -53,28 +56,38 @@ def probabilities(logits):
     return jnp.exp(log_probs(logits).sum(-1))
 
 
+_expected_reward_gradient = jax.jit(jax.grad(lambda logits, reward: probabilities(logits) @ reward))
+_pull_back = jax.jit(lambda logits, cotangent: jax.vjp(log_probs, logits)[1](cotangent)[0])
+
+
 def expected_reward_gradient(reward) -> np.ndarray:
-    return np.asarray(jax.grad(lambda logits: probabilities(logits) @ reward)(jnp.asarray(LOGITS)))
+    return np.asarray(_expected_reward_gradient(jnp.asarray(LOGITS), jnp.asarray(reward)))
 
 
 def expected_step(name: str, k: int, reward, sampler=LOGITS, **hyperparameters) -> np.ndarray:
-    """Minus the expected gradient of the loss in the policy's logits, over groups of ``k`` answers drawn from ``sampler``."""
+    """Minus the expected gradient of the loss in the logits, over groups of ``k`` answers drawn from ``sampler``."""
     objective = jaxpo.make(name, **hyperparameters)
     logp, logp_old, ref = [log_probs(jnp.asarray(x)) for x in (LOGITS, sampler, LOGITS_REF)]
     mask, reward = jnp.asarray(MASK), jnp.asarray(reward)
 
     def gradient(drawn):  # [k] answers -> d loss / d logp [k, LENGTH]
-        batch = jaxpo.Rollouts(mask=mask[drawn], reward=reward[drawn], correct=reward[drawn] > 0, group=jnp.zeros(k, jnp.int32),
-                               logp_old=logp_old[drawn], slots={"ref": ref[drawn]})
+        batch = jaxpo.Rollouts(
+            mask=mask[drawn],
+            reward=reward[drawn],
+            correct=reward[drawn] > 0,
+            group=jnp.zeros(k, jnp.int32),
+            logp_old=logp_old[drawn],
+            slots={"ref": ref[drawn]},
+        )
         return jax.grad(lambda x: jaxpo.evaluate(objective, lambda _: jaxpo.TokenStats(logp=x), batch)[0])(logp[drawn])
 
     groups = np.array(list(itertools.product(range(len(ANSWERS)), repeat=k)))
     weight = np.prod(np.asarray(probabilities(jnp.asarray(sampler)))[groups], -1)
     assert abs(weight.sum() - 1) < 1e-12
-    gradients = np.asarray(jax.jit(jax.vmap(gradient))(jnp.asarray(groups)))
+    gradients = np.asarray(jax.jit(jax.vmap(gradient), compiler_options=COMPILE_FAST)(jnp.asarray(groups)))
     by_answer = np.zeros(MASK.shape)
     np.add.at(by_answer, groups, weight[:, None, None] * gradients)
-    return -np.asarray(jax.vjp(log_probs, jnp.asarray(LOGITS))[1](jnp.asarray(by_answer))[0])
+    return -np.asarray(_pull_back(jnp.asarray(LOGITS), jnp.asarray(by_answer)))
 
 
 def same_direction(a: np.ndarray, b: np.ndarray) -> float:
@@ -82,10 +95,13 @@ def same_direction(a: np.ndarray, b: np.ndarray) -> float:
     return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
 
 
-# ---- policy gradients -------------------------------------------------------------------------------------------------------------------
+# ---- policy gradients ----------------------------------------------------------------------------
+
 
 def test_reinforce_with_seq_sum_is_the_gradient_of_the_expected_reward():
-    np.testing.assert_allclose(expected_step("reinforce", 1, REAL, agg="seq_sum"), expected_reward_gradient(REAL), atol=1e-12)
+    np.testing.assert_allclose(
+        expected_step("reinforce", 1, REAL, agg="seq_sum"), expected_reward_gradient(REAL), atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("agg", ("token_mean", "seq_mean"))
@@ -100,7 +116,9 @@ def test_reinforce_with_batch_mean_shrinks_the_gradient_by_k_minus_1_over_k():
 
 @pytest.mark.parametrize("form", ("reinforce", "ppo"))
 def test_rloo_is_the_gradient_of_the_expected_reward(form):
-    np.testing.assert_allclose(expected_step("rloo", 2, REAL, beta=0.0, form=form), expected_reward_gradient(REAL), atol=1e-12)
+    np.testing.assert_allclose(
+        expected_step("rloo", 2, REAL, beta=0.0, form=form), expected_reward_gradient(REAL), atol=1e-12
+    )
 
 
 def test_rloo_with_beta_is_the_gradient_of_the_reward_minus_the_reverse_kl():
@@ -108,7 +126,9 @@ def test_rloo_with_beta_is_the_gradient_of_the_reward_minus_the_reverse_kl():
         p, log_ratio = probabilities(logits), (log_probs(logits) - log_probs(LOGITS_REF)).sum(-1)
         return p @ REAL - 0.3 * p @ log_ratio
 
-    np.testing.assert_allclose(expected_step("rloo", 2, REAL, beta=0.3), jax.grad(value)(jnp.asarray(LOGITS)), atol=1e-12)
+    np.testing.assert_allclose(
+        expected_step("rloo", 2, REAL, beta=0.3), jax.grad(value)(jnp.asarray(LOGITS)), atol=1e-12
+    )
 
 
 def test_dr_grpo_is_the_gradient_of_the_expected_reward_up_to_constants():
@@ -117,12 +137,13 @@ def test_dr_grpo_is_the_gradient_of_the_expected_reward_up_to_constants():
 
 
 def _std_factor(k: int, p: float) -> float:
-    """Of binary rewards with success probability p: by how much dividing by the group std stretches the expected gradient.
+    """By how much dividing by the group std stretches the expected gradient of rewards that are 1 with probability p.
 
-    S ~ Binomial(K, p) successes have variance S (K-S) / (K (K-1)), which leaves ``E sqrt(S (K-S)) sqrt(K-1) K^(-3/2) / (p (1-p))``.
+    S ~ Binomial(K, p) successes have variance ``S (K-S) / (K (K-1))``, which leaves
+    ``E[sqrt(S (K-S))] sqrt(K-1) K^(-3/2) / (p (1-p))``.
     """
-    spread = sum(math.comb(k, s) * p ** s * (1 - p) ** (k - s) * math.sqrt(s * (k - s)) for s in range(k + 1))
-    return spread * math.sqrt(k - 1) * k ** -1.5 / (p * (1 - p))
+    spread = sum(math.comb(k, s) * p**s * (1 - p) ** (k - s) * math.sqrt(s * (k - s)) for s in range(k + 1))
+    return spread * math.sqrt(k - 1) * k**-1.5 / (p * (1 - p))
 
 
 @pytest.fixture(scope="module")
@@ -141,21 +162,22 @@ def test_grpo_std_stretches_the_gradient_of_binary_rewards_by_a_known_factor(grp
 
 
 def test_grpo_std_weighs_hard_and_easy_prompts_more_than_even_ones():
-    """With K = 2 the factor is 1/sqrt(2) for every prompt; with more answers it depends on how hard the prompt is: the difficulty bias."""
+    """The difficulty bias. With K = 2 the factor is 1/sqrt(2) for every prompt; with more answers it depends on p."""
     assert _std_factor(2, 0.05) == pytest.approx(_std_factor(2, 0.5)) == pytest.approx(1 / math.sqrt(2))
-    assert _std_factor(8, 0.05) > 1.4 * _std_factor(8, 0.5)
+    assert _std_factor(8, 0.05) > 1.3 * _std_factor(8, 0.5)
     assert _std_factor(8, 0.95) == pytest.approx(_std_factor(8, 0.05))
 
 
 def test_grpo_std_climbs_the_win_rate_of_real_rewards_with_two_answers():
-    """Two answers: the advantage is the sign of the difference over sqrt(2), whatever its size, so the direction is not the reward's."""
+    """The advantage of two answers is the sign of their difference over sqrt(2): the direction is not the reward's."""
     against = np.sign(REAL[:, None] - REAL[None]) @ np.asarray(probabilities(jnp.asarray(LOGITS)))
     step = expected_step("grpo", 2, REAL, beta=0.0, adv_eps=0.0, agg="seq_sum")
     np.testing.assert_allclose(step, expected_reward_gradient(against) / math.sqrt(2), atol=1e-12)
     assert same_direction(step, expected_reward_gradient(REAL)) < 0.99
 
 
-# ---- KL estimators: values and gradients ------------------------------------------------------------------------------------------------
+# ---- KL estimators: values and gradients ---------------------------------------------------------
+
 
 def kl(p_logits, q_logits):
     """[contexts] KL(p || q)."""
@@ -164,21 +186,27 @@ def kl(p_logits, q_logits):
 
 
 def expected_estimate(estimate, sampler=LOGITS) -> tuple[np.ndarray, np.ndarray]:
-    """Per context: the mean over tokens drawn from ``sampler`` of ``estimate(logp, logp_ref, log q)``, and of its gradient in the logits.
+    """Mean over tokens drawn from ``sampler`` of ``estimate(logp, logp_ref, log q)`` and of its gradient in the logits.
 
-    The draw is fixed: the gradient goes through logp only, as in a loss.
+    Per context. The draw is fixed: the gradient goes through logp only, as in a loss.
     """
     q = jax.nn.log_softmax(jnp.asarray(sampler))
 
     def value(logits):
-        return (jnp.exp(q) * estimate(jax.nn.log_softmax(logits), jax.nn.log_softmax(jnp.asarray(LOGITS_REF)), q)).sum(-1)
+        return (jnp.exp(q) * estimate(jax.nn.log_softmax(logits), jax.nn.log_softmax(jnp.asarray(LOGITS_REF)), q)).sum(
+            -1
+        )
 
     value_, gradient = jax.vjp(value, jnp.asarray(LOGITS))
     return np.asarray(value_), np.asarray(gradient(jnp.ones_like(value_))[0])
 
 
-REVERSE = (lambda logits: kl(logits, LOGITS_REF))
-FORWARD = (lambda logits: kl(LOGITS_REF, logits))
+def reverse_kl(logits):
+    return kl(logits, LOGITS_REF)
+
+
+def forward_kl(logits):
+    return kl(LOGITS_REF, logits)
 
 
 def kl_gradient(of) -> np.ndarray:
@@ -188,12 +216,12 @@ def kl_gradient(of) -> np.ndarray:
 @pytest.mark.parametrize("estimator", ("k1", "k3"))
 def test_k1_and_k3_have_the_kl_as_their_mean(estimator):
     value, _ = expected_estimate(lambda logp, ref, q: kl_estimate(logp, ref, estimator))
-    np.testing.assert_allclose(value, REVERSE(jnp.asarray(LOGITS)), atol=1e-12)
+    np.testing.assert_allclose(value, reverse_kl(jnp.asarray(LOGITS)), atol=1e-12)
 
 
 def test_k2_has_not():
     value, _ = expected_estimate(lambda logp, ref, q: kl_estimate(logp, ref, "k2"))
-    assert np.abs(value - REVERSE(jnp.asarray(LOGITS))).max() > 0.01
+    assert np.abs(value - reverse_kl(jnp.asarray(LOGITS))).max() > 0.01
 
 
 def test_k2_is_accurate_to_second_order():
@@ -214,26 +242,28 @@ def test_k1_as_a_loss_has_no_expected_gradient():
 
 def test_k2_as_a_loss_has_the_gradient_of_the_reverse_kl():
     _, gradient = expected_estimate(lambda logp, ref, q: kl_estimate(logp, ref, "k2"))
-    np.testing.assert_allclose(gradient, kl_gradient(REVERSE), atol=1e-12)
+    np.testing.assert_allclose(gradient, kl_gradient(reverse_kl), atol=1e-12)
 
 
 def test_k3_as_a_loss_has_the_gradient_of_the_forward_kl():
     _, gradient = expected_estimate(lambda logp, ref, q: kl_estimate(logp, ref, "k3"))
-    np.testing.assert_allclose(gradient, kl_gradient(FORWARD), atol=1e-12)
-    assert np.abs(gradient - kl_gradient(REVERSE)).max() > 0.01
+    np.testing.assert_allclose(gradient, kl_gradient(forward_kl), atol=1e-12)
+    assert np.abs(gradient - kl_gradient(reverse_kl)).max() > 0.01
 
 
 def test_ratio_times_k3_off_policy_has_value_and_gradient_of_the_reverse_kl():
-    value, gradient = expected_estimate(lambda logp, ref, q: kl_penalty(logp, ref, "k3", ratio=jnp.exp(logp - q)), LOGITS_BEHAVIOUR)
-    np.testing.assert_allclose(value, REVERSE(jnp.asarray(LOGITS)), atol=1e-12)
-    np.testing.assert_allclose(gradient, kl_gradient(REVERSE), atol=1e-12)
+    value, gradient = expected_estimate(
+        lambda logp, ref, q: kl_penalty(logp, ref, "k3", ratio=jnp.exp(logp - q)), LOGITS_BEHAVIOUR
+    )
+    np.testing.assert_allclose(value, reverse_kl(jnp.asarray(LOGITS)), atol=1e-12)
+    np.testing.assert_allclose(gradient, kl_gradient(reverse_kl), atol=1e-12)
 
 
 @pytest.mark.parametrize("estimator", ("k1", "k2", "k3"))
 def test_without_the_ratio_every_estimator_is_biased_off_policy(estimator):
     value, gradient = expected_estimate(lambda logp, ref, q: kl_estimate(logp, ref, estimator), LOGITS_BEHAVIOUR)
-    assert np.abs(value - REVERSE(jnp.asarray(LOGITS))).max() > 0.01
-    for of in (REVERSE, FORWARD):
+    assert np.abs(value - reverse_kl(jnp.asarray(LOGITS))).max() > 0.01
+    for of in (reverse_kl, forward_kl):
         assert np.abs(gradient - kl_gradient(of)).max() > 0.01
 
 
@@ -243,21 +273,25 @@ def test_k1_in_the_reward_has_the_gradient_of_the_reverse_kl():
     def sequence_kl(logits):
         return probabilities(logits) @ (log_probs(logits) - log_probs(jnp.asarray(LOGITS_REF))).sum(-1)
 
-    np.testing.assert_allclose(expected_step("reinforce", 1, penalty, agg="seq_sum"), -jax.grad(sequence_kl)(jnp.asarray(LOGITS)), atol=1e-12)
+    np.testing.assert_allclose(
+        expected_step("reinforce", 1, penalty, agg="seq_sum"), -jax.grad(sequence_kl)(jnp.asarray(LOGITS)), atol=1e-12
+    )
 
 
 def visits(sampler) -> np.ndarray:
     """[contexts] how often an answer of ``sampler`` passes through a context."""
     out = np.zeros(len(CONTEXTS))
-    np.add.at(out, AT[MASK], np.broadcast_to(np.asarray(probabilities(jnp.asarray(sampler)))[:, None], MASK.shape)[MASK])
+    np.add.at(
+        out, AT[MASK], np.broadcast_to(np.asarray(probabilities(jnp.asarray(sampler)))[:, None], MASK.shape)[MASK]
+    )
     return out
 
 
 def test_grpo_kl_term_pulls_along_the_forward_kl_on_policy():
     step = expected_step("grpo", 1, np.zeros(len(ANSWERS)), beta=1.0, agg="seq_sum")
-    np.testing.assert_allclose(step, -visits(LOGITS)[:, None] * kl_gradient(FORWARD), atol=1e-12)
+    np.testing.assert_allclose(step, -visits(LOGITS)[:, None] * kl_gradient(forward_kl), atol=1e-12)
 
 
 def test_grpo_kl_is_makes_it_the_reverse_kl_also_off_policy():
     step = expected_step("grpo", 1, np.zeros(len(ANSWERS)), LOGITS_BEHAVIOUR, beta=1.0, agg="seq_sum", kl_is=True)
-    np.testing.assert_allclose(step, -visits(LOGITS_BEHAVIOUR)[:, None] * kl_gradient(REVERSE), atol=1e-12)
+    np.testing.assert_allclose(step, -visits(LOGITS_BEHAVIOUR)[:, None] * kl_gradient(reverse_kl), atol=1e-12)

@@ -1,4 +1,5 @@
-"""`reinforce`, `rloo`, `grpo`, `dr_grpo`, `dapo`: against float64 oracles, and what their papers promise, line by line."""
+"""`reinforce`, `rloo`, `grpo`, `dr_grpo`, `dapo`: float64 oracles, and the identities one by one."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,15 +53,25 @@ def test_gradient_is_exactly_zero_at_masked_tokens_and_uncounted_rows(configurat
     assert (grad[~case.mask] == 0).all() and (grad[case.count == 0] == 0).all()
 
 
-@pytest.mark.parametrize("name,hyperparameters", [("reinforce", {}), ("rloo", {}), ("rloo", dict(beta=0.0, form="ppo")), ("grpo", {}),
-                                                  ("dr_grpo", dict(L_const=WIDTH)), ("dapo", dict(max_len=5, buffer=3))])
+@pytest.mark.parametrize(
+    "name,hyperparameters",
+    [
+        ("reinforce", {}),
+        ("rloo", {}),
+        ("rloo", dict(beta=0.0, form="ppo")),
+        ("grpo", {}),
+        ("dr_grpo", dict(L_const=WIDTH)),
+        ("dapo", dict(max_len=5, buffer=3)),
+    ],
+)
 def test_empty_mask_gives_exactly_zero(name, hyperparameters):
     case = CASES["unequal groups"]
     loss, grad = evaluate(name, case.replace(mask=np.zeros_like(case.mask)), **hyperparameters)
     assert loss == 0 and (grad == 0).all()
 
 
-# ---- reinforce --------------------------------------------------------------------------------------------------------------------------
+# ---- reinforce -----------------------------------------------------------------------------------
+
 
 def test_reinforce_gradient_is_minus_advantage_over_tokens():
     case = CASES["unequal groups"]
@@ -79,7 +90,10 @@ def test_reinforce_gradient_depends_neither_on_logp_nor_on_logp_old():
 
 def test_reinforce_with_batch_mean_ignores_a_constant_added_to_all_rewards():
     case, hyperparameters = CASES["counts"], dict(baseline="batch_mean", agg="seq_sum")
-    assert_same(evaluate("reinforce", case, **hyperparameters), evaluate("reinforce", case.replace(reward=case.reward + 5.5), **hyperparameters))
+    assert_same(
+        evaluate("reinforce", case, **hyperparameters),
+        evaluate("reinforce", case.replace(reward=case.reward + 5.5), **hyperparameters),
+    )
 
 
 def test_reinforce_with_batch_mean_and_a_constant_reward_has_no_gradient():
@@ -95,7 +109,8 @@ def test_reinforce_on_group_centred_rewards_equals_rec_without_clip_and_weight()
     assert_same(evaluate("reinforce", centred), group_relative.rec_without_clip_or_weight(case))
 
 
-# ---- rloo -------------------------------------------------------------------------------------------------------------------------------
+# ---- rloo ----------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("k", (2, 4, 8))
 def test_rloo_advantage_is_k_over_k_minus_1_times_the_centred_reward(k):
@@ -108,7 +123,9 @@ def test_rloo_advantage_is_k_over_k_minus_1_times_the_centred_reward(k):
 
 def test_rloo_advantages_sum_to_zero_in_each_group():
     case = CASES["unequal groups"]
-    case = case.replace(mask=np.arange(WIDTH)[None] == np.zeros((ROWS, 1)), logp=np.full(case.mask.shape, -1.0))  # no empty row
+    case = case.replace(
+        mask=np.arange(WIDTH)[None] == np.zeros((ROWS, 1)), logp=np.full(case.mask.shape, -1.0)
+    )  # no empty row
     _, grad = evaluate("rloo", case, beta=0.0)
     for g in np.unique(case.group):
         assert abs(grad[case.group == g].sum()) < 1e-12
@@ -144,16 +161,25 @@ def test_rloo_penalty_uses_logp_old_and_is_a_constant():
 
 
 def test_rloo_sums_the_penalty_of_bfloat16_logprobs_in_float32():
-    step, width = 2.0 ** -7, 257  # the sum, 257 / 128, does not fit the 8 bits of a bfloat16
+    step, width = 2.0**-7, 257  # the sum, 257 / 128, does not fit the 8 bits of a bfloat16
     logp_old = jnp.full((2, width), 1.0, jnp.bfloat16)
     ref = jnp.stack([logp_old[0] - step, logp_old[1]]).astype(jnp.bfloat16)
-    batch = jaxpo.Rollouts(mask=jnp.ones((2, width)), reward=jnp.zeros(2), group=jnp.zeros(2, jnp.int32), logp_old=logp_old, slots={"ref": ref})
+    batch = jaxpo.Rollouts(
+        mask=jnp.ones((2, width)),
+        reward=jnp.zeros(2),
+        group=jnp.zeros(2, jnp.int32),
+        logp_old=logp_old,
+        slots={"ref": ref},
+    )
     objective = jaxpo.make("rloo", beta=1.0)
-    grad = jax.jit(jax.grad(lambda logp: jaxpo.evaluate(objective, lambda _: jaxpo.TokenStats(logp=logp), batch)[0]))(logp_old.astype(jnp.float32))
+    grad = jax.jit(jax.grad(lambda logp: jaxpo.evaluate(objective, lambda _: jaxpo.TokenStats(logp=logp), batch)[0]))(
+        logp_old.astype(jnp.float32)
+    )
     np.testing.assert_allclose(grad[:, 0], [step * width / 2, -step * width / 2], rtol=1e-6)
 
 
-# ---- grpo -------------------------------------------------------------------------------------------------------------------------------
+# ---- grpo ----------------------------------------------------------------------------------------
+
 
 def _grpo_advantage(case: Case) -> np.ndarray:
     advantage = group_relative.group_advantage(case, case.reward)
@@ -205,7 +231,8 @@ def test_grpo_kl_vanishes_with_its_gradient_at_the_reference():
     assert_same(with_kl, without)
 
 
-# ---- dr_grpo ----------------------------------------------------------------------------------------------------------------------------
+# ---- dr_grpo -------------------------------------------------------------------------------------
+
 
 def _centred(case: Case) -> np.ndarray:
     return np.array([case.reward[b] - case.reward[case.group == case.group[b]].mean() for b in range(ROWS)])[:, None]
@@ -221,7 +248,9 @@ def test_dr_grpo_equals_grpo_without_std_when_all_rows_are_l_const_long():
     case = CASES["unequal groups"]
     rng = np.random.default_rng(0)
     logp_old = -rng.exponential(1, case.mask.shape)
-    case = case.replace(mask=np.ones_like(case.mask), logp_old=logp_old, logp=logp_old + 0.4 * rng.normal(size=case.mask.shape))
+    case = case.replace(
+        mask=np.ones_like(case.mask), logp_old=logp_old, logp=logp_old + 0.4 * rng.normal(size=case.mask.shape)
+    )
     assert_same(evaluate("dr_grpo", case, L_const=WIDTH), evaluate("grpo", case, beta=0.0, scale="none"))
 
 
@@ -235,11 +264,15 @@ def test_dr_grpo_equals_the_average_of_the_two_advantages_of_canon_for_even_k(k)
     np.testing.assert_allclose(grad, -advantage * case.mask / (ROWS * WIDTH), atol=1e-12)
 
 
-# ---- dapo -------------------------------------------------------------------------------------------------------------------------------
+# ---- dapo ----------------------------------------------------------------------------------------
+
 
 def test_dapo_without_shaping_equals_grpo_with_clip_higher_and_token_mean_on_mixed_groups():
     case = make_case(9, (8, 4, 4, 2, 2, 2, 2), rewards="binary", mixed=True)
-    assert_same(evaluate("dapo", case, max_len=5, buffer=3, penalty=0.0), evaluate("grpo", case, beta=0.0, agg="token_mean", eps_high=0.28))
+    assert_same(
+        evaluate("dapo", case, max_len=5, buffer=3, penalty=0.0),
+        evaluate("grpo", case, beta=0.0, agg="token_mean", eps_high=0.28),
+    )
 
 
 def test_dapo_equals_the_same_loss_on_the_kept_rows_alone():
@@ -253,23 +286,25 @@ def test_dapo_equals_the_same_loss_on_the_kept_rows_alone():
 
 
 def test_dapo_penalty_at_max_len_is_minus_penalty():
-    """Two one-row-apart answers: the one of ``max_len`` tokens loses exactly the penalty, seen through the advantage without clipping."""
+    """A right answer of ``max_len`` tokens loses exactly its lead of 1 and ties with the short wrong one."""
     case = on_policy(make_case(10, (2,) * 12, rewards="binary", mixed=True))
     mask = np.zeros_like(case.mask)
-    mask[:, :2] = True                       # 2 = max_len - buffer: free
-    mask[case.correct == 1, :5] = True       # 5 = max_len: a correct answer of that length loses 1 and ties with the wrong one
+    mask[:, :2] = True  # 2 = max_len - buffer: free
+    mask[case.correct == 1, :5] = True  # 5 = max_len: costs the whole penalty, 1
     full = case.replace(mask=mask, logp=np.full(mask.shape, -1.0), logp_old=np.full(mask.shape, -1.0))
     loss, grad = evaluate("dapo", full, max_len=5, buffer=3)
     assert loss == 0 and (grad == 0).all()
     longer = mask.copy()
-    longer[case.correct == 1] = True         # 6: no more than the penalty
+    longer[case.correct == 1] = True  # 6: no more than the penalty
     assert evaluate("dapo", full.replace(mask=longer), max_len=5, buffer=3)[0] == 0
 
 
 @pytest.mark.parametrize("outcome", (0.0, 1.0))
 def test_dapo_filters_before_it_shapes_so_that_solved_and_failed_groups_give_nothing(outcome):
     case = CASES["K=4"]
-    case = case.replace(correct=np.full(ROWS, outcome), reward=np.full(ROWS, outcome))  # lengths differ, so shaped rewards do
+    case = case.replace(
+        correct=np.full(ROWS, outcome), reward=np.full(ROWS, outcome)
+    )  # lengths differ, so shaped rewards do
     loss, grad = evaluate("dapo", case, max_len=5, buffer=3)
     assert loss == 0 and (grad == 0).all()
 

@@ -1,4 +1,5 @@
 """`sft`: against a float64 oracle, and its four identities."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,9 @@ VOCABULARY = 5
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("hyperparameters", ({}, dict(agg="seq_mean"), dict(agg="seq_sum_const", L_const=11.0)), ids=str)
+@pytest.mark.parametrize(
+    "hyperparameters", ({}, dict(agg="seq_mean"), dict(agg="seq_sum_const", L_const=11.0)), ids=str
+)
 def test_loss_and_gradient_equal_the_oracle(hyperparameters, case):
     assert_same(evaluate("sft", case, **hyperparameters), hybrid.sft(case, **hyperparameters))
 
@@ -31,14 +34,16 @@ def test_sft_of_nothing_is_exactly_zero():
 
 @pytest.fixture(scope="module")
 def from_logits():
-    """Loss and gradient of sft in the logits [B, T, V] of a policy, those logits, the demonstrated tokens and the mask."""
+    """Loss and gradient of sft in a policy's logits [B, T, V]; those logits, the demonstrated tokens, the mask."""
     rng = np.random.default_rng(0)
     mask = CASES["unequal groups"].mask
     logits, tokens = 2 * rng.normal(size=(ROWS, WIDTH, VOCABULARY)), rng.integers(0, VOCABULARY, (ROWS, WIDTH))
 
     def loss(logits):
         logp = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(tokens)[..., None], -1)[..., 0]
-        return jaxpo.evaluate(jaxpo.make("sft"), lambda _: jaxpo.TokenStats(logp=logp), jaxpo.Rollouts(mask=jnp.asarray(mask)))[0]
+        return jaxpo.evaluate(
+            jaxpo.make("sft"), lambda _: jaxpo.TokenStats(logp=logp), jaxpo.Rollouts(mask=jnp.asarray(mask))
+        )[0]
 
     with jax.enable_x64(True):
         value, grad = jax.jit(jax.value_and_grad(loss))(jnp.asarray(logits))

@@ -1,26 +1,28 @@
-"""Independent references: plain Python loops in float64, written from the papers' equations, importing nothing of jaxpo.
+"""Independent references: plain Python loops in float64, written from the papers' equations without jaxpo.
 
-An oracle takes a `Case` and returns ``(loss, d loss / d logp)``. ``count[b] = w`` means "row b was drawn w times", so oracles run on the
-list of rows with row b written w times; the gradients of the copies add up.
+An oracle takes a `Case` and returns ``(loss, d loss / d logp)``. ``count[b] = w`` means "row b was drawn w times", so
+oracles run on the list of rows with row b written w times; the gradients of the copies add up.
 """
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-Gradient = tuple[float, np.ndarray]                    # loss, d loss / d logp [B, T]
+Gradient = tuple[float, np.ndarray]  # loss, d loss / d logp [B, T]
 TokenTerm = Callable[[int, int], tuple[float, float]]  # (row, position) -> value, d value / d logp
 
 
 @dataclass(frozen=True)
 class Case:
     """One optimizer batch (numpy float64; masked positions hold NaN, nobody may read them)."""
-    mask: np.ndarray      # [B, T] bool
-    logp: np.ndarray      # [B, T] as are logp_old and ref
+
+    mask: np.ndarray  # [B, T] bool
+    logp: np.ndarray  # [B, T] as are logp_old and ref
     logp_old: np.ndarray
     ref: np.ndarray
-    reward: np.ndarray    # [B] as are the rest
+    reward: np.ndarray  # [B] as are the rest
     correct: np.ndarray
     group: np.ndarray
     count: np.ndarray
@@ -47,11 +49,13 @@ def aggregate(case: Case, agg: str, term: TokenTerm, L_const: float | None = Non
     loss, grad = [], np.zeros(case.mask.shape)
     for b in rows:
         for t in case.positions(b):
-            weight = {"token_mean": lambda b=b: 1 / tokens,
-                      "seq_mean": lambda b=b: 1 / (len(rows) * len(case.positions(b))),
-                      "seq_sum": lambda b=b: 1 / len(rows),
-                      "seq_sum_const": lambda b=b: 1 / (len(rows) * L_const),
-                      "sum_const": lambda b=b: 1 / L_const}[agg]()
+            weight = {
+                "token_mean": lambda b=b: 1 / tokens,
+                "seq_mean": lambda b=b: 1 / (len(rows) * len(case.positions(b))),
+                "seq_sum": lambda b=b: 1 / len(rows),
+                "seq_sum_const": lambda b=b: 1 / (len(rows) * L_const),
+                "sum_const": lambda b=b: 1 / L_const,
+            }[agg]()
             value, slope = term(b, t)
             loss.append(weight * value)
             grad[b, t] += weight * slope

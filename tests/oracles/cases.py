@@ -1,4 +1,5 @@
 """Batches that hurt, and jaxpo's answer to them in float64."""
+
 import functools
 
 import jax
@@ -17,8 +18,8 @@ def make_case(seed: int, sizes=UNEQUAL, *, rewards="real", stale=0.3, extreme=Fa
     """Ragged rows with holes, one of them empty, in shuffled groups of the given sizes.
 
     Args:
-      rewards: "binary" or "real"; the first group of more than one row is constant unless ``mixed``, which makes every group of
-        more than one row hold both outcomes.
+      rewards: "binary" or "real"; the first group of more than one row is constant.
+      mixed: every group of more than one row holds both outcomes instead.
       stale: standard deviation of ``logp - logp_old``; extreme: some of them are -40 or 40.
       counts: rows drawn 0, 1 or 2 times.
     """
@@ -34,12 +35,12 @@ def make_case(seed: int, sizes=UNEQUAL, *, rewards="real", stale=0.3, extreme=Fa
     starts = np.cumsum((0, *sizes))[:-1]
     for start, size in zip(starts, sizes, strict=True):
         if mixed and size > 1:
-            correct[start: start + 2] = 0, 1
+            correct[start : start + 2] = 0, 1
     reward = correct.copy() if rewards == "binary" else rng.normal(size=b)
     if not mixed:
         i = next((i for i, size in enumerate(sizes) if size > 1), None)
         if i is not None:  # 0.1 is a number whose mean is not itself in floating point
-            reward[starts[i]: starts[i] + sizes[i]], correct[starts[i]: starts[i] + sizes[i]] = 0.1, 1
+            reward[starts[i] : starts[i] + sizes[i]], correct[starts[i] : starts[i] + sizes[i]] = 0.1, 1
     logp_old = -rng.exponential(1.5, (b, WIDTH))
     gap = stale * rng.normal(size=(b, WIDTH))
     if extreme:
@@ -49,7 +50,9 @@ def make_case(seed: int, sizes=UNEQUAL, *, rewards="real", stale=0.3, extreme=Fa
     if extreme:
         ref = np.where(rng.random((b, WIDTH)) < 0.2, logp + rng.choice([-40.0, 40.0], (b, WIDTH)), ref)
     count = rng.integers(0, 3, b).astype(float) if counts else np.ones(b)
-    case = Case(mask=mask, logp=logp, logp_old=logp_old, ref=ref, reward=reward, correct=correct, group=group, count=count)
+    case = Case(
+        mask=mask, logp=logp, logp_old=logp_old, ref=ref, reward=reward, correct=correct, group=group, count=count
+    )
     case = case.take(rng.permutation(b))
     hidden = {name: np.where(case.mask, getattr(case, name), np.nan) for name in ("logp", "logp_old", "ref")}
     return case.replace(**hidden)
@@ -73,26 +76,41 @@ def on_policy(case: Case) -> Case:
 
 
 def rollouts(case: Case) -> jaxpo.Rollouts:
-    return jaxpo.Rollouts(mask=jnp.asarray(case.mask), reward=jnp.asarray(case.reward), correct=jnp.asarray(case.correct),
-                          group=jnp.asarray(case.group, jnp.int32), logp_old=jnp.asarray(case.logp_old), slots={"ref": jnp.asarray(case.ref)},
-                          count=jnp.asarray(case.count))
+    return jaxpo.Rollouts(
+        mask=jnp.asarray(case.mask),
+        reward=jnp.asarray(case.reward),
+        correct=jnp.asarray(case.correct),
+        group=jnp.asarray(case.group, jnp.int32),
+        logp_old=jnp.asarray(case.logp_old),
+        slots={"ref": jnp.asarray(case.ref)},
+        count=jnp.asarray(case.count),
+    )
+
+
+COMPILE_FAST = {"xla_backend_optimization_level": 0}  # tiny arrays: compiling is all that takes time
 
 
 @functools.cache
 def _value_and_grad(name: str, hyperparameters: tuple):
     objective = jaxpo.make(name, **dict(hyperparameters))
-    return jax.jit(jax.value_and_grad(lambda logp, batch: jaxpo.evaluate(objective, lambda _: jaxpo.TokenStats(logp=logp), batch)[0]))
+
+    def loss(logp, batch):
+        return jaxpo.evaluate(objective, lambda _: jaxpo.TokenStats(logp=logp), batch)[0]
+
+    return jax.jit(jax.value_and_grad(loss), compiler_options=COMPILE_FAST)
 
 
 def evaluate(name: str, case: Case, **hyperparameters) -> Gradient:
     """Loss and gradient in log-prob of a registered objective, in float64."""
     with jax.enable_x64(True):
-        loss, grad = _value_and_grad(name, tuple(sorted(hyperparameters.items())))(jnp.asarray(case.logp), rollouts(case))
+        loss, grad = _value_and_grad(name, tuple(sorted(hyperparameters.items())))(
+            jnp.asarray(case.logp), rollouts(case)
+        )
         assert loss.dtype == grad.dtype == jnp.float64
         return float(loss), np.asarray(grad)
 
 
-def assert_same(actual: Gradient, expected: Gradient, tolerance: float = 1e-9) -> None:
+def assert_same(actual: Gradient, expected: Gradient, rtol: float = 1e-9, atol: float = 1e-12) -> None:
     """Equal loss and gradient."""
-    np.testing.assert_allclose(actual[1], expected[1], rtol=tolerance, atol=tolerance, err_msg="gradient")
-    np.testing.assert_allclose(actual[0], expected[0], rtol=tolerance, atol=tolerance, err_msg="loss")
+    np.testing.assert_allclose(actual[1], expected[1], rtol=rtol, atol=atol, err_msg="gradient")
+    np.testing.assert_allclose(actual[0], expected[0], rtol=rtol, atol=atol, err_msg="loss")

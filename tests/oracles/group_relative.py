@@ -1,11 +1,12 @@
-"""Oracles of `reinforce`, `rloo`, `grpo`, `dr_grpo`, `dapo`, and of the relatives that their identities name (`rec`, `gspo`, `canon`)."""
+"""Oracles of `reinforce`, `rloo`, `grpo`, `dr_grpo`, `dapo`, and of their relatives `rec`, `gspo`, `canon`."""
+
 import math
 
 import numpy as np
 
 from tests.oracles import Case, Gradient, aggregate, centred, mean, sample_std
 
-# ---- advantages: row -> number ----------------------------------------------------------------------------------------------------------
+# ---- advantages: row -> number -------------------------------------------------------------------
 
 
 def _siblings(case: Case) -> dict[int, list[int]]:
@@ -23,8 +24,10 @@ def group_advantage(case: Case, reward, *, scale="group", adv_eps=1e-6, singleto
             continue
         rewards = [float(reward[j]) for j in group]
         centre = centred(rewards)[group.index(b)]
-        spread = {"group": lambda rewards=rewards: sample_std(rewards),
-                  "batch": lambda: sample_std([float(reward[j]) for j in case.rows()])}
+        spread = {
+            "group": lambda rewards=rewards: sample_std(rewards),
+            "batch": lambda: sample_std([float(reward[j]) for j in case.rows()]),
+        }
         out[b] = 0.0 if centre == 0 else centre if scale == "none" else centre / (spread[scale]() + adv_eps)
     return out
 
@@ -45,18 +48,18 @@ def leave_one_out(case: Case, reward, *, singleton="zero") -> dict[int, float]:
 
 
 def canon_advantage(case: Case, metric, mu: float) -> dict[int, float]:
-    """CANON with alpha 1: compare with the other half (inter) and the own half (intra) of the group, split by a metric of the rows."""
+    """CANON with alpha 1: compare with the other half (inter) and the own half (intra) of the group."""
     out = {}
     for b, group in _siblings(case).items():
         order = sorted(group, key=lambda j: metric[j])  # sorted() is stable
-        halves = order[: len(order) // 2], order[len(order) // 2:]
+        halves = order[: len(order) // 2], order[len(order) // 2 :]
         own, other = halves if b in halves[0] else halves[::-1]
         inter, intra = [case.reward[b] - mean([case.reward[j] for j in half]) for half in (other, own)]
         out[b] = mu * inter + (1 - mu) * intra
     return out
 
 
-# ---- per-token pieces: value and slope --------------------------------------------------------------------------------------------------
+# ---- per-token pieces: value and slope -----------------------------------------------------------
 
 
 def ratio(log_ratio: float, bound: float = 20.0) -> tuple[float, float]:
@@ -65,8 +68,10 @@ def ratio(log_ratio: float, bound: float = 20.0) -> tuple[float, float]:
     return r, (r if abs(log_ratio) < bound else 0.0)
 
 
-def ppo(log_ratio: float, A: float, lo: float, hi: float, *, dual: float | None = None, bound: float = 20.0) -> tuple[float, float]:
-    """``-min(r A, clip(r, lo, hi) A)``, at most ``-dual A`` where A < 0, and its derivative with respect to log-prob."""
+def ppo(
+    log_ratio: float, A: float, lo: float, hi: float, *, dual: float | None = None, bound: float = 20.0
+) -> tuple[float, float]:
+    """``-min(r A, clip(r, lo, hi) A)``, at most ``-dual A`` where A < 0, and its slope in the log-prob."""
     r, slope = ratio(log_ratio, bound)
     plain, clipped = r * A, min(max(r, lo), hi) * A
     value, slope = (-plain, -A * slope) if plain <= clipped else (-clipped, 0.0)
@@ -82,7 +87,7 @@ def k3(logp: float, ref: float, bound: float = 20.0) -> tuple[float, float]:
     return e - x - 1, 1 - slope
 
 
-# ---- objectives -------------------------------------------------------------------------------------------------------------------------
+# ---- objectives ----------------------------------------------------------------------------------
 
 
 def reinforce(case: Case, *, baseline="none", agg="token_mean") -> Gradient:
@@ -98,10 +103,26 @@ def _row_sum(case: Case, x: np.ndarray, b: int) -> float:
     return math.fsum(x[b, t] for t in case.positions(b))
 
 
-def rloo(case: Case, *, form="reinforce", beta=0.05, eps_low=0.2, eps_high=0.2, normalize=False, singleton="zero", log_ratio_clip=20.0) -> Gradient:
+def rloo(
+    case: Case,
+    *,
+    form="reinforce",
+    beta=0.05,
+    eps_low=0.2,
+    eps_high=0.2,
+    normalize=False,
+    singleton="zero",
+    log_ratio_clip=20.0,
+) -> Gradient:
     rows = case.rows()
-    penalised = {b: float(case.reward[b]) - beta * (_row_sum(case, case.logp_old, b) - _row_sum(case, case.ref, b)) for b in rows} \
-        if beta else {b: float(case.reward[b]) for b in rows}
+    penalised = (
+        {
+            b: float(case.reward[b]) - beta * (_row_sum(case, case.logp_old, b) - _row_sum(case, case.ref, b))
+            for b in rows
+        }
+        if beta
+        else {b: float(case.reward[b]) for b in rows}
+    )
     A = leave_one_out(case, penalised, singleton=singleton)
     if normalize:
         drawn = [A[b] for b in rows]
@@ -122,8 +143,21 @@ def rloo(case: Case, *, form="reinforce", beta=0.05, eps_low=0.2, eps_high=0.2, 
     return math.fsum(losses), grad
 
 
-def grpo(case: Case, *, eps_low=0.2, eps_high=0.2, beta=0.04, adv_eps=1e-6, scale="group", singleton="zero", dual_clip=None, kl_is=False,
-         agg="seq_mean", L_const=None, log_ratio_clip=20.0) -> Gradient:
+def grpo(
+    case: Case,
+    *,
+    eps_low=0.2,
+    eps_high=0.2,
+    beta=0.04,
+    adv_eps=1e-6,
+    scale="group",
+    singleton="zero",
+    dual_clip=None,
+    kl_is=False,
+    agg="seq_mean",
+    L_const=None,
+    log_ratio_clip=20.0,
+) -> Gradient:
     A = group_advantage(case, case.reward, scale=scale, adv_eps=adv_eps, singleton=singleton)
 
     def term(b: int, t: int) -> tuple[float, float]:
@@ -141,8 +175,17 @@ def grpo(case: Case, *, eps_low=0.2, eps_high=0.2, beta=0.04, adv_eps=1e-6, scal
 
 
 def dr_grpo(case: Case, *, L_const, eps_low=0.2, eps_high=0.2, singleton="zero", log_ratio_clip=20.0) -> Gradient:
-    return grpo(case, eps_low=eps_low, eps_high=eps_high, beta=0, scale="none", singleton=singleton, agg="seq_sum_const", L_const=L_const,
-                log_ratio_clip=log_ratio_clip)
+    return grpo(
+        case,
+        eps_low=eps_low,
+        eps_high=eps_high,
+        beta=0,
+        scale="none",
+        singleton=singleton,
+        agg="seq_sum_const",
+        L_const=L_const,
+        log_ratio_clip=log_ratio_clip,
+    )
 
 
 def overlong_penalty(n: int, max_len: int, buffer: int, penalty: float) -> float:
@@ -161,16 +204,38 @@ def dapo_keeps(case: Case) -> np.ndarray:
     return keep
 
 
-def dapo(case: Case, *, eps_low=0.2, eps_high=0.28, max_len=20480, buffer=4096, penalty=1.0, adv_eps=1e-6, singleton="zero", dual_clip=None,
-         log_ratio_clip=20.0) -> Gradient:
+def dapo(
+    case: Case,
+    *,
+    eps_low=0.2,
+    eps_high=0.28,
+    max_len=20480,
+    buffer=4096,
+    penalty=1.0,
+    adv_eps=1e-6,
+    singleton="zero",
+    dual_clip=None,
+    log_ratio_clip=20.0,
+) -> Gradient:
     kept = case.replace(count=case.count * dapo_keeps(case))
     length = [len(case.positions(b)) for b in range(len(case.reward))]
-    shaped = np.array([r + overlong_penalty(n, max_len, buffer, penalty) for r, n in zip(case.reward, length, strict=True)])
-    return grpo(kept.replace(reward=shaped), eps_low=eps_low, eps_high=eps_high, beta=0, adv_eps=adv_eps, singleton=singleton, dual_clip=dual_clip,
-                agg="token_mean", log_ratio_clip=log_ratio_clip)
+    shaped = np.array(
+        [r + overlong_penalty(n, max_len, buffer, penalty) for r, n in zip(case.reward, length, strict=True)]
+    )
+    return grpo(
+        kept.replace(reward=shaped),
+        eps_low=eps_low,
+        eps_high=eps_high,
+        beta=0,
+        adv_eps=adv_eps,
+        singleton=singleton,
+        dual_clip=dual_clip,
+        agg="token_mean",
+        log_ratio_clip=log_ratio_clip,
+    )
 
 
-# ---- relatives --------------------------------------------------------------------------------------------------------------------------
+# ---- relatives -----------------------------------------------------------------------------------
 
 
 def rec_without_clip_or_weight(case: Case) -> Gradient:

@@ -1,4 +1,5 @@
 """Oracles of `sft`, and of the relatives that its identities name (`upge`, `chord`, `on_policy_distillation`)."""
+
 import math
 
 import numpy as np
@@ -12,7 +13,8 @@ def sft(case: Case, *, agg="token_mean", L_const=None) -> Gradient:
 
 
 def upge_sft(case: Case) -> Gradient:
-    """The unified estimator ``-sg(w) logp``, ``w = stable (1 / pi_den) A pi``, in its SFT row: ``pi_den = pi``, A = 1, stable = 1."""
+    """The SFT row of the unified estimator ``-sg(w) logp``, ``w = stable (1 / pi_den) A pi``: pi_den = pi."""
+
     def term(b: int, t: int) -> tuple[float, float]:
         pi = math.exp(case.logp[b, t])
         w = 1 * (1 / pi) * 1 * pi
@@ -28,8 +30,10 @@ def chord(case: Case, expert: np.ndarray, *, mu: float) -> Gradient:
     return (1 - mu) * 0.0 + mu * loss, mu * grad
 
 
-def forward_kl_to_teacher(student_logits: np.ndarray, teacher: np.ndarray, mask: np.ndarray) -> tuple[float, np.ndarray]:
-    """Mean over masked tokens of ``KL(teacher || softmax(student_logits))``, and its gradient in the logits [B, T, V]."""
+def forward_kl_to_teacher(
+    student_logits: np.ndarray, teacher: np.ndarray, mask: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """Mean over masked tokens of ``KL(teacher || softmax(student_logits))`` and its gradient in the logits."""
     loss, grad, n = 0.0, np.zeros_like(student_logits), int(mask.sum())
     for b, t in np.argwhere(mask):
         z = student_logits[b, t] - student_logits[b, t].max()

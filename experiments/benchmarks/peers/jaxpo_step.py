@@ -1,0 +1,55 @@
+"""jaxpo's side of the step benchmark: the compiled functions of the training loop on the common job (`..record.Job`)."""
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments.benchmarks import record
+from jaxpo.parallel import make_mesh
+from jaxpo.policy import transformer
+from jaxpo.rollout import SamplingOptions
+from jaxpo.training import config as config_lib
+from jaxpo.training.workspace import compile_functions, init_state, optimizer_of
+
+
+def config_of(job: record.Job) -> ConfigDict:
+    """GRPO with a KL to the reference, one update over all rows at once."""
+    config = config_lib.default()
+    config.policy.update(width=job.hidden, layers=job.layers, heads=job.heads, mlp_width=job.mlp)
+    config.sampling.max_new_tokens = job.new_tokens
+    config.rollout.update(prompts=job.prompts, responses=job.generations)
+    config.objective = ConfigDict(dict(name="grpo", beta=record.BETA, agg="token_mean"))
+    config.optimizer.learning_rate = record.LEARNING_RATE
+    return config_lib.fill(config)
+
+
+def main() -> None:
+    """Runs the job and prints its record."""
+    recorder = record.Recorder()
+    job = record.job_from_flags(__doc__)
+    config, mesh = config_of(job), make_mesh()
+    model = transformer.build(transformer.TransformerConfig(vocab_size=job.vocab, **config.policy))
+    objective, options = config_lib.objective_of(config), SamplingOptions(max_new_tokens=job.new_tokens)
+    functions = compile_functions(config, mesh, model, objective, record.PAD, report=lambda text: None)
+    params = jax.jit(lambda key: transformer.init(model.config, key))(jax.random.key(0))
+    reference = jax.tree.map(lambda x: x.copy(), params)
+    state = init_state(params, optimizer_of(config), objective, mesh)
+    rows = np.arange(job.rows, dtype=np.int32)
+    for i, prompts in enumerate(job.prompt_ids()):
+        tokens, length = np.array(prompts, np.int32), np.full(job.prompts, job.prompt_len, np.int32)
+        with recorder.phase("generate"):
+            batch = jax.block_until_ready(
+                functions["generate"](state.params, tokens, length, jax.random.key(i), options, responses=job.generations))
+        recorder.gen_tokens += int(batch.mask.sum())
+        batch = batch.replace(reward=np.array([record.reward(row) for row in np.asarray(batch.completions).tolist()], np.float32))
+        with recorder.phase("reference"):
+            batch = batch.replace(slots={"ref": jax.block_until_ready(functions["score"](reference, batch).logp)})
+        with recorder.phase("update"):
+            batch, memory = functions["prepare"](batch, state.objective)
+            state, _ = functions["step"](state.replace(objective=memory), batch, rows)
+            jax.block_until_ready(state.params)
+        recorder.end_step()
+    recorder.print("jaxpo", job, ("jax", "flax", "optax"), transformer.parameter_count(reference))
+
+
+if __name__ == "__main__":
+    main()

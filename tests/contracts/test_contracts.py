@@ -1,0 +1,190 @@
+"""Every registered objective keeps every contract, and every contract notices an objective that breaks it."""
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxpo
+from jaxpo import testing
+from jaxpo.batch import complete
+from jaxpo.objectives import Objective, Term, from_terms, linearized, preference
+from jaxpo.primitives import aggregation, grouping
+from jaxpo.primitives.numerics import promote
+
+OPTIONAL = {"rloo": {"form": "ppo"}, "reinforce": {"baseline": "batch_mean", "agg": "seq_mean"}, "dr_grpo": {"singleton": "raw"},
+            "grpo": {"scale": "batch", "dual_clip": 3.0, "kl_is": True, "agg": "group_mean"}, "dapo": {"dual_clip": 10.0},
+            "sft": {"agg": "seq_sum_const", "L_const": 6.0}}
+
+
+@pytest.mark.parametrize("name", jaxpo.names())
+def test_registered(name):
+    report = testing.check(name)
+    assert report.objective == name and len(report.checked) == len(testing.CONTRACTS) and not report.skipped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_registered_with_other_hyperparameters(name):
+    assert not testing.check(name, **OPTIONAL[name]).skipped
+
+
+def dpo(beta: float = 0.1) -> Objective:
+    """Direct Preference Optimization. Shapes: logp [B, T]."""
+    return preference(lambda margin, batch: -jax.nn.log_sigmoid(margin), beta=beta)
+
+
+def everything(weight: float = 0.5) -> Objective:
+    """One of every feature of the grammar. Shapes: logp [B, T]."""
+    def relative(stats, batch, state):  # of its group, so that a slice has to hold whole groups
+        row = stats.logp.sum(-1)
+        return (row - grouping.group_mean(row, batch.group, batch.count)) * batch.reward
+
+    def lower(batch, state, peek):  # a bound from the peek at the whole batch
+        counted = promote(batch.mask * batch.count[:, None])
+        mean = jnp.sum(jnp.where(counted > 0, promote(peek.entropy), 0) * counted) / jnp.maximum(counted.sum(), 1)
+        return batch.replace(extras={**batch.extras, "bound": jnp.full(batch.rows, mean)})
+
+    square = Term("square", lambda stats, batch, state: jnp.square(stats.logp))
+    entropy = Term("entropy", lambda stats, batch, state: -jnp.minimum(stats.entropy, batch.extras["bound"][:, None]),
+                   coef=lambda state: weight * state.memory["coef"])
+    return from_terms(
+        [Term("relative", relative, aggregation.seq_mean, per="row"), linearized(square, lambda s: jnp.sqrt(s + 1e-3)), entropy],
+        weigh=lower, update=lambda state, batch, report: state.replace(memory={"coef": 0.9 * state.memory["coef"]}),
+        memory={"coef": jnp.float32(1)}, needs=["reward"], wants=["logp", "entropy"], peeks=["entropy"], coupling="group")
+
+
+@pytest.mark.parametrize("factory", [dpo, everything])
+def test_of_a_users_own(factory):
+    report = testing.check(factory)
+    assert len(report.checked) == len(testing.CONTRACTS), report
+
+
+# ---- every contract notices what it is for --------------------------------------------------------------------------
+
+def nll(aggregate=aggregation.token_mean, value=lambda stats, batch, state: -stats.logp, **options) -> Objective:
+    return from_terms([Term("nll", value, aggregate)], **options)
+
+
+def changed_loss(change) -> Objective:
+    """An objective that goes its own way, past what `from_terms` guards."""
+    objective = nll()
+
+    def prepare(batch, state):
+        return complete(batch), state.replace(iteration=state.iteration + 1)
+
+    def weigh(batch, state, peek):
+        return batch.replace(weights={"nll": batch.mask * batch.count[:, None] / (batch.mask * batch.count[:, None]).sum()})
+
+    def loss(policy, batch, state):
+        value, report = objective.loss(policy, batch, state)
+        return value + change(policy(batch), batch), report
+
+    return objective._replace(prepare=prepare, weigh=weigh, loss=loss)
+
+
+def not_traceable(eps: float = 0.1) -> Objective:
+    return nll(value=lambda stats, batch, state: -stats.logp * (2 if eps > 0.11 else 1))
+
+
+def no_shapes(eps: float = 0.1) -> Objective:
+    """A docstring without them."""
+    return nll()
+
+
+def keeps_python_numbers(state, batch, report):
+    return state.replace(memory={"calls": 1})
+
+
+def is_traced(stats, batch):
+    return 0.01 * isinstance(batch.tokens, jax.core.Tracer)  # tokens carry no gradient, so nothing but jit traces them
+
+
+def advantage(stats, batch, state):
+    return -stats.logp * batch.adv[:, None]
+
+
+BROKEN = {
+    "overflow": ("finite_on_hostile_input", lambda: nll(value=lambda s, b, _: jnp.exp(4 * (s.logp - b.logp_old)))),
+    "sums masked positions": (
+        "finite_on_hostile_input", lambda: nll(value=advantage, prepare=lambda b, s: (b.replace(adv=b.logp_beh.sum(-1)), s))),
+    "divides by the width": ("padding_invariance", lambda: nll(lambda mask, count, b: mask * count[:, None] / mask.size)),
+    "the first row weighs more": ("permutation_equivariance", lambda: nll(value=lambda s, b, _: s.logp * jnp.arange(b.rows)[:, None])),
+    "multiplicity is ignored": ("count_is_multiplicity", lambda: nll(lambda mask, count, b: mask * (count > 0)[:, None] / mask.sum())),
+    "fillers count": ("count_is_multiplicity", lambda: nll(lambda mask, count, b: mask * count[:, None] / mask.sum())),
+    "a mean over the slice": ("microbatch_invariance", lambda: nll(value=lambda s, b, _: s.logp * s.logp.mean())),
+    "a group cut by slices": ("microbatch_invariance", lambda: everything()._replace(coupling="row")),
+    "more than it peeks at": ("evaluate_agrees_with_training", lambda: everything()._replace(peeks=frozenset({"logp"}))),
+    "gradient into the reward": ("gradient_only_into_the_policy", lambda: changed_loss(lambda stats, batch: batch.reward.sum())),
+    "gradient of masked tokens": ("masked_positions_get_no_gradient", lambda: changed_loss(lambda stats, batch: stats.logp.sum())),
+    "no gradient at all": ("masked_positions_get_no_gradient", lambda: nll(value=lambda s, b, _: jax.lax.stop_gradient(s.logp))),
+    "another loss under jit": ("jit_equals_eager", lambda: changed_loss(is_traced)),
+    "a branch on a number": ("vmap_over_hyperparameters", lambda: not_traceable),
+    "a mean in bfloat16": ("float32_accumulation", lambda: changed_loss(lambda stats, batch: (stats.logp * batch.mask).mean())),
+    "a need not declared": ("needs_is_exact", lambda: nll(value=lambda s, b, _: s.logp - b.get("logp_ref"))),
+    "a need without effect": ("needs_is_exact", lambda: nll(needs=["reward"])),
+    "a clock that stands": ("state_survives_a_checkpoint", lambda: nll()._replace(update=lambda state, batch, report: state)),
+    "a state that changes its form": ("state_survives_a_checkpoint", lambda: nll(update=keeps_python_numbers)),
+    "no shapes": ("documented", lambda: no_shapes),
+}
+
+
+@pytest.mark.parametrize("why", BROKEN)
+def test_broken(why):
+    contract, build = BROKEN[why]
+    with pytest.raises((AssertionError, TypeError)):
+        getattr(testing, contract)(testing.case(build()))
+
+
+def test_every_contract_is_in_the_list():
+    # A mesh and replicas cannot be broken by what an objective is able to write.
+    assert {c for c, _ in BROKEN.values()} | {"mesh_invariance", "independent_replicas"} == {c.__name__ for c in testing.CONTRACTS}
+
+
+def test_check_lists_all_that_is_broken_with_numbers(monkeypatch):
+    contracts = [testing.gradient_only_into_the_policy, testing.masked_positions_get_no_gradient, testing.documented]
+    monkeypatch.setattr(testing, "CONTRACTS", contracts)
+    bad = changed_loss(lambda stats, batch: stats.logp.sum() + 3 * batch.reward.sum())
+    with pytest.raises(AssertionError, match="objective breaks 2 of 3 contracts") as error:
+        testing.check(bad)
+    assert "\n  gradient_only_into_the_policy: reward gets a gradient of 3" in str(error.value)
+    assert "\n  masked_positions_get_no_gradient: logp has a gradient of 1" in str(error.value)
+
+
+@cache
+def sft_case() -> testing.Case:
+    return testing.case("sft")
+
+
+def test_a_report_says_what_was_not_checked(monkeypatch):
+    monkeypatch.setattr(testing, "CONTRACTS", [testing.documented, testing.gradient_only_into_the_policy])
+    report = testing.check(sft_case().objective)
+    assert report.skipped == {"documented": "it needs the function that builds the objective"}
+    assert str(report).splitlines() == ["objective: 1 contracts kept", "  gradient_only_into_the_policy: 11 fields",
+                                        "  documented: not checked, it needs the function that builds the objective"]
+
+
+@pytest.mark.parametrize(("arguments", "options", "message"), [
+    (("grppo",), {}, "unknown objective 'grppo': did you mean 'grpo'"),
+    (("grpo",), {"eps_hihg": 0.3}, "unknown hyperparameter of objective 'grpo' 'eps_hihg': did you mean 'eps_high'"),
+    ((nll(),), {"eps": 1.0}, "eps: this objective is built already"),
+    ((nll(needs=["difficulty"]),), {}, "no example of 'difficulty', which this objective needs"),
+])
+def test_case_refuses(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        testing.case(*arguments, **options)
+
+
+def test_a_batch_of_ones_own():
+    objective = nll(value=lambda stats, batch, state: -stats.logp * batch.get("difficulty")[:, None], needs=["difficulty"])
+    batch = testing.example(nll())
+    batch = batch.replace(extras={"difficulty": jnp.linspace(1, 2, batch.rows)})
+    assert "needs difficulty" in testing.needs_is_exact(testing.case(objective, batch))
+
+
+def test_the_example_has_no_ties_and_something_of_everything():
+    batch = sft_case().batch
+    assert len(set(batch.reward.tolist())) == batch.rows
+    assert 0 < batch.truncated.sum() < batch.rows and (batch.lengths == 1).any()
+    assert bool((grouping.group_constant(batch.correct, batch.group, batch.count) == 0).all())
+    assert bool((batch.mask[:, 1:] > batch.mask[:, :-1]).any()), "no hole in the mask"
