@@ -3,8 +3,8 @@
 >>> jaxpo.testing.check("grpo", eps_high=0.28)     # a registered objective
 >>> jaxpo.testing.check(my_objective)              # an `Objective`, or a function that builds one
 
-A contract takes a `Case` (an objective with a small example batch), raises ``AssertionError`` with the numbers when it is
-broken, and returns one line on what it compared. ``padding_invariance(case("grpo"))`` runs a single one.
+A contract takes a `Case` (an objective with a small example batch), raises ``AssertionError`` with the numbers when it
+is broken, and returns one line on what it compared. ``padding_invariance(case("grpo"))`` runs a single one.
 """
 import dataclasses
 import inspect
@@ -20,17 +20,19 @@ from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxpo import registry
-from jaxpo.batch import ROLES, MissingField, Rollouts, TokenStats, complete, concatenate, pad, role_id, take
+from jaxpo.batch import MissingField, Rollouts, TokenStats, complete, concatenate, pad, role_id, take
 from jaxpo.metrics import results
 from jaxpo.objectives import Objective, evaluate
 from jaxpo.objectives.base import standard_metrics
 from jaxpo.training.checkpoint import Checkpoints
 from jaxpo.training.step import accumulate, score
 
+Subject = str | Objective | Callable[..., Objective]
 VOCABULARY, PROMPT, WIDTH, GROUP = 7, 3, 6, 4
 TOKEN_FIELDS = ("logp_old", "logp_beh", "entropy_old", "value_old", "slots", "token_extras")
 # Contracts compile much and compute little: quick compilation halves their time.
-_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+_jit = partial(jax.jit, compiler_options=QUICK)
 
 
 class NotChecked(Exception):
@@ -58,7 +60,7 @@ class Report(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """An objective, how it was built if that is known, and an example batch. Compiled functions are kept between contracts."""
+    """An objective, how it was built if that is known, and an example batch. Contracts share its compiled functions."""
     name: str
     objective: Objective
     batch: Rollouts
@@ -68,10 +70,8 @@ class Case:
 
     @cached_property
     def params(self) -> dict[str, Array]:
-        """Parameters of the small policy `bigram`."""
-        rng = np.random.default_rng(1)
-        shapes = {"table": (VOCABULARY, VOCABULARY), "head": (VOCABULARY,)}
-        return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+        """Parameters of the policy `bigram`."""
+        return parameters()
 
     @cached_property
     def stats(self) -> TokenStats:
@@ -114,22 +114,24 @@ class Case:
 
 # ---- cases --------------------------------------------------------------------------------------------------------
 
-def case(objective: str | Objective | Callable[..., Objective], batch: Rollouts | None = None, /, **hyperparameters: Any) -> Case:
+def case(objective: Subject, batch: Rollouts | None = None, /, **hyperparameters: Any) -> Case:
     """The case of a registered name, of a function that builds an objective, or of an `Objective`.
 
     Args:
       batch: rows to check it on, instead of `example`. With tokens from 0 to 6, a multiple of 8 units, and no ties.
-      hyperparameters: of a name or function. Those that a run takes from its generation budget get theirs from the example's.
+      hyperparameters: of a name or function. Those that a run takes from its generation budget are taken from the
+        width of the example.
 
     Raises:
       ValueError: unknown name or hyperparameter; hyperparameters beside a finished objective.
     """
     if isinstance(objective, Objective):
         if hyperparameters:
-            raise ValueError(f"{', '.join(hyperparameters)}: this objective is built already; give its function or its name")
+            raise ValueError(f"{', '.join(hyperparameters)}: this objective is built already; "
+                             "give its function or its name")
         return Case("objective", objective, example(objective) if batch is None else complete(batch))
-    rows = [registry.entry(name) for name in registry.names()]
-    row = registry.entry(objective) if isinstance(objective, str) else next((r for r in rows if r.factory is objective), None)
+    rows = [registry.entry(name) for name in ([objective] if isinstance(objective, str) else registry.names())]
+    row = next((r for r in rows if objective in (r.id, r.factory)), None)
     name, factory = (row.id, row.factory) if row else (objective.__name__, objective)
     if row:
         budget = {key: share * WIDTH for key, share in row.budget.items()}
@@ -141,7 +143,7 @@ def case(objective: str | Objective | Callable[..., Objective], batch: Rollouts 
 
 
 def example(objective: Objective) -> Rollouts:
-    """A small batch with every field the objective may read, without ties: groups of 4 (or units of its layout), holes in the mask.
+    """A small batch with every field the objective may read: groups of 4 (or units), holes in the mask, no ties.
 
     Raises:
       ValueError: the objective needs a field that is no field of `Rollouts`; bring a batch that has it.
@@ -163,19 +165,30 @@ def example(objective: Objective) -> Rollouts:
     roles = [role_id(r) for r in objective.layout or ("own",)]
     batch = Rollouts(
         tokens=rng.integers(0, VOCABULARY, (b, PROMPT + WIDTH)).astype(np.int32), mask=mask,
-        prompt_length=rng.integers(1, PROMPT + 1, b).astype(np.int32), count=np.ones(b, np.float32), group=97 - 5 * group,
-        role=np.resize(roles, b).astype(np.int32), prompt=group, seed=rng.integers(0, 2**32, b, dtype=np.uint32),
+        prompt_length=rng.integers(1, PROMPT + 1, b).astype(np.int32), count=np.ones(b, np.float32),
+        group=97 - 5 * group, role=np.resize(roles, b).astype(np.int32), prompt=group,
+        seed=rng.integers(0, 2**32, b, dtype=np.uint32),
         reward=rng.normal(size=b).astype(np.float32), correct=np.resize([0, 1, 1, 0], b).astype(np.float32),
         truncated=(lengths == WIDTH).astype(np.float32), entropy_old=rng.uniform(0, 1, (b, WIDTH)).astype(np.float32),
         value_old=logp(), layout=objective.layout)
     batch = jax.tree.map(jnp.asarray, batch)
     slots = {n.removeprefix("logp_") for n in objective.needs if n.startswith("logp_")} - {"old", "beh"}
-    case_ = Case("", objective, batch.replace(logp_old=jnp.zeros_like(batch.mask)))
-    said = bigram(frozenset({"logp"}), case_.params, batch).logp  # near the policy, so that some ratios are clipped and some not
-    near = lambda scale: said + jnp.asarray(rng.normal(0, scale, said.shape), jnp.float32)  # noqa: E731
-    old = near(0.3)
-    return complete(batch.replace(logp_old=old, logp_beh=old + 0.01 * near(0.1), slots={s: near(0.5) for s in sorted(slots | {"ref"})},
-                                  token_extras={"logp_sampler": old + 0.01 * near(0.1)}))
+    said = bigram(frozenset({"logp"}), parameters(), batch).logp
+
+    def near(x: Array, scale: float) -> Array:
+        return x + jnp.asarray(rng.normal(0, scale, x.shape), jnp.float32)
+
+    old = near(said, 0.3)  # some ratios are clipped and some are not
+    return complete(batch.replace(
+        logp_old=old, logp_beh=near(old, 0.01), token_extras={"logp_sampler": near(old, 0.01)},
+        slots={name: near(said, 0.5) for name in sorted(slots | {"ref"})}))
+
+
+def parameters() -> dict[str, Array]:
+    """Parameters of the policy `bigram`."""
+    rng = np.random.default_rng(1)
+    shapes = {"table": (VOCABULARY, VOCABULARY), "head": (VOCABULARY,)}
+    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
 
 
 def bigram(wants: frozenset[str], params: dict[str, Array], batch: Rollouts) -> TokenStats:
@@ -184,16 +197,16 @@ def bigram(wants: frozenset[str], params: dict[str, Array], batch: Rollouts) -> 
     logits = params["table"][before]
     logps = jax.nn.log_softmax(logits)
     value = params["head"][before]
-    said = {"logp": jnp.take_along_axis(logps, batch.completions[..., None], -1)[..., 0], "logits": logits, "value": value,
-            "entropy": -jnp.sum(jnp.exp(logps) * logps, -1), "score": jnp.sum(value * (batch.mask > 0), -1),
-            "embed": jnp.sum(logits * (batch.mask > 0)[..., None], 1)}
+    said = {"logp": jnp.take_along_axis(logps, batch.completions[..., None], -1)[..., 0], "logits": logits,
+            "value": value, "entropy": -jnp.sum(jnp.exp(logps) * logps, -1),
+            "score": jnp.sum(value * (batch.mask > 0), -1), "embed": jnp.sum(logits * (batch.mask > 0)[..., None], 1)}
     return TokenStats(**{name: said[name] for name in wants})
 
 
 # ---- the two ways to evaluate --------------------------------------------------------------------------------------
 
 def direct(objective: Objective, stats: TokenStats, batch: Rollouts) -> Outcome:
-    """`evaluate` of plain arrays; ``grads`` is (gradient into the statistics, gradient into every float of the batch)."""
+    """`evaluate` of plain arrays; ``grads`` is (gradient into them, gradient into every float of the batch)."""
     floats = jax.tree.map(lambda x: x if _is_float(x) else None, batch)
 
     def loss(stats: TokenStats, floats: Rollouts) -> tuple[Array, dict[str, Array]]:
@@ -208,9 +221,12 @@ def direct(objective: Objective, stats: TokenStats, batch: Rollouts) -> Outcome:
 def train(objective: Objective, params: dict[str, Array], batch: Rollouts, microbatches: int = 1) -> Outcome:
     """What an optimizer step computes with the policy `bigram`; ``grads`` is the gradient of its parameters."""
     batch, state = objective.prepare(batch, objective.init())
-    peek = score(partial(bigram, objective.peeks), params, batch, microbatches=microbatches) if objective.peeks else None
+    peek = None
+    if objective.peeks:
+        peek = score(partial(bigram, objective.peeks), params, batch, microbatches=microbatches)
     batch = objective.weigh(batch, state, peek)
-    value, grads, report = accumulate(objective, partial(bigram, objective.wants), params, batch, state, microbatches=microbatches)
+    apply = partial(bigram, objective.wants)
+    value, grads, report = accumulate(objective, apply, params, batch, state, microbatches=microbatches)
     return Outcome(value, grads, results(report))
 
 
@@ -219,7 +235,8 @@ def _is_float(x: Array) -> bool:
 
 
 def _leaves(tree: Any) -> dict[str, np.ndarray]:
-    return {jax.tree_util.keystr(path): np.asarray(x, np.float64) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(x, np.float64) for path, x in leaves}
 
 
 def same(what: str, got: Any, expected: Any, tolerance: float = 1e-6) -> str:
@@ -322,7 +339,7 @@ def padding_invariance(case: Case) -> str:
     grown = _grown(case.batch, b + 2 * case.unit)
     out = case.direct(_pad_stats(case.stats, grown, jnp.nan), grown)
     note = same("padded", _cropped(out, case), _cropped(case.base, case))
-    added = jax.tree.map(lambda x: jnp.abs(x).at[:b, :t].set(0) if x.ndim > 1 else jnp.abs(x).at[:b].set(0), out.grads[0])
+    added = jax.tree.map(lambda x: x.at[:b, :t].set(0) if x.ndim > 1 else x.at[:b].set(0), out.grads[0])
     same("gradient into padding", added, jax.tree.map(jnp.zeros_like, added), 0)
     return note
 
@@ -330,7 +347,8 @@ def padding_invariance(case: Case) -> str:
 def _cropped(out: Outcome, case: Case) -> Outcome:
     """Only the gradient into the statistics, on the rows and tokens of the case's own batch."""
     b, t = case.batch.mask.shape
-    return out._replace(grads=jax.tree.map(lambda x, s: x[:b, :t] if s.shape[:2] == (b, t) else x[:b], out.grads[0], case.stats))
+    own = jax.tree.map(lambda x, s: x[:b, :t] if s.shape[:2] == (b, t) else x[:b], out.grads[0], case.stats)
+    return out._replace(grads=own)
 
 
 def permutation_equivariance(case: Case) -> str:
@@ -358,10 +376,11 @@ def count_is_multiplicity(case: Case) -> str:
 
 
 def microbatch_invariance(case: Case) -> str:
-    """One slice, two, and as many as there are units (groups, if the objective looks at groups): the same loss, gradient and metrics."""
+    """One slice, two, as many as units (groups, if it looks at groups): the same loss, gradient and metrics."""
     batch, largest = case.batch, case.units
     if case.objective.coupling == "group":
-        batch = batch if batch.shared_prompt > 1 else batch.replace(shared_prompt=GROUP if case.unit == 1 else case.unit)
+        if batch.shared_prompt == 1:
+            batch = batch.replace(shared_prompt=GROUP if case.unit == 1 else case.unit)
         largest = batch.rows // batch.shared_prompt
     notes = []
     for n in sorted({2, largest} - {1}):
@@ -422,7 +441,7 @@ def masked_positions_get_no_gradient(case: Case) -> str:
     leaves = {path: x for path, x in _leaves(case.base.grads[0]).items() if x.shape[:2] == masked.shape}
     for path, x in leaves.items():
         assert not np.any(x[masked]), f"{path[1:]} has a gradient of {np.abs(x[masked]).max():.3g} at masked positions"
-    assert any(np.any(x) for x in _leaves(case.base.grads[0]).values()), "the gradient is 0 everywhere on the example batch"
+    assert any(np.any(x) for x in _leaves(case.base.grads[0]).values()), "the gradient is 0 everywhere"
     return f"{masked.sum()} masked positions of {', '.join(path[1:] for path in leaves)}"
 
 
@@ -434,21 +453,23 @@ def jit_equals_eager(case: Case) -> str:
 def vmap_over_hyperparameters(case: Case) -> str:
     """An objective built from traced numbers inside vmap gives what it gives for each of them in a loop.
 
-    Every hyperparameter annotated ``float`` is tried, one changed at a time. One whose change the function refuses (``ValueError``: without effect
-    in this setting, or in conflict) is left out; a function that accepts a number and breaks on a traced one breaks the contract.
+    Every hyperparameter annotated ``float`` is tried, with its value and with another one. Left out is one whose change
+    the function refuses (``ValueError``: without effect in this setting, or in conflict); a function that accepts a
+    number and breaks on a traced one breaks the contract.
     """
     if case.factory is None:
         raise NotChecked("it needs the function that builds the objective")
     parameters = inspect.signature(case.factory).parameters
-    now = {name: case.hyperparameters.get(name, p.default) for name, p in parameters.items() if "float" in str(p.annotation)}
-    now = {name: None if x is inspect.Parameter.empty else x for name, x in now.items()}
-    absent = [name for name, x in now.items() if x is None]
+    now = {name: case.hyperparameters.get(name, p.default) for name, p in parameters.items()
+           if "float" in str(p.annotation)}
+    now = {name: x for name, x in now.items() if x is None or isinstance(x, int | float)}
+    given, absent = ([n for n in now if (now[n] is None) is none] for none in (False, True))
     notes = []
-    for names in ([n for n in now if n not in absent], absent):
-        start = {n: now[n] for n in names if now[n] is not None}
+    for names in (given, absent):  # apart, since what is absent by default often is in conflict with something given
         changed = _accepted(case, names, now)
         if changed:
-            notes.append(_vmap_equals_loop(case, {**start, **changed} if names is absent else start, changed))
+            start = {n: changed[n] if now[n] is None else now[n] for n in changed}
+            notes.append(_vmap_equals_loop(case, start, changed))
     return "; ".join(notes) or "no hyperparameter is a float"
 
 
@@ -474,8 +495,7 @@ def _vmap_equals_loop(case: Case, start: Mapping[str, float], changed: Mapping[s
         out = direct(case.factory(**{**case.hyperparameters, **numbers}), stats, case.batch)
         return out.loss, out.grads[0]
 
-    start = {name: float(start[name]) for name in changed}
-    settings = [start] + [{**start, name: value if value != start[name] else 1.1 * value} for name, value in changed.items()]
+    settings = [start, {name: 1.1 * x if x == start[name] else x for name, x in changed.items()}]
     columns = {name: jnp.array([s[name] for s in settings], jnp.float32) for name in changed}
     return same(f"vmap over {', '.join(changed)}", _jit(jax.vmap(run))(columns), _stack([run(s) for s in settings]))
 
@@ -485,19 +505,20 @@ def _bfloat16(case: Case) -> tuple[TokenStats, Rollouts]:
 
 
 def float32_accumulation(case: Case) -> str:
-    """bfloat16 arrays give the loss and metrics of the same numbers in float32, in at least float32, and its gradient rounded."""
+    """bfloat16 arrays give the loss and metrics of the same numbers in float32, and its gradient rounded."""
     narrow = _bfloat16(case)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if _is_float(x) else x, narrow)
     a, b = case.direct(*narrow), case.direct(*wide)
     assert jnp.finfo(a.loss.dtype).bits >= 32, f"the loss of bfloat16 inputs is {a.loss.dtype}"
     note = same("bfloat16", a._replace(grads=()), b._replace(grads=()), 1e-5)
-    for (path, x), y in zip(_leaves(a.grads[0]).items(), _leaves(b.grads[0]).values(), strict=True):
-        same("gradient of bfloat16", {path: x / max(np.abs(y).max(), 1e-30)}, {path: y / max(np.abs(y).max(), 1e-30)}, 2.0 ** -8)
+    scale = {path: max(np.abs(x).max(), 1e-30) for path, x in _leaves(b.grads[0]).items()}
+    x, y = ({path: x / scale[path] for path, x in _leaves(out.grads[0]).items()} for out in (a, b))
+    same("gradient of bfloat16", x, y, 2.0 ** -8)
     return note
 
 
 def needs_is_exact(case: Case) -> str:
-    """Without a field of ``needs`` there is a `MissingField` naming it; with those alone (and tokens and mask) it runs; each has an effect."""
+    """Every field of ``needs`` is asked for by name and has an effect; no other is needed (but tokens and mask)."""
     objective, batch = case.objective, case.batch
     for name in sorted(objective.needs):
         try:
@@ -544,7 +565,7 @@ def _without(batch: Rollouts, name: str) -> Rollouts:
 
 
 def state_survives_a_checkpoint(case: Case) -> str:
-    """State is a pytree of arrays that keeps its structure, counts iterations and steps, and comes back from disk bit for bit."""
+    """State is a pytree of arrays of one form, counts iterations and steps, and comes back from disk bit for bit."""
     objective = case.objective
     begin = objective.init()
     batch, prepared = objective.prepare(case.batch, begin)
@@ -552,7 +573,8 @@ def state_survives_a_checkpoint(case: Case) -> str:
     report = jax.eval_shape(lambda b: evaluate(objective, lambda _: stats, b)[1], case.batch)
     stepped = objective.update(prepared, batch, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), report))
     clock = [(int(s.iteration), int(s.step)) for s in (begin, prepared, stepped)]
-    assert clock == [(-1, 0), (0, 0), (0, 1)], f"(iteration, step) of init, prepare, update is {clock}, not [(-1, 0), (0, 0), (0, 1)]"
+    expected = [(-1, 0), (0, 0), (0, 1)]
+    assert clock == expected, f"(iteration, step) after init, prepare, update is {clock} instead of {expected}"
 
     def form(state: Any) -> Any:
         return jax.tree.structure(state), [(jnp.shape(x), jnp.asarray(x).dtype) for x in jax.tree.leaves(state)]
@@ -577,17 +599,19 @@ def documented(case: Case) -> str:
     if case.factory is None:
         raise NotChecked("it needs the function that builds the objective")
     assert case.source is None or case.source.strip(), "register it with a source: paper and arXiv id"
-    assert "Shapes" in (inspect.getdoc(case.factory) or ""), "the docstring does not say the shapes ('Shapes: logp [B, T], ...')"
+    said = inspect.getdoc(case.factory) or ""
+    assert "Shapes" in said, "the docstring does not say the shapes ('Shapes: logp [B, T], ...')"
     return case.source or "not registered: docstring only"
 
 
 CONTRACTS: tuple[Callable[[Case], str], ...] = (
     finite_on_hostile_input, padding_invariance, permutation_equivariance, count_is_multiplicity, microbatch_invariance,
-    evaluate_agrees_with_training, mesh_invariance, gradient_only_into_the_policy, masked_positions_get_no_gradient, jit_equals_eager,
-    vmap_over_hyperparameters, independent_replicas, float32_accumulation, needs_is_exact, state_survives_a_checkpoint, documented)
+    evaluate_agrees_with_training, mesh_invariance, gradient_only_into_the_policy, masked_positions_get_no_gradient,
+    jit_equals_eager, vmap_over_hyperparameters, independent_replicas, float32_accumulation, needs_is_exact,
+    state_survives_a_checkpoint, documented)
 
 
-def check(objective: str | Objective | Callable[..., Objective], batch: Rollouts | None = None, /, **hyperparameters: Any) -> Report:
+def check(objective: Subject, batch: Rollouts | None = None, /, **hyperparameters: Any) -> Report:
     """Run every contract on a registered objective, or on a user's own.
 
     Args: as `case`. With 8 devices (``jax_num_cpu_devices``) the mesh is checked too.

@@ -114,8 +114,8 @@ class Recorder:
     """Seconds and peak memory of each phase. Made right after a system's imports, before anything is built.
 
     A step runs from the end of the one before to `end_step`; what lies in no phase is its `rest`. CPU seconds are
-    those of all threads of the process. Memory is what was resident beyond the imports while the phase ran: freed
-    memory that the allocator keeps counts, whichever phase asked for it.
+    those of all threads of the process. Memory is what was resident beyond the imports while the phase ran, in the
+    warm-up steps too, so compilation counts; freed memory that the allocator keeps counts in whichever phase runs.
     """
 
     def __init__(self, every: float = 0.005):

@@ -135,8 +135,8 @@ def environment() -> dict[str, str]:
     """Variables of every system's process: the CPU, no network, this checkout importable.
 
     OpenMP's idle threads sleep instead of spinning. Torch's would burn CPU-seconds as soon as anything else runs on the
-    machine: a step of TRL took 5 with sleeping threads and 24 with spinning ones beside a few busy neighbours. On an
-    idle machine sleeping costs TRL some wall time (a fifth at vocabulary 512) and saves it a few CPU-seconds in 100.
+    machine: beside busy neighbours a step of TRL at vocabulary 512 took 5 to 6 with sleeping threads and 17 to 25 with
+    spinning ones, on an idle machine 5 to 6 with either. Sleeping threads cost TRL some wall time when it runs alone.
     """
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {

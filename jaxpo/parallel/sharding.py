@@ -13,7 +13,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(embedding|head)$", PartitionSpec("tensor", "fsdp")),            # [V, D]
     (r"blocks/w[qkv]$", PartitionSpec(None, "fsdp", "tensor", None)),    # [L, D, heads, d]
     (r"blocks/wo$", PartitionSpec(None, "tensor", None, "fsdp")),        # [L, heads, d, D]
-    (r"blocks/w_(gate|up)$", PartitionSpec(None, "fsdp", "tensor")),     # [L, D, M]
+    (r"blocks/w_in$", PartitionSpec(None, "fsdp", None, "tensor")),      # [L, D, 2, M]
     (r"blocks/w_down$", PartitionSpec(None, "tensor", "fsdp")),          # [L, M, D]
 )
 # A vocabulary is what the data made it; every other dimension is chosen and has to divide.

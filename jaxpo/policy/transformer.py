@@ -15,9 +15,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from jaxpo.registry import unknown
+
 Params = Any
 # (layer inputs q [..., H, d], k, v [..., KV, d]) -> attention output [..., H, d] and whatever the caller wants to keep
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+
+
+# What the backward pass finds stored of a block: everything, the products with parameters, or only the block's input.
+REMAT = {"none": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+         "full": jax.checkpoint_policies.nothing_saveable}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +32,8 @@ class TransformerConfig:
     """Shape and numerics of the policy.
 
     head_dim: width // heads when None. dtype: of the computation; log-probs are float32 in any case. param_dtype: of the stored parameters.
-    scan_layers: one compiled block, scanned (short compile time), instead of one per layer. remat: recompute each block in the backward pass.
+    scan_layers: one compiled block, scanned (short compile time), instead of one per layer. remat: what of a block is
+    recomputed in the backward pass: "none", "dots" (all but the products with parameters), or "full".
     """
     vocab_size: int
     width: int = 64
@@ -40,7 +48,7 @@ class TransformerConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     scan_layers: bool = True
-    remat: bool = False
+    remat: str = "none"
 
     def __post_init__(self):
         set_ = partial(object.__setattr__, self)
@@ -54,6 +62,8 @@ class TransformerConfig:
             raise ValueError(f"policy.kv_heads {self.kv_heads} does not divide policy.heads {self.heads}")
         if self.head_dim % 2:
             raise ValueError(f"policy.head_dim {self.head_dim} must be even for rotary positions")
+        if self.remat not in REMAT:
+            raise ValueError(unknown("policy.remat", self.remat, REMAT))
         for field in ("dtype", "param_dtype"):
             if getattr(self, field) not in ("float32", "bfloat16", "float64"):
                 raise ValueError(f"policy.{field} must be float32 or bfloat16, not {getattr(self, field)!r}")
@@ -92,8 +102,7 @@ class Block(nnx.Module):
         self.wv = matrix(c.width, c.width, c.kv_heads, c.head_dim)
         self.wo = matrix(c.heads * c.head_dim, c.heads, c.head_dim, c.width, scale=out_scale)
         self.mlp_norm = nnx.Param(jnp.ones(c.width, dtype))
-        self.w_gate = matrix(c.width, c.width, c.mlp_width)
-        self.w_up = matrix(c.width, c.width, c.mlp_width)
+        self.w_in = matrix(c.width, c.width, 2, c.mlp_width)  # gate and up side by side: one product in place of two
         self.w_down = matrix(c.mlp_width, c.mlp_width, c.width, scale=out_scale)
         self.config = config
 
@@ -109,7 +118,8 @@ class Block(nnx.Module):
         o, kept = attend(q, k, project(h, self.wv))
         x = x + jnp.tensordot(o, self.wo[...].astype(dtype), 2)
         h = rms_norm(x, self.mlp_norm[...], c.norm_eps)
-        return x + project(jax.nn.silu(project(h, self.w_gate)) * project(h, self.w_up), self.w_down), kept
+        gate_up = project(h, self.w_in)
+        return x + project(jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :], self.w_down), kept
 
 
 class Transformer(nnx.Module):
@@ -145,8 +155,8 @@ class Model(NamedTuple):
     def run_blocks(self, params: Params, x: Array, positions: Array, attend: Attend) -> tuple[Array, Any]:
         """All blocks in turn, with the same ``attend``; what it keeps is stacked over layers."""
         run = partial(self.run_block, positions=positions, attend=attend)
-        if self.config.remat:
-            run = jax.checkpoint(run)
+        if self.config.remat != "none":
+            run = jax.checkpoint(run, policy=REMAT[self.config.remat])
         if self.config.scan_layers:
             return jax.lax.scan(lambda x, layer: run(layer, x), x, params["blocks"])
         kept = []

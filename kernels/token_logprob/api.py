@@ -27,7 +27,7 @@ def token_logprob(hidden: Array, unembed: Array, targets: Array, *, temperature:
       hidden: [N, D] float. unembed: [D, V] float. targets: [N] int in [0, V).
       temperature: positive scalar. softcap: positive, or None for none.
       impl: "xla" (blocks of the vocabulary, no [N, V] array), "reference" (naive), or "auto" (= "xla").
-      block_vocab: columns per block; None = from a budget of 32 MiB for one block of logits.
+      block_vocab: columns per block; None = from a budget of 8 MiB for one block of logits.
 
     Returns:
       `LogProbStats`; maxima, sums and logits are float32 whatever the inputs are (float64 for float64).

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-BLOCK_BYTES = 32 * 2**20
+BLOCK_BYTES = 8 * 2**20
 
 
 def token_logprob(hidden: Array, unembed: Array, targets: Array, temperature: float | Array, softcap: float | None,

@@ -81,10 +81,10 @@ def ppo(
 
 
 def k3(logp: float, ref: float, bound: float = 20.0) -> tuple[float, float]:
-    """``exp(x) - x - 1``, ``x = ref - logp``; only the exponent is clamped, the linear part is not."""
+    """``exp(x) - x - 1``, ``x = ref - logp`` clamped to ``±bound``: beyond it the slope is 0."""
     x = ref - logp
     e, slope = ratio(x, bound)
-    return e - x - 1, 1 - slope
+    return e - min(max(x, -bound), bound) - 1, (1 - slope if abs(x) < bound else 0.0)
 
 
 # ---- objectives ----------------------------------------------------------------------------------
