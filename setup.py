@@ -1,4 +1,5 @@
 """Builds jaxpo. Everything else about the project's tools is in pyproject.toml."""
+
 import re
 from pathlib import Path
 

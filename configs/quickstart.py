@@ -1,7 +1,9 @@
-"""Spell words backward, learned by GRPO from a warm start on imperfect demonstrations; a 160k-parameter policy from scratch on a CPU.
+"""Spell words backward, learned by GRPO from a warm start on imperfect demonstrations; a 160k-parameter policy from
+scratch on a CPU.
 
-    python -m experiments.train_rl --config=configs/quickstart.py --workdir=runs/quickstart
+python -m experiments.train_rl --config=configs/quickstart.py --workdir=runs/quickstart
 """
+
 from ml_collections import ConfigDict
 
 from jaxpo.training.config import default
@@ -9,15 +11,25 @@ from jaxpo.training.config import default
 
 def get_config() -> ConfigDict:
     config = default()
-    config.task = ConfigDict(dict(name="reasoning_gym", dataset="spell_backward", train_size=20000, test_size=300, seed=0,
-                                  min_word_len=3, max_word_len=6))
+    config.task = ConfigDict(
+        dict(
+            name="reasoning_gym",
+            dataset="spell_backward",
+            train_size=20000,
+            test_size=300,
+            seed=0,
+            min_word_len=3,
+            max_word_len=6,
+        )
+    )
     config.policy.update(width=64, layers=3, heads=4)
     config.sampling.max_new_tokens = 8
     config.objective = ConfigDict(dict(name="grpo", eps_low=0.2, eps_high=0.28, beta=0.0, agg="token_mean"))
     config.optimizer.update(name="adamw", learning_rate=3e-4, b2=0.95, weight_decay=0.0)
     config.optimizer.schedule.warmup_steps = 10
     config.rollout.update(prompts=32, responses=16)
-    config.steps = 400
-    config.warm_start.update(steps=700, batch=128, drop_last=0.6)
-    config.evaluation.update(every=50, prompts=300, samples=16)
+    config.training.microbatches = 4
+    config.steps = 120
+    config.warm_start.update(steps=450, batch=128, microbatches=4, drop_last=0.6)
+    config.evaluation.update(every=20, prompts=300, samples=16)
     return config

@@ -1,7 +1,8 @@
 """Draw runs together and print them side by side.
 
-    python -m experiments.compare runs/a runs/b [--out=compare.png]
+python -m experiments.compare runs/a runs/b [--out=compare.png]
 """
+
 import argparse
 import math
 import os
@@ -16,7 +17,7 @@ from jaxpo.registry import unknown
 from jaxpo.training.plots import plot_curves
 from jaxpo.training.rundir import METRICS, closing_table, read_metrics
 
-WINDOW = 10                                                               # values that a last or best reward averages
+WINDOW = 10  # values that a last or best reward averages
 COLUMNS = ("run", "reward last", "reward best", "accuracy before", "after", "steps", "wall time")
 
 
@@ -33,8 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runs = dict(zip(labels(options.runs), [read_metrics(find(run)) for run in options.runs], strict=True))
     except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
-    closing_table(f"rewards are means of {WINDOW} values; accuracy is greedy, on held-out items",
-                  [row(label, metrics) for label, metrics in runs.items()], columns=COLUMNS)
+    closing_table(
+        f"rewards are means of {WINDOW} values; accuracy is greedy, on held-out items",
+        [row(label, metrics) for label, metrics in runs.items()],
+        columns=COLUMNS,
+    )
     plot_curves(runs, out)
     print(f"curves: {out}")
 
@@ -44,7 +48,7 @@ def find(directory: str) -> Path:
     path = Path(directory)
     if (path / METRICS).is_file():
         return path
-    known = path.parent                                                   # look in the nearest directory that exists
+    known = path.parent  # look in the nearest directory that exists
     while not known.is_dir():
         known = known.parent
     found = (str(metrics.parent) for pattern in ("*", "*/*") for metrics in known.glob(f"{pattern}/{METRICS}"))
@@ -69,8 +73,12 @@ def row(label: str, metrics: dict[str, np.ndarray]) -> tuple[str, ...]:
     means = np.convolve(rewards, np.ones(width) / width, "valid") if width else np.array([math.nan])
     before, after = (accuracy[0], accuracy[-1]) if len(accuracy) else (math.nan, math.nan)
     seconds = _present(metrics, "time").max(initial=0)
-    return (label, *(_text(value) for value in (means[-1], means.max(), before, after)),
-            str(metrics["step"].max(initial=0)), str(timedelta(seconds=int(seconds))))
+    return (
+        label,
+        *(_text(value) for value in (means[-1], means.max(), before, after)),
+        str(metrics["step"].max(initial=0)),
+        str(timedelta(seconds=int(seconds))),
+    )
 
 
 def _present(metrics: dict[str, np.ndarray], name: str) -> np.ndarray:

@@ -1,21 +1,30 @@
 """Completions of prompts typed on the command line.
 
-    python -m experiments.sample --run=runs/quickstart --prompt="Spell this word backward (example: sun -> nus): model"
-    python -m experiments.sample --run=runs/quickstart --prompt="..." --n=4 --temperature=0.8
+python -m experiments.sample --run=runs/quickstart --prompt="Spell this word backward (example: sun -> nus): model"
+python -m experiments.sample --run=runs/quickstart --prompt="..." --n=4 --temperature=0.8
 """
+
 import sys
 from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     from jaxpo.training.config import parse
+
     try:
         argv = list(sys.argv[1:] if argv is None else argv)
         prompts = [a.removeprefix("--prompt=") for a in argv if a.startswith("--prompt=")]
         rest = [a for a in argv if not a.startswith("--prompt=")]
-        _, flags = parse(rest, config_required=False, run=("", "run directory (required)"), step=(-1, "checkpoint; -1 = the last"),
-                         n=(1, "completions of each prompt"), greedy=(False, "the most probable token instead of a draw"),
-                         temperature=(1.0, "of the draw"), seed=(0, "of the draw"))
+        _, flags = parse(
+            rest,
+            config_required=False,
+            run=("", "run directory (required)"),
+            step=(-1, "checkpoint; -1 = the last"),
+            n=(1, "completions of each prompt"),
+            greedy=(False, "the most probable token instead of a draw"),
+            temperature=(1.0, "of the draw"),
+            seed=(0, "of the draw"),
+        )
         if not flags["run"] or not prompts:
             raise ValueError('--run=DIRECTORY and at least one --prompt="..." are required')
         sample(prompts, **flags)
@@ -23,13 +32,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
 
 
-def sample(prompts: Sequence[str], *, run: str, step: int, n: int, greedy: bool, temperature: float, seed: int) -> list[list[str]]:
+def sample(
+    prompts: Sequence[str], *, run: str, step: int, n: int, greedy: bool, temperature: float, seed: int
+) -> list[list[str]]:
     import jax
 
     from jaxpo.rollout.sampling import validate
     from jaxpo.tasks import Example
-    from jaxpo.training.loop import open_finished
+    from jaxpo.training.restore import open_finished
     from jaxpo.training.workspace import pad_prompts, tokenize
+
     workspace, params, _ = open_finished(run, None if step < 0 else step)
     examples, ids = tokenize([Example(i, p, None, {}) for i, p in enumerate(prompts)], workspace.tokenizer, None)
     batch = pad_prompts(examples, ids, max(map(len, ids)), workspace.tokenizer.pad_id)
@@ -43,7 +55,7 @@ def sample(prompts: Sequence[str], *, run: str, step: int, n: int, greedy: bool,
         print(f"\n{prompt}")
         for j in range(i * n, (i + 1) * n):
             print(f"  {texts[j]}" + (" [cut at the length limit]" if rollouts.truncated[j] else ""))
-    return [texts[i * n: (i + 1) * n] for i in range(len(prompts))]
+    return [texts[i * n : (i + 1) * n] for i in range(len(prompts))]
 
 
 if __name__ == "__main__":

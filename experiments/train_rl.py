@@ -4,6 +4,7 @@
     python -m experiments.train_rl --config=configs/quickstart.py --workdir=runs/dapo \
         --config.objective.name=dapo --config.objective.eps_high=0.3
 """
+
 import sys
 from collections.abc import Sequence
 
@@ -12,10 +13,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from jaxpo.training.config import parse
     from jaxpo.training.loop import Diverged, train_rl
     from jaxpo.training.protocols import NothingLeft
+
     try:
-        config, flags = parse(sys.argv[1:] if argv is None else argv, workdir=("", "directory of the run (required)"),
-                              resume=(False, "go on from the last checkpoint in workdir, if there is one"),
-                              profile_steps=(0, "iterations to trace with the profiler, into workdir/profile"))
+        config, flags = parse(
+            sys.argv[1:] if argv is None else argv,
+            workdir=("", "directory of the run (required)"),
+            resume=(False, "go on from the last checkpoint in workdir, if there is one"),
+            profile_steps=(0, "iterations to trace with the profiler, into workdir/profile"),
+        )
         if not flags["workdir"]:
             raise ValueError("--workdir=DIRECTORY is required")
         train_rl(config, **flags)

@@ -4,6 +4,7 @@
     python -m experiments.train_rl --config=configs/quickstart.py --workdir=runs/rl \
         --config.init_from=runs/sft --config.warm_start.steps=0
 """
+
 import sys
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> None:
     from jaxpo.training.config import parse
     from jaxpo.training.loop import train_rl
+
     try:
         config, flags = parse(sys.argv[1:] if argv is None else argv, workdir=("", "directory of the run (required)"))
         if not flags["workdir"]:

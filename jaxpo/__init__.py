@@ -1,4 +1,5 @@
 """jaxpo: policy optimization of language models in JAX; every objective a pure function."""
+
 __version__ = "0.1.0"
 
 from typing import TYPE_CHECKING, Any
@@ -22,15 +23,43 @@ if TYPE_CHECKING:
 # Loaded on first use: the processes that run verifiers import jaxpo.tasks and must not pay for, or hold, jax.
 _HOME = {
     "jaxpo.batch": ("Demonstrations", "Pairs", "Rollouts", "TokenStats", "from_sequences"),
-    "jaxpo.objectives": ("Objective", "Protocol", "Term", "describe", "evaluate", "from_terms", "make", "names",
-                         "policy_gradient", "preference", "register"),
+    "jaxpo.objectives": (
+        "Objective",
+        "Protocol",
+        "Term",
+        "describe",
+        "evaluate",
+        "from_terms",
+        "make",
+        "names",
+        "policy_gradient",
+        "preference",
+        "register",
+    ),
 }
-__all__ = ["Demonstrations", "Objective", "Pairs", "Protocol", "Rollouts", "Term", "TokenStats", "describe", "evaluate",
-           "from_sequences", "from_terms", "make", "names", "policy_gradient", "preference", "register"]
+__all__ = [
+    "Demonstrations",
+    "Objective",
+    "Pairs",
+    "Protocol",
+    "Rollouts",
+    "Term",
+    "TokenStats",
+    "describe",
+    "evaluate",
+    "from_sequences",
+    "from_terms",
+    "make",
+    "names",
+    "policy_gradient",
+    "preference",
+    "register",
+]
 
 
 def __getattr__(name: str) -> Any:
     import importlib
+
     for module, exports in _HOME.items():
         if name in exports:
             return getattr(importlib.import_module(module), name)

@@ -3,6 +3,7 @@
 Notation everywhere: B rows, P prompt positions (left-padded), T completion positions (right-padded), V vocabulary.
 Absent is ``None``, never zeros. Masks come from lengths, never from token ids.
 """
+
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -39,6 +40,7 @@ class TokenStats:
 
     logp, entropy, value: [B, T]; score: [B]; embed: [B, D]; logits: [B, T, V] (per slice only, never stored).
     """
+
     logp: Array | None = None
     entropy: Array | None = None
     value: Array | None = None
@@ -71,8 +73,10 @@ class Rollouts:
       weights: written by ``weigh``: term name -> [B, T] or [B].
       extras: named arrays with leading axis B. token_extras: named arrays [B, T, ...], padded together with T.
       layout: (static) roles of the consecutive rows that make one unit; () = a row is a unit.
-      shared_prompt: (static) every so many consecutive rows begin with the same prompt; the policy then computes it once.
+      shared_prompt: (static) every so many consecutive rows begin with the same prompt; the policy then computes it
+        once.
     """
+
     tokens: Array | None = None
     mask: Array | None = None
     prompt_length: Array | None = None
@@ -113,7 +117,7 @@ class Rollouts:
     @property
     def completions(self) -> Array:
         """[B, T] completion tokens."""
-        return self.tokens[:, self.prompt_width:]
+        return self.tokens[:, self.prompt_width :]
 
     @property
     def lengths(self) -> Array:
@@ -149,10 +153,13 @@ _ARRAY_FIELDS = ("tokens", *_TOKEN_FIELDS, *_ROW_FIELDS, "adv")
 
 
 def complete(batch: Rollouts) -> Rollouts:
-    """Validate, and fill the fields whose absence has one meaning: count 1, each row its own group, role own, seed and prompt = row."""
+    """Validate, and fill the fields whose absence has one meaning: count 1, each row its own group, role own, seed
+    and prompt = row."""
     validate(batch)
     b, index = batch.rows, jnp.arange(batch.rows, dtype=jnp.int32)
-    defaults = dict(count=jnp.ones(b), group=index, role=jnp.zeros(b, jnp.int32), prompt=index, seed=index.astype(jnp.uint32))
+    defaults = dict(
+        count=jnp.ones(b), group=index, role=jnp.zeros(b, jnp.int32), prompt=index, seed=index.astype(jnp.uint32)
+    )
     return batch.replace(**{k: v for k, v in defaults.items() if getattr(batch, k) is None})
 
 
@@ -170,7 +177,9 @@ def validate(batch: Rollouts) -> Rollouts:
 
     def expect(name: str, x: Array, shape: tuple[int, ...]) -> None:
         if tuple(x.shape[: len(shape)]) != shape:
-            raise ValueError(f"Rollouts.{name} has shape {tuple(x.shape)}; its first axes must be {shape} (B={b}, T={t}, from mask)")
+            raise ValueError(
+                f"Rollouts.{name} has shape {tuple(x.shape)}; its first axes must be {shape} (B={b}, T={t}, from mask)"
+            )
 
     for name in _TOKEN_FIELDS[1:]:
         if getattr(batch, name) is not None:
@@ -182,20 +191,25 @@ def validate(batch: Rollouts) -> Rollouts:
     if batch.adv is not None:
         expect("adv", batch.adv, (b, t) if batch.adv.ndim == 2 else (b,))
     if batch.tokens is not None and (batch.tokens.ndim != 2 or batch.tokens.shape[0] != b or batch.tokens.shape[1] < t):
-        raise ValueError(f"Rollouts.tokens has shape {tuple(batch.tokens.shape)}; it must be [B, P+T] with B={b}, T={t} (from mask)")
+        raise ValueError(
+            f"Rollouts.tokens has shape {tuple(batch.tokens.shape)}; it must be [B, P+T] with B={b}, T={t} (from mask)"
+        )
     for group, shape in (("slots", (b, t)), ("token_extras", (b, t)), ("extras", (b,)), ("weights", (b,))):
         for name, x in getattr(batch, group).items():
             expect(f"{group}[{name!r}]", x, shape)
     for name, size in (("layout", max(len(batch.layout), 1)), ("shared_prompt", batch.shared_prompt)):
         if size < 1 or b % size:
-            raise ValueError(f"Rollouts.{name} says {size} consecutive rows belong together, but {b} rows do not divide by it")
+            raise ValueError(
+                f"Rollouts.{name} says {size} consecutive rows belong together, but {b} rows do not divide by it"
+            )
     for role in batch.layout:
         role_id(role)
     return batch
 
 
 def take(batch: Rollouts, rows: Array, *, shared_prompt: int = 1) -> Rollouts:
-    """The chosen rows, in the given order (indices [n] or a concrete boolean mask [B]). ``shared_prompt`` says what the new order keeps."""
+    """The chosen rows, in the given order (indices [n] or a concrete boolean mask [B]). ``shared_prompt`` says what
+    the new order keeps."""
     chosen = jax.tree.map(lambda x: x[rows], batch)
     return chosen.replace(shared_prompt=shared_prompt)
 
@@ -213,8 +227,11 @@ def slices(batch: Rollouts, n: int) -> Rollouts:
     return jax.tree.map(lambda x: x.reshape(n, b // n, *x.shape[1:]), batch).replace(shared_prompt=shared)
 
 
-def pad(batch: Rollouts, *, rows: int | None = None, width: int | None = None, prompt_width: int | None = None) -> Rollouts:
-    """Grow to ``rows`` (fillers with count 0 and an empty mask), completion ``width`` (right) and ``prompt_width`` (left).
+def pad(
+    batch: Rollouts, *, rows: int | None = None, width: int | None = None, prompt_width: int | None = None
+) -> Rollouts:
+    """Grow to ``rows`` (fillers with count 0 and an empty mask), completion ``width`` (right) and ``prompt_width``
+    (left).
 
     Neither changes any loss: that is a contract of every objective.
     """
@@ -222,7 +239,9 @@ def pad(batch: Rollouts, *, rows: int | None = None, width: int | None = None, p
     rows, width = b if rows is None else rows, t if width is None else width
     if batch.tokens is not None:
         grow = 0 if prompt_width is None else prompt_width - batch.prompt_width
-        length = jnp.full(b, batch.prompt_width, jnp.int32) if batch.prompt_length is None and grow else batch.prompt_length
+        length = (
+            jnp.full(b, batch.prompt_width, jnp.int32) if batch.prompt_length is None and grow else batch.prompt_length
+        )
         batch = batch.replace(tokens=_grow(batch.tokens, 1, grow, left=True), prompt_length=length)
         batch = batch.replace(tokens=_grow(batch.tokens, 1, width - t))
     batch = _map_token_arrays(lambda x: _grow(x, 1, width - t), batch)
@@ -257,14 +276,24 @@ def concatenate(batches: Sequence[Rollouts]) -> Rollouts:
     prompt_width = max(b.prompt_width for b in batches) if first.tokens is not None else None
     ragged = prompt_width is not None and any(b.prompt_width != prompt_width for b in batches)
     if ragged:  # one of them would get a prompt_length by padding, so all need one
-        batches = [b if b.prompt_length is not None else b.replace(prompt_length=jnp.full(b.rows, b.prompt_width, jnp.int32)) for b in batches]
+        batches = [
+            b if b.prompt_length is not None else b.replace(prompt_length=jnp.full(b.rows, b.prompt_width, jnp.int32))
+            for b in batches
+        ]
     batches = [pad(b, width=width, prompt_width=prompt_width) for b in batches]
     shared = int(np.gcd.reduce([b.shared_prompt for b in batches]))
     return jax.tree.map(lambda *x: jnp.concatenate(x), *[b.replace(shared_prompt=shared) for b in batches])
 
 
-def from_sequences(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, prompt_width: int | None = None,
-                   width: int | None = None, pad_id: int = 0, **fields: Any) -> Rollouts:
+def from_sequences(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    *,
+    prompt_width: int | None = None,
+    width: int | None = None,
+    pad_id: int = 0,
+    **fields: Any,
+) -> Rollouts:
     """Rollouts (numpy) of ragged token lists; widths default to the longest.
 
     Raises:
@@ -277,11 +306,16 @@ def from_sequences(prompts: Sequence[Sequence[int]], completions: Sequence[Seque
     tokens, mask = np.full((len(prompts), p + t), pad_id, np.int32), np.zeros((len(prompts), t), np.float32)
     for i, (x, y) in enumerate(zip(prompts, completions, strict=True)):
         if len(x) > p or len(y) > t:
-            raise ValueError(f"row {i}: a prompt of {len(x)} and a completion of {len(y)} tokens do not fit prompt_width={p}, width={t}")
-        tokens[i, p - len(x): p] = x
-        tokens[i, p: p + len(y)] = y
+            raise ValueError(
+                f"row {i}: a prompt of {len(x)} and a completion of {len(y)} tokens do not fit "
+                f"prompt_width={p}, width={t}"
+            )
+        tokens[i, p - len(x) : p] = x
+        tokens[i, p : p + len(y)] = y
         mask[i, : len(y)] = 1
-    return validate(Rollouts(tokens=tokens, mask=mask, prompt_length=np.array([len(x) for x in prompts], np.int32), **fields))
+    return validate(
+        Rollouts(tokens=tokens, mask=mask, prompt_length=np.array([len(x) for x in prompts], np.int32), **fields)
+    )
 
 
 def Demonstrations(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], **kwargs: Any) -> Rollouts:  # noqa: N802
@@ -290,15 +324,29 @@ def Demonstrations(prompts: Sequence[Sequence[int]], completions: Sequence[Seque
     return from_sequences(prompts, completions, role=role, **kwargs)
 
 
-def Pairs(prompts: Sequence[Sequence[int]], chosen: Sequence[Sequence[int]], rejected: Sequence[Sequence[int]],  # noqa: N802
-          **kwargs: Any) -> Rollouts:
-    """Rollouts in units of two rows, ``layout = ("chosen", "rejected")``: row 2i is the chosen answer to prompt i, row 2i+1 the rejected one."""
+def Pairs(
+    prompts: Sequence[Sequence[int]],
+    chosen: Sequence[Sequence[int]],
+    rejected: Sequence[Sequence[int]],  # noqa: N802
+    **kwargs: Any,
+) -> Rollouts:
+    """Rollouts in units of two rows, ``layout = ("chosen", "rejected")``: row 2i is the chosen answer to prompt i,
+    row 2i+1 the rejected one."""
     if not len(prompts) == len(chosen) == len(rejected):
-        raise ValueError(f"{len(prompts)} prompts, {len(chosen)} chosen and {len(rejected)} rejected answers: the numbers must agree")
+        raise ValueError(
+            f"{len(prompts)} prompts, {len(chosen)} chosen and {len(rejected)} rejected answers: the numbers must agree"
+        )
     layout = ("chosen", "rejected")
     role = np.tile(np.array([role_id(r) for r in layout], np.int32), len(prompts))
-    return from_sequences([p for p in prompts for _ in layout], [y for pair in zip(chosen, rejected, strict=True) for y in pair],
-                          role=role, group=np.arange(2 * len(prompts), dtype=np.int32) // 2, layout=layout, shared_prompt=2, **kwargs)
+    return from_sequences(
+        [p for p in prompts for _ in layout],
+        [y for pair in zip(chosen, rejected, strict=True) for y in pair],
+        role=role,
+        group=np.arange(2 * len(prompts), dtype=np.int32) // 2,
+        layout=layout,
+        shared_prompt=2,
+        **kwargs,
+    )
 
 
 def _grow(x: Array, axis: int, by: int, left: bool = False) -> Array:

@@ -1,4 +1,5 @@
 """Metrics that merge exactly: whatever the split into microbatches, the result is that of the whole batch."""
+
 from collections.abc import Mapping
 from typing import TypeAlias
 
@@ -11,6 +12,7 @@ from jax import Array
 @struct.dataclass
 class Mean:
     """Weighted mean: ``total / weight``, and 0 over nothing."""
+
     total: Array
     weight: Array
 
@@ -30,6 +32,7 @@ class Mean:
 @struct.dataclass
 class Sum:
     """A total over the batch (losses, whose weights already hold the normalizer)."""
+
     total: Array
 
     def merge(self) -> "Sum":
@@ -42,6 +45,7 @@ class Sum:
 @struct.dataclass
 class Max:
     """Largest value; -inf over nothing is reported as 0."""
+
     value: Array
 
     @classmethod
@@ -60,6 +64,7 @@ class Max:
 @struct.dataclass
 class Moments:
     """Mean and standard deviation (ddof 0) by Chan's parallel update: no cancellation, exact under merging."""
+
     n: Array
     mean: Array
     m2: Array

@@ -1,19 +1,39 @@
 """One table of everything that is chosen by name: objectives, and the parts they are made of.
 
-``register`` puts a factory in the table under its function name and a kind; ``make`` calls it with hyperparameters. Names and
-hyperparameters that do not exist fail with the nearest ones that do, so that a misspelt config never trains something else.
+``register`` puts a factory in the table under its function name and a kind; ``make`` calls it with hyperparameters.
+Names and
+hyperparameters that do not exist fail with the nearest ones that do, so that a misspelt config never trains something
+else.
 """
+
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-KINDS = ("objective", "advantage", "ratio", "surrogate", "regularizer", "aggregation", "reward", "filter", "sampler",
-         "protocol", "estimator", "metric", "optimizer", "schedule", "task")
+KINDS = (
+    "objective",
+    "advantage",
+    "ratio",
+    "surrogate",
+    "regularizer",
+    "aggregation",
+    "reward",
+    "filter",
+    "sampler",
+    "protocol",
+    "estimator",
+    "metric",
+    "optimizer",
+    "schedule",
+    "task",
+)
 
 
 class Entry(NamedTuple):
-    """A row of the table. ``budget`` maps hyperparameters to the share of the generation budget that a run gives them."""
+    """A row of the table. ``budget`` maps hyperparameters to the share of the generation budget that a run gives
+    them."""
+
     kind: str
     id: str
     factory: Callable[..., Any]
@@ -41,8 +61,9 @@ def unknown(what: str, name: str, choices: Iterable[str]) -> str:
     return f"unknown {what} {name!r}: {hint}known: {', '.join(choices) or 'none'}"
 
 
-def register(kind: str = "objective", *, id: str | None = None, source: str = "",
-             budget: Mapping[str, float] | None = None) -> Callable[[Callable], Callable]:
+def register(
+    kind: str = "objective", *, id: str | None = None, source: str = "", budget: Mapping[str, float] | None = None
+) -> Callable[[Callable], Callable]:
     """Decorator: enter a factory in the table.
 
     Args:
@@ -61,8 +82,13 @@ def register(kind: str = "objective", *, id: str | None = None, source: str = ""
         name = id or factory.__name__
         taken = _TABLE.get((kind, name))
         # The same definition may be entered again (a notebook cell run twice); another one may not take its place.
-        if taken and (taken.factory.__module__, taken.factory.__qualname__) != (factory.__module__, factory.__qualname__):
-            raise ValueError(f"{kind} {name!r} is already registered by {taken.factory.__module__}.{taken.factory.__qualname__}")
+        if taken and (taken.factory.__module__, taken.factory.__qualname__) != (
+            factory.__module__,
+            factory.__qualname__,
+        ):
+            raise ValueError(
+                f"{kind} {name!r} is already registered by {taken.factory.__module__}.{taken.factory.__qualname__}"
+            )
         _TABLE[kind, name] = Entry(kind, name, factory, source, dict(budget or {}))
         return factory
 
@@ -84,7 +110,8 @@ def entry(name: str, kind: str = "objective") -> Entry:
 
 
 def check_arguments(what: str, given: Iterable[str], parameters: Mapping[str, inspect.Parameter]) -> None:
-    """Raise ``ValueError`` for a hyperparameter that does not exist (nearest names) or a required one that is absent."""
+    """Raise ``ValueError`` for a hyperparameter that does not exist (nearest names) or a required one that is
+    absent."""
     given = set(given)
     for name in sorted(given - set(parameters)):
         raise ValueError(unknown(f"hyperparameter of {what}", name, parameters))

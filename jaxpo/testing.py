@@ -6,6 +6,7 @@
 A contract takes a `Case` (an objective with a small example batch), raises ``AssertionError`` with the numbers when it
 is broken, and returns one line on what it compared. ``padding_invariance(case("grpo"))`` runs a single one.
 """
+
 import dataclasses
 import inspect
 import tempfile
@@ -41,6 +42,7 @@ class NotChecked(Exception):
 
 class Outcome(NamedTuple):
     """What one evaluation gives: a scalar, gradients (a tree), metrics by name."""
+
     loss: Array
     grads: Any
     metrics: dict[str, Array]
@@ -48,6 +50,7 @@ class Outcome(NamedTuple):
 
 class Report(NamedTuple):
     """What `check` did: contract -> what was compared, and contract -> why it does not apply."""
+
     objective: str
     checked: dict[str, str]
     skipped: dict[str, str]
@@ -61,6 +64,7 @@ class Report(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Case:
     """An objective, how it was built if that is known, and an example batch. Contracts share its compiled functions."""
+
     name: str
     objective: Objective
     batch: Rollouts
@@ -114,6 +118,7 @@ class Case:
 
 # ---- cases --------------------------------------------------------------------------------------------------------
 
+
 def case(objective: Subject, batch: Rollouts | None = None, /, **hyperparameters: Any) -> Case:
     """The case of a registered name, of a function that builds an objective, or of an `Objective`.
 
@@ -127,8 +132,9 @@ def case(objective: Subject, batch: Rollouts | None = None, /, **hyperparameters
     """
     if isinstance(objective, Objective):
         if hyperparameters:
-            raise ValueError(f"{', '.join(hyperparameters)}: this objective is built already; "
-                             "give its function or its name")
+            raise ValueError(
+                f"{', '.join(hyperparameters)}: this objective is built already; give its function or its name"
+            )
         return Case("objective", objective, example(objective) if batch is None else complete(batch))
     rows = [registry.entry(name) for name in ([objective] if isinstance(objective, str) else registry.names())]
     row = next((r for r in rows if objective in (r.id, r.factory)), None)
@@ -164,13 +170,21 @@ def example(objective: Objective) -> Rollouts:
     group = np.arange(b, dtype=np.int32) // (GROUP if unit == 1 else unit)
     roles = [role_id(r) for r in objective.layout or ("own",)]
     batch = Rollouts(
-        tokens=rng.integers(0, VOCABULARY, (b, PROMPT + WIDTH)).astype(np.int32), mask=mask,
-        prompt_length=rng.integers(1, PROMPT + 1, b).astype(np.int32), count=np.ones(b, np.float32),
-        group=97 - 5 * group, role=np.resize(roles, b).astype(np.int32), prompt=group,
+        tokens=rng.integers(0, VOCABULARY, (b, PROMPT + WIDTH)).astype(np.int32),
+        mask=mask,
+        prompt_length=rng.integers(1, PROMPT + 1, b).astype(np.int32),
+        count=np.ones(b, np.float32),
+        group=97 - 5 * group,
+        role=np.resize(roles, b).astype(np.int32),
+        prompt=group,
         seed=rng.integers(0, 2**32, b, dtype=np.uint32),
-        reward=rng.normal(size=b).astype(np.float32), correct=np.resize([0, 1, 1, 0], b).astype(np.float32),
-        truncated=(lengths == WIDTH).astype(np.float32), entropy_old=rng.uniform(0, 1, (b, WIDTH)).astype(np.float32),
-        value_old=logp(), layout=objective.layout)
+        reward=rng.normal(size=b).astype(np.float32),
+        correct=np.resize([0, 1, 1, 0], b).astype(np.float32),
+        truncated=(lengths == WIDTH).astype(np.float32),
+        entropy_old=rng.uniform(0, 1, (b, WIDTH)).astype(np.float32),
+        value_old=logp(),
+        layout=objective.layout,
+    )
     batch = jax.tree.map(jnp.asarray, batch)
     slots = {n.removeprefix("logp_") for n in objective.needs if n.startswith("logp_")} - {"old", "beh"}
     said = bigram(frozenset({"logp"}), parameters(), batch).logp
@@ -179,9 +193,14 @@ def example(objective: Objective) -> Rollouts:
         return x + jnp.asarray(rng.normal(0, scale, x.shape), jnp.float32)
 
     old = near(said, 0.3)  # some ratios are clipped and some are not
-    return complete(batch.replace(
-        logp_old=old, logp_beh=near(old, 0.01), token_extras={"logp_sampler": near(old, 0.01)},
-        slots={name: near(said, 0.5) for name in sorted(slots | {"ref"})}))
+    return complete(
+        batch.replace(
+            logp_old=old,
+            logp_beh=near(old, 0.01),
+            token_extras={"logp_sampler": near(old, 0.01)},
+            slots={name: near(said, 0.5) for name in sorted(slots | {"ref"})},
+        )
+    )
 
 
 def parameters() -> dict[str, Array]:
@@ -193,17 +212,23 @@ def parameters() -> dict[str, Array]:
 
 def bigram(wants: frozenset[str], params: dict[str, Array], batch: Rollouts) -> TokenStats:
     """A policy of two small tables: logits of a token given the one before it. Gives the statistics in ``wants``."""
-    before = batch.tokens[:, batch.prompt_width - 1:-1]
+    before = batch.tokens[:, batch.prompt_width - 1 : -1]
     logits = params["table"][before]
     logps = jax.nn.log_softmax(logits)
     value = params["head"][before]
-    said = {"logp": jnp.take_along_axis(logps, batch.completions[..., None], -1)[..., 0], "logits": logits,
-            "value": value, "entropy": -jnp.sum(jnp.exp(logps) * logps, -1),
-            "score": jnp.sum(value * (batch.mask > 0), -1), "embed": jnp.sum(logits * (batch.mask > 0)[..., None], 1)}
+    said = {
+        "logp": jnp.take_along_axis(logps, batch.completions[..., None], -1)[..., 0],
+        "logits": logits,
+        "value": value,
+        "entropy": -jnp.sum(jnp.exp(logps) * logps, -1),
+        "score": jnp.sum(value * (batch.mask > 0), -1),
+        "embed": jnp.sum(logits * (batch.mask > 0)[..., None], 1),
+    }
     return TokenStats(**{name: said[name] for name in wants})
 
 
 # ---- the two ways to evaluate --------------------------------------------------------------------------------------
+
 
 def direct(objective: Objective, stats: TokenStats, batch: Rollouts) -> Outcome:
     """`evaluate` of plain arrays; ``grads`` is (gradient into them, gradient into every float of the batch)."""
@@ -287,14 +312,17 @@ def _pad_stats(stats: TokenStats, batch: Rollouts, value: float) -> TokenStats:
 
 def _where_masked(tree: Any, mask: Array, value: float) -> Any:
     """``value`` at the masked positions of every [B, T, ...] float array."""
+
     def fill(x: Array) -> Array:
         if not _is_float(x) or x.shape[:2] != mask.shape:
             return x
         return jnp.where((mask > 0).reshape(*mask.shape, *[1] * (x.ndim - 2)), x, value)
+
     return jax.tree.map(fill, tree)
 
 
 # ---- contracts ----------------------------------------------------------------------------------------------------
+
 
 def finite_on_hostile_input(case: Case) -> str:
     """Loss, gradient and metrics are finite whatever is thrown at them."""
@@ -313,7 +341,7 @@ def _hostile(case: Case) -> Iterator[tuple[str, TokenStats, Rollouts]]:
         yield f"log-ratios {what}", stats.replace(logp=stats.logp + shift), batch
     group_number = jnp.unique(batch.group, return_inverse=True)[1].reshape(-1).astype(jnp.float32)
     changes = {
-        "no token in a unit": {"mask": batch.mask.at[:case.unit].set(0)},
+        "no token in a unit": {"mask": batch.mask.at[: case.unit].set(0)},
         "no token at all": {"mask": jnp.zeros_like(batch.mask)},
         "one token a row": {"mask": jnp.zeros_like(batch.mask).at[:, 0].set(1)},
         "no row counts": {"count": 0 * ones},
@@ -321,8 +349,10 @@ def _hostile(case: Case) -> Iterator[tuple[str, TokenStats, Rollouts]]:
         "one group": {"group": jnp.zeros_like(batch.group)},
         "groups without variance": {"reward": group_number},
         "equal rewards": {"reward": ones / 3},
-        "all correct": {"correct": ones}, "none correct": {"correct": 0 * ones},
-        "all truncated": {"truncated": ones}}
+        "all correct": {"correct": ones},
+        "none correct": {"correct": 0 * ones},
+        "all truncated": {"truncated": ones},
+    }
     for what, fields in changes.items():
         if all(getattr(batch, name) is not None for name in fields):
             yield what, stats, batch.replace(**fields)
@@ -362,7 +392,7 @@ def permutation_equivariance(case: Case) -> str:
 def count_is_multiplicity(case: Case) -> str:
     """A row of count 2 is the row written twice; rows of count 0 are rows that are not there, whatever they hold."""
     first, second, r = case.rows([0]), case.rows([1]), case.unit
-    by_count = case.batch.replace(count=case.batch.count.at[:2 * r].set(jnp.repeat(jnp.array([2.0, 0.0]), r)))
+    by_count = case.batch.replace(count=case.batch.count.at[: 2 * r].set(jnp.repeat(jnp.array([2.0, 0.0]), r)))
     order = np.concatenate([first, first, np.arange(2 * r, case.batch.rows)])
     written, stats = take(case.batch, order), jax.tree.map(lambda x: x[order], case.stats)
     a, b = case.direct(case.stats, by_count), case.direct(stats, written)
@@ -460,8 +490,11 @@ def vmap_over_hyperparameters(case: Case) -> str:
     if case.factory is None:
         raise NotChecked("it needs the function that builds the objective")
     parameters = inspect.signature(case.factory).parameters
-    now = {name: case.hyperparameters.get(name, p.default) for name, p in parameters.items()
-           if "float" in str(p.annotation)}
+    now = {
+        name: case.hyperparameters.get(name, p.default)
+        for name, p in parameters.items()
+        if "float" in str(p.annotation)
+    }
     now = {name: x for name, x in now.items() if x is None or isinstance(x, int | float)}
     given, absent = ([n for n in now if (now[n] is None) is none] for none in (False, True))
     notes = []
@@ -513,7 +546,7 @@ def float32_accumulation(case: Case) -> str:
     note = same("bfloat16", a._replace(grads=()), b._replace(grads=()), 1e-5)
     scale = {path: max(np.abs(x).max(), 1e-30) for path, x in _leaves(b.grads[0]).items()}
     x, y = ({path: x / scale[path] for path, x in _leaves(out.grads[0]).items()} for out in (a, b))
-    same("gradient of bfloat16", x, y, 2.0 ** -8)
+    same("gradient of bfloat16", x, y, 2.0**-8)
     return note
 
 
@@ -605,10 +638,23 @@ def documented(case: Case) -> str:
 
 
 CONTRACTS: tuple[Callable[[Case], str], ...] = (
-    finite_on_hostile_input, padding_invariance, permutation_equivariance, count_is_multiplicity, microbatch_invariance,
-    evaluate_agrees_with_training, mesh_invariance, gradient_only_into_the_policy, masked_positions_get_no_gradient,
-    jit_equals_eager, vmap_over_hyperparameters, independent_replicas, float32_accumulation, needs_is_exact,
-    state_survives_a_checkpoint, documented)
+    finite_on_hostile_input,
+    padding_invariance,
+    permutation_equivariance,
+    count_is_multiplicity,
+    microbatch_invariance,
+    evaluate_agrees_with_training,
+    mesh_invariance,
+    gradient_only_into_the_policy,
+    masked_positions_get_no_gradient,
+    jit_equals_eager,
+    vmap_over_hyperparameters,
+    independent_replicas,
+    float32_accumulation,
+    needs_is_exact,
+    state_survives_a_checkpoint,
+    documented,
+)
 
 
 def check(objective: Subject, batch: Rollouts | None = None, /, **hyperparameters: Any) -> Report:

@@ -6,6 +6,7 @@ the same prompts, and generates exactly `new_tokens` tokens a row: its end-of-se
 
 Only the standard library is imported here, so that the memory after a system's imports is its own.
 """
+
 import argparse
 import contextlib
 import dataclasses

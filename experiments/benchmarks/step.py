@@ -8,6 +8,7 @@ those too grow when neighbours fill the caches: the load is printed beside them.
 
 About 10 minutes for three rounds on 2 cores. The peers come with the extra [bench].
 """
+
 import argparse
 import dataclasses
 import difflib
@@ -175,9 +176,7 @@ def run_system(system: str, python: str, job: Job) -> dict[str, Any]:
     return record
 
 
-def run_all(
-    systems: Mapping[str, str], jobs: Sequence[Job], rounds: int, console: Console
-) -> list[dict[str, Any]]:
+def run_all(systems: Mapping[str, str], jobs: Sequence[Job], rounds: int, console: Console) -> list[dict[str, Any]]:
     """The records of all `systems` (name -> interpreter), interleaved; each has its 'round', counted from 1."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     records = []

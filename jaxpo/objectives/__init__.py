@@ -1,4 +1,5 @@
 """Published objectives as short compositions of primitives, in one registry."""
+
 from jaxpo.objectives import group_relative, hybrid, parts  # noqa: F401 (imported for their registrations)
 from jaxpo.objectives.base import (
     Objective,
@@ -15,5 +16,20 @@ from jaxpo.objectives.base import (
 )
 from jaxpo.registry import describe, make, names, register
 
-__all__ = ["Objective", "Part", "Policy", "Protocol", "State", "Term", "describe", "evaluate", "from_terms", "linearized", "make", "names",
-           "policy_gradient", "preference", "register"]
+__all__ = [
+    "Objective",
+    "Part",
+    "Policy",
+    "Protocol",
+    "State",
+    "Term",
+    "describe",
+    "evaluate",
+    "from_terms",
+    "linearized",
+    "make",
+    "names",
+    "policy_gradient",
+    "preference",
+    "register",
+]

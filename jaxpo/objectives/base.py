@@ -1,8 +1,10 @@
 """What an objective is (`Objective`), how data is gathered for it (`Protocol`), and how one is composed of terms.
 
-A loss is ``sum_k coef_k sum(weight_k * value_k)``: ``weigh`` fixes every weight once on the whole optimizer batch, ``loss`` only multiplies and
+A loss is ``sum_k coef_k sum(weight_k * value_k)``: ``weigh`` fixes every weight once on the whole optimizer batch,
+``loss`` only multiplies and
 adds. Losses of any split into slices therefore add up to the loss, exactly, whatever the aggregation.
 """
+
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +27,7 @@ class State:
 
     iteration: index of the current rollout batch (-1 before the first ``prepare``). step: optimizer steps taken.
     """
+
     iteration: Array
     step: Array
     memory: Any = struct.field(default_factory=dict)
@@ -32,6 +35,7 @@ class State:
 
 class Objective(NamedTuple):
     """What is minimised: pure, jittable, vmappable functions (see docs/objectives.md)."""
+
     init: Callable[[], State]
     prepare: Callable[[Rollouts, State], tuple[Rollouts, State]]
     weigh: Callable[[Rollouts, State, TokenStats | None], Rollouts]
@@ -46,12 +50,16 @@ class Objective(NamedTuple):
 
 
 class Protocol(NamedTuple):
-    """How data is gathered and weights are moved: host-side hooks of the training loop, which owns ``Run`` and ``Tools``.
+    """How data is gathered and weights are moved: host-side hooks of the training loop, which owns ``Run`` and
+    ``Tools``.
 
-    init(run) -> run: frozen slots, tables, buffers. collect(run, tools, key) -> (run, rollouts): any number of generate/score calls, fixed shapes.
-    before(run, tools, rollouts) -> (run, rollouts): scored, no gradient yet. after(run, tools, rollouts) -> run: last optimizer step done.
+    init(run) -> run: frozen slots, tables, buffers. collect(run, tools, key) -> (run, rollouts): any number of
+    generate/score calls, fixed shapes.
+    before(run, tools, rollouts) -> (run, rollouts): scored, no gradient yet. after(run, tools, rollouts) -> run: last
+    optimizer step done.
     sampler(state) -> SamplingOptions, or None = the configured ones.
     """
+
     init: Callable[[Any], Any]
     collect: Callable[[Any, Any, Array], tuple[Any, Rollouts]]
     before: Callable[[Any, Any, Rollouts], tuple[Any, Rollouts]]
@@ -62,12 +70,15 @@ class Protocol(NamedTuple):
 class Term(NamedTuple):
     """One summand of a loss.
 
-    value: (stats, batch, state) -> [B, T], or [B] when ``per`` is "row". Never multiplied by mask or count: the weight holds them.
+    value: (stats, batch, state) -> [B, T], or [B] when ``per`` is "row". Never multiplied by mask or count: the
+      weight holds them.
     aggregate: (mask, count, batch) -> weight; see `jaxpo.primitives.aggregation`.
-    rows: (batch, state) -> [B], tokens: (batch, state) -> [B, T]: what counts in this term's denominators besides mask and count.
+    rows: (batch, state) -> [B], tokens: (batch, state) -> [B, T]: what counts in this term's denominators besides
+      mask and count.
     coef: number, traced scalar or function of the state; multiplies in ``loss``, never inside the weight.
     outer: set by `linearized`.
     """
+
     name: str
     value: Callable[[TokenStats, Rollouts, State], Array]
     aggregate: aggregation.Aggregation = aggregation.token_mean
@@ -80,12 +91,13 @@ class Term(NamedTuple):
 
 class Part(NamedTuple):
     """An interchangeable part of an objective: a function of the batch, and what it asks for."""
+
     fn: Callable[..., Any]
     needs: frozenset[str] = frozenset()
     wants: frozenset[str] = frozenset()
     peeks: frozenset[str] = frozenset()
     per: Literal["token", "row"] = "token"
-    clipped: Callable[..., Array] | None = None     # surrogates: which tokens lose their gradient
+    clipped: Callable[..., Array] | None = None  # surrogates: which tokens lose their gradient
     aggregate: aggregation.Aggregation | None = None  # regularizers: None = as the policy term
     name: str = ""
 
@@ -98,23 +110,34 @@ def is_off(coef: Any) -> bool:
 def linearized(term: Term, f: Callable[[Array], Array]) -> Term:
     """The term ``f(S)`` of a batch mean ``S = sum(weight * value)``, e.g. a square root or a distance to a target.
 
-    ``S`` is peeked at before the pass (detached); then ``f(S_peek) + f'(S_peek) (value - S_peek)`` per token has the exact value and gradient of
+    ``S`` is peeked at before the pass (detached); then ``f(S_peek) + f'(S_peek) (value - S_peek)`` per token has the
+    exact value and gradient of
     ``f(S)`` and still is a sum over slices. The term's aggregation must be a mean (weights that sum to 1).
     """
     return term._replace(outer=f)
 
 
-def from_terms(terms: Sequence[Term], *, prepare: Callable[[Rollouts, State], tuple[Rollouts, State]] | None = None,
-               weigh: Callable[[Rollouts, State, TokenStats | None], Rollouts] | None = None,
-               update: Callable[[State, Rollouts, Metrics], State] | None = None,
-               metrics: Callable[[TokenStats, Rollouts, State], Metrics] | None = None, memory: Any = None,
-               needs: Sequence[str] = (), wants: Sequence[str] = ("logp",), peeks: Sequence[str] = (),
-               coupling: Literal["row", "group"] = "row", layout: tuple[str, ...] = (), protocol: str = "on_policy") -> Objective:
+def from_terms(
+    terms: Sequence[Term],
+    *,
+    prepare: Callable[[Rollouts, State], tuple[Rollouts, State]] | None = None,
+    weigh: Callable[[Rollouts, State, TokenStats | None], Rollouts] | None = None,
+    update: Callable[[State, Rollouts, Metrics], State] | None = None,
+    metrics: Callable[[TokenStats, Rollouts, State], Metrics] | None = None,
+    memory: Any = None,
+    needs: Sequence[str] = (),
+    wants: Sequence[str] = ("logp",),
+    peeks: Sequence[str] = (),
+    coupling: Literal["row", "group"] = "row",
+    layout: tuple[str, ...] = (),
+    protocol: str = "on_policy",
+) -> Objective:
     """Derive an `Objective` from its terms.
 
     Args:
       terms: the summands; those whose ``coef`` is a Python 0 are dropped.
-      prepare, weigh, update, metrics: hooks that run before the derived ones (``weigh`` before the weights are computed).
+      prepare, weigh, update, metrics: hooks that run before the derived ones (``weigh`` before the weights are
+        computed).
       memory: initial ``State.memory``.
 
     Raises:
@@ -127,8 +150,10 @@ def from_terms(terms: Sequence[Term], *, prepare: Callable[[Rollouts, State], tu
         raise ValueError(f"two terms of one name in {[t.name for t in terms]}")
     for t in terms:
         if t.per == "row" and t.aggregate not in aggregation.PER_ROW:
-            raise ValueError(f"term {t.name!r} has one value a row, so aggregate must be seq_mean, group_mean or unit_mean: "
-                             "a mean over tokens would weigh rows by a length the value does not have")
+            raise ValueError(
+                f"term {t.name!r} has one value a row, so aggregate must be seq_mean, group_mean or unit_mean: "
+                "a mean over tokens would weigh rows by a length the value does not have"
+            )
     if any(t.outer for t in terms):
         peeks = (*peeks, "logp")
 
@@ -145,7 +170,9 @@ def from_terms(terms: Sequence[Term], *, prepare: Callable[[Rollouts, State], tu
 
     def weigh_batch(batch: Rollouts, state: State, peek: TokenStats | None) -> Rollouts:
         if peeks and peek is None:
-            raise ValueError(f"this objective peeks at {sorted(set(peeks))} of the current policy before its weights are fixed")
+            raise ValueError(
+                f"this objective peeks at {sorted(set(peeks))} of the current policy before its weights are fixed"
+            )
         batch = weigh(batch, state, peek) if weigh else batch
         weights = {t.name: _weight(t, batch, state) for t in terms}
         for t in terms:
@@ -171,8 +198,19 @@ def from_terms(terms: Sequence[Term], *, prepare: Callable[[Rollouts, State], tu
         state = state.replace(step=state.step + 1)
         return update(state, batch, report) if update else state
 
-    return Objective(init, prepare_batch, weigh_batch, loss, step, frozenset(needs), frozenset(wants) | {"logp"}, frozenset(peeks), coupling, layout,
-                     protocol)
+    return Objective(
+        init,
+        prepare_batch,
+        weigh_batch,
+        loss,
+        step,
+        frozenset(needs),
+        frozenset(wants) | {"logp"},
+        frozenset(peeks),
+        coupling,
+        layout,
+        protocol,
+    )
 
 
 def _center(t: Term) -> str:
@@ -196,8 +234,10 @@ def _value(t: Term, stats: TokenStats, batch: Rollouts, state: State) -> Array:
     value = t.value(stats, batch, state)
     weight = batch.weights[t.name]
     if value.shape != weight.shape:
-        raise ValueError(f"term {t.name!r} gave a value of shape {value.shape} where its weight has {weight.shape}; "
-                         f"per={t.per!r} asks for {'[B]' if t.per == 'row' else '[B, T]'}")
+        raise ValueError(
+            f"term {t.name!r} gave a value of shape {value.shape} where its weight has {weight.shape}; "
+            f"per={t.per!r} asks for {'[B]' if t.per == 'row' else '[B, T]'}"
+        )
     if t.outer is None:
         return value
     center = batch.weights[_center(t)].reshape(-1, *[1] * (value.ndim - 1)).astype(value.dtype)
@@ -213,14 +253,21 @@ def _weighted_sum(value: Array, weight: Array) -> Array:
 
 
 def _sanitise(stats: TokenStats, batch: Rollouts) -> tuple[TokenStats, Rollouts]:
-    """Float32 (at least) and 0 at masked positions, before any exp. Without ``logp_old`` the policy is the one that is compared with."""
+    """Float32 (at least) and 0 at masked positions, before any exp. Without ``logp_old`` the policy is the one that
+    is compared with."""
+
     def clean(x: Array | None) -> Array | None:
         return None if x is None else jnp.where(batch.mask > 0, promote(x), 0)
 
     stats = stats.replace(**{f: clean(getattr(stats, f)) for f in ("logp", "entropy", "value")})
     old = clean(batch.logp_old) if batch.logp_old is not None else lax.stop_gradient(stats.logp)
-    batch = batch.replace(logp_old=old, logp_beh=clean(batch.logp_beh), entropy_old=clean(batch.entropy_old), value_old=clean(batch.value_old),
-                          slots={k: clean(x) for k, x in batch.slots.items()})
+    batch = batch.replace(
+        logp_old=old,
+        logp_beh=clean(batch.logp_beh),
+        entropy_old=clean(batch.entropy_old),
+        value_old=clean(batch.value_old),
+        slots={k: clean(x) for k, x in batch.slots.items()},
+    )
     return stats, batch
 
 
@@ -235,9 +282,12 @@ def standard_metrics(stats: TokenStats, batch: Rollouts) -> dict[str, Any]:
     tokens = promote(batch.mask) * count[:, None]
     log_ratio = ratios.token_log_ratio(stats.logp, batch.logp_old, batch.mask)
     out: dict[str, Any] = {
-        "ratio/mean": Mean.of(jnp.exp(log_ratio), tokens), "ratio/max": Max.of(jnp.exp(log_ratio), tokens),
+        "ratio/mean": Mean.of(jnp.exp(log_ratio), tokens),
+        "ratio/max": Max.of(jnp.exp(log_ratio), tokens),
         "kl/old_k3": Mean.of(regularizers.kl_estimate(stats.logp, batch.logp_old, "k3"), tokens),
-        "length/mean": Mean.of(batch.lengths, count), "tokens": Sum(tokens.sum())}
+        "length/mean": Mean.of(batch.lengths, count),
+        "tokens": Sum(tokens.sum()),
+    }
     if stats.entropy is not None:
         out["entropy"] = Mean.of(stats.entropy, tokens)
     if "ref" in batch.slots:
@@ -251,22 +301,35 @@ def standard_metrics(stats: TokenStats, batch: Rollouts) -> dict[str, Any]:
     sampler = batch.token_extras.get("logp_sampler", batch.logp_beh)
     if sampler is not None:  # ``logp_old`` is the trainer's word on the same tokens under the same parameters
         own = tokens * (batch.role == role_id("own"))[:, None]
-        out["mismatch/logp_abs_max"] = Max.of(jnp.abs(batch.logp_old - jnp.where(batch.mask > 0, promote(sampler), 0)), own)
+        out["mismatch/logp_abs_max"] = Max.of(
+            jnp.abs(batch.logp_old - jnp.where(batch.mask > 0, promote(sampler), 0)), own
+        )
     if "degenerate" in batch.extras:
         out["group/degenerate_frac"] = Mean.of(batch.extras["degenerate"], count)
     return out
 
 
-def policy_gradient(*, advantage: Part, surrogate: Part, ratio: Part, aggregate: aggregation.Aggregation, regularizers: Sequence[tuple[Any, Part]] = (),
-                    filters: Sequence[Part] = (), shaping: Sequence[Part] = (), **options: Any) -> Objective:
+def policy_gradient(
+    *,
+    advantage: Part,
+    surrogate: Part,
+    ratio: Part,
+    aggregate: aggregation.Aggregation,
+    regularizers: Sequence[tuple[Any, Part]] = (),
+    filters: Sequence[Part] = (),
+    shaping: Sequence[Part] = (),
+    **options: Any,
+) -> Objective:
     """Compose a policy-gradient objective: *advantage x ratio x surrogate x regularizers x aggregation*.
 
     Args:
       advantage: ``fn(batch, state) -> [B] or [B, T]``.
-      surrogate: ``fn(ratio, adv, stats, batch, state) -> value``; ``clipped`` of the same arguments says which tokens are cut.
+      surrogate: ``fn(ratio, adv, stats, batch, state) -> value``; ``clipped`` of the same arguments says which
+        tokens are cut.
       ratio: ``fn(stats, batch) -> log-ratio`` [B, T], or [B] when ``per`` is "row".
       aggregate: weights of the policy term, and of regularizers that do not bring their own.
-      regularizers: pairs (coefficient, part with ``fn(stats, batch, state) -> [B, T]``); a Python 0 removes its term and its needs.
+      regularizers: pairs (coefficient, part with ``fn(stats, batch, state) -> [B, T]``); a Python 0 removes its
+        term and its needs.
       filters: ``fn(batch, state) -> [B]`` bool, rows to keep; the others get count 0. They see the unshaped reward.
       shaping: ``fn(batch, state) -> reward`` [B], applied in turn after the filters.
       options: passed on to `from_terms`.
@@ -288,7 +351,9 @@ def policy_gradient(*, advantage: Part, surrogate: Part, ratio: Part, aggregate:
         log_ratio = ratio.fn(stats, batch)
         adv = per_token(batch.adv) if log_ratio.ndim == 2 else batch.adv
         if adv.ndim != log_ratio.ndim:
-            raise ValueError("a ratio per sequence needs an advantage per row [B]; this advantage gives one per token [B, T]")
+            raise ValueError(
+                "a ratio per sequence needs an advantage per row [B]; this advantage gives one per token [B, T]"
+            )
         return jnp.exp(log_ratio), jnp.broadcast_to(adv, log_ratio.shape), stats, batch, state
 
     def clip_metric(stats: TokenStats, batch: Rollouts, state: State) -> Metrics:
@@ -297,17 +362,39 @@ def policy_gradient(*, advantage: Part, surrogate: Part, ratio: Part, aggregate:
         cut = surrogate.clipped(*arguments(stats, batch, state)) if surrogate.clipped else jnp.zeros_like(weight)
         return {"ratio/clip_frac": Mean.of(cut, weight)}
 
-    terms = [Term("policy", lambda stats, batch, state: surrogate.fn(*arguments(stats, batch, state)), aggregate, per=ratio.per)]
+    terms = [
+        Term(
+            "policy",
+            lambda stats, batch, state: surrogate.fn(*arguments(stats, batch, state)),
+            aggregate,
+            per=ratio.per,
+        )
+    ]
     terms += [Term(p.name, p.fn, p.aggregate or aggregate, coef=coef) for coef, p in regularizers]
-    return from_terms(terms, prepare=prepare, metrics=clip_metric, needs=frozenset().union(*[p.needs for p in parts]),
-                      wants=frozenset({"logp"}).union(*[p.wants for p in parts]), peeks=frozenset().union(*[p.peeks for p in parts]), **options)
+    return from_terms(
+        terms,
+        prepare=prepare,
+        metrics=clip_metric,
+        needs=frozenset().union(*[p.needs for p in parts]),
+        wants=frozenset({"logp"}).union(*[p.wants for p in parts]),
+        peeks=frozenset().union(*[p.peeks for p in parts]),
+        **options,
+    )
 
 
-def preference(link: Callable[[Array, Rollouts], Array], *, beta: float | Array, reference: str | None = "ref", normalize_length: bool = False,
-               layout: tuple[str, ...] = ("chosen", "rejected"), **options: Any) -> Objective:
+def preference(
+    link: Callable[[Array, Rollouts], Array],
+    *,
+    beta: float | Array,
+    reference: str | None = "ref",
+    normalize_length: bool = False,
+    layout: tuple[str, ...] = ("chosen", "rejected"),
+    **options: Any,
+) -> Objective:
     """Compose a direct-alignment objective: ``mean over pairs of link(beta (s_chosen - s_rejected))``.
 
-    ``s = sum_t (logp - logp_<reference>)`` of a row, or its mean over tokens with ``normalize_length``; ``reference=None`` leaves the companion out.
+    ``s = sum_t (logp - logp_<reference>)`` of a row, or its mean over tokens with ``normalize_length``;
+    ``reference=None`` leaves the companion out.
 
     Args:
       link: ``(margin [N], batch) -> loss [N]``, e.g. ``-log_sigmoid`` for DPO (arXiv:2305.18290, eq. 7).
@@ -330,14 +417,24 @@ def preference(link: Callable[[Array, Rollouts], Array], *, beta: float | Array,
     def report(stats: TokenStats, batch: Rollouts, state: State) -> Metrics:
         h, count = margin(stats, batch), batch.unit(promote(batch.count))[:, 0]
         row = jnp.where(batch.mask > 0, stats.logp, 0).sum(-1)
-        by_role = {f"logp/{r}": Mean.of(row, promote(batch.count) * (batch.role == role_id(r))) for r in ("chosen", "rejected")}
+        by_role = {
+            f"logp/{r}": Mean.of(row, promote(batch.count) * (batch.role == role_id(r))) for r in ("chosen", "rejected")
+        }
         return {"preference/accuracy": Mean.of(h > 0, count), "preference/margin": Mean.of(h, count), **by_role}
 
     needs = {"role"} | ({f"logp_{reference}"} if reference else set())
-    return from_terms([Term("preference", value, aggregation.unit_mean, per="row")], metrics=report, needs=needs, layout=layout, **options)
+    return from_terms(
+        [Term("preference", value, aggregation.unit_mean, per="row")],
+        metrics=report,
+        needs=needs,
+        layout=layout,
+        **options,
+    )
 
 
-def evaluate(objective: Objective, policy: Policy, batch: Rollouts, state: State | None = None) -> tuple[Array, Metrics]:
+def evaluate(
+    objective: Objective, policy: Policy, batch: Rollouts, state: State | None = None
+) -> tuple[Array, Metrics]:
     """``prepare -> peek -> weigh -> loss`` on one batch: all a notebook needs.
 
     >>> loss, metrics = evaluate(make("grpo", beta=0), lambda batch: TokenStats(logp=my_logp), batch)

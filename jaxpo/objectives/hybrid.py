@@ -1,4 +1,5 @@
 """Objectives that learn from demonstrations, alone or mixed with reinforcement learning."""
+
 from jaxpo.objectives import parts
 from jaxpo.objectives.base import Objective, Term, from_terms
 from jaxpo.registry import register

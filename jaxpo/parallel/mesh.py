@@ -1,4 +1,5 @@
 """The device mesh: axes ``data`` (replicas), ``fsdp`` (parameters and rows), ``tensor`` (heads, MLP, vocabulary)."""
+
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -27,7 +28,9 @@ def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
     if -1 in shape:
         shape[shape.index(-1)] = devices // known if devices % known == 0 else 0
     if int(np.prod(shape)) != devices:
-        raise ValueError(f"mesh {dict(sizes)} does not fit {devices} devices: the product of its axes must be {devices}")
+        raise ValueError(
+            f"mesh {dict(sizes)} does not fit {devices} devices: the product of its axes must be {devices}"
+        )
     return tuple(shape)
 
 

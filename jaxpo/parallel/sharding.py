@@ -1,4 +1,5 @@
 """Where arrays live: parameters by the pattern of their path, batches by rows."""
+
 import re
 from typing import Any
 
@@ -10,11 +11,11 @@ ROWS = ("data", "fsdp")  # mesh axes over which the rows of a batch are spread
 # First match wins, searched anywhere in the path, so that optimizer moments ("0/mu/blocks/wq") follow their parameter.
 # Block parameters have a leading axis of layers.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"(embedding|head)$", PartitionSpec("tensor", "fsdp")),            # [V, D]
-    (r"blocks/w[qkv]$", PartitionSpec(None, "fsdp", "tensor", None)),    # [L, D, heads, d]
-    (r"blocks/wo$", PartitionSpec(None, "tensor", None, "fsdp")),        # [L, heads, d, D]
-    (r"blocks/w_in$", PartitionSpec(None, "fsdp", None, "tensor")),      # [L, D, 2, M]
-    (r"blocks/w_down$", PartitionSpec(None, "tensor", "fsdp")),          # [L, M, D]
+    (r"(embedding|head)$", PartitionSpec("tensor", "fsdp")),  # [V, D]
+    (r"blocks/w[qkv]$", PartitionSpec(None, "fsdp", "tensor", None)),  # [L, D, heads, d]
+    (r"blocks/wo$", PartitionSpec(None, "tensor", None, "fsdp")),  # [L, heads, d, D]
+    (r"blocks/w_in$", PartitionSpec(None, "fsdp", None, "tensor")),  # [L, D, 2, M]
+    (r"blocks/w_down$", PartitionSpec(None, "tensor", "fsdp")),  # [L, M, D]
 )
 # A vocabulary is what the data made it; every other dimension is chosen and has to divide.
 MAY_STAY_WHOLE = {"embedding": 0, "head": 0}
@@ -37,8 +38,10 @@ def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
         for i, axis in enumerate(axes):
             if axis is not None and shape[i] % mesh.shape[axis]:
                 if MAY_STAY_WHOLE.get(name.rsplit("/", 1)[-1]) != i:
-                    raise ValueError(f"mesh.{axis}={mesh.shape[axis]} does not divide axis {i} of {name} {shape}: "
-                                     f"choose a divisor of {shape[i]}")
+                    raise ValueError(
+                        f"mesh.{axis}={mesh.shape[axis]} does not divide axis {i} of {name} {shape}: "
+                        f"choose a divisor of {shape[i]}"
+                    )
                 axes[i] = None
         return PartitionSpec(*axes)
     return PartitionSpec()
@@ -46,7 +49,9 @@ def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """A tree of `NamedSharding`, one for each array (or shape) of ``tree``."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(mesh, spec_of(_name(path), x.shape, mesh)), tree)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: NamedSharding(mesh, spec_of(_name(path), x.shape, mesh)), tree
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,4 +1,5 @@
 """What the policy says of a batch: hidden states of the completion positions, reduced to `TokenStats`."""
+
 from functools import partial
 
 import jax
@@ -26,9 +27,11 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
 
 
 def shared_prompt_attend(prompts: int, prompt_width: int, rows: int, width: int, prompt_ok: Array) -> Attend:
-    """Attention over a flat token axis that holds ``prompts`` prompts and then ``rows`` completions, K = rows / prompts per prompt.
+    """Attention over a flat token axis that holds ``prompts`` prompts and then ``rows`` completions, K = rows /
+    prompts per prompt.
 
-    A prompt attends to itself; a completion attends to the keys of its prompt, which were computed once for all K, and to itself.
+    A prompt attends to itself; a completion attends to the keys of its prompt, which were computed once for all K,
+    and to itself.
     ``prompt_ok`` [prompts, P] marks real prompt tokens.
     """
     split, k_per_prompt = prompts * prompt_width, rows // prompts
@@ -49,7 +52,9 @@ def shared_prompt_attend(prompts: int, prompt_width: int, rows: int, width: int,
         keys = jnp.concatenate([jnp.repeat(kp, k_per_prompt, 0), kc], 1)
         values = jnp.concatenate([jnp.repeat(vp, k_per_prompt, 0), vc], 1)
         of_completion = attention(qc, keys, values, mask)
-        return jnp.concatenate([of_prompt.reshape(split, *q.shape[1:]), of_completion.reshape(rows * width, *q.shape[1:])]), None
+        return jnp.concatenate(
+            [of_prompt.reshape(split, *q.shape[1:]), of_completion.reshape(rows * width, *q.shape[1:])]
+        ), None
 
     return attend
 
@@ -73,12 +78,18 @@ def completion_hidden(model: Model, params: Params, batch: Rollouts) -> Array:
     attend = shared_prompt_attend(prompts, p, b, t - 1, ok)
     x, _ = model.run_blocks(params, model.embed(params, tokens), positions, attend)
     last = x[: prompts * p].reshape(prompts, p, -1)[:, -1:]
-    x = jnp.concatenate([jnp.repeat(last, k, 0), x[prompts * p:].reshape(b, t - 1, -1)], 1)
+    x = jnp.concatenate([jnp.repeat(last, k, 0), x[prompts * p :].reshape(b, t - 1, -1)], 1)
     return model.final(params, x)
 
 
-def token_stats(model: Model, params: Params, batch: Rollouts, *, wants: frozenset[str] = frozenset({"logp", "entropy"}),
-                temperature: float = 1.0) -> TokenStats:
+def token_stats(
+    model: Model,
+    params: Params,
+    batch: Rollouts,
+    *,
+    wants: frozenset[str] = frozenset({"logp", "entropy"}),
+    temperature: float = 1.0,
+) -> TokenStats:
     """`TokenStats` of the completion tokens; logp and entropy [B, T] of ``softmax(logits / temperature)``, in float32.
 
     Raises:
@@ -88,7 +99,12 @@ def token_stats(model: Model, params: Params, batch: Rollouts, *, wants: frozens
         if name not in AVAILABLE:
             raise ValueError(unknown("policy statistic", name, AVAILABLE))
     hidden = completion_hidden(model, params, batch)
-    out = token_logprob(hidden.reshape(-1, hidden.shape[-1]), model.unembed(params).T, batch.completions.reshape(-1), temperature=temperature)
+    out = token_logprob(
+        hidden.reshape(-1, hidden.shape[-1]),
+        model.unembed(params).T,
+        batch.completions.reshape(-1),
+        temperature=temperature,
+    )
     shape = batch.rows, batch.width
     return TokenStats(logp=out.logp.reshape(shape), entropy=out.entropy.reshape(shape))
 

@@ -1,10 +1,14 @@
-"""Decoder-only transformer in flax.nnx: RMSNorm, rotary positions, grouped-query attention, SwiGLU, tied or untied head.
+"""Decoder-only transformer in flax.nnx: RMSNorm, rotary positions, grouped-query attention, SwiGLU, tied or untied
+head.
 
-The modules hold the mathematics; at the boundary they are split into a graph definition and a pure dict of arrays (``init``), so everything above
+The modules hold the mathematics; at the boundary they are split into a graph definition and a pure dict of arrays
+(``init``), so everything above
 sees functions of ``params``. The blocks are stacked: every block parameter has a leading axis of layers.
 
-One `Block` serves training, prefill and decoding: *how* queries meet keys is a function passed in (``attend``), everything else is per token.
+One `Block` serves training, prefill and decoding: *how* queries meet keys is a function passed in (``attend``),
+everything else is per token.
 """
+
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -23,18 +27,23 @@ Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
 # What the backward pass finds stored of a block: everything, the products with parameters, or only the block's input.
-REMAT = {"none": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-         "full": jax.checkpoint_policies.nothing_saveable}
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """Shape and numerics of the policy.
 
-    head_dim: width // heads when None. dtype: of the computation; log-probs are float32 in any case. param_dtype: of the stored parameters.
+    head_dim: width // heads when None. dtype: of the computation; log-probs are float32 in any case. param_dtype:
+      of the stored parameters.
     scan_layers: one compiled block, scanned (short compile time), instead of one per layer. remat: what of a block is
     recomputed in the backward pass: "none", "dots" (all but the products with parameters), or "full".
     """
+
     vocab_size: int
     width: int = 64
     layers: int = 3
@@ -93,7 +102,9 @@ class Block(nnx.Module):
         c, dtype = config, jnp.dtype(config.param_dtype)
 
         def matrix(fan_in: int, *shape: int, scale: float = 1.0) -> nnx.Param:
-            return nnx.Param((scale * jax.random.normal(rngs.params(), shape, jnp.float32) / jnp.sqrt(fan_in)).astype(dtype))
+            return nnx.Param(
+                (scale * jax.random.normal(rngs.params(), shape, jnp.float32) / jnp.sqrt(fan_in)).astype(dtype)
+            )
 
         out_scale = (2 * c.layers) ** -0.5  # the residual stream keeps its size whatever the depth (GPT-2)
         self.attn_norm = nnx.Param(jnp.ones(c.width, dtype))
@@ -129,7 +140,9 @@ class Transformer(nnx.Module):
         dtype = jnp.dtype(config.param_dtype)
 
         def table(key: Array) -> nnx.Param:
-            return nnx.Param((jax.random.normal(key, (config.vocab_size, config.width), jnp.float32) * 0.02).astype(dtype))
+            return nnx.Param(
+                (jax.random.normal(key, (config.vocab_size, config.width), jnp.float32) * 0.02).astype(dtype)
+            )
 
         self.embedding = table(rngs.params())
         self.blocks = nnx.vmap(lambda r: Block(config, r))(rngs.fork(split=config.layers))
@@ -141,6 +154,7 @@ class Transformer(nnx.Module):
 
 class Model(NamedTuple):
     """A transformer without its parameters: pure functions of ``params`` (a nested dict of arrays)."""
+
     config: TransformerConfig
     block: nnx.GraphDef
 
@@ -180,7 +194,9 @@ class Model(NamedTuple):
     def logits(self, params: Params, hidden: Array) -> Array:
         """[..., D] -> [..., V], accumulated in float32 (at least)."""
         dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-        return jax.lax.dot_general(hidden, self.unembed(params), (((hidden.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
+        return jax.lax.dot_general(
+            hidden, self.unembed(params), (((hidden.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype
+        )
 
 
 def build(config: TransformerConfig) -> Model:

@@ -1,4 +1,5 @@
 """Advantages: rewards [B] to constants that weigh the tokens of a row. Nothing here carries a gradient."""
+
 from typing import Literal
 
 import jax.numpy as jnp
@@ -17,7 +18,8 @@ def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def batch_centered(reward: Array, count: Array) -> Array:
-    """``A_i = reward_i - mean over the counted rows`` [B] (REINFORCE with a batch baseline); exactly 0 if all are the same."""
+    """``A_i = reward_i - mean over the counted rows`` [B] (REINFORCE with a batch baseline); exactly 0 if all are the
+    same."""
     return group_centered(reward, jnp.zeros(reward.shape[0], jnp.int32), count)
 
 
@@ -25,7 +27,8 @@ def group_centered(reward: Array, group: Array, count: Array, *, singleton: Sing
     """``A_i = reward_i - mean of its group`` [B]; exactly 0 in a constant group.
 
     Args:
-      singleton: what a group of one row gets: "zero" (consistent with centring) or "raw" (the reward itself, as verl does).
+      singleton: what a group of one row gets: "zero" (consistent with centring) or "raw" (the reward itself, as
+        verl does).
     """
     _choice("singleton", singleton, ("zero", "raw"))
     reward = promote(reward)
@@ -35,8 +38,16 @@ def group_centered(reward: Array, group: Array, count: Array, *, singleton: Sing
     return lax.stop_gradient(centered)
 
 
-def group_normalized(reward: Array, group: Array, count: Array, *, scale: Scale = "group", adv_eps: float = 1e-6, ddof: int = 1,
-                     singleton: Singleton = "zero") -> Array:
+def group_normalized(
+    reward: Array,
+    group: Array,
+    count: Array,
+    *,
+    scale: Scale = "group",
+    adv_eps: float = 1e-6,
+    ddof: int = 1,
+    singleton: Singleton = "zero",
+) -> Array:
     """``A_i = (reward_i - group mean) / (std + adv_eps)`` [B]  (GRPO, arXiv:2402.03300, eq. 3 outcome supervision).
 
     Args:
@@ -54,7 +65,8 @@ def group_normalized(reward: Array, group: Array, count: Array, *, scale: Scale 
 
 
 def leave_one_out(reward: Array, group: Array, count: Array, *, singleton: Singleton = "zero") -> Array:
-    """``A_i = reward_i - mean of the *other* rows of its group = K/(K-1) (reward_i - group mean)`` [B]  (RLOO, arXiv:2402.14740)."""
+    """``A_i = reward_i - mean of the *other* rows of its group = K/(K-1) (reward_i - group mean)`` [B]  (RLOO,
+    arXiv:2402.14740)."""
     size = group_size(group, count)
     centered = group_centered(reward, group, count, singleton=singleton)
     return lax.stop_gradient(jnp.where(size > 1, centered * ratio_or_zero(size, size - 1), centered))

@@ -1,10 +1,13 @@
 """How token losses become one number: each aggregation turns (mask, count, batch) into the *weight* of every token.
 
-The loss is ``sum(weight * value)``. The weight is computed once on the whole optimizer batch, so losses of microbatches add up and no mean of
-means can exist. Notation: ``mask`` [B, T] tokens that count, ``count`` [B] multiplicity of rows, ``length_i`` their masked tokens.
+The loss is ``sum(weight * value)``. The weight is computed once on the whole optimizer batch, so losses of
+microbatches add up and no mean of
+means can exist. Notation: ``mask`` [B, T] tokens that count, ``count`` [B] multiplicity of rows, ``length_i`` their
+masked tokens.
 A row without tokens contributes 0 and still counts among the rows; a row with count 0 leaves the denominator.
 ``batch`` gives what some of them need besides (``group``, ``layout``). For a value per row, mask is [B, 1].
 """
+
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +51,8 @@ def sum_const(L_const: float) -> Aggregation:  # noqa: N803
 
 
 def group_mean(mask: Array, count: Array, batch: Any) -> Array:
-    """``mask count / (length_i count_group n_groups)``: mean over groups of the mean over their rows; empty groups leave."""
+    """``mask count / (length_i count_group n_groups)``: mean over groups of the mean over their rows; empty groups
+    leave."""
     mask, count = promote(mask), promote(count)[:, None]
     size = group_sum(count[:, 0], batch.group)[:, None]
     n_groups = ratio_or_zero(count, size).sum()
@@ -56,7 +60,8 @@ def group_mean(mask: Array, count: Array, batch: Any) -> Array:
 
 
 def unit_mean(mask: Array, count: Array, batch: Any) -> Array:
-    """``count / sum(count)`` [B, 1]: mean over units, for a value per row that repeats the unit's value on each of its rows."""
+    """``count / sum(count)`` [B, 1]: mean over units, for a value per row that repeats the unit's value on each of
+    its rows."""
     count = promote(count)[:, None]
     return ratio_or_zero(jnp.ones_like(mask, count.dtype) * count, count.sum())
 

@@ -2,6 +2,7 @@
 
 ``count`` [B] is the multiplicity of a row: 0 leaves every statistic, w counts w times.
 """
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -31,7 +32,8 @@ def group_mean(x: Array, group: Array, count: Array) -> Array:
 
 
 def group_constant(x: Array, group: Array, count: Array) -> Array:
-    """[B] bool: all counted rows of the group have the very same ``x``. Decided by max == min, so rounding cannot blur it."""
+    """[B] bool: all counted rows of the group have the very same ``x``. Decided by max == min, so rounding cannot
+    blur it."""
     ids, x = segments(group), promote(x)
     high = jax.ops.segment_max(jnp.where(count > 0, x, -jnp.inf), ids, num_segments=group.shape[0])[ids]
     low = jax.ops.segment_min(jnp.where(count > 0, x, jnp.inf), ids, num_segments=group.shape[0])[ids]
@@ -39,7 +41,8 @@ def group_constant(x: Array, group: Array, count: Array) -> Array:
 
 
 def weighted_std(x: Array, count: Array, ddof: int) -> Array:
-    """Standard deviation of ``x`` [B] over all counted rows; 0 when there are no more than ``ddof``, or all are the same."""
+    """Standard deviation of ``x`` [B] over all counted rows; 0 when there are no more than ``ddof``, or all are the
+    same."""
     x, n = promote(x), promote(count).sum()
     mean = ratio_or_zero(jnp.sum(jnp.where(count > 0, x, 0) * count), n)
     square = jnp.where(count > 0, jnp.square(x - mean), 0)
@@ -48,8 +51,11 @@ def weighted_std(x: Array, count: Array, ddof: int) -> Array:
 
 
 def group_std(x: Array, group: Array, count: Array, ddof: int) -> Array:
-    """[B] standard deviation of ``x`` over the row's group; exactly 0 for constant groups and for ``ddof`` rows or fewer."""
+    """[B] standard deviation of ``x`` over the row's group; exactly 0 for constant groups and for ``ddof`` rows or
+    fewer."""
     mean = group_mean(x, group, count)
     square = jnp.where(count > 0, jnp.square(promote(x) - mean), 0)
     degrees = jnp.maximum(group_size(group, count) - ddof, 0)
-    return jnp.where(group_constant(x, group, count), 0, jnp.sqrt(ratio_or_zero(group_sum(square * count, group), degrees)))
+    return jnp.where(
+        group_constant(x, group, count), 0, jnp.sqrt(ratio_or_zero(group_sum(square * count, group), degrees))
+    )

@@ -1,4 +1,5 @@
 """Float rules that every primitive shares."""
+
 import jax.numpy as jnp
 from jax import Array
 
@@ -6,10 +7,13 @@ from jax import Array
 def promote(x: Array) -> Array:
     """At least float32: bfloat16 is widened, float64 passes untouched, counts and masks get the default float type."""
     x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.result_type(float))
+    return x.astype(
+        jnp.promote_types(x.dtype, jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.result_type(float)
+    )
 
 
 def ratio_or_zero(numerator: Array, denominator: Array) -> Array:
-    """``numerator / denominator``, exactly 0 where the denominator is 0 (any mean over nothing is 0), also in the gradient."""
+    """``numerator / denominator``, exactly 0 where the denominator is 0 (any mean over nothing is 0), also in the
+    gradient."""
     safe = jnp.where(denominator == 0, 1, denominator)
     return jnp.where(denominator == 0, 0, numerator / safe)

@@ -2,6 +2,7 @@
 
 The clamp ``log_ratio_clip`` keeps ``exp`` finite; outside it the gradient is 0. Masked positions are 0 (ratio 1).
 """
+
 import jax.numpy as jnp
 from jax import Array
 

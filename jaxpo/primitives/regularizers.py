@@ -1,4 +1,6 @@
-"""Penalties per token. For a KL term the *value* and the *gradient* are chosen apart: they are not the same question."""
+"""Penalties per token. For a KL term the *value* and the *gradient* are chosen apart: they are not the same
+question."""
+
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -10,8 +12,10 @@ KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
 def kl_estimate(logp: Array, logp_ref: Array, estimator: str, *, exponent_clip: float = 20.0) -> Array:
     """Estimate of KL(pi || ref) from a token sampled from pi, with ``d = logp - logp_ref`` (Schulman, 2020).
 
-    k1 = d; k2 = d^2/2; k3 = exp(-d) + d - 1 (>= 0); abs = |d|. As a loss, E[grad k1] = 0, E[grad k2] = grad KL(pi||ref),
-    E[grad k3] = grad KL(ref||pi). k3 clamps d to ``±exponent_clip`` as a whole (as verl does): were only the exponent clamped, the
+    k1 = d; k2 = d^2/2; k3 = exp(-d) + d - 1 (>= 0); abs = |d|. As a loss, E[grad k1] = 0, E[grad k2] = grad
+    KL(pi||ref),
+    E[grad k3] = grad KL(ref||pi). k3 clamps d to ``±exponent_clip`` as a whole (as verl does): were only the exponent
+    clamped, the
     rest would have a gradient that drives the policy away from the reference.
     """
     d = promote(logp) - promote(logp_ref)
@@ -29,8 +33,11 @@ def kl_estimate(logp: Array, logp_ref: Array, estimator: str, *, exponent_clip: 
     raise ValueError(f"unknown KL estimator {estimator!r}: known: {', '.join(KL_ESTIMATORS)}")
 
 
-def kl_penalty(logp: Array, logp_ref: Array, value: str = "k3", gradient: str | None = None, ratio: Array | None = None) -> Array:
-    """A KL penalty whose value is the estimator ``value`` and whose gradient is that of ``gradient`` (default: the same).
+def kl_penalty(
+    logp: Array, logp_ref: Array, value: str = "k3", gradient: str | None = None, ratio: Array | None = None
+) -> Array:
+    """A KL penalty whose value is the estimator ``value`` and whose gradient is that of ``gradient`` (default: the
+    same).
 
     Args:
       ratio: differentiable importance ratio; ``ratio * k3`` has the exact gradient of KL(pi||ref) off-policy.

@@ -1,4 +1,5 @@
 """Reward shaping and filters: [B] in, [B] out, no gradient."""
+
 import jax.numpy as jnp
 from jax import Array
 

@@ -1,4 +1,5 @@
 """Surrogate losses per token (or per row): their gradient is the policy-gradient step that a paper takes."""
+
 import jax.numpy as jnp
 from jax import Array
 

@@ -1,4 +1,5 @@
 """Sampling from the policy: one jitted function, on the same mesh and with the same numerics as training."""
+
 from jaxpo.rollout.engine import generate
 from jaxpo.rollout.sampling import SamplingOptions
 

@@ -1,8 +1,10 @@
 """Generation in one compiled function: prefill once per prompt, then a loop that ends when every row has.
 
-The K responses to a prompt share its keys and values; each row keeps only those of its own completion. Layers are unrolled, so that each layer's cache
+The K responses to a prompt share its keys and values; each row keeps only those of its own completion. Layers are
+unrolled, so that each layer's cache
 is a buffer of its own that the loop updates in place.
 """
+
 from typing import Any
 
 import jax
@@ -21,7 +23,8 @@ def prefill(model: Model, params: Params, prompts: Array, prompt_length: Array |
     """Run the prompts [G, P] once.
 
     Returns:
-      final hidden state [G, D] after the last prompt token, the cache of each layer [G, KV, P, d], and the mask of real tokens [G, P].
+      final hidden state [G, D] after the last prompt token, the cache of each layer [G, KV, P, d], and the mask of
+      real tokens [G, P].
     """
     g, p = prompts.shape
     ok = prompt_mask(prompt_length, g, p)
@@ -39,13 +42,17 @@ def prefill(model: Model, params: Params, prompts: Array, prompt_length: Array |
 
 
 def decode_attend(of_prompt: tuple[Array, Array], own: tuple[Array, Array], ok: Array, t: Array) -> Attend:
-    """Attention of one new token per row: over the prompt's keys [G, KV, P, d] and the row's own [B, KV, T, d] up to and with position ``t``."""
+    """Attention of one new token per row: over the prompt's keys [G, KV, P, d] and the row's own [B, KV, T, d] up to
+    and with position ``t``."""
     kp, vp = of_prompt
     g, kv, _, d = kp.shape
     b, width = own[0].shape[0], own[0].shape[2]
 
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
-        kc, vc = (jax.lax.dynamic_update_slice_in_dim(c, x[:, :, None].astype(c.dtype), t, 2) for c, x in zip(own, (k, v), strict=True))
+        kc, vc = (
+            jax.lax.dynamic_update_slice_in_dim(c, x[:, :, None].astype(c.dtype), t, 2)
+            for c, x in zip(own, (k, v), strict=True)
+        )
         dtype = jnp.promote_types(q.dtype, jnp.float32)
         qs = (q * d**-0.5).reshape(b, kv, -1, d)
         r = qs.shape[2]
@@ -57,15 +64,27 @@ def decode_attend(of_prompt: tuple[Array, Array], own: tuple[Array, Array], ok: 
         top = jnp.maximum(sp.max(-1, keepdims=True), sc.max(-1, keepdims=True))
         ep, ec = jnp.exp(sp - top), jnp.exp(sc - top)
         total = ep.sum(-1, keepdims=True) + ec.sum(-1, keepdims=True)
-        op = jnp.einsum("gkhrp,ghpd->gkhrd", ep.reshape(g, b // g, kv, r, -1).astype(vp.dtype), vp, preferred_element_type=dtype)
+        op = jnp.einsum(
+            "gkhrp,ghpd->gkhrd", ep.reshape(g, b // g, kv, r, -1).astype(vp.dtype), vp, preferred_element_type=dtype
+        )
         oc = jnp.einsum("bhrt,bhtd->bhrd", ec.astype(vc.dtype), vc, preferred_element_type=dtype)
         return ((op.reshape(oc.shape) + oc) / total).reshape(q.shape).astype(q.dtype), (kc, vc)
 
     return attend
 
 
-def generate(model: Model, params: Params, prompts: Array, key: Array, options: SamplingOptions, *, prompt_length: Array | None = None,
-             responses: int = 1, policy_temperature: float = 1.0, pad_id: int = 0) -> Rollouts:
+def generate(
+    model: Model,
+    params: Params,
+    prompts: Array,
+    key: Array,
+    options: SamplingOptions,
+    *,
+    prompt_length: Array | None = None,
+    responses: int = 1,
+    policy_temperature: float = 1.0,
+    pad_id: int = 0,
+) -> Rollouts:
     """Sample ``responses`` completions of each prompt; jit it with ``options`` as an ordinary argument.
 
     Args:
@@ -74,8 +93,10 @@ def generate(model: Model, params: Params, prompts: Array, key: Array, options: 
       policy_temperature: the temperature at which the trainer scores.
 
     Returns:
-      Rollouts of B = G * responses rows in the order of the prompts: ``tokens``, ``mask`` (1 up to and with the token that ended the row),
-      ``truncated`` (the length limit ended it), ``logp_beh`` under the sampling distribution, ``token_extras["logp_sampler"]`` under the plain
+      Rollouts of B = G * responses rows in the order of the prompts: ``tokens``, ``mask`` (1 up to and with the token
+      that ended the row),
+      ``truncated`` (the length limit ended it), ``logp_beh`` under the sampling distribution,
+      ``token_extras["logp_sampler"]`` under the plain
       policy when that is another one, ``group`` and ``shared_prompt``.
     """
     g, p = prompts.shape
@@ -93,7 +114,12 @@ def generate(model: Model, params: Params, prompts: Array, key: Array, options: 
         token, logp, plain = sample(model.logits(params, hidden), u, options, policy_temperature=policy_temperature)
         alive = ~state["done"]
         token = jnp.where(alive, token, pad_id).astype(jnp.int32)
-        new = dict(tokens=token, mask=alive.astype(jnp.float32), logp=jnp.where(alive, logp, 0.0), plain=jnp.where(alive, plain, 0.0))
+        new = dict(
+            tokens=token,
+            mask=alive.astype(jnp.float32),
+            logp=jnp.where(alive, logp, 0.0),
+            plain=jnp.where(alive, plain, 0.0),
+        )
         record = {k: jax.lax.dynamic_update_index_in_dim(state[k], v, t, 0) for k, v in new.items() if k in state}
         done = state["done"] | jnp.isin(token, eos) & alive
         if last_state is not None:
@@ -110,16 +136,30 @@ def generate(model: Model, params: Params, prompts: Array, key: Array, options: 
             new_cache.append(kept)
         return t + 1, draw(t, model.final(params, x), state), new_cache
 
-    state: dict[str, Any] = dict(tokens=jnp.full((width, b), pad_id, jnp.int32), mask=jnp.zeros((width, b)), logp=jnp.zeros((width, b)),
-                                 done=jnp.zeros(b, bool))
+    state: dict[str, Any] = dict(
+        tokens=jnp.full((width, b), pad_id, jnp.int32),
+        mask=jnp.zeros((width, b)),
+        logp=jnp.zeros((width, b)),
+        done=jnp.zeros(b, bool),
+    )
     if not (options.plain and policy_temperature == 1):
         state["plain"] = jnp.zeros((width, b))
     if last_state is not None:
         state["stop"] = jnp.zeros(b, jnp.int32)
     state = draw(jnp.int32(0), jnp.repeat(hidden, responses, 0), state)
-    cache = [tuple(jnp.zeros((b, x.shape[1], max(width - 1, 1), x.shape[3]), x.dtype) for x in kv) for kv in prompt_cache]
-    _, state, _ = jax.lax.while_loop(lambda c: (c[0] < width) & ~jnp.all(c[1]["done"]), step, (jnp.int32(1), state, cache))
+    cache = [
+        tuple(jnp.zeros((b, x.shape[1], max(width - 1, 1), x.shape[3]), x.dtype) for x in kv) for kv in prompt_cache
+    ]
+    _, state, _ = jax.lax.while_loop(
+        lambda c: (c[0] < width) & ~jnp.all(c[1]["done"]), step, (jnp.int32(1), state, cache)
+    )
     return Rollouts(
-        tokens=jnp.concatenate([jnp.repeat(prompts, responses, 0), state["tokens"].T], 1), mask=state["mask"].T, logp_beh=state["logp"].T,
-        prompt_length=start.astype(jnp.int32), group=jnp.repeat(jnp.arange(g, dtype=jnp.int32), responses), shared_prompt=responses,
-        truncated=(~state["done"]).astype(jnp.float32), token_extras={"logp_sampler": state["plain"].T} if "plain" in state else {})
+        tokens=jnp.concatenate([jnp.repeat(prompts, responses, 0), state["tokens"].T], 1),
+        mask=state["mask"].T,
+        logp_beh=state["logp"].T,
+        prompt_length=start.astype(jnp.int32),
+        group=jnp.repeat(jnp.arange(g, dtype=jnp.int32), responses),
+        shared_prompt=responses,
+        truncated=(~state["done"]).astype(jnp.float32),
+        token_extras={"logp_sampler": state["plain"].T} if "plain" in state else {},
+    )

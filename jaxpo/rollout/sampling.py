@@ -1,4 +1,5 @@
 """Drawing tokens from logits: temperature, top-k, top-p, min-p, greedy; one uniform number per row."""
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -19,8 +20,10 @@ class SamplingOptions:
       top_k: (static) keep the k most probable; ties go to the lowest ids.
       top_p: keep the smallest set of most probable tokens that holds this much probability.
       min_p: keep tokens at least this likely relative to the most probable one.
-      stop_table: [S, V] transitions of the stop strings' automaton (`jaxpo.rollout.stopping`); a state >= its last row ends the row.
+      stop_table: [S, V] transitions of the stop strings' automaton (`jaxpo.rollout.stopping`); a state >= its last
+        row ends the row.
     """
+
     max_new_tokens: int = struct.field(pytree_node=False)
     eos_ids: tuple[int, ...] = struct.field(pytree_node=False, default=())
     greedy: bool = struct.field(pytree_node=False, default=False)
@@ -43,13 +46,17 @@ def validate(options: SamplingOptions) -> SamplingOptions:
     Raises:
       ValueError: naming the field; also for a setting that greedy decoding would ignore.
     """
+
     def number(x: object) -> bool:
         return isinstance(x, int | float)
 
     if options.max_new_tokens < 1:
         raise ValueError(f"sampling.max_new_tokens must be at least 1, not {options.max_new_tokens}")
     if number(options.temperature) and not options.temperature > 0:
-        raise ValueError(f"sampling.temperature must be positive, not {options.temperature}; for the most probable token set greedy=True")
+        raise ValueError(
+            f"sampling.temperature must be positive, not {options.temperature}; for the most probable token "
+            "set greedy=True"
+        )
     if options.top_k is not None and options.top_k < 1:
         raise ValueError(f"sampling.top_k must be at least 1, not {options.top_k}")
     if number(options.top_p) and not 0 < options.top_p <= 1:
@@ -58,7 +65,9 @@ def validate(options: SamplingOptions) -> SamplingOptions:
         raise ValueError(f"sampling.min_p must be in [0, 1], not {options.min_p}")
     unit = number(options.temperature) and options.temperature == 1
     if options.greedy and not (unit and options.top_k is None and options.top_p is None and options.min_p is None):
-        raise ValueError("sampling.greedy takes the most probable token: temperature, top_k, top_p and min_p have no effect with it")
+        raise ValueError(
+            "sampling.greedy takes the most probable token: temperature, top_k, top_p and min_p have no effect with it"
+        )
     return options
 
 
@@ -81,7 +90,8 @@ def truncate(z: Array, options: SamplingOptions) -> Array:
 def inverse_cdf(weight: Array, total: Array, u: Array, *, block: int = 256) -> Array:
     """Index [B] drawn with probability ``weight / total`` from uniforms ``u`` [B] in [0, 1).
 
-    Two levels of cumulative sums (blocks, then inside one block) keep the additions short, hence float32 exact to about 1e-7 of the total, and
+    Two levels of cumulative sums (blocks, then inside one block) keep the additions short, hence float32 exact to
+    about 1e-7 of the total, and
     cost one pass over ``weight`` [B, V]. An index of weight 0 is never returned (unless all are 0).
     """
     b, v = weight.shape
@@ -107,7 +117,9 @@ def _log_prob(z: Array, token: Array) -> Array:
     return jnp.take_along_axis(z, token[:, None], 1)[:, 0] - jax.nn.logsumexp(z, axis=-1)
 
 
-def sample(logits: Array, u: Array, options: SamplingOptions, *, policy_temperature: float = 1.0) -> tuple[Array, Array, Array]:
+def sample(
+    logits: Array, u: Array, options: SamplingOptions, *, policy_temperature: float = 1.0
+) -> tuple[Array, Array, Array]:
     """Draw one token per row.
 
     Args:
@@ -115,7 +127,8 @@ def sample(logits: Array, u: Array, options: SamplingOptions, *, policy_temperat
       policy_temperature: the temperature at which the trainer scores.
 
     Returns:
-      token [B], its log-prob under the distribution that was sampled from, and under the plain policy. Under greedy decoding the former is 0.
+      token [B], its log-prob under the distribution that was sampled from, and under the plain policy. Under greedy
+      decoding the former is 0.
     """
     if options.greedy:
         token = jnp.argmax(logits, -1)

@@ -1,8 +1,11 @@
 """Stop strings on the device: an automaton over token ids, exact for every tokenizer.
 
-A stop string may be spelt by many token sequences, and may begin inside one token and end inside another. So the strings are compiled into an
-Aho-Corasick automaton over *bytes*, and each token into the state it leads to from each state: stopping costs one table look-up a token.
+A stop string may be spelt by many token sequences, and may begin inside one token and end inside another. So the
+strings are compiled into an
+Aho-Corasick automaton over *bytes*, and each token into the state it leads to from each state: stopping costs one
+table look-up a token.
 """
+
 from collections import deque
 from collections.abc import Sequence
 
@@ -10,10 +13,12 @@ import numpy as np
 
 
 def stop_table(strings: Sequence[str], token_bytes: Sequence[bytes]) -> np.ndarray:
-    """[S + 1, V] int32: the next state after each token; state 0 is the start, state S means "a stop string has occurred" and is absorbing.
+    """[S + 1, V] int32: the next state after each token; state 0 is the start, state S means "a stop string has
+    occurred" and is absorbing.
 
     Args:
-      strings: the stop strings. token_bytes: what each id appends to the text; b"" (special tokens) starts the match anew.
+      strings: the stop strings. token_bytes: what each id appends to the text; b"" (special tokens) starts the
+        match anew.
 
     Raises:
       ValueError: no strings, or an empty one (it would end every row at once).

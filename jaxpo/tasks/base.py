@@ -2,6 +2,7 @@
 
 Everything here is host side and plain Python, so that it can be imported by processes that must not load jax.
 """
+
 import importlib
 import inspect
 import math
@@ -18,6 +19,7 @@ from jaxpo.registry import entry as registered
 @dataclass(frozen=True)
 class Example:
     """One prompt. ``task.train[e.index] is e`` (likewise for test); ``entry`` is what the verifier needs."""
+
     index: int
     question: str
     answer: str | None
@@ -27,6 +29,7 @@ class Example:
 @dataclass(frozen=True)
 class Score:
     """The verdict on one completion. ``error``: the verifier raised, timed out or returned nonsense; counted apart."""
+
     reward: float
     correct: bool
     error: str | None = None
@@ -43,6 +46,7 @@ class Task:
       demonstrate: a correct completion of an example; ``None`` when the task has no answers.
       report: what was found while building, as metrics (``train/size``, ``train/removed``, ``test/unseen_share``, ...).
     """
+
     name: str
     train: Sequence[Example]
     test: Sequence[Example]
@@ -114,9 +118,11 @@ def split(train: Sequence[Example], test: Sequence[Example]) -> tuple[list[Examp
     held_out = {e.question for e in test}
     kept = [e for e in train if e.question not in held_out]
     if not test or not kept:
-        raise ValueError(f"nothing to {'train' if test else 'test'} on: {len(train)} training items, {len(test)} test "
-                         f"items, {len(train) - len(kept)} training items removed because their question is in the "
-                         "test set")
+        raise ValueError(
+            f"nothing to {'train' if test else 'test'} on: {len(train)} training items, {len(test)} test "
+            f"items, {len(train) - len(kept)} training items removed because their question is in the "
+            "test set"
+        )
     seen = {e.question for e in kept}
     report = {
         "train/size": float(len(kept)),

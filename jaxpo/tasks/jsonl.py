@@ -1,4 +1,5 @@
 """Prompts and answers from JSON lines."""
+
 import inspect
 import json
 import os
@@ -13,10 +14,19 @@ from jaxpo.tasks.rewards import MAY_HANG, Reward, check_answer, make_reward, opt
 from jaxpo.tasks.workers import runner
 
 
-def jsonl(path: str | os.PathLike, test_path: str | os.PathLike | None = None, test_size: int | None = None,
-          seed: int = 0, question_field: str = "question", answer_field: str = "answer",
-          demonstration_field: str | None = None, reward: str | Reward = "exact", timeout: float | None = None,
-          workers: int | None = None, **reward_options: Any) -> Task:
+def jsonl(
+    path: str | os.PathLike,
+    test_path: str | os.PathLike | None = None,
+    test_size: int | None = None,
+    seed: int = 0,
+    question_field: str = "question",
+    answer_field: str = "answer",
+    demonstration_field: str | None = None,
+    reward: str | Reward = "exact",
+    timeout: float | None = None,
+    workers: int | None = None,
+    **reward_options: Any,
+) -> Task:
     """A task from a file with one JSON object a line: ``jsonl("train.jsonl", "test.jsonl", reward="numeric")``.
 
     Training items whose question occurs in the test set are removed; the report says how many.
@@ -72,8 +82,9 @@ def jsonl(path: str | os.PathLike, test_path: str | os.PathLike | None = None, t
     return Task(f"jsonl/{Path(path).name}", train, test, score, demonstrate if writable else None, report)
 
 
-def _read(path: str | os.PathLike, fields: list[str], reward: str | Reward,
-          options: Mapping[str, Any]) -> list[Example]:
+def _read(
+    path: str | os.PathLike, fields: list[str], reward: str | Reward, options: Mapping[str, Any]
+) -> list[Example]:
     """The examples of a file; ``fields`` are question, answer and, if asked for, demonstration. Skips blank lines."""
     examples = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
@@ -82,7 +93,7 @@ def _read(path: str | os.PathLike, fields: list[str], reward: str | Reward,
         where = f"{path}, line {number}"
         try:
             record = json.loads(line)
-        except ValueError as error:              # not JSON, or not UTF-8
+        except ValueError as error:  # not JSON, or not UTF-8
             raise ValueError(f"{where}: not JSON: {error}") from error
         if not isinstance(record, dict):
             raise ValueError(f"{where}: a JSON object is expected, found {type(record).__name__}")
@@ -91,8 +102,10 @@ def _read(path: str | os.PathLike, fields: list[str], reward: str | Reward,
                 raise ValueError(f"{where}: field {field!r} is missing: {unknown('field', field, record)}")
             value, allowed = record[field], (str, int, float) if position == 1 else (str,)
             if not isinstance(value, allowed) or isinstance(value, bool) or value == "":
-                raise ValueError(f"{where}: field {field!r} must be a string{' or a number' * (position == 1)}, not "
-                                 f"empty, found {value!r}")
+                raise ValueError(
+                    f"{where}: field {field!r} must be a string{' or a number' * (position == 1)}, not "
+                    f"empty, found {value!r}"
+                )
         question, answer = record[fields[0]], str(record[fields[1]])
         try:
             check_answer(reward, answer, **options)
@@ -104,8 +117,9 @@ def _read(path: str | os.PathLike, fields: list[str], reward: str | Reward,
     return examples
 
 
-def _hold_out(examples: list[Example], size: int, seed: int,
-              path: str | os.PathLike) -> tuple[list[Example], list[Example]]:
+def _hold_out(
+    examples: list[Example], size: int, seed: int, path: str | os.PathLike
+) -> tuple[list[Example], list[Example]]:
     """``size`` distinct questions drawn for testing (their first occurrences), and all else, later occurrences too."""
     first: dict[str, Example] = {}
     for example in examples:

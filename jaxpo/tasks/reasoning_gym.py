@@ -1,4 +1,5 @@
 """Procedural tasks of the reasoning_gym library, with its verifiers."""
+
 import dataclasses
 import functools
 import inspect
@@ -18,18 +19,37 @@ REFUSED = {
 }
 # Verifiers that evaluate the completion (eval, sympy, Fraction("1e999999999")): they can hang, so they run in worker
 # processes.
-EVALUATES = frozenset({"binary_matrix", "coin_flip", "countdown", "intermediate_integration", "n_queens",
-                       "polynomial_multiplication", "simple_integration", "spiral_matrix", "string_insertion"})
+EVALUATES = frozenset(
+    {
+        "binary_matrix",
+        "coin_flip",
+        "countdown",
+        "intermediate_integration",
+        "n_queens",
+        "polynomial_multiplication",
+        "simple_integration",
+        "spiral_matrix",
+        "string_insertion",
+    }
+)
 
 # An item's seed is `seed + index`. Every run seed owns a block of consecutive item seeds, half for testing, half for
 # training.
 HALF = 1_000_000
-SEEDS = 2**32 // (2 * HALF)       # some datasets seed numpy, which takes 32 bits
+SEEDS = 2**32 // (2 * HALF)  # some datasets seed numpy, which takes 32 bits
 
 
-def reasoning_gym(dataset: str, train_size: int, test_size: int, seed: int, partial_credit: bool = False,
-                  extract: str = "text", timeout: float | None = None, workers: int | None = None,
-                  **dataset_config: Any) -> Task:
+def reasoning_gym(
+    dataset: str,
+    train_size: int,
+    test_size: int,
+    seed: int,
+    partial_credit: bool = False,
+    extract: str = "text",
+    timeout: float | None = None,
+    workers: int | None = None,
+    **dataset_config: Any,
+) -> Task:
     """A task from a dataset of reasoning_gym: ``reasoning_gym("spell_backward", 4000, 200, seed=0, max_word_len=6)``.
 
     The test set is made first. Training items whose question occurs in it are removed, so ``train`` may be shorter than
@@ -64,8 +84,13 @@ def reasoning_gym(dataset: str, train_size: int, test_size: int, seed: int, part
         return [Example(i, e["question"], e["answer"], e) for i, e in enumerate(source)]
 
     config = pickle.dumps(dataset_config)
-    verify = runner(functools.partial(_verify, dataset, config, extract), isolate=dataset in EVALUATES, timeout=timeout,
-                    workers=workers, prepare=functools.partial(_source, dataset, config))
+    verify = runner(
+        functools.partial(_verify, dataset, config, extract),
+        isolate=dataset in EVALUATES,
+        timeout=timeout,
+        workers=workers,
+        prepare=functools.partial(_source, dataset, config),
+    )
     test = items(test_size, 2 * HALF * seed)
     train, test, report = split(items(train_size, 2 * HALF * seed + HALF), test)
 
@@ -76,8 +101,9 @@ def reasoning_gym(dataset: str, train_size: int, test_size: int, seed: int, part
     return Task(f"reasoning_gym/{dataset}", train, test, score, _demonstrator(dataset, extract), report)
 
 
-def _check(dataset: str, train_size: int, test_size: int, seed: int, config: dict[str, Any],
-           datasets: dict[str, tuple]) -> None:
+def _check(
+    dataset: str, train_size: int, test_size: int, seed: int, config: dict[str, Any], datasets: dict[str, tuple]
+) -> None:
     if dataset not in datasets:
         raise ValueError(unknown("reasoning_gym dataset", dataset, datasets))
     if dataset in REFUSED:
@@ -107,6 +133,7 @@ def _verify(dataset: str, config: bytes, extract: str, entry: dict[str, Any], co
 def _source(dataset: str, config: bytes) -> Any:
     """The dataset that verifies. Made from its name where it is needed, because some datasets cannot be pickled."""
     from reasoning_gym.factory import create_dataset
+
     return create_dataset(dataset, size=1, seed=0, **pickle.loads(config))
 
 

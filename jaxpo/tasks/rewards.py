@@ -5,6 +5,7 @@ Each first takes the answer out of the completion (``extract``):
 ``<answer>...</answer>``.
 A completion in which there is nothing to take is wrong (0). An exception means that the pair could not be judged.
 """
+
 import functools
 import importlib
 import importlib.util
@@ -19,8 +20,10 @@ from jaxpo.tasks.base import locate
 
 Reward = Callable[[str, str], float]
 
-_NUMBER = re.compile(r"(?<![\d.])[-+]?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+|(?=\.\d))(?:\.\d+)?"     # -1,234.5
-                     r"(?:[eE][-+]?\d{1,3}(?!\d))?(?:/\d+)?")                                      # e-3, /4
+_NUMBER = re.compile(
+    r"(?<![\d.])[-+]?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+|(?=\.\d))(?:\.\d+)?"  # -1,234.5
+    r"(?:[eE][-+]?\d{1,3}(?!\d))?(?:/\d+)?"
+)  # e-3, /4
 _ANSWER_TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 
 
@@ -48,7 +51,11 @@ def answer_tag(text: str) -> str | None:
 
 
 EXTRACT: dict[str, Callable[[str], str | None]] = {
-    "text": str.strip, "last_number": last_number, "boxed": boxed, "answer_tag": answer_tag}
+    "text": str.strip,
+    "last_number": last_number,
+    "boxed": boxed,
+    "answer_tag": answer_tag,
+}
 _PRESENT = {"text": "{}", "last_number": "{}", "boxed": r"\boxed{{{}}}", "answer_tag": "<answer>{}</answer>"}
 
 
@@ -114,7 +121,8 @@ def mathematical(completion: str, answer: str, *, extract: str = "text") -> floa
       ValueError: nothing in the answer can be read as mathematics.
     """
     from math_verify import parse, verify
-    logging.getLogger("math_verify").setLevel(logging.ERROR)          # it warns that its time-outs are off
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time-outs are off
     read = functools.partial(parse, parsing_timeout=None, raise_on_error=True)
     found = extract_answer(completion, extract)
     if found is None:
@@ -136,7 +144,7 @@ def _delimited(expression: str) -> str:
 
 def _number(text: str) -> Fraction | None:
     found = last_number(text)
-    if found is None or len(found) > 1000:          # int() refuses longer ones
+    if found is None or len(found) > 1000:  # int() refuses longer ones
         return None
     numerator, _, denominator = found.replace(",", "").partition("/")
     if denominator and not int(denominator):
@@ -152,7 +160,7 @@ def _check_number(answer: str) -> Fraction:
 
 
 REWARDS: dict[str, Callable[..., float]] = {"exact": exact, "numeric": numeric, "regex": regex, "math": mathematical}
-MAY_HANG = frozenset({"regex", "math"})     # backtracking, symbolic algebra: run in worker processes with a time limit
+MAY_HANG = frozenset({"regex", "math"})  # backtracking, symbolic algebra: run in worker processes with a time limit
 
 
 def make_reward(reward: str | Reward, **options: object) -> Reward:

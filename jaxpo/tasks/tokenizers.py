@@ -2,6 +2,7 @@
 
 Which positions count is never read off token ids: the pad id may well be the end-of-sequence id.
 """
+
 import json
 import re
 import string
@@ -20,6 +21,7 @@ class Tokenizer(Protocol):
       pad_id: fills unused positions; may equal an end-of-sequence id.
       eos_ids: any of these ends a completion; the first one ends a demonstration.
     """
+
     vocab_size: int
     pad_id: int
     eos_ids: tuple[int, ...]
@@ -54,8 +56,9 @@ class _Symbols:
         try:
             return [self._ids[c] for c in text]
         except KeyError as error:
-            raise ValueError(f"character {error.args[0]!r} of {text[:80]!r} is not in the alphabet "
-                             f"{''.join(self._ids)!r}") from None
+            raise ValueError(
+                f"character {error.args[0]!r} of {text[:80]!r} is not in the alphabet {''.join(self._ids)!r}"
+            ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """The characters of the ids, special ones left out; ``ValueError`` names an id outside the vocabulary."""
@@ -128,6 +131,7 @@ class PretrainedTokenizer:
         path = tokenizer if isinstance(tokenizer, (str, Path)) else None
         if path is not None:
             from transformers import AutoTokenizer
+
             tokenizer = AutoTokenizer.from_pretrained(path)
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(f"a fast tokenizer of transformers is needed, got {type(tokenizer).__name__}")
@@ -158,7 +162,7 @@ class PretrainedTokenizer:
         spec = json.loads(self._tokenizer.backend_tokenizer.to_str())
         to_bytes = _byte_reader(spec)
         table = [b""] * self.vocab_size
-        added = {t["id"]: t["content"] for t in spec["added_tokens"]}       # in plain text, not in the model's alphabet
+        added = {t["id"]: t["content"] for t in spec["added_tokens"]}  # in plain text, not in the model's alphabet
         for token, i in self._tokenizer.get_vocab().items():
             if i not in self._special:
                 table[i] = added[i].encode() if i in added else to_bytes(token)
@@ -166,8 +170,9 @@ class PretrainedTokenizer:
 
     def render(self, question: str) -> str:
         if self.chat_template:
-            return self._tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
-                                                       add_generation_prompt=True)
+            return self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+            )
         bos = self._tokenizer.bos_token_id
         prefix = self._tokenizer.bos_token if bos is not None and self._tokenizer.encode("a")[0] == bos else ""
         return f"{prefix}{question}\n"
@@ -178,8 +183,14 @@ class PretrainedTokenizer:
         names = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")
         options = {name: getattr(t, name) for name in names if getattr(t, name) is not None}
         extra = [s for s in t.all_special_tokens if s not in options.values()]
-        return {"kind": "pretrained", "tokenizer": t.backend_tokenizer.to_str(), "options": options, "special": extra,
-                "chat_template": self.chat_template, "eos": [t.convert_ids_to_tokens(i) for i in self.eos_ids]}
+        return {
+            "kind": "pretrained",
+            "tokenizer": t.backend_tokenizer.to_str(),
+            "options": options,
+            "special": extra,
+            "chat_template": self.chat_template,
+            "eos": [t.convert_ids_to_tokens(i) for i in self.eos_ids],
+        }
 
 
 def from_json(spec: Mapping[str, Any]) -> Tokenizer:
@@ -197,8 +208,12 @@ def from_json(spec: Mapping[str, Any]) -> Tokenizer:
 def _pretrained_from_json(spec: Mapping[str, Any]) -> PretrainedTokenizer:
     from tokenizers import Tokenizer as Backend
     from transformers import PreTrainedTokenizerFast
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Backend.from_str(spec["tokenizer"]), **spec["options"],
-                                        additional_special_tokens=spec["special"])
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Backend.from_str(spec["tokenizer"]),
+        **spec["options"],
+        additional_special_tokens=spec["special"],
+    )
     return PretrainedTokenizer(tokenizer, spec["chat_template"], spec["eos"])
 
 
@@ -220,8 +235,10 @@ def _byte_reader(spec: Mapping[str, Any]) -> Callable[[str], bytes]:
         return lambda token: bytes(table[c] for c in token)
     if steps & {"Metaspace", "Replace", "ByteFallback"}:
         return _sentencepiece_bytes
-    raise ValueError("token_bytes knows byte-level and SentencePiece vocabularies; this tokenizer decodes by "
-                     f"{sorted(steps) or 'nothing'}")
+    raise ValueError(
+        "token_bytes knows byte-level and SentencePiece vocabularies; this tokenizer decodes by "
+        f"{sorted(steps) or 'nothing'}"
+    )
 
 
 def _sentencepiece_bytes(token: str) -> bytes:

@@ -3,6 +3,7 @@
 Prompts, targets and rewards are jax arrays, so whole training runs can be scanned and vmapped; ``toy`` offers the same
 task to the ordinary loop, with the same rewards.
 """
+
 import random
 import sys
 from collections.abc import Sequence
@@ -24,13 +25,14 @@ class ReverseDigits:
       base: digits are in [0, base).
       partial_credit: pay the share of right positions instead of 1 for all of them and 0 for less.
     """
+
     digits: int = 3
     base: int = 10
     partial_credit: bool = False
 
     def __post_init__(self):
         check_sizes(digits=self.digits)
-        IntegerTokenizer(self.base)          # refuses a base that is out of range
+        IntegerTokenizer(self.base)  # refuses a base that is out of range
 
     @property
     def tokenizer(self) -> IntegerTokenizer:
@@ -43,8 +45,8 @@ class ReverseDigits:
 
     def targets(self, prompt_tokens: jax.Array) -> jax.Array:
         """The right completions [B, digits + 1], end of sequence included. Prompts may be padded on the left."""
-        answer = prompt_tokens[:, -2:-2 - self.digits:-1]
-        return jnp.pad(answer, ((0, 0), (0, 1)))         # the end of sequence is token 0
+        answer = prompt_tokens[:, -2 : -2 - self.digits : -1]
+        return jnp.pad(answer, ((0, 0), (0, 1)))  # the end of sequence is token 0
 
     def reward(self, prompt_tokens: jax.Array, completion: jax.Array, mask: jax.Array) -> jax.Array:
         """The reward [B], float32, of completions.
@@ -61,7 +63,7 @@ class ReverseDigits:
             raise ValueError(f"{completion.shape[1]} completion tokens cannot hold {self.digits} digits and the end")
         written = (mask > 0) & (completion != 0)
         answer = self.targets(prompt_tokens)[:, :-1]
-        right = jnp.sum(written[:, :self.digits] & (completion[:, :self.digits] == answer), axis=1)
+        right = jnp.sum(written[:, : self.digits] & (completion[:, : self.digits] == answer), axis=1)
         # Writing more than the answer dilutes it: there is no credit in padding.
         share = right / jnp.maximum(self.digits, jnp.sum(written, axis=1))
         return (share if self.partial_credit else share == 1).astype(jnp.float32)
@@ -73,8 +75,9 @@ class ReverseDigits:
         return share if self.partial_credit else float(share == 1)
 
 
-def toy(train_size: int, test_size: int, seed: int, digits: int = 3, base: int = 10,
-        partial_credit: bool = False) -> Task:
+def toy(
+    train_size: int, test_size: int, seed: int, digits: int = 3, base: int = 10, partial_credit: bool = False
+) -> Task:
     """``ReverseDigits`` as a task for the ordinary loop; its tokenizer is ``IntegerTokenizer(base)``.
 
     Questions are strings of digits, answers the reversed strings. Test questions are distinct; training items are drawn

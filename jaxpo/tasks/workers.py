@@ -7,6 +7,7 @@ main module, and jax with it, into each of them.
 
 This file is also the program that a worker runs; it imports the standard library only.
 """
+
 import functools
 import os
 import pickle
@@ -23,12 +24,13 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
-TIMEOUT = 5.0           # seconds for one item, unless the caller says otherwise
-STARTUP = 120.0         # seconds for a worker to import what it needs, on a machine that may be busy
+TIMEOUT = 5.0  # seconds for one item, unless the caller says otherwise
+STARTUP = 120.0  # seconds for a worker to import what it needs, on a machine that may be busy
 
 
 class Outcome(NamedTuple):
     """What a call came to: its value, or the reason why there is none."""
+
     value: Any
     error: str | None
 
@@ -41,13 +43,23 @@ def attempt(function: Callable, call: Sequence[Any]) -> Outcome:
         return Outcome(None, _describe(error))
 
 
-def runner(function: Callable, *, isolate: bool, timeout: float | None = None, workers: int | None = None,
-           prepare: Callable[[], Any] | None = None) -> Callable[[Sequence[tuple]], list[Outcome]]:
+def runner(
+    function: Callable,
+    *,
+    isolate: bool,
+    timeout: float | None = None,
+    workers: int | None = None,
+    prepare: Callable[[], Any] | None = None,
+) -> Callable[[Sequence[tuple]], list[Outcome]]:
     """How a verifier is run: in worker processes if it may hang (``isolate``) or if a time limit or number is given."""
     if not isolate and timeout is None and workers is None:
         return lambda calls: [attempt(function, call) for call in calls]
-    return WorkerPool(function, workers=default_workers() if workers is None else workers,
-                      timeout=TIMEOUT if timeout is None else timeout, prepare=prepare).map
+    return WorkerPool(
+        function,
+        workers=default_workers() if workers is None else workers,
+        timeout=TIMEOUT if timeout is None else timeout,
+        prepare=prepare,
+    ).map
 
 
 def default_workers() -> int:
@@ -59,8 +71,8 @@ def default_workers() -> int:
 class _Worker:
     process: subprocess.Popen
     pipe: Connection
-    ready: bool = False             # its imports are done
-    item: int | None = None         # what it works on
+    ready: bool = False  # its imports are done
+    item: int | None = None  # what it works on
     deadline: float = float("inf")
 
 
@@ -82,8 +94,14 @@ class WorkerPool:
       ValueError: a function cannot be sent to another process, or a number is not positive.
     """
 
-    def __init__(self, function: Callable, *, workers: int = 2, timeout: float = TIMEOUT,
-                 prepare: Callable[[], Any] | None = None):
+    def __init__(
+        self,
+        function: Callable,
+        *,
+        workers: int = 2,
+        timeout: float = TIMEOUT,
+        prepare: Callable[[], Any] | None = None,
+    ):
         if not isinstance(workers, int) or workers < 1:
             raise ValueError(f"workers must be a positive integer, got {workers!r}")
         if not timeout > 0:
@@ -92,7 +110,7 @@ class WorkerPool:
         self._count, self._timeout = workers, float(timeout)
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()
-        self._finalizer = weakref.finalize(self, _end, self._workers)     # also runs when the interpreter exits
+        self._finalizer = weakref.finalize(self, _end, self._workers)  # also runs when the interpreter exits
 
     def map(self, calls: Sequence[tuple]) -> list[Outcome]:
         """The outcome of ``function(*call)`` for every call, in order.
@@ -103,7 +121,7 @@ class WorkerPool:
         with self._lock:
             try:
                 return self._map(list(calls))
-            except BaseException:           # replies still on their way would be taken for those of the next map
+            except BaseException:  # replies still on their way would be taken for those of the next map
                 _end(self._workers)
                 raise
 
@@ -146,9 +164,13 @@ class WorkerPool:
         # of its own: Ctrl-C and a SIGTERM to the group reach the main process only. A verifier that does import jax
         # must not take the TPU.
         process = subprocess.Popen(
-            [sys.executable, "-P", "-W", "ignore", __file__, str(theirs.fileno())], stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True,
-            env={**os.environ, "JAX_PLATFORMS": "cpu"})
+            [sys.executable, "-P", "-W", "ignore", __file__, str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        )
         theirs.close()
         pipe.send((list(sys.path), *self._payload, self._timeout))
         return _Worker(process, pipe, deadline=time.monotonic() + STARTUP)
@@ -156,7 +178,7 @@ class WorkerPool:
     def _give(self, worker: _Worker, waiting: deque[int], calls: list[tuple]) -> None:
         try:
             worker.pipe.send(calls[waiting[0]])
-        except OSError:                      # it died while idle (the machine ran out of memory, say): nothing is lost
+        except OSError:  # it died while idle (the machine ran out of memory, say): nothing is lost
             self._drop(worker)
             return
         worker.item, worker.deadline = waiting.popleft(), time.monotonic() + self._timeout
@@ -234,7 +256,7 @@ def _serve(pipe: Connection) -> None:
         signal.setitimer(signal.ITIMER_REAL, 2 * timeout + 1)
         try:
             reply = (function(*pickle.loads(call)), None)
-        except BaseException as error:      # exit() in an evaluated text, math-verify's own time-out
+        except BaseException as error:  # exit() in an evaluated text, math-verify's own time-out
             reply = (None, _describe(error))
         signal.setitimer(signal.ITIMER_REAL, 0)
         try:

@@ -6,6 +6,7 @@ Orbax alone takes an empty directory for a checkpoint and casts dtypes without a
 
 With several processes (``jax.distributed``) all of them have to make every call.
 """
+
 import json
 import logging
 import math
@@ -22,9 +23,9 @@ from jax.experimental import multihost_utils
 from jaxpo.registry import unknown
 
 Tree = Any
-_SCALARS = {kind.__name__: kind for kind in (bool, int, float, str)}   # leaves that live in the manifest itself
-_TMP, _DELETED = ".orbax-checkpoint-tmp", ".deleted"                   # endings of directories that are no checkpoints
-_KEY = "key "                                                          # dtype of a typed key: this and its kind
+_SCALARS = {kind.__name__: kind for kind in (bool, int, float, str)}  # leaves that live in the manifest itself
+_TMP, _DELETED = ".orbax-checkpoint-tmp", ".deleted"  # endings of directories that are no checkpoints
+_KEY = "key "  # dtype of a typed key: this and its kind
 
 # Orbax logs dozens of lines a save through absl's logger; its warnings and errors still come through.
 logging.getLogger("absl").addFilter(lambda line: line.levelno >= logging.WARNING or "/orbax/" not in line.pathname)
@@ -68,8 +69,10 @@ class Checkpoints:
         """
         self.wait()
         if (latest := self.latest()) is not None and step < latest:
-            raise ValueError(f"step: {step} comes before the latest checkpoint, {latest}, in {self.directory}; "
-                             f"call discard_after({step}) if the run has gone back")
+            raise ValueError(
+                f"step: {step} comes before the latest checkpoint, {latest}, in {self.directory}; "
+                f"call discard_after({step}) if the run has gone back"
+            )
         leaves, arrays = {}, {}
         for path, leaf in _named_leaves(tree).values():
             name = _name(path)
@@ -82,18 +85,18 @@ class Checkpoints:
         except TypeError as error:
             raise TypeError(f"position: {error}; it has to be JSON-able") from None
         items = {"manifest": ocp.args.JsonSave(manifest)}
-        if arrays:                                                        # orbax refuses an empty item
+        if arrays:  # orbax refuses an empty item
             items["arrays"] = ocp.args.PyTreeSave(arrays)
-        self._delete(self.directory / str(step))                          # a torn one, or one to be replaced
-        multihost_utils.sync_global_devices(f"checkpoint {step}")         # no process starts before that is done
+        self._delete(self.directory / str(step))  # a torn one, or one to be replaced
+        multihost_utils.sync_global_devices(f"checkpoint {step}")  # no process starts before that is done
         self._orbax.save(self.directory / str(step), args=ocp.args.Composite(**items))
 
     def wait(self) -> None:
         """Return once nothing is being written any more; errors of the background save are raised here."""
         self._orbax.wait_until_finished()
-        for step in self.steps()[:-self.keep]:
+        for step in self.steps()[: -self.keep]:
             self._delete(self.directory / str(step))
-        for left in self.directory.iterdir():                             # of a killed process: nothing is under way
+        for left in self.directory.iterdir():  # of a killed process: nothing is under way
             if left.name.endswith((_TMP, _DELETED)):
                 self._delete(left)
 
@@ -180,8 +183,9 @@ def restore_params(directory: str, step: int | None = None, *, name: str = "para
 
 # ---- leaves: names, descriptions, and what orbax can hold
 
+
 def _key(entry: Any) -> str | int:
-    for attribute in ("key", "idx", "name"):                              # DictKey, SequenceKey, GetAttrKey
+    for attribute in ("key", "idx", "name"):  # DictKey, SequenceKey, GetAttrKey
         if hasattr(entry, attribute):
             key = getattr(entry, attribute)
             return key if isinstance(key, int) else str(key)
@@ -209,7 +213,7 @@ def _is_key(x: Any) -> bool:
 def _dtype_name(x: Any) -> str:
     if not _is_key(x):
         return str(x.dtype)
-    names: list[str] = []                                                 # key_impl takes arrays only: trace it
+    names: list[str] = []  # key_impl takes arrays only: trace it
     jax.eval_shape(lambda key: names.append(str(jax.random.key_impl(key))), jax.ShapeDtypeStruct(x.shape, x.dtype))
     return _KEY + names[0]
 
@@ -219,8 +223,10 @@ def _describe(name: str, leaf: Any) -> dict[str, Any]:
     if type(leaf) in _SCALARS.values():
         return {"shape": [], "dtype": f"python {type(leaf).__name__}", "value": leaf}
     if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape") or leaf.dtype == object:
-        raise TypeError(f"{name}: a leaf of type {type(leaf).__name__} cannot be saved; "
-                        f"arrays, PRNG keys and {', '.join(_SCALARS)} can")
+        raise TypeError(
+            f"{name}: a leaf of type {type(leaf).__name__} cannot be saved; "
+            f"arrays, PRNG keys and {', '.join(_SCALARS)} can"
+        )
     return {"shape": list(leaf.shape), "dtype": _dtype_name(leaf)}
 
 
@@ -231,7 +237,7 @@ def _is_stored(leaf: Mapping[str, Any]) -> bool:
 
 def _to_orbax(leaf: Any) -> Any:
     if not isinstance(leaf, jax.Array):
-        return np.array(leaf)                                             # a copy: the caller may write into its own
+        return np.array(leaf)  # a copy: the caller may write into its own
     if _is_key(leaf):
         leaf = jax.random.key_data(leaf)
     # What every process has a copy of (an optimizer's step count) is no distributed array to orbax.
@@ -249,6 +255,7 @@ def _template(leaf: Mapping[str, Any]) -> Any:
 
 
 # ---- reading
+
 
 def _is_finished(path: epath.Path) -> bool:
     return (path / "manifest" / "metadata").exists() and ocp.utils.is_checkpoint_finalized(path)
@@ -271,13 +278,17 @@ def _check(path: epath.Path, saved: Mapping[str, Mapping], wanted: Mapping[str, 
             raise ValueError(f"checkpoint {path}: {unknown('leaf', name, set(saved) - set(wanted))}")
     for name in saved:
         if name not in wanted:
-            raise ValueError(f"checkpoint {path} has a leaf that the template lacks: "
-                             f"{unknown('leaf', name, set(wanted) - set(saved))}")
+            raise ValueError(
+                f"checkpoint {path} has a leaf that the template lacks: "
+                f"{unknown('leaf', name, set(wanted) - set(saved))}"
+            )
     for name, leaf in wanted.items():
         for what in ("shape", "dtype"):
             if leaf[what] != saved[name][what]:
-                raise ValueError(f"checkpoint {path}: {name} was saved with {what} {saved[name][what]}, "
-                                 f"the template has {leaf[what]}")
+                raise ValueError(
+                    f"checkpoint {path}: {name} was saved with {what} {saved[name][what]}, "
+                    f"the template has {leaf[what]}"
+                )
 
 
 def _read(orbax: Any, path: epath.Path, saved: Mapping[str, Mapping], wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -286,8 +297,12 @@ def _read(orbax: Any, path: epath.Path, saved: Mapping[str, Mapping], wanted: Ma
     arrays = {}
     if stored:
         how = {name: _restore_args(leaf) for name, leaf in stored.items()}
-        arrays = orbax.restore(path, args=ocp.args.Composite(arrays=ocp.args.PyTreeRestore(
-            item={name: 0 for name in stored}, restore_args=how, partial_restore=True)))["arrays"]
+        arrays = orbax.restore(
+            path,
+            args=ocp.args.Composite(
+                arrays=ocp.args.PyTreeRestore(item={name: 0 for name in stored}, restore_args=how, partial_restore=True)
+            ),
+        )["arrays"]
     return {name: _from_orbax(name, arrays.get(name), leaf, saved[name]) for name, leaf in wanted.items()}
 
 
@@ -309,7 +324,7 @@ def _restore_args(leaf: Any) -> ocp.RestoreArgs:
 def _from_orbax(name: str, value: Any, template: Any, saved: Mapping[str, Any]) -> Any:
     if "value" in saved:
         return saved["value"]
-    if value is None:                                                     # of size zero
+    if value is None:  # of size zero
         value = np.zeros(template.shape, jnp.dtype(saved["dtype"]))
     if not isinstance(template, jax.Array | jax.ShapeDtypeStruct):
         return value[()] if isinstance(template, np.generic) else value

@@ -1,4 +1,5 @@
 """jit that counts: a run compiles each function a bounded number of times, and says so when it compiles one again."""
+
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,15 @@ class Compiled:
       seconds: spent in calls that traced, i.e. tracing and compiling.
     """
 
-    def __init__(self, name: str, f: Callable[..., Any], *, report: Callable[[str], None] = print, expected: int = 1, **options: Any):
+    def __init__(
+        self,
+        name: str,
+        f: Callable[..., Any],
+        *,
+        report: Callable[[str], None] = print,
+        expected: int = 1,
+        **options: Any,
+    ):
         self.name, self.traces, self.seconds, self._report, self._expected = name, 0, 0.0, report, expected
 
         def traced(*args: Any, **kwargs: Any) -> Any:
@@ -29,7 +38,11 @@ class Compiled:
         if self.traces > before:
             seconds = time.perf_counter() - start
             self.seconds += seconds
-            again = "" if self.traces <= self._expected else f" AGAIN ({self.traces} times now, {self._expected} expected): {shapes(args)}"
+            again = (
+                ""
+                if self.traces <= self._expected
+                else f" AGAIN ({self.traces} times now, {self._expected} expected): {shapes(args)}"
+            )
             self._report(f"compiled {self.name} in {seconds:.1f} s{again}")
         return out
 

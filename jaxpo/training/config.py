@@ -1,9 +1,12 @@
-"""The run's configuration: its fields and defaults, how names fill in their own fields, and every check that needs no compilation.
+"""The run's configuration: its fields and defaults, how names fill in their own fields, and every check that needs no
+compilation.
 
-A config file has ``get_config()``; it starts from `default` and sets what differs. Blocks with a ``name`` (objective, task, optimizer, schedule,
+A config file has ``get_config()``; it starts from `default` and sets what differs. Blocks with a ``name`` (objective,
+task, optimizer, schedule,
 tokenizer) hold the arguments of what they name: `fill` adds their defaults *before* flags are parsed, so that
 ``--config.objective.name=dapo --config.objective.eps_high=0.3`` works and a misspelt field fails with the nearest one.
 """
+
 import dataclasses
 import importlib.util
 import inspect
@@ -35,10 +38,14 @@ def tokenizer_arguments(name: str) -> Mapping[str, inspect.Parameter]:
     if name == "characters":
         return {}
     if name == "pretrained":
+
         def pretrained(path: str, chat_template: bool = True): ...
+
         return inspect.signature(pretrained).parameters
     if name == "integers":
+
         def integers(base: int = 10): ...
+
         return inspect.signature(integers).parameters
     raise ValueError(unknown("tokenizer", name, ("characters", "integers", "pretrained")))
 
@@ -53,53 +60,87 @@ NAMED = {
     "warm_start.optimizer": optimizer_arguments,
     "warm_start.optimizer.schedule": schedule_arguments,
 }
-OWN = {"optimizer": ("learning_rate", "clip_norm", "schedule"), "warm_start.optimizer": ("learning_rate", "clip_norm", "schedule")}
+OWN = {
+    "optimizer": ("learning_rate", "clip_norm", "schedule"),
+    "warm_start.optimizer": ("learning_rate", "clip_norm", "schedule"),
+}
 
 
 def _optimizer(learning_rate: float) -> ConfigDict:
-    return ConfigDict(dict(name="adamw", learning_rate=learning_rate, clip_norm=config_dict.placeholder(float),
-                           schedule=dict(name="constant", warmup_steps=0)))
+    return ConfigDict(
+        dict(
+            name="adamw",
+            learning_rate=learning_rate,
+            clip_norm=config_dict.placeholder(float),
+            schedule=dict(name="constant", warmup_steps=0),
+        )
+    )
 
 
 def default() -> ConfigDict:
-    """Every field of a run, with its default. Units: steps are iterations (one rollout batch each) unless said otherwise."""
+    """Every field of a run, with its default. Units: steps are iterations (one rollout batch each) unless said
+    otherwise."""
     optional = config_dict.placeholder
-    policy = {f.name: optional(int) if f.default is None else f.default for f in dataclasses.fields(TransformerConfig)
-              if f.name != "vocab_size"}
-    return ConfigDict(dict(
-        seed=0,                       # of parameters, prompt order and sampling; the task has its own
-        steps=100,                    # iterations of reinforcement learning
-        task=dict(name="toy"),
-        tokenizer=dict(name="characters"),
-        policy=policy,
-        init_from=optional(str),      # run directory whose last checkpoint the parameters come from
-        objective=dict(name="grpo"),
-        optimizer=_optimizer(1e-4),
-        rollout=dict(prompts=32,      # prompts per iteration
-                     responses=8,     # completions of each
-                     prompt_width=optional(int)),  # None = the longest prompt; longer ones are dropped and counted
-        sampling=dict(max_new_tokens=32, temperature=1.0, top_k=optional(int), top_p=optional(float), min_p=optional(float), stop=()),
-        training=dict(epochs=1,         # passes over a rollout batch
-                    minibatches=1,    # optimizer steps per pass
-                    microbatches=1),  # slices per optimizer step: memory only, the result is the same
-        policy_temperature=1.0,       # at which the trainer scores
-        warm_start=dict(steps=0,      # optimizer steps of supervised training before; 0 = none
-                        batch=128,    # demonstrations per step
-                        drop_last=0.0,  # share of demonstrations that lose their last character (an imperfect demonstrator)
-                        optimizer=_optimizer(1e-3)),
-        evaluation=dict(every=20,     # iterations; the first and the last are always evaluated
-                        prompts=256,  # test prompts at most
-                        pass_at=(1, 4, 8),  # k of pass@k before and after; () = none
-                        samples=8),   # completions per prompt for pass@k
-        checkpoint=dict(every=50, keep=2),
-        mesh=dict(data=-1, fsdp=1, tensor=1),
-        dynamic_sampling=dict(max_batches=10),  # generation batches at most, for objectives whose protocol refills
-        logging=dict(tensorboard=False, wandb_project=optional(str), samples=8, plot_seconds=20.0),
-        nonfinite_patience=5,         # consecutive skipped steps before the run stops
-        compilation_cache=optional(str)))  # folder; None = the user's cache folder
+    policy = {
+        f.name: optional(int) if f.default is None else f.default
+        for f in dataclasses.fields(TransformerConfig)
+        if f.name != "vocab_size"
+    }
+    return ConfigDict(
+        dict(
+            seed=0,  # of parameters, prompt order and sampling; the task has its own
+            steps=100,  # iterations of reinforcement learning
+            task=dict(name="toy"),
+            tokenizer=dict(name="characters"),
+            policy=policy,
+            init_from=optional(str),  # run directory whose last checkpoint the parameters come from
+            objective=dict(name="grpo"),
+            optimizer=_optimizer(1e-4),
+            rollout=dict(
+                prompts=32,  # prompts per iteration
+                responses=8,  # completions of each
+                prompt_width=optional(int),
+            ),  # None = the longest prompt; longer ones are dropped and counted
+            sampling=dict(
+                max_new_tokens=32,
+                temperature=1.0,
+                top_k=optional(int),
+                top_p=optional(float),
+                min_p=optional(float),
+                stop=(),
+            ),
+            training=dict(
+                epochs=1,  # passes over a rollout batch
+                minibatches=1,  # optimizer steps per pass
+                microbatches=1,
+            ),  # slices per optimizer step: memory only, the result is the same
+            policy_temperature=1.0,  # at which the trainer scores
+            warm_start=dict(
+                steps=0,  # optimizer steps of supervised training before; 0 = none
+                batch=128,  # demonstrations per step
+                microbatches=1,  # slices per step: memory only
+                drop_last=0.0,  # share of demonstrations that lose their last character (an imperfect demonstrator)
+                optimizer=_optimizer(1e-3),
+            ),
+            evaluation=dict(
+                every=20,  # iterations; the first and the last are always evaluated
+                prompts=256,  # test prompts at most
+                pass_at=(1, 4, 8),  # k of pass@k before and after; () = none
+                samples=8,
+            ),  # completions per prompt for pass@k
+            checkpoint=dict(every=50, keep=2),
+            mesh=dict(data=-1, fsdp=1, tensor=1),
+            dynamic_sampling=dict(max_batches=10),  # generation batches at most, for objectives whose protocol refills
+            logging=dict(tensorboard=False, wandb_project=optional(str), samples=8, plot_seconds=20.0),
+            nonfinite_patience=5,  # consecutive skipped steps before the run stops
+            compilation_cache=optional(str),
+        )
+    )  # folder; None = the user's cache folder
 
 
-# ---- filling and flags ------------------------------------------------------------------------------------------------
+# ---- filling and flags
+# ------------------------------------------------------------------------------------------------
+
 
 def _block(config: ConfigDict, path: str) -> ConfigDict:
     for part in path.split("."):
@@ -111,7 +152,11 @@ def _value(parameter: inspect.Parameter) -> Any:
     """The default as a config value: None keeps its type, so that a flag can give it a number."""
     if parameter.default is not None and parameter.default is not EMPTY:
         return parameter.default
-    options = typing.get_args(parameter.annotation) if isinstance(parameter.annotation, types.UnionType) else (parameter.annotation,)
+    options = (
+        typing.get_args(parameter.annotation)
+        if isinstance(parameter.annotation, types.UnionType)
+        else (parameter.annotation,)
+    )
     kinds = [k for k in options if k in (bool, int, float, str)]
     return config_dict.placeholder(kinds[0] if kinds else object)
 
@@ -119,7 +164,8 @@ def _value(parameter: inspect.Parameter) -> Any:
 def fill(config: ConfigDict) -> ConfigDict:
     """Add to every named block the arguments it lacks, with their defaults.
 
-    Hyperparameters that are a share of the generation budget (``L_const``, ``max_len``, ...) get it from ``sampling.max_new_tokens``.
+    Hyperparameters that are a share of the generation budget (``L_const``, ``max_len``, ...) get it from
+    ``sampling.max_new_tokens``.
 
     Raises:
       ValueError: an unknown name or argument (with the nearest), or a required argument that nothing gives.
@@ -147,13 +193,18 @@ def fill(config: ConfigDict) -> ConfigDict:
 def arguments_of(block: ConfigDict, parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
     """The fields of a block without its name, and without unset fields whose default is not None."""
     out = {k: v for k, v in block.items() if k != "name"}
-    return {k: v.to_dict() if isinstance(v, ConfigDict) else v for k, v in out.items()
-            if v is not None or k not in parameters or parameters[k].default is None}
+    return {
+        k: v.to_dict() if isinstance(v, ConfigDict) else v
+        for k, v in out.items()
+        if v is not None or k not in parameters or parameters[k].default is None
+    }
 
 
 def objective_of(config: ConfigDict) -> Objective:
     """The objective that the config names."""
-    return make(config.objective.name, **arguments_of(config.objective, registry.entry(config.objective.name).parameters))
+    return make(
+        config.objective.name, **arguments_of(config.objective, registry.entry(config.objective.name).parameters)
+    )
 
 
 def read(path: str) -> ConfigDict:
@@ -184,7 +235,9 @@ def _check_paths(config: ConfigDict, overrides: Sequence[str]) -> None:
             here = here.get_ref(part).get() if not isinstance(here[part], ConfigDict) else here[part]
 
 
-def parse(argv: Sequence[str], *, config_required: bool = True, **extra: Any) -> tuple[ConfigDict | None, dict[str, Any]]:
+def parse(
+    argv: Sequence[str], *, config_required: bool = True, **extra: Any
+) -> tuple[ConfigDict | None, dict[str, Any]]:
     """Read ``--config=file.py``, its ``--config.a.b=value`` overrides, and the other flags of an experiment.
 
     Args:
@@ -206,9 +259,11 @@ def parse(argv: Sequence[str], *, config_required: bool = True, **extra: Any) ->
         if not arg.startswith("--"):
             raise ValueError(f"unexpected argument {arg!r}: flags are written --name=value")
         if name.startswith("config."):
-            overrides.append((name[len("config."):], value))
+            overrides.append((name[len("config.") :], value))
         elif name in ("help", "helpfull"):
-            raise SystemExit("\n".join(["flags:", *[f"  --{k}: {v}" for k, v in known.items()], "  --config.FIELD=VALUE: overrides"]))
+            raise SystemExit(
+                "\n".join(["flags:", *[f"  --{k}: {v}" for k, v in known.items()], "  --config.FIELD=VALUE: overrides"])
+            )
         elif name not in known and name.removeprefix("no") not in known:
             raise ValueError(unknown("flag", f"--{name}", [f"--{k}" for k in known]))
         elif name == "config":
@@ -232,7 +287,9 @@ def parse(argv: Sequence[str], *, config_required: bool = True, **extra: Any) ->
     elif config_required or overrides:
         raise ValueError("--config=FILE is required, e.g. --config=configs/quickstart.py")
     for name, (value, text) in extra.items():
-        define = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DEFINE_float}.get(type(value), flags.DEFINE_string)
+        define = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DEFINE_float}.get(
+            type(value), flags.DEFINE_string
+        )
         define(name, value, text, flag_values=values)
     try:
         values(["", *argv])
@@ -241,7 +298,9 @@ def parse(argv: Sequence[str], *, config_required: bool = True, **extra: Any) ->
     return (values["config"].value if config is not None else None), {name: values[name].value for name in extra}
 
 
-# ---- checks -----------------------------------------------------------------------------------------------------------
+# ---- checks
+# -----------------------------------------------------------------------------------------------------------
+
 
 def sampling_of(config: ConfigDict, eos_ids: Sequence[int] = (), stop_table: Any = None) -> SamplingOptions:
     """The validated `SamplingOptions` of a run."""
@@ -255,15 +314,30 @@ def validate(config: ConfigDict, devices: int) -> ConfigDict:
     Raises:
       ValueError: naming the field, its value and what would do.
     """
+
     def positive(*paths: str) -> None:
         for path in paths:
             value = _block(config, path)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"config.{path} must be a whole number of at least 1, not {value!r}")
 
-    positive("rollout.prompts", "rollout.responses", "training.epochs", "training.minibatches", "training.microbatches", "evaluation.every",
-             "evaluation.prompts", "evaluation.samples", "checkpoint.every", "checkpoint.keep", "warm_start.batch", "sampling.max_new_tokens",
-             "nonfinite_patience", "dynamic_sampling.max_batches")
+    positive(
+        "rollout.prompts",
+        "rollout.responses",
+        "training.epochs",
+        "training.minibatches",
+        "training.microbatches",
+        "evaluation.every",
+        "evaluation.prompts",
+        "evaluation.samples",
+        "checkpoint.every",
+        "checkpoint.keep",
+        "warm_start.batch",
+        "warm_start.microbatches",
+        "sampling.max_new_tokens",
+        "nonfinite_patience",
+        "dynamic_sampling.max_batches",
+    )
     for path in ("steps", "warm_start.steps"):
         if _block(config, path) < 0:
             raise ValueError(f"config.{path} must not be negative, not {_block(config, path)}")
@@ -279,8 +353,10 @@ def validate(config: ConfigDict, devices: int) -> ConfigDict:
     if not 0 <= config.warm_start.drop_last <= 1:
         raise ValueError(f"config.warm_start.drop_last is a share in [0, 1], not {config.warm_start.drop_last}")
     if config.evaluation.pass_at and max(config.evaluation.pass_at) > config.evaluation.samples:
-        raise ValueError(f"config.evaluation.pass_at asks for pass@{max(config.evaluation.pass_at)}, which takes at least as many "
-                         f"samples; config.evaluation.samples is {config.evaluation.samples}")
+        raise ValueError(
+            f"config.evaluation.pass_at asks for pass@{max(config.evaluation.pass_at)}, which takes at least as many "
+            f"samples; config.evaluation.samples is {config.evaluation.samples}"
+        )
     return config
 
 
@@ -289,26 +365,42 @@ def _check_division(config: ConfigDict, objective: Objective, devices: int) -> N
     prompts, responses = config.rollout.prompts, config.rollout.responses
     minibatches, microbatches = config.training.minibatches, config.training.microbatches
     if prompts % minibatches:
-        raise ValueError(f"config.training.minibatches {minibatches} does not divide config.rollout.prompts {prompts}: "
-                         f"choose one of {_divisors(prompts)}")
+        raise ValueError(
+            f"config.training.minibatches {minibatches} does not divide config.rollout.prompts {prompts}: "
+            f"choose one of {_divisors(prompts)}"
+        )
     rows = prompts // minibatches * responses
     if rows % microbatches:
-        raise ValueError(f"config.training.microbatches {microbatches} does not divide the {rows} rows of a minibatch "
-                         f"(rollout.prompts / training.minibatches * rollout.responses): choose one of {_divisors(rows)}")
+        raise ValueError(
+            f"config.training.microbatches {microbatches} does not divide the {rows} rows of a minibatch "
+            f"(rollout.prompts / training.minibatches * rollout.responses): choose one of {_divisors(rows)}"
+        )
     if prompts % (data * fsdp):
         raise ValueError(f"config.rollout.prompts {prompts} does not divide over mesh.data * mesh.fsdp = {data * fsdp}")
     if rows // microbatches % (data * fsdp):
-        raise ValueError(f"the {rows // microbatches} rows of a microbatch do not divide over mesh.data * mesh.fsdp = {data * fsdp}: "
-                         "change config.rollout.prompts, config.rollout.responses or config.training.microbatches")
-    if config.warm_start.steps and config.warm_start.batch % (data * fsdp):
-        raise ValueError(f"config.warm_start.batch {config.warm_start.batch} does not divide over mesh.data * mesh.fsdp = {data * fsdp}")
+        raise ValueError(
+            f"the {rows // microbatches} rows of a microbatch do not divide over mesh.data * mesh.fsdp = "
+            f"{data * fsdp}: "
+            "change config.rollout.prompts, config.rollout.responses or config.training.microbatches"
+        )
+    demonstrations, parts = config.warm_start.batch, config.warm_start.microbatches
+    if config.warm_start.steps and demonstrations % (parts * data * fsdp):
+        raise ValueError(
+            f"config.warm_start.batch {demonstrations} does not divide into config.warm_start.microbatches {parts} "
+            f"times mesh.data * mesh.fsdp = {data * fsdp}"
+        )
     if objective.coupling == "group" and prompts // minibatches % microbatches:
-        raise ValueError(f"config.training.microbatches {microbatches} would cut groups that {config.objective.name} must see whole: "
-                         f"choose one of {_divisors(prompts // minibatches)}")
+        raise ValueError(
+            f"config.training.microbatches {microbatches} would cut groups that {config.objective.name} must "
+            "see whole: "
+            f"choose one of {_divisors(prompts // minibatches)}"
+        )
     policy = TransformerConfig(vocab_size=1, **config.policy)
     for field in ("heads", "kv_heads", "mlp_width"):
         if getattr(policy, field) % tensor:
-            raise ValueError(f"config.mesh.tensor {tensor} does not divide config.policy.{field} {getattr(policy, field)}")
+            raise ValueError(
+                f"config.mesh.tensor {tensor} does not divide config.policy.{field} {getattr(policy, field)}"
+            )
     if policy.width % fsdp:
         raise ValueError(f"config.mesh.fsdp {fsdp} does not divide config.policy.width {policy.width}")
 

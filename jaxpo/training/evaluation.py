@@ -1,4 +1,5 @@
 """Accuracy with honest error bars: greedy decoding and unbiased pass@k."""
+
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -7,7 +8,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from jaxpo.batch import Rollouts
+from jaxpo.batch import Rollouts, take
 from jaxpo.policy.transformer import Params
 from jaxpo.rollout import SamplingOptions
 from jaxpo.training.workspace import Prompts, Workspace, shard_count
@@ -16,7 +17,8 @@ Z95 = 1.959963984540054
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """``1 - C(n - c, k) / C(n, k)``: unbiased estimate of the chance that one of k samples is right, from n (arXiv:2107.03374, eq. 1)."""
+    """``1 - C(n - c, k) / C(n, k)``: unbiased estimate of the chance that one of k samples is right, from n
+    (arXiv:2107.03374, eq. 1)."""
     if not 1 <= k <= n:
         raise ValueError(f"pass@{k} needs 1 <= k <= n samples, and there are {n}")
     return 1.0 - math.prod((n - correct - i) / (n - i) for i in range(k))
@@ -36,9 +38,18 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return float(x.mean()), max(0.0, float(x.mean() - half)), min(1.0, float(x.mean() + half))
 
 
-def complete(workspace: Workspace, params: Params, prompts: Prompts, options: SamplingOptions, key: Array, *, responses: int = 1,
-             chunk: int | None = None) -> Iterator[tuple[np.ndarray, Rollouts]]:
-    """Generate for all prompts in chunks of one shape; yields (indices of the chunk's prompts, their rollouts as numpy)."""
+def complete(
+    workspace: Workspace,
+    params: Params,
+    prompts: Prompts,
+    options: SamplingOptions,
+    key: Array,
+    *,
+    responses: int = 1,
+    chunk: int | None = None,
+) -> Iterator[tuple[np.ndarray, Rollouts]]:
+    """Generate for all prompts in chunks of one shape; yields (indices of the chunk's prompts, their rollouts as
+    numpy)."""
     chunk = chunk or min(len(prompts), workspace.config.rollout.prompts * workspace.config.rollout.responses)
     chunk = -(-chunk // shard_count(workspace)) * shard_count(workspace)
     for i, start in enumerate(range(0, len(prompts), chunk)):
@@ -46,39 +57,60 @@ def complete(workspace: Workspace, params: Params, prompts: Prompts, options: Sa
         rows = np.concatenate([real, np.zeros(chunk - len(real), np.int64)])  # the last chunk is filled up, then cut
         arrays = workspace.put((prompts.tokens[rows], prompts.length[rows]))
         out = workspace.generate(params, *arrays, jax.random.fold_in(key, i), options, responses=responses)
-        yield real, jax.tree.map(lambda x, n=len(real): np.asarray(x)[: n * responses], out)
+        kept = np.arange(len(real) * responses)
+        yield real, take(jax.tree.map(np.asarray, out), kept, shared_prompt=responses)
 
 
 def greedy(workspace: Workspace, params: Params, prompts: Prompts) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Greedy accuracy: ``eval/greedy`` with its Wilson interval (``_lo``, ``_hi``), ``eval/reward``, ``eval/errors``, and every decoded sample."""
+    """Greedy accuracy: ``eval/greedy`` with its Wilson interval (``_lo``, ``_hi``), ``eval/reward``, ``eval/errors``,
+    and every decoded sample."""
     options = workspace.sampling.replace(greedy=True, temperature=1.0, top_k=None, top_p=None, min_p=None)
     samples, scores = [], []
     for indices, rollouts in complete(workspace, params, prompts, options, jax.random.key(0)):
         examples, texts = [prompts.examples[i] for i in indices], workspace.texts(rollouts)
         verdicts = workspace.task.score(examples, texts)
         scores += verdicts
-        samples += [dict(question=e.question, answer=e.answer, completion=t, reward=s.reward, correct=s.correct)
-                    for e, t, s in zip(examples, texts, verdicts, strict=True)]
+        samples += [
+            dict(question=e.question, answer=e.answer, completion=t, reward=s.reward, correct=s.correct)
+            for e, t, s in zip(examples, texts, verdicts, strict=True)
+        ]
     right = sum(s.correct for s in scores)
     low, high = wilson(right, len(scores))
-    return {"eval/greedy": right / len(scores), "eval/greedy_lo": low, "eval/greedy_hi": high,
-            "eval/reward": float(np.mean([s.reward for s in scores])), "eval/errors": float(sum(s.error is not None for s in scores))}, samples
+    return {
+        "eval/greedy": right / len(scores),
+        "eval/greedy_lo": low,
+        "eval/greedy_hi": high,
+        "eval/reward": float(np.mean([s.reward for s in scores])),
+        "eval/errors": float(sum(s.error is not None for s in scores)),
+    }, samples
 
 
-def sampled(workspace: Workspace, params: Params, prompts: Prompts, key: Array, *, samples: int, ks: Sequence[int]) -> dict[str, float]:
-    """``eval/pass@k`` for each k with its 95% interval over prompts, from ``samples`` completions of each prompt at the run's sampling settings."""
+def sampled(
+    workspace: Workspace, params: Params, prompts: Prompts, key: Array, *, samples: int, ks: Sequence[int]
+) -> dict[str, float]:
+    """``eval/pass@k`` for each k with its 95% interval over prompts, from ``samples`` completions of each prompt at
+    the run's sampling settings."""
     responses = workspace.config.rollout.responses
     right = np.zeros(len(prompts), np.int64)
     drawn = 0
     for round_ in range(-(-samples // responses)):
         use = min(responses, samples - drawn)
-        for indices, rollouts in complete(workspace, params, prompts, workspace.sampling, jax.random.fold_in(key, round_), responses=responses,
-                                          chunk=workspace.config.rollout.prompts):
+        for indices, rollouts in complete(
+            workspace,
+            params,
+            prompts,
+            workspace.sampling,
+            jax.random.fold_in(key, round_),
+            responses=responses,
+            chunk=workspace.config.rollout.prompts,
+        ):
             examples = [prompts.examples[i] for i in np.repeat(indices, responses)]
             verdicts = workspace.task.score(examples, workspace.texts(rollouts))
             right[indices] += np.array([s.correct for s in verdicts]).reshape(-1, responses)[:, :use].sum(1)
         drawn += use
     out = {}
     for k in ks:
-        out[f"eval/pass@{k}"], out[f"eval/pass@{k}_lo"], out[f"eval/pass@{k}_hi"] = mean_interval([pass_at_k(samples, c, k) for c in right.tolist()])
+        out[f"eval/pass@{k}"], out[f"eval/pass@{k}_lo"], out[f"eval/pass@{k}_hi"] = mean_interval(
+            [pass_at_k(samples, c, k) for c in right.tolist()]
+        )
     return out

@@ -1,12 +1,12 @@
-"""The training loop: prompts -> generate -> reward -> score -> prepare -> optimizer steps, with everything a run leaves behind."""
-import json
+"""The training loop: prompts -> generate -> reward -> score -> prepare -> optimizer steps, with everything a run
+leaves behind."""
+
 import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,18 +17,16 @@ from ml_collections import ConfigDict
 
 from jaxpo.batch import Rollouts
 from jaxpo.objectives import Protocol
-from jaxpo.parallel import shardings
 from jaxpo.policy.transformer import Params, parameter_count
-from jaxpo.registry import check_arguments, entry, make, unknown
-from jaxpo.tasks.tokenizers import from_json
+from jaxpo.registry import check_arguments, entry, make
 from jaxpo.training import evaluation
-from jaxpo.training.checkpoint import Checkpoints, finished_steps, restore_params
-from jaxpo.training.config import default
+from jaxpo.training.checkpoint import Checkpoints
 from jaxpo.training.plots import plot_curves
 from jaxpo.training.protocols import NothingLeft, Run, Tools, advance
+from jaxpo.training.restore import checkpoint_of, find_checkpoint, load_params, restore
 from jaxpo.training.rundir import Progress, RunDirectory, closing_table, read_metrics
 from jaxpo.training.supervised import warm_start
-from jaxpo.training.workspace import Workspace, compilation_cache, must_score, setup, slots_of
+from jaxpo.training.workspace import Workspace, prepare_process, must_score, setup, slots_of
 
 BEFORE_ALL = -(2**31)  # resuming from here keeps nothing of an earlier attempt's logs
 
@@ -39,7 +37,9 @@ class Diverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to. before, after: evaluation metrics; seconds: wall time by phase; params: the trained parameters."""
+    """What a run came to. before, after: evaluation metrics; seconds: wall time by phase; params: the trained
+    parameters."""
+
     params: Params
     before: Mapping[str, float]
     after: Mapping[str, float]
@@ -70,6 +70,7 @@ class Interrupt:
     def __enter__(self) -> "Interrupt":
         def ask(*_: object) -> None:
             self.asked = True
+
         try:
             self._before = signal.signal(signal.SIGTERM, ask)
         except ValueError:  # not in the main thread (a notebook's executor): the caller keeps its own signals
@@ -81,11 +82,16 @@ class Interrupt:
             signal.signal(signal.SIGTERM, self._before)
 
 
-# ---- one iteration --------------------------------------------------------------------------------------------------------
+# ---- one iteration
+# --------------------------------------------------------------------------------------------------------
+
 
 def keys_of(seed: int) -> dict[str, Array]:
     """Independent keys of a run; everything random is a function of them and the iteration."""
-    return {name: jax.random.fold_in(jax.random.key(seed), i) for i, name in enumerate(("params", "rollout", "evaluate", "update"))}
+    return {
+        name: jax.random.fold_in(jax.random.key(seed), i)
+        for i, name in enumerate(("params", "rollout", "evaluate", "update"))
+    }
 
 
 def prompt_order(seed: int, position: int, n: int, size: int) -> np.ndarray:
@@ -93,7 +99,7 @@ def prompt_order(seed: int, position: int, n: int, size: int) -> np.ndarray:
     epochs = range(position // size, (position + n - 1) // size + 1)
     order = np.concatenate([np.random.default_rng((seed, e)).permutation(size) for e in epochs])
     start = position - epochs[0] * size
-    return order[start: start + n]
+    return order[start : start + n]
 
 
 def make_tools(workspace: Workspace, clock: Clock, notes: dict[str, float]) -> Tools:
@@ -108,18 +114,30 @@ def make_tools(workspace: Workspace, clock: Clock, notes: dict[str, float]) -> T
             responses = config.rollout.responses
             tokens, length = workspace.put((prompts.tokens[indices], prompts.length[indices]))
             draw_key, seed_key = jax.random.split(key)
-            out = workspace.generate(params, tokens, length, draw_key, options or workspace.sampling, responses=responses)
+            out = workspace.generate(
+                params, tokens, length, draw_key, options or workspace.sampling, responses=responses
+            )
             seeds = np.asarray(jax.random.bits(seed_key, (out.rows,)))
-            return jax.block_until_ready(out.replace(prompt=np.repeat(indices, responses).astype(np.int32), seed=seeds,
-                                                     role=np.zeros(out.rows, np.int32), count=np.ones(out.rows, np.float32)))
+            return jax.block_until_ready(
+                out.replace(
+                    prompt=np.repeat(indices, responses).astype(np.int32),
+                    seed=seeds,
+                    role=np.zeros(out.rows, np.int32),
+                    count=np.ones(out.rows, np.float32),
+                )
+            )
 
     def reward(rollouts: Rollouts) -> Rollouts:
         with clock.phase("reward"):
-            scores = workspace.task.score([prompts.examples[i] for i in np.asarray(rollouts.prompt)], workspace.texts(rollouts))
+            scores = workspace.task.score(
+                [prompts.examples[i] for i in np.asarray(rollouts.prompt)], workspace.texts(rollouts)
+            )
             errors = [s.error for s in scores if s.error is not None]
             notes["reward/errors"] = notes.get("reward/errors", 0) + len(errors)
-            return rollouts.replace(reward=np.array([s.reward for s in scores], np.float32),
-                                    correct=np.array([s.correct for s in scores], np.float32))
+            return rollouts.replace(
+                reward=np.array([s.reward for s in scores], np.float32),
+                correct=np.array([s.correct for s in scores], np.float32),
+            )
 
     return Tools(config.rollout.prompts, draw, generate, reward)
 
@@ -154,14 +172,19 @@ def merge_steps(steps: list[dict[str, Array]]) -> dict[str, float]:
     out = {}
     for name in steps[0]:
         values = np.array([s[name] for s in steps])
-        out[name] = float(values.max() if name.endswith("max") else values.sum() if name.startswith("step/") else values.mean())
-    # Only the first optimizer step has the rollout's own parameters; later ones differ from the sampler because they have learned.
+        out[name] = float(
+            values.max() if name.endswith("max") else values.sum() if name.startswith("step/") else values.mean()
+        )
+    # Only the first optimizer step has the rollout's own parameters; later ones differ from the sampler because they
+    # have learned.
     if "mismatch/logp_abs_max" in out:
         out["mismatch/logp_abs_max"] = float(steps[0]["mismatch/logp_abs_max"])
     return out
 
 
-def iterate(workspace: Workspace, protocol: Protocol, tools: Tools, run: Run, key: Array, clock: Clock) -> tuple[Run, dict[str, float]]:
+def iterate(
+    workspace: Workspace, protocol: Protocol, tools: Tools, run: Run, key: Array, clock: Clock
+) -> tuple[Run, dict[str, float]]:
     """One iteration: gather, score, prepare, update."""
     run, rollouts = protocol.collect(run, tools, jax.random.fold_in(key, 0))
     with clock.phase("score"):
@@ -180,57 +203,8 @@ def iterate(workspace: Workspace, protocol: Protocol, tools: Tools, run: Run, ke
     return advance(run, iteration=run.iteration + 1), metrics
 
 
-# ---- the run --------------------------------------------------------------------------------------------------------------
-
-def checkpoint_of(run: Run) -> tuple[dict[str, Any], dict[str, int]]:
-    """The arrays and the position of a run."""
-    state = run.state
-    arrays = dict(params=state.params, opt_state=state.opt_state, objective=state.objective, slots=run.slots, tables=run.tables)
-    return arrays, dict(iteration=run.iteration, position=run.position)
-
-
-def restore(checkpoints: Checkpoints, run: Run) -> Run:
-    """The latest checkpoint, with the shapes, dtypes and sharding of ``run``."""
-    arrays, position = checkpoints.restore(checkpoint_of(run)[0])
-    state = run.state.replace(params=arrays["params"], opt_state=arrays["opt_state"], objective=arrays["objective"])
-    return advance(run, state=state, slots=arrays["slots"], tables=arrays["tables"], **position)
-
-
-def load_params(workspace: Workspace, directory: str, step: int | None = None) -> Params:
-    """Parameters of a run directory's checkpoint (the last one), on this mesh."""
-    params, _ = restore_params(f"{directory}/checkpoints", step)
-    expected = jax.eval_shape(workspace.init_params, jax.random.key(0))
-    if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, expected):
-        raise ValueError(f"{directory} holds parameters of another shape than config.policy and the tokenizer ask for")
-    return jax.device_put(params, shardings(params, workspace.mesh))
-
-
-def open_finished(workdir: str, step: int | None = None, **changes: Any) -> tuple[Workspace, Params, int]:
-    """A run directory to evaluate or sample from: its workspace, the parameters of checkpoint ``step`` (the last one), and that step.
-
-    Args:
-      changes: config fields by path ("evaluation.prompts": 100) that differ from the run's.
-
-    Raises:
-      ValueError: no run directory, or no such checkpoint in it.
-    """
-    folder = Path(workdir)
-    if not (folder / "config.json").is_file():
-        siblings = [str(p.parent) for p in folder.parent.glob("*/config.json")]
-        raise ValueError(unknown("run directory", str(folder), siblings))
-    config = default()
-    with config.unlocked():
-        config.update(json.loads((folder / "config.json").read_text()))
-        config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
-        for path, value in changes.items():
-            config.update_from_flattened_dict({path: value})
-    tokenizer = from_json(json.loads((folder / "tokenizer.json").read_text()))
-    steps = finished_steps(f"{workdir}/checkpoints")
-    if not steps or (step is not None and step not in steps):
-        raise ValueError(f"{workdir} has no checkpoint{'' if step is None else f' {step}'}; it has: {', '.join(map(str, steps)) or 'none'}")
-    workspace = setup(config, tokenizer=tokenizer)
-    step = max(steps) if step is None else step
-    return workspace, load_params(workspace, workdir, step), step
+# ---- the run
+# --------------------------------------------------------------------------------------------------------------
 
 
 def make_protocol(config: ConfigDict, workspace: Workspace) -> Protocol:
@@ -254,7 +228,7 @@ def train_rl(config: ConfigDict, workdir: str, *, resume: bool = False, profile_
       ValueError: a config that cannot run. FileExistsError: ``workdir`` is not empty and ``resume`` is not set.
       Diverged, NothingLeft: the run cannot go on; the last checkpoint is named.
     """
-    compilation_cache(config.compilation_cache)
+    prepare_process(config.compilation_cache)
     say = print
     workspace = setup(config, report=lambda text: say(text))
     keys = keys_of(config.seed)
@@ -274,7 +248,20 @@ def train_rl(config: ConfigDict, workdir: str, *, resume: bool = False, profile_
         before = read_before(workdir) if run.iteration else evaluate_both(workspace, run, keys, clock, log)
         with Progress(config.steps, initial=run.iteration) as progress, Interrupt() as interrupt:
             say = progress.print
-            run, stopped = loop(workspace, protocol, tools, run, keys, clock, notes, log, checkpoints, progress, interrupt, profile_steps)
+            run, stopped = loop(
+                workspace,
+                protocol,
+                tools,
+                run,
+                keys,
+                clock,
+                notes,
+                log,
+                checkpoints,
+                progress,
+                interrupt,
+                profile_steps,
+            )
         say = print
         checkpoints.wait()
         if stopped:
@@ -289,11 +276,6 @@ def train_rl(config: ConfigDict, workdir: str, *, resume: bool = False, profile_
         log.close()
 
 
-def find_checkpoint(workdir: str) -> int | None:
-    """The last finished checkpoint of a run directory."""
-    return max(finished_steps(f"{workdir}/checkpoints"), default=None)
-
-
 def open_run(workdir: str, config: ConfigDict, workspace: Workspace, *, resume_step: int | None) -> RunDirectory:
     """The run directory, with config and tokenizer in it; says what is about to run."""
     wandb = {"project": config.logging.wandb_project} if config.logging.wandb_project else None
@@ -303,14 +285,26 @@ def open_run(workdir: str, config: ConfigDict, workspace: Workspace, *, resume_s
     shapes = jax.eval_shape(workspace.init_params, jax.random.key(0))
     mesh = " x ".join(f"{k} {v}" for k, v in workspace.mesh.shape.items())
     print(f"{workspace.task.name}: " + ", ".join(f"{k} {v:g}" for k, v in workspace.report.items()))
-    print(f"policy: {parameter_count(shapes):,} parameters, {workspace.tokenizer.vocab_size} tokens; objective {config.objective.name}; mesh {mesh} "
-          f"on {jax.devices()[0].platform}")
+    print(
+        f"policy: {parameter_count(shapes):,} parameters, {workspace.tokenizer.vocab_size} tokens; objective "
+        f"{config.objective.name}; mesh {mesh} "
+        f"on {jax.devices()[0].platform}"
+    )
     return log
 
 
-def begin(workspace: Workspace, keys: Mapping[str, Array], protocol: Protocol, log: RunDirectory, clock: Clock, report: Callable[[str], None], *,
-          restoring: bool) -> Run:
-    """Parameters (random, loaded, or warm-started), frozen slots and protocol tables. A run that is restored only needs the shapes."""
+def begin(
+    workspace: Workspace,
+    keys: Mapping[str, Array],
+    protocol: Protocol,
+    log: RunDirectory,
+    clock: Clock,
+    report: Callable[[str], None],
+    *,
+    restoring: bool,
+) -> Run:
+    """Parameters (random, loaded, or warm-started), frozen slots and protocol tables. A run that is restored only
+    needs the shapes."""
     config = workspace.config
     params = workspace.init_params(keys["params"])
     if config.init_from and not restoring:
@@ -322,21 +316,41 @@ def begin(workspace: Workspace, keys: Mapping[str, Array], protocol: Protocol, l
     return protocol.init(Run(workspace.init_state(params), slots))
 
 
-def evaluate_both(workspace: Workspace, run: Run, keys: Mapping[str, Array], clock: Clock, log: RunDirectory) -> dict[str, float]:
+def evaluate_both(
+    workspace: Workspace, run: Run, keys: Mapping[str, Array], clock: Clock, log: RunDirectory
+) -> dict[str, float]:
     """Greedy accuracy and pass@k at the current iteration, logged."""
     config = workspace.config
     with clock.phase("evaluate"):
         metrics, samples = evaluation.greedy(workspace, run.state.params, workspace.test)
         if config.evaluation.pass_at:
-            metrics |= evaluation.sampled(workspace, run.state.params, workspace.test, jax.random.fold_in(keys["evaluate"], run.iteration),
-                                          samples=config.evaluation.samples, ks=config.evaluation.pass_at)
+            metrics |= evaluation.sampled(
+                workspace,
+                run.state.params,
+                workspace.test,
+                jax.random.fold_in(keys["evaluate"], run.iteration),
+                samples=config.evaluation.samples,
+                ks=config.evaluation.pass_at,
+            )
     log.write(run.iteration, metrics)
     log.samples(run.iteration, samples[: config.logging.samples])
     return metrics
 
 
-def loop(workspace: Workspace, protocol: Protocol, tools: Tools, run: Run, keys: Mapping[str, Array], clock: Clock, notes: dict[str, float],
-         log: RunDirectory, checkpoints: Checkpoints, progress: Progress, interrupt: Interrupt, profile_steps: int) -> tuple[Run, bool]:
+def loop(
+    workspace: Workspace,
+    protocol: Protocol,
+    tools: Tools,
+    run: Run,
+    keys: Mapping[str, Array],
+    clock: Clock,
+    notes: dict[str, float],
+    log: RunDirectory,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    interrupt: Interrupt,
+    profile_steps: int,
+) -> tuple[Run, bool]:
     """Iterations up to the last; returns the run and whether SIGTERM ended it."""
     config, skipped, drawn, first = workspace.config, 0, time.perf_counter(), run.iteration
     while run.iteration < config.steps:
@@ -344,12 +358,20 @@ def loop(workspace: Workspace, protocol: Protocol, tools: Tools, run: Run, keys:
             jax.profiler.start_trace(f"{log.path}/profile")
         start, spent = time.perf_counter(), dict(clock.seconds)
         try:
-            run, metrics = iterate(workspace, protocol, tools, run, jax.random.fold_in(keys["rollout"], run.iteration), clock)
+            run, metrics = iterate(
+                workspace, protocol, tools, run, jax.random.fold_in(keys["rollout"], run.iteration), clock
+            )
         except NothingLeft as nothing:
             raise NothingLeft(f"iteration {run.iteration}: {nothing} ({_last_good(checkpoints)})") from None
         seconds = time.perf_counter() - start
-        metrics |= {f"time/{k}": clock.seconds[k] - spent.get(k, 0.0) for k in ("generate", "reward", "score", "update")}
-        metrics |= {"time/iteration": seconds, "time/tokens_per_s": metrics["tokens"] * _passes(config) / seconds, **notes}
+        metrics |= {
+            f"time/{k}": clock.seconds[k] - spent.get(k, 0.0) for k in ("generate", "reward", "score", "update")
+        }
+        metrics |= {
+            "time/iteration": seconds,
+            "time/tokens_per_s": metrics["tokens"] * _passes(config) / seconds,
+            **notes,
+        }
         notes.clear()
         # A step that was skipped for want of tokens is not a sign of divergence; one that was not finite is.
         skipped = skipped + int(metrics["step/nonfinite"]) if metrics["step/nonfinite"] else 0
@@ -364,9 +386,14 @@ def loop(workspace: Workspace, protocol: Protocol, tools: Tools, run: Run, keys:
         log.write(run.iteration, metrics)
         progress.update(metrics)
         if skipped >= config.nonfinite_patience:
-            raise Diverged(f"{skipped} optimizer steps in a row had a loss or gradient that was not finite, up to iteration {run.iteration}: stopped. "
-                           f"{_last_good(checkpoints)}")
-        if (run.iteration % config.checkpoint.every == 0 or run.iteration == config.steps or interrupt.asked) and not skipped:
+            raise Diverged(
+                f"{skipped} optimizer steps in a row had a loss or gradient that was not finite, up to "
+                f"iteration {run.iteration}: stopped. "
+                f"{_last_good(checkpoints)}"
+            )
+        if (
+            run.iteration % config.checkpoint.every == 0 or run.iteration == config.steps or interrupt.asked
+        ) and not skipped:
             with clock.phase("checkpoint"):
                 checkpoints.save(run.iteration, *checkpoint_of(run))
         if time.perf_counter() - drawn > config.logging.plot_seconds:
@@ -400,15 +427,32 @@ def draw_curves(workdir: str) -> None:
     plot_curves({str(workdir): read_metrics(workdir)}, f"{workdir}/curves.png")
 
 
-def summarise(workspace: Workspace, run: Run, before: Mapping[str, float], after: Mapping[str, float], clock: Clock, seconds: float) -> None:
+def summarise(
+    workspace: Workspace,
+    run: Run,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    clock: Clock,
+    seconds: float,
+) -> None:
     """The closing tables: accuracy before and after, and where the time went."""
+
     def shown(metrics: Mapping[str, float], name: str) -> str:
-        return f"{metrics[name]:.3f} [{metrics[name + '_lo']:.3f}, {metrics[name + '_hi']:.3f}]" if name in metrics else ""
+        return (
+            f"{metrics[name]:.3f} [{metrics[name + '_lo']:.3f}, {metrics[name + '_hi']:.3f}]" if name in metrics else ""
+        )
 
     names = ["eval/greedy", *[f"eval/pass@{k}" for k in workspace.config.evaluation.pass_at]]
-    closing_table(f"{workspace.task.name}, {len(workspace.test)} test prompts: before and after {run.iteration} iterations (95% intervals)",
-                  [(n.removeprefix("eval/"), shown(before, n), shown(after, n)) for n in names], columns=("", "before", "after"))
+    closing_table(
+        f"{workspace.task.name}, {len(workspace.test)} test prompts: before and after {run.iteration} "
+        "iterations (95% intervals)",
+        [(n.removeprefix("eval/"), shown(before, n), shown(after, n)) for n in names],
+        columns=("", "before", "after"),
+    )
     compiling = sum(c.seconds for c in workspace.compiled)
     rest = seconds - sum(clock.seconds.values())
     rows = [*clock.seconds.items(), ("everything else", rest)]
-    closing_table(f"{seconds:.0f} s in all, of which {compiling:.0f} s compiling", [(k, f"{v:.1f} s", f"{v / seconds:.0%}") for k, v in rows])
+    closing_table(
+        f"{seconds:.0f} s in all, of which {compiling:.0f} s compiling",
+        [(k, f"{v:.1f} s", f"{v / seconds:.0%}") for k, v in rows],
+    )

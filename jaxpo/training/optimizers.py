@@ -1,4 +1,5 @@
 """optax by name: an optimizer, a schedule and gradient clipping from a config."""
+
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -7,8 +8,26 @@ import optax
 
 from jaxpo.registry import check_arguments, unknown
 
-OPTIMIZERS = tuple(n for n in ("adam", "adamw", "adafactor", "adagrad", "lamb", "lion", "muon", "nadamw", "novograd", "radam", "rmsprop",
-                               "sgd", "sophia", "yogi") if hasattr(optax, n))
+OPTIMIZERS = tuple(
+    n
+    for n in (
+        "adam",
+        "adamw",
+        "adafactor",
+        "adagrad",
+        "lamb",
+        "lion",
+        "muon",
+        "nadamw",
+        "novograd",
+        "radam",
+        "rmsprop",
+        "sgd",
+        "sophia",
+        "yogi",
+    )
+    if hasattr(optax, n)
+)
 
 
 def constant(peak: float, steps: int, warmup_steps: int = 0) -> optax.Schedule:
@@ -18,13 +37,19 @@ def constant(peak: float, steps: int, warmup_steps: int = 0) -> optax.Schedule:
 
 def cosine(peak: float, steps: int, warmup_steps: int = 0, end_share: float = 0.1) -> optax.Schedule:
     """Linear warm-up, then half a cosine down to ``end_share * peak`` at the last step."""
-    return optax.warmup_cosine_decay_schedule(0.0 if warmup_steps else peak, peak, warmup_steps, max(steps, warmup_steps + 1), end_share * peak)
+    return optax.warmup_cosine_decay_schedule(
+        0.0 if warmup_steps else peak, peak, warmup_steps, max(steps, warmup_steps + 1), end_share * peak
+    )
 
 
 def linear(peak: float, steps: int, warmup_steps: int = 0, end_share: float = 0.0) -> optax.Schedule:
     """Linear warm-up, then a line down to ``end_share * peak`` at the last step."""
     down = optax.linear_schedule(peak, end_share * peak, max(steps - warmup_steps, 1))
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup_steps, 1)), down], [warmup_steps]) if warmup_steps else down
+    return (
+        optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup_steps, 1)), down], [warmup_steps])
+        if warmup_steps
+        else down
+    )
 
 
 SCHEDULES = {f.__name__: f for f in (constant, cosine, linear)}
@@ -55,7 +80,8 @@ def make_optimizer(config: Mapping[str, Any], steps: int) -> optax.GradientTrans
     """Clip by global norm, then the named optimizer under its schedule.
 
     Args:
-      config: ``name``, ``learning_rate``, ``clip_norm`` (None = off), ``schedule`` and any argument of the optax optimizer.
+      config: ``name``, ``learning_rate``, ``clip_norm`` (None = off), ``schedule`` and any argument of the optax
+        optimizer.
       steps: optimizer steps in the whole run.
     """
     own = {k: v for k, v in config.items() if k not in ("name", "learning_rate", "clip_norm", "schedule")}

@@ -3,6 +3,7 @@
 Drawn with matplotlib's Figure objects and the Agg canvas only: no pyplot, hence no global state, no display and nothing
 that a notebook or another thread could notice.
 """
+
 import os
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -25,6 +26,7 @@ class Panel(NamedTuple):
     ``keys``: the metric, or several of which the first that has data in some run is drawn. ``scale``: "linear"; "log",
     if the values span more than a decade; "typical", which cuts off rare large values, as of steps that compile.
     """
+
     title: str
     keys: tuple[str, ...]
     scale: Literal["linear", "log", "typical"] = "linear"
@@ -43,11 +45,12 @@ DEFAULT = (
 )
 COLORS = ("#2a6fbb", "#d1603d", "#3d9a6b", "#8a5fb0", "#c79a1e", "#4aa3b5", "#b0477e", "#6b6b6b")
 INK, PALE = "#2b2b2b", "#8c8c8c"
-MARKED, DRAWN = 40, 1500                                                  # fewer points are marked, more are binned
+MARKED, DRAWN = 40, 1500  # fewer points are marked, more are binned
 
 
-def plot_curves(runs: Mapping[str, Mapping[str, np.ndarray]], path: str | os.PathLike,
-                keys: Sequence[Panel | str] = DEFAULT) -> None:
+def plot_curves(
+    runs: Mapping[str, Mapping[str, np.ndarray]], path: str | os.PathLike, keys: Sequence[Panel | str] = DEFAULT
+) -> None:
     """Draw the metrics of one run or several into a PNG, which is replaced at once.
 
     A metric with many points is drawn faint, with a smoothed line over it; one with few (an evaluation) is drawn with
@@ -87,8 +90,8 @@ def smooth(values: np.ndarray, width: float) -> np.ndarray:
     """Gaussian average over neighbors, ``width`` of them to a standard deviation, fewer at the ends. [n] → [n]."""
     reach = min(int(3 * width), len(values) - 1)
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
-    weight = np.convolve(np.ones(len(values)), kernel)[reach:reach + len(values)]
-    return np.convolve(values, kernel)[reach:reach + len(values)] / weight
+    weight = np.convolve(np.ones(len(values)), kernel)[reach : reach + len(values)]
+    return np.convolve(values, kernel)[reach : reach + len(values)] / weight
 
 
 def _points(run: Mapping[str, np.ndarray], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -106,19 +109,28 @@ def _figure(panels: int, labels: Sequence[str]) -> tuple[Figure, list[Axes]]:
     """An empty grid, row by row, under a legend of the labels. The margins are fixed: computing them draws it twice."""
     columns = min(3, max(1, panels))
     rows = -(-panels // columns) or 1
-    top = 0.38 + 0.24 * -(-len(labels) // columns)                        # inches
+    top = 0.38 + 0.24 * -(-len(labels) // columns)  # inches
     width, height = 4.1 * columns, 2.35 * rows + top
     figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
-    figure.subplots_adjust(left=0.55 / width, right=1 - 0.15 / width, bottom=0.48 / height, top=1 - top / height,
-                           wspace=0.17, hspace=0.33)
+    figure.subplots_adjust(
+        left=0.55 / width, right=1 - 0.15 / width, bottom=0.48 / height, top=1 - top / height, wspace=0.17, hspace=0.33
+    )
     grid = [figure.add_subplot(rows, columns, index + 1) for index in range(panels)]
-    for axes in grid[max(0, panels - columns):]:
+    for axes in grid[max(0, panels - columns) :]:
         axes.set_xlabel("step", fontsize=8.5, color=PALE)
     if labels:
         lines = [Line2D([], [], color=color, linewidth=2.5) for color, _ in zip(cycle(COLORS), labels, strict=False)]
-        figure.legend(lines, labels, loc="upper left", bbox_to_anchor=(0.4 / width, 1.0), ncols=columns, frameon=False,
-                      fontsize=9.5, labelcolor=INK)
+        figure.legend(
+            lines,
+            labels,
+            loc="upper left",
+            bbox_to_anchor=(0.4 / width, 1.0),
+            ncols=columns,
+            frameon=False,
+            fontsize=9.5,
+            labelcolor=INK,
+        )
     return figure, grid
 
 
@@ -126,7 +138,7 @@ def _draw(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, log: bo
     if len(steps) < MARKED:
         axes.plot(steps, values, color=color, linewidth=1.6, marker="o", markersize=3.5, markeredgewidth=0)
         return
-    bins = np.arange(0, len(steps), -(-len(steps) // DRAWN))              # thousands of points: their means in bins
+    bins = np.arange(0, len(steps), -(-len(steps) // DRAWN))  # thousands of points: their means in bins
     count = np.diff(bins, append=len(steps))
     means = np.add.reduceat(np.log(values) if log else values, bins) / count
     line = smooth(means, max(2.0, len(means) / 50))

@@ -1,4 +1,5 @@
 """How data is gathered: host-side hooks around the jitted functions (`jaxpo.objectives.Protocol`)."""
+
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -20,9 +21,11 @@ from jaxpo.training.workspace import TrainState
 class Run:
     """Everything that changes during a run; what a checkpoint holds.
 
-    state: parameters, optimizer and objective state. slots: parameters of frozen companions by name. tables: a protocol's own memory (a pytree).
+    state: parameters, optimizer and objective state. slots: parameters of frozen companions by name. tables: a
+      protocol's own memory (a pytree).
     iteration: finished ones. position: prompts drawn so far.
     """
+
     state: TrainState
     slots: dict[str, Params] = field(default_factory=dict)
     tables: dict[str, Any] = field(default_factory=dict)
@@ -32,10 +35,11 @@ class Run:
 
 class Tools(NamedTuple):
     """What a protocol may call. Shapes are those of the run: ``prompts`` prompts, ``responses`` completions of each."""
+
     prompts: int
     draw: Callable[[Run, int], tuple[Run, np.ndarray]]  # indices of the next n training prompts
-    generate: Callable[..., Rollouts]                   # (params, indices, key, options=None): on the mesh, without rewards
-    reward: Callable[[Rollouts], Rollouts]              # adds reward and correct; the errors of verifiers are counted
+    generate: Callable[..., Rollouts]  # (params, indices, key, options=None): on the mesh, without rewards
+    reward: Callable[[Rollouts], Rollouts]  # adds reward and correct; the errors of verifiers are counted
 
 
 def _collect_once(run: Run, tools: Tools, key: Array) -> tuple[Run, Rollouts]:
@@ -46,8 +50,13 @@ def _collect_once(run: Run, tools: Tools, key: Array) -> tuple[Run, Rollouts]:
 @register("protocol")
 def on_policy() -> Protocol:
     """One batch of completions from the current policy an iteration."""
-    return Protocol(init=lambda run: run, collect=_collect_once, before=lambda run, tools, rollouts: (run, rollouts),
-                    after=lambda run, tools, rollouts: run, sampler=lambda state: None)
+    return Protocol(
+        init=lambda run: run,
+        collect=_collect_once,
+        before=lambda run, tools, rollouts: (run, rollouts),
+        after=lambda run, tools, rollouts: run,
+        sampler=lambda state: None,
+    )
 
 
 class NothingLeft(RuntimeError):
@@ -56,13 +65,15 @@ class NothingLeft(RuntimeError):
 
 @register("protocol", source="DAPO, arXiv:2503.14476")
 def dynamic_sampling(max_batches: int = 10) -> Protocol:
-    """Generate until as many groups with mixed outcomes are there as an iteration trains on; the others are never trained on.
+    """Generate until as many groups with mixed outcomes are there as an iteration trains on; the others are never
+    trained on.
 
     Batches keep the run's shape, so nothing is compiled again. Kept groups beyond the number wanted are dropped.
 
     Raises:
       NothingLeft: (from ``collect``) not enough after ``max_batches`` batches, with the number found.
     """
+
     def collect(run: Run, tools: Tools, key: Array) -> tuple[Run, Rollouts]:
         kept, found = [], 0
         for i in range(max_batches):
@@ -78,8 +89,11 @@ def dynamic_sampling(max_batches: int = 10) -> Protocol:
                 batch = concatenate(kept)
                 batches = np.full(batch.rows, i + 1, np.float32)
                 return run, batch.replace(extras={**batch.extras, "generation_batches": batches})
-        raise NothingLeft(f"dynamic sampling found {found} of {tools.prompts} groups with mixed outcomes in {max_batches} batches: the task is (nearly) "
-                          "solved or unsolved; stop here, take harder prompts, or raise config.dynamic_sampling.max_batches")
+        raise NothingLeft(
+            f"dynamic sampling found {found} of {tools.prompts} groups with mixed outcomes in {max_batches} "
+            "batches: the task is (nearly) "
+            "solved or unsolved; stop here, take harder prompts, or raise config.dynamic_sampling.max_batches"
+        )
 
     return on_policy()._replace(collect=collect)
 

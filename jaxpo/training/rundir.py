@@ -9,6 +9,7 @@
 
 With several processes only the first one makes a ``RunDirectory``.
 """
+
 import importlib
 import json
 import math
@@ -27,7 +28,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-RESERVED = ("step", "time", "nonfinite")                                  # fields of a metrics line that are no metrics
+RESERVED = ("step", "time", "nonfinite")  # fields of a metrics line that are no metrics
 
 
 class RunDirectory:
@@ -46,8 +47,14 @@ class RunDirectory:
       ModuleNotFoundError: tensorboardX or wandb is asked for and not installed.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, tensorboard: bool = False, wandb: Mapping[str, Any] | None = None,
-                 resume_step: int | None = None):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        tensorboard: bool = False,
+        wandb: Mapping[str, Any] | None = None,
+        resume_step: int | None = None,
+    ):
         writer = _import("tensorboardX", "tensorboard") if tensorboard else None
         wandb_module = _import("wandb", "wandb") if wandb is not None else None
         self.path = Path(workdir)
@@ -59,8 +66,9 @@ class RunDirectory:
                 _cut_lines(self.path / name, resume_step)
             earlier = max((line["time"] for line in _lines(self.path / METRICS)), default=0.0)
         self._start = time.monotonic() - earlier
-        self._metrics, self._samples = (open(self.path / name, "a", buffering=1, encoding="utf-8")
-                                        for name in (METRICS, SAMPLES))
+        self._metrics, self._samples = (
+            open(self.path / name, "a", buffering=1, encoding="utf-8") for name in (METRICS, SAMPLES)
+        )
         purge = None if resume_step is None else resume_step + 1
         self._tensorboard = writer.SummaryWriter(str(self.path), purge_step=purge) if writer else None
         self._wandb = _start_wandb(wandb_module, self, wandb) if wandb_module else None
@@ -127,7 +135,7 @@ def read_metrics(workdir: str | os.PathLike) -> dict[str, np.ndarray]:
     names = dict.fromkeys(name for row in rows.values() for name in row if name != "nonfinite")
     columns = {"step": np.array(list(rows), np.int64)}
     for name in names:
-        columns[name] = np.array([row.get(name) for row in rows.values()], np.float64)     # None becomes nan
+        columns[name] = np.array([row.get(name) for row in rows.values()], np.float64)  # None becomes nan
     return columns
 
 
@@ -137,7 +145,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     try:
         with os.fdopen(descriptor, "wb") as file:
             write(file)
-        os.chmod(temporary, 0o644)                                        # mkstemp's files are for the owner only
+        os.chmod(temporary, 0o644)  # mkstemp's files are for the owner only
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
@@ -158,18 +166,38 @@ class Progress:
     """
 
     METRICS: Mapping[str, str | tuple[str, ...]] = {
-        "reward": "reward/mean", "kl": ("kl/ref_k3", "kl/old_k3"), "entropy": "entropy", "tok/s": "time/tokens_per_s"}
+        "reward": "reward/mean",
+        "kl": ("kl/ref_k3", "kl/old_k3"),
+        "entropy": "entropy",
+        "tok/s": "time/tokens_per_s",
+    }
 
-    def __init__(self, total: int, *, initial: int = 0, metrics: Mapping[str, str | tuple[str, ...]] = METRICS,
-                 every: int = 10, file: IO[str] | None = None):
+    def __init__(
+        self,
+        total: int,
+        *,
+        initial: int = 0,
+        metrics: Mapping[str, str | tuple[str, ...]] = METRICS,
+        every: int = 10,
+        file: IO[str] | None = None,
+    ):
         self.total, self.initial, self.step, self.every = total, initial, initial, every
         self._file = file or sys.stderr
         self._names = {label: (names,) if isinstance(names, str) else names for label, names in metrics.items()}
         self._shown: dict[str, float] = {}
         self._start = time.monotonic()
-        self._bar = tqdm(total=total, initial=initial, file=self._file, dynamic_ncols=True, unit="step",
-                         bar_format="{n_fmt}/{total_fmt} {bar:20} {elapsed}<{remaining}{postfix}",
-                         ) if self._file.isatty() else None
+        self._bar = (
+            tqdm(
+                total=total,
+                initial=initial,
+                file=self._file,
+                dynamic_ncols=True,
+                unit="step",
+                bar_format="{n_fmt}/{total_fmt} {bar:20} {elapsed}<{remaining}{postfix}",
+            )
+            if self._file.isatty()
+            else None
+        )
 
     def __enter__(self) -> "Progress":
         return self
@@ -206,8 +234,9 @@ class Progress:
             self._bar.close()
 
 
-def closing_table(title: str, rows: Sequence[Sequence[str]], *, columns: Sequence[str] = (),
-                  file: IO[str] | None = None) -> None:
+def closing_table(
+    title: str, rows: Sequence[Sequence[str]], *, columns: Sequence[str] = (), file: IO[str] | None = None
+) -> None:
     """Print a table of text: what the run came to (accuracy before and after, pass@k, where the time went).
 
     Args:
@@ -231,6 +260,7 @@ def closing_table(title: str, rows: Sequence[Sequence[str]], *, columns: Sequenc
 
 
 # ---- lines and values
+
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, str) or not hasattr(value, "__float__") or np.ndim(value):
@@ -296,7 +326,7 @@ def _import(module: str, extra: str) -> ModuleType:
 
 
 def _start_wandb(module: ModuleType, run: RunDirectory, options: Mapping[str, Any]) -> Any:
-    kept = run.path / "wandb.json"                                        # the id by which a resumed run finds its own
+    kept = run.path / "wandb.json"  # the id by which a resumed run finds its own
     known = json.loads(kept.read_text()) if kept.exists() else {}
     started = module.init(dir=str(run.path), resume="allow", **{**known, **options})
     run.save_json(kept.name, {"id": started.id})

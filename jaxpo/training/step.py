@@ -1,4 +1,5 @@
 """One function accumulates value, gradient and metrics for every objective; one makes an optimizer step of it."""
+
 from collections.abc import Callable
 from typing import Any
 
@@ -29,19 +30,24 @@ def score(apply: Apply, params: Params, batch: Rollouts, *, microbatches: int = 
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stats)
 
 
-def accumulate(objective: Objective, apply: Apply, params: Params, batch: Rollouts, state: State, *,
-               microbatches: int = 1) -> tuple[Array, Params, metrics_lib.Metrics]:
+def accumulate(
+    objective: Objective, apply: Apply, params: Params, batch: Rollouts, state: State, *, microbatches: int = 1
+) -> tuple[Array, Params, metrics_lib.Metrics]:
     """Loss, gradient and metrics of a weighed batch, summed over ``microbatches`` slices of its rows.
 
-    Weights were fixed by ``weigh`` on the whole batch, so the sum is the loss of the whole batch, whatever the split. Gradients are summed in at
+    Weights were fixed by ``weigh`` on the whole batch, so the sum is the loss of the whole batch, whatever the split.
+    Gradients are summed in at
     least float32 and returned in the dtype of the parameters.
 
     Raises:
-      ValueError: the rows do not divide, or a slice would cut a unit; an objective with ``coupling="group"`` needs slices of whole groups.
+      ValueError: the rows do not divide, or a slice would cut a unit; an objective with ``coupling="group"`` needs
+        slices of whole groups.
     """
+
     def value_and_grad(part: Rollouts) -> tuple[Array, Params, metrics_lib.Metrics]:
         def loss(p: Params) -> tuple[Array, metrics_lib.Metrics]:
             return objective.loss(lambda b: apply(p, b), part, state)
+
         (value, report), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return value, jax.tree.map(promote, grads), report
 
@@ -51,7 +57,10 @@ def accumulate(objective: Objective, apply: Apply, params: Params, batch: Rollou
     else:
         parts = slices(batch, microbatches)
         if objective.coupling == "group" and parts.shared_prompt < batch.shared_prompt:
-            raise ValueError(f"{microbatches} microbatches cut groups of {batch.shared_prompt} rows, which this objective must see whole")
+            raise ValueError(
+                f"{microbatches} microbatches cut groups of {batch.shared_prompt} rows, which this objective "
+                "must see whole"
+            )
         zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
 
         def add(grads: Params, part: Rollouts) -> tuple[Params, tuple[Array, metrics_lib.Metrics]]:
@@ -64,25 +73,44 @@ def accumulate(objective: Objective, apply: Apply, params: Params, batch: Rollou
 
 
 def any_weight(batch: Rollouts) -> Array:
-    """Bool: some token or row of a weighed batch counts. If none does the step is skipped, since optimizers move on a zero gradient."""
+    """Bool: some token or row of a weighed batch counts. If none does the step is skipped, since optimizers move on a
+    zero gradient."""
     terms = [w for name, w in batch.weights.items() if not name.endswith("/center")]
     return jnp.any(jnp.stack([jnp.any(w != 0) for w in terms]))
 
 
-def optimizer_step(objective: Objective, apply: Apply, optimizer: optax.GradientTransformation, params: Params, opt_state: Any, state: State,
-                   batch: Rollouts, *, microbatches: int = 1, fresh: bool = False) -> tuple[Params, Any, State, dict[str, Array]]:
+def optimizer_step(
+    objective: Objective,
+    apply: Apply,
+    optimizer: optax.GradientTransformation,
+    params: Params,
+    opt_state: Any,
+    state: State,
+    batch: Rollouts,
+    *,
+    microbatches: int = 1,
+    fresh: bool = False,
+) -> tuple[Params, Any, State, dict[str, Array]]:
     """``weigh -> accumulate -> optimizer -> update`` on one optimizer batch (already prepared).
 
-    A step is skipped whole (parameters, optimizer and objective state unchanged) when the loss or the gradient is not finite, or when no token has
+    A step is skipped whole (parameters, optimizer and objective state unchanged) when the loss or the gradient is not
+    finite, or when no token has
     weight; ``step/nonfinite`` and ``step/empty`` say so.
 
     Args:
-      fresh: the parameters are those that scored ``logp_old``: the peek is free, and what the policy gives measures the gap to the sampler.
+      fresh: the parameters are those that scored ``logp_old``: the peek is free, and what the policy gives measures
+        the gap to the sampler.
     """
     peek = None
     if objective.peeks:
-        free = fresh and batch.logp_old is not None and (batch.entropy_old is not None or "entropy" not in objective.peeks)
-        peek = TokenStats(logp=batch.logp_old, entropy=batch.entropy_old) if free else score(apply, params, batch, microbatches=microbatches)
+        free = (
+            fresh and batch.logp_old is not None and (batch.entropy_old is not None or "entropy" not in objective.peeks)
+        )
+        peek = (
+            TokenStats(logp=batch.logp_old, entropy=batch.entropy_old)
+            if free
+            else score(apply, params, batch, microbatches=microbatches)
+        )
     batch = objective.weigh(batch, state, peek)
     value, grads, report = accumulate(objective, apply, params, batch, state, microbatches=microbatches)
     norm = optax.global_norm(jax.tree.map(promote, grads))

@@ -1,4 +1,6 @@
-"""Everything a run computes with, built once from its config: task, tokenizer, mesh, policy, objective, compiled functions."""
+"""Everything a run computes with, built once from its config: task, tokenizer, mesh, policy, objective, compiled
+functions."""
+
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from ml_collections import ConfigDict
 from jaxpo.batch import MissingField, Rollouts, take
 from jaxpo.objectives import Objective, State
 from jaxpo.parallel import batch_shards, constrain_rows, make_mesh, replicated, rows_over_mesh, shardings
+from jaxpo.parallel.host import keep_freed_memory
 from jaxpo.policy import stats, transformer
 from jaxpo.policy.transformer import Model, Params
 from jaxpo.rollout import SamplingOptions, generate
@@ -33,6 +36,7 @@ from jaxpo.training.step import Apply, optimizer_step, score
 @struct.dataclass
 class TrainState:
     """What an optimizer step changes."""
+
     params: Params
     opt_state: Any
     objective: State
@@ -40,7 +44,9 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Tokenised prompts of a set of examples: tokens [n, P] left-padded, length [n]; ``examples[i]`` belongs to row i."""
+    """Tokenised prompts of a set of examples: tokens [n, P] left-padded, length [n]; ``examples[i]`` belongs to row
+    i."""
+
     examples: Sequence[Example]
     tokens: np.ndarray
     length: np.ndarray
@@ -52,6 +58,7 @@ class Prompts:
 @dataclass(frozen=True)
 class Workspace:
     """The fixed surroundings of a run. ``step`` and the other `Compiled` functions hold no state."""
+
     config: ConfigDict
     task: Task
     tokenizer: Tokenizer
@@ -62,10 +69,10 @@ class Workspace:
     train: Prompts
     test: Prompts
     report: dict[str, float]
-    generate: Compiled      # (params, tokens, length, key, options, responses) -> Rollouts
-    score: Compiled         # (params, batch) -> TokenStats
-    prepare: Compiled       # (batch, state) -> (batch, state)
-    step: Compiled          # (train state, batch, rows, fresh) -> (train state, metrics)
+    generate: Compiled  # (params, tokens, length, key, options, responses) -> Rollouts
+    score: Compiled  # (params, batch) -> TokenStats
+    prepare: Compiled  # (batch, state) -> (batch, state)
+    step: Compiled  # (train state, batch, rows, fresh) -> (train state, metrics)
 
     @property
     def compiled(self) -> tuple[Compiled, ...]:
@@ -101,11 +108,17 @@ class Workspace:
         return texts
 
 
-def compilation_cache(folder: str | None) -> None:
-    """Keep compiled programs between runs, in ``folder`` or the user's cache folder."""
-    path = folder or os.path.join(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "jaxpo", "compiled")
+def prepare_process(cache: str | None) -> None:
+    """Settings of the process that a run wants: compiled programs are kept between runs, freed memory on the CPU too.
+
+    Args:
+      cache: folder of the compiled programs; None = the user's cache folder.
+    """
+    path = cache or os.path.join(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "jaxpo", "compiled")
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
 
 
 def make_tokenizer(config: ConfigDict, task: Task) -> Tokenizer:
@@ -120,7 +133,9 @@ def make_tokenizer(config: ConfigDict, task: Task) -> Tokenizer:
             return PretrainedTokenizer(config.tokenizer.path, config.tokenizer.chat_template)
 
 
-def tokenize(examples: Sequence[Example], tokenizer: Tokenizer, width: int | None) -> tuple[list[Example], list[list[int]]]:
+def tokenize(
+    examples: Sequence[Example], tokenizer: Tokenizer, width: int | None
+) -> tuple[list[Example], list[list[int]]]:
     """The examples whose prompt has at most ``width`` tokens (None = any), and those prompts."""
     ids = [tokenizer.encode(tokenizer.render(e.question)) for e in examples]
     kept = [i for i, x in enumerate(ids) if width is None or len(x) <= width]
@@ -131,64 +146,107 @@ def pad_prompts(examples: Sequence[Example], ids: Sequence[Sequence[int]], width
     """Left-pad to ``width``."""
     tokens = np.full((len(ids), width), pad_id, np.int32)
     for row, x in zip(tokens, ids, strict=True):
-        row[width - len(x):] = x
+        row[width - len(x) :] = x
     return Prompts(examples, tokens, np.array([len(x) for x in ids], np.int32))
 
 
-def setup(config: ConfigDict, *, tokenizer: Tokenizer | None = None, report: Callable[[str], None] = print) -> Workspace:
+def setup(
+    config: ConfigDict, *, tokenizer: Tokenizer | None = None, report: Callable[[str], None] = print
+) -> Workspace:
     """Build the workspace of a validated config.
 
     Args:
-      tokenizer: instead of the config's (the one that a run directory holds). report: where messages about compilation go.
+      tokenizer: instead of the config's (the one that a run directory holds). report: where messages about
+        compilation go.
 
     Raises:
-      ValueError: whatever `jaxpo.training.config.validate` refuses, no prompt short enough, or an objective whose needs this loop cannot meet.
+      ValueError: whatever `jaxpo.training.config.validate` refuses, no prompt short enough, or an objective whose
+        needs this loop cannot meet.
     """
     config_lib.validate(config, len(jax.devices()))
     objective = config_lib.objective_of(config)
     slots_of(objective)
     if objective.layout:
-        raise ValueError(f"objective {config.objective.name!r} learns from units {objective.layout}, which rollouts of single completions are not")
+        raise ValueError(
+            f"objective {config.objective.name!r} learns from units {objective.layout}, which rollouts of "
+            "single completions are not"
+        )
     task = build({k: v for k, v in config.task.items() if v is not None})
     tokenizer = tokenizer or make_tokenizer(config, task)
     mesh = make_mesh(config.mesh)
     limit = config.rollout.prompt_width
-    (train, train_ids), (test, test_ids) = tokenize(task.train, tokenizer, limit), tokenize(task.test[: config.evaluation.prompts], tokenizer, limit)
+    (train, train_ids), (test, test_ids) = (
+        tokenize(task.train, tokenizer, limit),
+        tokenize(task.test[: config.evaluation.prompts], tokenizer, limit),
+    )
     if not train or not test:
-        raise ValueError(f"config.rollout.prompt_width {limit} is shorter than every {'test' if train else 'training'} prompt")
+        raise ValueError(
+            f"config.rollout.prompt_width {limit} is shorter than every {'test' if train else 'training'} prompt"
+        )
     width = limit or max(map(len, [*train_ids, *test_ids]))
     dropped = len(task.train) - len(train) + min(len(task.test), config.evaluation.prompts) - len(test)
     model = transformer.build(transformer.TransformerConfig(vocab_size=tokenizer.vocab_size, **config.policy))
     table = jnp.asarray(stop_table(config.sampling.stop, tokenizer.token_bytes())) if config.sampling.stop else None
     return Workspace(
-        config=config, task=task, tokenizer=tokenizer, mesh=mesh, model=model, objective=objective,
-        sampling=config_lib.sampling_of(config, tokenizer.eos_ids, table), train=pad_prompts(train, train_ids, width, tokenizer.pad_id),
-        test=pad_prompts(test, test_ids, width, tokenizer.pad_id), report={**task.report, "prompts/dropped": float(dropped)},
-        **compile_functions(config, mesh, model, objective, tokenizer.pad_id, report))
+        config=config,
+        task=task,
+        tokenizer=tokenizer,
+        mesh=mesh,
+        model=model,
+        objective=objective,
+        sampling=config_lib.sampling_of(config, tokenizer.eos_ids, table),
+        train=pad_prompts(train, train_ids, width, tokenizer.pad_id),
+        test=pad_prompts(test, test_ids, width, tokenizer.pad_id),
+        report={**task.report, "prompts/dropped": float(dropped)},
+        **compile_functions(config, mesh, model, objective, tokenizer.pad_id, report),
+    )
 
 
-def compile_functions(config: ConfigDict, mesh: Mesh, model: Model, objective: Objective, pad_id: int,
-             report: Callable[[str], None]) -> dict[str, Compiled]:
+def compile_functions(
+    config: ConfigDict, mesh: Mesh, model: Model, objective: Objective, pad_id: int, report: Callable[[str], None]
+) -> dict[str, Compiled]:
     """The four compiled functions of the loop."""
     apply, training = policy_of(model, config, objective), config.training
     slices, steps = training.minibatches * training.microbatches, training.epochs * training.minibatches
 
-    def run_generate(params: Params, tokens: Array, length: Array, key: Array, options: SamplingOptions,
-                     responses: int) -> Rollouts:
-        return constrain_rows(generate(model, params, tokens, key, options, prompt_length=length, responses=responses,
-                                       policy_temperature=config.policy_temperature, pad_id=pad_id), mesh)
+    def run_generate(
+        params: Params, tokens: Array, length: Array, key: Array, options: SamplingOptions, responses: int
+    ) -> Rollouts:
+        return constrain_rows(
+            generate(
+                model,
+                params,
+                tokens,
+                key,
+                options,
+                prompt_length=length,
+                responses=responses,
+                policy_temperature=config.policy_temperature,
+                pad_id=pad_id,
+            ),
+            mesh,
+        )
 
     return dict(
         # training rollouts and greedy evaluation differ in shape and in what is compiled
         generate=Compiled("generate", run_generate, report=report, expected=2, static_argnames="responses"),
         score=Compiled("score", lambda params, batch: score(apply, params, batch, microbatches=slices), report=report),
         prepare=Compiled("prepare", objective.prepare, report=report),
-        step=make_step(objective, apply, optimizer_of(config), mesh, microbatches=training.microbatches, report=report,
-                       expected=2 if objective.peeks and steps > 1 else 1))
+        step=make_step(
+            objective,
+            apply,
+            optimizer_of(config),
+            mesh,
+            microbatches=training.microbatches,
+            report=report,
+            expected=2 if objective.peeks and steps > 1 else 1,
+        ),
+    )
 
 
 def policy_of(model: Model, config: ConfigDict, objective: Objective) -> Apply:
-    """``(params, batch) -> TokenStats`` with what the objective wants, and the entropy for the metrics (it costs nothing more)."""
+    """``(params, batch) -> TokenStats`` with what the objective wants, and the entropy for the metrics (it costs
+    nothing more)."""
     return stats.policy_of(model, wants=objective.wants | {"entropy"}, temperature=config.policy_temperature)
 
 
@@ -199,28 +257,67 @@ def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, objective: Objective, mesh: Mesh) -> TrainState:
-    """Fresh optimizer and objective state, where `make_step` leaves them (or the second step would be compiled anew)."""
+    """Fresh optimizer and objective state, where `make_step` leaves them (or the second step would be compiled
+    anew)."""
     opt_state = jax.jit(optimizer.init, out_shardings=shardings(jax.eval_shape(optimizer.init, params), mesh))(params)
     return TrainState(params, opt_state, jax.device_put(objective.init(), replicated(mesh)))
 
 
-def make_step(objective: Objective, apply: Apply, optimizer: optax.GradientTransformation, mesh: Mesh, *, microbatches: int = 1,
-              name: str = "update", report: Callable[[str], None] = print, expected: int = 1) -> Compiled:
-    """The compiled ``(train state, batch, rows, fresh) -> (train state, metrics)``: one optimizer step on the chosen rows. Donates the state."""
-    def run_step(state: TrainState, batch: Rollouts, rows: Array, fresh: bool = False) -> tuple[TrainState, dict[str, Array]]:
+def make_step(
+    objective: Objective,
+    apply: Apply,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    microbatches: int = 1,
+    name: str = "update",
+    report: Callable[[str], None] = print,
+    expected: int = 1,
+) -> Compiled:
+    """The compiled ``(train state, batch, rows, fresh) -> (train state, metrics)``: one optimizer step on the chosen
+    rows. Donates the state."""
+
+    def run_step(
+        state: TrainState, batch: Rollouts, rows: Array, fresh: bool = False
+    ) -> tuple[TrainState, dict[str, Array]]:
         batch = constrain_rows(take(batch, rows, shared_prompt=batch.shared_prompt), mesh)
-        params, opt_state, memory, out = optimizer_step(objective, apply, optimizer, state.params, state.opt_state, state.objective,
-                                                        batch, microbatches=microbatches, fresh=fresh)
+        params, opt_state, memory, out = optimizer_step(
+            objective,
+            apply,
+            optimizer,
+            state.params,
+            state.opt_state,
+            state.objective,
+            batch,
+            microbatches=microbatches,
+            fresh=fresh,
+        )
         where = TrainState(shardings(params, mesh), shardings(opt_state, mesh), replicated(mesh))
         return jax.lax.with_sharding_constraint(TrainState(params, opt_state, memory), where), out
 
     return Compiled(name, run_step, report=report, expected=expected, static_argnames="fresh", donate_argnums=0)
 
 
-# ---- what an objective asks the loop for ----------------------------------------------------------------------------------
+# ---- what an objective asks the loop for
+# ----------------------------------------------------------------------------------
 
-PROVIDED = frozenset({"reward", "correct", "truncated", "group", "role", "prompt", "seed", "count", "mask", "tokens", "logp_old", "logp_beh",
-                      "entropy_old"})
+PROVIDED = frozenset(
+    {
+        "reward",
+        "correct",
+        "truncated",
+        "group",
+        "role",
+        "prompt",
+        "seed",
+        "count",
+        "mask",
+        "tokens",
+        "logp_old",
+        "logp_beh",
+        "entropy_old",
+    }
+)
 SLOTS = ("ref",)
 
 
@@ -230,16 +327,21 @@ def slots_of(objective: Objective) -> list[str]:
     Raises:
       ValueError: it needs something that this loop does not provide; the message says what it does.
     """
-    wanted = sorted(n[len("logp_"):] for n in objective.needs - PROVIDED if n.startswith("logp_"))
-    other = sorted(n for n in objective.needs - PROVIDED if not n.startswith("logp_")) + [f"logp_{s}" for s in wanted if s not in SLOTS]
+    wanted = sorted(n[len("logp_") :] for n in objective.needs - PROVIDED if n.startswith("logp_"))
+    other = sorted(n for n in objective.needs - PROVIDED if not n.startswith("logp_")) + [
+        f"logp_{s}" for s in wanted if s not in SLOTS
+    ]
     if other:
-        raise ValueError(f"the objective needs {', '.join(other)}; the training loop provides "
-                         f"{', '.join(sorted(PROVIDED))} and {', '.join(f'logp_{s}' for s in SLOTS)}")
+        raise ValueError(
+            f"the objective needs {', '.join(other)}; the training loop provides "
+            f"{', '.join(sorted(PROVIDED))} and {', '.join(f'logp_{s}' for s in SLOTS)}"
+        )
     return wanted
 
 
 def must_score(objective: Objective, batch: Rollouts, state: State) -> bool:
-    """Whether ``prepare`` or ``weigh`` read what only a scoring pass gives. If they do not, the first optimizer step is its own old policy."""
+    """Whether ``prepare`` or ``weigh`` read what only a scoring pass gives. If they do not, the first optimizer step
+    is its own old policy."""
     if objective.peeks:
         return True
     try:

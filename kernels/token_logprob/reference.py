@@ -1,10 +1,13 @@
 """The naive form, for tests and for reading: makes the logits [N, V]."""
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 
-def token_logprob(hidden: Array, unembed: Array, targets: Array, temperature: float | Array, softcap: float | None) -> tuple[Array, Array, Array]:
+def token_logprob(
+    hidden: Array, unembed: Array, targets: Array, temperature: float | Array, softcap: float | None
+) -> tuple[Array, Array, Array]:
     """(logp, entropy, logsumexp), [N] each, by log_softmax of the whole logits."""
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     z = jnp.dot(hidden, unembed, preferred_element_type=dtype)

@@ -1,8 +1,10 @@
 """Portable form: a scan over blocks of the vocabulary with a hand-written backward pass.
 
-Forward keeps, per row, the running maximum m, sum of exp(z - m), sum of exp(z - m) (z - m), and the target's logit. Backward recomputes each block's
+Forward keeps, per row, the running maximum m, sum of exp(z - m), sum of exp(z - m) (z - m), and the target's logit.
+Backward recomputes each block's
 logits from hidden and unembed. At most one block of logits [N, block] is alive at a time.
 """
+
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,8 +16,14 @@ from jax import Array
 BLOCK_BYTES = 8 * 2**20
 
 
-def token_logprob(hidden: Array, unembed: Array, targets: Array, temperature: float | Array, softcap: float | None,
-                  block_vocab: int | None) -> tuple[Array, Array, Array]:
+def token_logprob(
+    hidden: Array,
+    unembed: Array,
+    targets: Array,
+    temperature: float | Array,
+    softcap: float | None,
+    block_vocab: int | None,
+) -> tuple[Array, Array, Array]:
     """(logp, entropy, logsumexp), [N] each; see `jaxpo.kernels.token_logprob`."""
     n, v = hidden.shape[0], unembed.shape[1]
     if block_vocab is None:
@@ -26,7 +34,9 @@ def token_logprob(hidden: Array, unembed: Array, targets: Array, temperature: fl
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _stats(hidden: Array, table: Array, targets: Array, temperature: Array, softcap: float | None, block: int) -> tuple[Array, Array, Array]:
+def _stats(
+    hidden: Array, table: Array, targets: Array, temperature: Array, softcap: float | None, block: int
+) -> tuple[Array, Array, Array]:
     return _forward(hidden, table, targets, temperature, softcap, block)[0]
 
 
@@ -39,8 +49,11 @@ def _logits(hidden: Array, rows: Array, temperature: Array, softcap: float | Non
     return softcap * t / temperature, 1 - jnp.square(t)
 
 
-def _over_blocks(f: Callable[[Any, Array, Array], tuple[Any, Any]], init: Any, table: Array, block: int) -> tuple[Any, Any]:
-    """Scan ``f(carry, rows, start)`` over the table's full blocks, then over the ragged rest; per-block outputs are joined along the vocabulary."""
+def _over_blocks(
+    f: Callable[[Any, Array, Array], tuple[Any, Any]], init: Any, table: Array, block: int
+) -> tuple[Any, Any]:
+    """Scan ``f(carry, rows, start)`` over the table's full blocks, then over the ragged rest; per-block outputs are
+    joined along the vocabulary."""
     v = table.shape[0]
     full = v // block
     carry, out = init, None
@@ -51,13 +64,14 @@ def _over_blocks(f: Callable[[Any, Array, Array], tuple[Any, Any]], init: Any, t
         carry, out = jax.lax.scan(lambda c, x: f(c, *x), carry, blocks)
         out = jax.tree.map(lambda x: x.reshape(full * block, *x.shape[2:]), out)
     if v % block:
-        carry, rest = f(carry, table[full * block:], jnp.int32(full * block))
+        carry, rest = f(carry, table[full * block :], jnp.int32(full * block))
         out = rest if out is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), out, rest)
     return carry, out
 
 
-def _forward(hidden: Array, table: Array, targets: Array, temperature: Array, softcap: float | None,
-             block: int) -> tuple[tuple[Array, Array, Array], Any]:
+def _forward(
+    hidden: Array, table: Array, targets: Array, temperature: Array, softcap: float | None, block: int
+) -> tuple[tuple[Array, Array, Array], Any]:
     n, dtype = hidden.shape[0], temperature.dtype
 
     def step(carry: tuple[Array, ...], rows: Array, start: Array) -> tuple[tuple[Array, ...], None]:
@@ -81,7 +95,9 @@ def _forward(hidden: Array, table: Array, targets: Array, temperature: Array, so
     return (target - lse, entropy, lse), (hidden, table, targets, temperature, lse, entropy)
 
 
-def _backward(softcap: float | None, block: int, residuals: Any, cotangents: tuple[Array, Array, Array]) -> tuple[Array, ...]:
+def _backward(
+    softcap: float | None, block: int, residuals: Any, cotangents: tuple[Array, Array, Array]
+) -> tuple[Array, ...]:
     hidden, table, targets, temperature, lse, entropy = residuals
     g_logp, g_entropy, g_lse = cotangents
 

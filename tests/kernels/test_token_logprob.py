@@ -12,7 +12,7 @@ from tests.oracles.cases import COMPILE_FAST
 
 
 def problem(n, d, v, scale=1.0, seed=0):
-    """hidden [N, D], unembed [D, V], targets [N] with the ends of the vocabulary among them, and cotangents of the outputs."""
+    """hidden [N, D], unembed [D, V], targets [N] that include the ends of the vocabulary, cotangents of the outputs."""
     rng = np.random.default_rng(seed)
     targets = rng.integers(0, v, n)
     targets[0], targets[-1] = 0, v - 1
@@ -35,10 +35,23 @@ def assert_close(a, b, rtol, atol):
 
 # --- exactness --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("n", "v", "block", "softcap"), [
-    (5, 1, None, None), (1, 2, 1, None), (5, 97, 1, None), (5, 97, 32, 2.5), (130, 97, 97, None), (5, 128, 32, None), (1, 130, 128, 2.5),
-    (5, 130, None, None), (130, 1000, 97, None), (5, 1000, 5000, 2.5),
-], ids=lambda x: str(x))
+
+@pytest.mark.parametrize(
+    ("n", "v", "block", "softcap"),
+    [
+        (5, 1, None, None),
+        (1, 2, 1, None),
+        (5, 97, 1, None),
+        (5, 97, 32, 2.5),
+        (130, 97, 97, None),
+        (5, 128, 32, None),
+        (1, 130, 128, 2.5),
+        (5, 130, None, None),
+        (130, 1000, 97, None),
+        (5, 1000, 5000, 2.5),
+    ],
+    ids=lambda x: str(x),
+)
 def test_values_and_gradients_equal_the_naive_form(n, v, block, softcap):
     with jax.enable_x64(True):
         args = problem(n, 6, v)
@@ -78,7 +91,11 @@ def test_under_vmap_and_shared_by_every_temperature():
     temperatures = jnp.array([0.5, 1.0, 2.0])
 
     def grad(temperature):
-        return jax.grad(lambda h: token_logprob(h, jnp.float32(unembed), targets, temperature=temperature, block_vocab=32).logp.sum())(jnp.float32(hidden))
+        return jax.grad(
+            lambda h: token_logprob(
+                h, jnp.float32(unembed), targets, temperature=temperature, block_vocab=32
+            ).logp.sum()
+        )(jnp.float32(hidden))
 
     many = jax.jit(jax.vmap(grad), compiler_options=COMPILE_FAST)(temperatures)
     one = jax.jit(grad, compiler_options=COMPILE_FAST)
@@ -87,6 +104,7 @@ def test_under_vmap_and_shared_by_every_temperature():
 
 # --- precision and range ----------------------------------------------------------------------------------------------
 
+
 def test_bfloat16_is_no_less_exact_than_the_naive_form():
     hidden, unembed, targets, cotangents = problem(130, 32, 1000)
     hidden, unembed = jnp.bfloat16(hidden / 4), jnp.bfloat16(unembed)
@@ -94,9 +112,16 @@ def test_bfloat16_is_no_less_exact_than_the_naive_form():
     naive = run(hidden, unembed, targets, cotangents, impl="reference")
     assert [x.dtype.name for x in jax.tree.leaves(got)] == ["float32"] * 3 + ["bfloat16"] * 2
     with jax.enable_x64(True):
-        exact = jax.tree.map(np.asarray, run(np.float64(hidden), np.float64(unembed), targets, cotangents, impl="reference"))
-    errors = [[np.linalg.norm(np.float64(x) - y) / np.linalg.norm(y) for x, y in zip(jax.tree.leaves(form), jax.tree.leaves(exact), strict=True)]
-              for form in (got, naive)]
+        exact = jax.tree.map(
+            np.asarray, run(np.float64(hidden), np.float64(unembed), targets, cotangents, impl="reference")
+        )
+    errors = [
+        [
+            np.linalg.norm(np.float64(x) - y) / np.linalg.norm(y)
+            for x, y in zip(jax.tree.leaves(form), jax.tree.leaves(exact), strict=True)
+        ]
+        for form in (got, naive)
+    ]
     for ours, theirs, name in zip(*errors, ("logp", "entropy", "logsumexp", "d hidden", "d unembed"), strict=True):
         assert ours < 1.5 * theirs + 1e-6, (name, ours, theirs)
 
@@ -113,7 +138,10 @@ def test_extreme_logits(softcap):
     got = run(hidden, unembed, targets, cotangents, softcap=softcap, impl="xla", block_vocab=32)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
     with jax.enable_x64(True):
-        exact = jax.tree.map(np.asarray, run(np.float64(hidden), np.float64(unembed), targets, cotangents, softcap=softcap, impl="reference"))
+        exact = jax.tree.map(
+            np.asarray,
+            run(np.float64(hidden), np.float64(unembed), targets, cotangents, softcap=softcap, impl="reference"),
+        )
     assert_close(got[0], exact[0], 1e-6, 2e-3 if softcap is None else 1e-5)  # float32 near 1e4 is spaced by 1e-3
     if softcap is not None:
         assert np.abs(got[0].logsumexp).max() < 30 + np.log(v) + 1e-3
@@ -121,11 +149,16 @@ def test_extreme_logits(softcap):
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize(("block", "share"), [(512, 1 / 8), (None, 1)])
 def test_the_gradient_does_not_hold_the_logits(block, share):
     """A full [N, V] array of float32 is 128 MiB; the naive form holds several."""
     n, d, v = 2048, 16, 16384
-    shapes = jax.ShapeDtypeStruct((n, d), jnp.float32), jax.ShapeDtypeStruct((d, v), jnp.float32), jax.ShapeDtypeStruct((n,), jnp.int32)
+    shapes = (
+        jax.ShapeDtypeStruct((n, d), jnp.float32),
+        jax.ShapeDtypeStruct((d, v), jnp.float32),
+        jax.ShapeDtypeStruct((n,), jnp.int32),
+    )
 
     def loss(h, w, t):
         out = token_logprob(h, w, t, block_vocab=block)
@@ -137,27 +170,36 @@ def test_the_gradient_does_not_hold_the_logits(block, share):
 
 # --- errors -----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("shapes", "message"), [
-    (((2, 5, 4), (4, 7), (5,)), "takes hidden"),
-    (((5, 4), (7,), (5,)), "takes hidden"),
-    (((5, 4), (4, 7), (5, 1)), "takes hidden"),
-    (((5, 4), (3, 7), (5,)), "do not fit together"),
-    (((5, 4), (4, 7), (6,)), "do not fit together"),
-], ids=str)
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((2, 5, 4), (4, 7), (5,)), "takes hidden"),
+        (((5, 4), (7,), (5,)), "takes hidden"),
+        (((5, 4), (4, 7), (5, 1)), "takes hidden"),
+        (((5, 4), (3, 7), (5,)), "do not fit together"),
+        (((5, 4), (4, 7), (6,)), "do not fit together"),
+    ],
+    ids=str,
+)
 def test_shapes_that_do_not_fit(shapes, message):
     h, w, t = shapes
     with pytest.raises(ValueError, match=message):
         token_logprob(np.zeros(h, np.float32), np.zeros(w, np.float32), np.zeros(t, np.int32))
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (dict(impl="pallas"), "unknown implementation 'pallas' of token_logprob: known: auto, xla, reference"),
-    (dict(block_vocab=0), "block_vocab"),
-    (dict(block_vocab=-4), "block_vocab"),
-    (dict(block_vocab=4, impl="reference"), "block_vocab"),  # an option without effect
-    (dict(softcap=0.0), "softcap"),
-    (dict(temperature=0.0), "temperature"),
-], ids=str)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(impl="pallas"), "unknown implementation 'pallas' of token_logprob: known: auto, xla, reference"),
+        (dict(block_vocab=0), "block_vocab"),
+        (dict(block_vocab=-4), "block_vocab"),
+        (dict(block_vocab=4, impl="reference"), "block_vocab"),  # an option without effect
+        (dict(softcap=0.0), "softcap"),
+        (dict(temperature=0.0), "temperature"),
+    ],
+    ids=str,
+)
 def test_options_that_cannot_be_meant(options, message):
     with pytest.raises(ValueError, match=message):
         token_logprob(np.zeros((5, 4), np.float32), np.zeros((4, 7), np.float32), np.zeros(5, np.int32), **options)

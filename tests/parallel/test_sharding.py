@@ -29,11 +29,20 @@ def cube():
 def test_parameters_are_cut_by_rule():
     specs = jax.tree.map(lambda s: s.spec, shardings(shapes(), cube()))
     assert specs == {
-        "embedding": Spec("tensor", "fsdp"), "head": Spec("tensor", "fsdp"), "final_norm": Spec(),
+        "embedding": Spec("tensor", "fsdp"),
+        "head": Spec("tensor", "fsdp"),
+        "final_norm": Spec(),
         "blocks": {
-            "wq": Spec(None, "fsdp", "tensor", None), "wk": Spec(None, "fsdp", "tensor", None), "wv": Spec(None, "fsdp", "tensor", None),
-            "wo": Spec(None, "tensor", None, "fsdp"), "w_in": Spec(None, "fsdp", None, "tensor"),
-            "w_down": Spec(None, "tensor", "fsdp"), "attn_norm": Spec(), "mlp_norm": Spec()}}
+            "wq": Spec(None, "fsdp", "tensor", None),
+            "wk": Spec(None, "fsdp", "tensor", None),
+            "wv": Spec(None, "fsdp", "tensor", None),
+            "wo": Spec(None, "tensor", None, "fsdp"),
+            "w_in": Spec(None, "fsdp", None, "tensor"),
+            "w_down": Spec(None, "tensor", "fsdp"),
+            "attn_norm": Spec(),
+            "mlp_norm": Spec(),
+        },
+    }
     params = jax.device_put(jax.tree.map(lambda x: jnp.zeros(x.shape), shapes()), shardings(shapes(), cube()))
     for name, x in params["blocks"].items():
         parts = 1 if "norm" in name else 4  # every matrix is cut in four, and each cut is held twice (data)
@@ -50,15 +59,29 @@ def test_optimizer_moments_follow_their_parameter():
 def test_a_vocabulary_that_does_not_divide_stays_whole():
     specs = shardings(shapes(vocab_size=13), cube())
     assert specs["embedding"].spec == specs["head"].spec == Spec(None, "fsdp")
-    assert shardings({"mu": {"embedding": jax.ShapeDtypeStruct((13, 16), jnp.float32)}}, cube())["mu"]["embedding"].spec == Spec(None, "fsdp")
+    assert shardings({"mu": {"embedding": jax.ShapeDtypeStruct((13, 16), jnp.float32)}}, cube())["mu"][
+        "embedding"
+    ].spec == Spec(None, "fsdp")
 
 
-@pytest.mark.parametrize(("fields", "sizes", "message"), [
-    (dict(kv_heads=1), dict(data=4, tensor=2), r"mesh.tensor=2 does not divide axis 2 of blocks/wk \(2, 16, 1, 4\): choose a divisor of 1"),
-    (dict(heads=6, kv_heads=3, head_dim=2), dict(data=4, tensor=2), "mesh.tensor=2 does not divide axis 2 of blocks/wk"),
-    (dict(mlp_width=15), dict(data=4, tensor=2), "mesh.tensor=2 does not divide axis . of blocks/w_(down|in)"),
-    (dict(width=20, head_dim=4), dict(fsdp=8), r"mesh.fsdp=8 does not divide axis . of .* choose a divisor of 20"),
-], ids=["one-kv-head", "three-kv-heads", "mlp", "width"])
+@pytest.mark.parametrize(
+    ("fields", "sizes", "message"),
+    [
+        (
+            dict(kv_heads=1),
+            dict(data=4, tensor=2),
+            r"mesh.tensor=2 does not divide axis 2 of blocks/wk \(2, 16, 1, 4\): choose a divisor of 1",
+        ),
+        (
+            dict(heads=6, kv_heads=3, head_dim=2),
+            dict(data=4, tensor=2),
+            "mesh.tensor=2 does not divide axis 2 of blocks/wk",
+        ),
+        (dict(mlp_width=15), dict(data=4, tensor=2), "mesh.tensor=2 does not divide axis . of blocks/w_(down|in)"),
+        (dict(width=20, head_dim=4), dict(fsdp=8), r"mesh.fsdp=8 does not divide axis . of .* choose a divisor of 20"),
+    ],
+    ids=["one-kv-head", "three-kv-heads", "mlp", "width"],
+)
 def test_what_does_not_divide_is_refused_by_name(fields, sizes, message):
     with pytest.raises(ValueError, match=message):
         shardings(shapes(**fields), make_mesh(sizes))
@@ -78,7 +101,10 @@ def test_rows():
     placed = rows_over_mesh(batch, mesh)
     inside = jax.jit(lambda tree: constrain_rows(jax.tree.map(lambda x: x + 1, tree), mesh))(batch)
     for tree in (placed, inside):
-        assert all(x.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, Spec(("data", "fsdp"))), x.ndim) for x in tree.values())
+        assert all(
+            x.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, Spec(("data", "fsdp"))), x.ndim)
+            for x in tree.values()
+        )
         assert {s.data.shape for s in tree["y"].addressable_shards} == {(2, 3)}
     np.testing.assert_array_equal(inside["x"], np.arange(8) + 1)
 
@@ -86,9 +112,13 @@ def test_rows():
 def problem(vocabulary):
     """A loss, parameters, and a batch of 4 ragged prompts with 2 completions each."""
     config, rng = TransformerConfig(**{**SHAPE, "vocab_size": vocabulary}), np.random.default_rng(0)
-    params = jax.tree.map(lambda x: (0.4 * rng.normal(size=x.shape) + (x.ndim < 2)).astype(x.dtype), shapes(vocab_size=vocabulary))
+    params = jax.tree.map(
+        lambda x: (0.4 * rng.normal(size=x.shape) + (x.ndim < 2)).astype(x.dtype), shapes(vocab_size=vocabulary)
+    )
     prompts = [rng.integers(0, vocabulary, n).tolist() for n in (3, 1, 4, 2)]
-    batch = from_sequences([s for s in prompts for _ in range(2)], rng.integers(0, vocabulary, (8, 5)).tolist(), shared_prompt=2)
+    batch = from_sequences(
+        [s for s in prompts for _ in range(2)], rng.integers(0, vocabulary, (8, 5)).tolist(), shared_prompt=2
+    )
 
     def loss(params, batch):
         stats = token_stats(build(config), params, batch)
@@ -97,8 +127,11 @@ def problem(vocabulary):
     return loss, params, batch
 
 
-@pytest.mark.parametrize(("vocabulary", "transform"), [(12, partial(jax.value_and_grad, has_aux=True)), (13, lambda loss: loss)],
-                         ids=["value-and-gradient", "vocabulary-kept-whole"])
+@pytest.mark.parametrize(
+    ("vocabulary", "transform"),
+    [(12, partial(jax.value_and_grad, has_aux=True)), (13, lambda loss: loss)],
+    ids=["value-and-gradient", "vocabulary-kept-whole"],
+)
 def test_eight_devices_compute_what_one_computes(vocabulary, transform):
     loss, params, batch = problem(vocabulary)
     run, mesh = jax.jit(transform(loss), compiler_options=COMPILE_FAST), cube()

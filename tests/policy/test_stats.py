@@ -20,8 +20,12 @@ PROMPTS, COMPLETIONS = ([4, 9, 2], [7]), ([5, 1, 3, 8], [6, 0, 0], [12], [2, 11,
 
 @cache
 def params():
-    rng, shapes = np.random.default_rng(0), jax.eval_shape(partial(init, CONFIG), jax.random.key(0))
-    return jax.tree.map(lambda x: jnp.asarray(1 + 0.3 * rng.normal(size=x.shape) if x.ndim < 2 else 0.4 * rng.normal(size=x.shape), x.dtype), shapes)
+    rng = np.random.default_rng(0)
+
+    def draw(x):
+        return jnp.asarray(rng.normal(x.ndim < 2, 0.4, x.shape), x.dtype)  # norms about 1, matrices about 0
+
+    return jax.tree.map(draw, jax.eval_shape(partial(init, CONFIG), jax.random.key(0)))
 
 
 def batch_of(k=3, **kwargs):
@@ -36,16 +40,24 @@ def run(params, batch, temperature=1.0):
 
 
 @partial(jax.jit, compiler_options=COMPILE_FAST)
+def logits_of(params, batch):
+    return MODEL.logits(params, completion_hidden(MODEL, params, batch))
+
+
+@partial(jax.jit, compiler_options=COMPILE_FAST)
 def gradient(params, batch):
     def loss(params):
         stats = token_stats(MODEL, params, batch)
         return jnp.sum(batch.mask * (stats.logp * jnp.sin(1 + jnp.arange(batch.rows))[:, None] + stats.entropy))
+
     return jax.grad(loss)(params)
 
 
 def assert_same(a, b, mask):
     for name in ("logp", "entropy"):
-        np.testing.assert_allclose(getattr(a, name)[:, : mask.shape[1]] * mask, getattr(b, name)[:, : mask.shape[1]] * mask, atol=2e-5)
+        np.testing.assert_allclose(
+            getattr(a, name)[:, : mask.shape[1]] * mask, getattr(b, name)[:, : mask.shape[1]] * mask, atol=2e-5
+        )
 
 
 def padded(k):
@@ -71,11 +83,10 @@ def test_gradient_changes_neither_with_sharing_nor_with_padding():
 
 
 def test_prompt_length_none_is_the_whole_width():
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 13, (2, 6)))
-    batch = Rollouts(tokens=tokens, mask=jnp.ones((2, 3)))
-    stats = run(params(), batch)
-    given = run(params(), batch.replace(prompt_length=jnp.array([3, 3])))
-    np.testing.assert_allclose(stats.logp, given.logp, atol=1e-6)
+    full = batch_of(1).replace(prompt_length=jnp.full(6, 3, jnp.int32))
+    np.testing.assert_allclose(
+        run(params(), full.replace(prompt_length=None)).logp, run(params(), full).logp, atol=1e-6
+    )
     assert prompt_mask(None, 2, 3).all()
     np.testing.assert_array_equal(prompt_mask(jnp.array([0, 2]), 2, 3), [[False] * 3, [False, True, True]])
 
@@ -90,11 +101,13 @@ def test_one_token_completions():
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logp_and_entropy_equal_a_float64_softmax(temperature):
     batch = batch_of()
-    logits = np.asarray(jax.jit(lambda p: MODEL.logits(p, completion_hidden(MODEL, p, batch)))(params()), np.float64)
+    logits = np.asarray(logits_of(params(), batch), np.float64)
     log_p = log_softmax(logits / temperature)
     stats = run(params(), batch, temperature=temperature)
     assert stats.logp.dtype == stats.entropy.dtype == jnp.float32 and stats.logp.shape == (6, 4)
-    np.testing.assert_allclose(stats.logp, np.take_along_axis(log_p, np.asarray(batch.completions)[..., None], -1)[..., 0], atol=1e-5)
+    np.testing.assert_allclose(
+        stats.logp, np.take_along_axis(log_p, np.asarray(batch.completions)[..., None], -1)[..., 0], atol=1e-5
+    )
     np.testing.assert_allclose(stats.entropy, -(np.exp(log_p) * log_p).sum(-1), atol=1e-5)
     assert stats.entropy.min() < 0.6 * np.log(13)  # far from uniform, so the test tests something
 

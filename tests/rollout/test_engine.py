@@ -1,7 +1,7 @@
 """Cached decoding against the uncached policy, and the bookkeeping of rows that end.
 
-Compiling is what takes the time: all tests share one small policy, 24 rows, and as few options as possible (temperature, truncations and stop
-tables are data of a compiled function).
+Compiling is what takes the time: all tests share one small policy, 24 rows, and as few options as possible
+(temperature, truncations and stop tables are data of a compiled function).
 """
 
 from functools import cache, partial
@@ -28,26 +28,43 @@ CONFIG = TransformerConfig(vocab_size=V, width=16, layers=2, heads=4, kv_heads=2
 MODEL = build(CONFIG)
 LENGTH = np.array([5, 1, 3, 5, 2, 4, 5, 1], np.int32)
 ANY = SamplingOptions(T, EOS)
+STOP = ["abb", "bab", "cc", "ca", "ed", "fg"]
+CHARACTERS = CharTokenizer("abcdefghi").token_bytes()
+PIECES = [b"", b"", b"a", b"b", b"ab", b"ba", b"bcc", b"dfgd", b"c", b"e", b"aba", b"f"]
+STATES = len(stop_table(STOP, PIECES))  # of the strings alone, so the same for both vocabularies
 
 
 @cache
 def params():
-    rng, shapes = np.random.default_rng(0), jax.eval_shape(partial(init, CONFIG), jax.random.key(0))
-    return jax.tree.map(lambda x: jnp.asarray(1 + 0.3 * rng.normal(size=x.shape) if x.ndim < 2 else 0.4 * rng.normal(size=x.shape), x.dtype), shapes)
+    rng = np.random.default_rng(0)
+
+    def draw(x):
+        return jnp.asarray(rng.normal(x.ndim < 2, 0.4, x.shape), x.dtype)  # norms about 1, matrices about 0
+
+    return jax.tree.map(draw, jax.eval_shape(partial(init, CONFIG), jax.random.key(0)))
 
 
 def prompts(width=P, fill=7):
     """[G, width], left-padded with ``fill``."""
     rng, out = np.random.default_rng(1), np.full((G, width), fill, np.int32)
     for row, n in zip(out, LENGTH, strict=True):
-        row[width - n:] = rng.integers(0, V, n)
+        row[width - n :] = rng.integers(0, V, n)
     return out
 
 
 @partial(jax.jit, static_argnames=("responses", "model"), compiler_options=COMPILE_FAST)
 def run(params, prompts, length, seed, options, policy_temperature=1.0, *, responses=K, model=MODEL):
-    return generate(model, params, prompts, jax.random.key(seed), options, prompt_length=length, responses=responses,
-                    policy_temperature=policy_temperature, pad_id=PAD)
+    return generate(
+        model,
+        params,
+        prompts,
+        jax.random.key(seed),
+        options,
+        prompt_length=length,
+        responses=responses,
+        policy_temperature=policy_temperature,
+        pad_id=PAD,
+    )
 
 
 @partial(jax.jit, compiler_options=COMPILE_FAST)
@@ -66,8 +83,27 @@ def each_row_its_prompt(seed, options, **kwargs):
     return run(params(), np.repeat(prompts(), K, 0), np.repeat(LENGTH, K), seed, options, responses=1, **kwargs)
 
 
+class Counting(Model):
+    """A model that counts how often tokens are embedded: once for the prompts, then once for each step of the loop."""
+
+    calls: list[int] = []
+
+    def embed(self, params, tokens):
+        jax.debug.callback(lambda: Counting.calls.append(1))
+        return Model.embed(self, params, tokens)
+
+
+def count_steps(seed, table):
+    """Rollouts of the counting model, and how many steps its loop took."""
+    Counting.calls.clear()
+    out = each_row_its_prompt(seed, ANY.replace(stop_table=jnp.asarray(table)), model=Counting(*MODEL))
+    jax.block_until_ready(out)
+    jax.effects_barrier()
+    return out, len(Counting.calls) - 1
+
+
 def check_ends(rollouts, ended):
-    """Mask, truncated, tokens and log-probs for rows whose token t ended them where ``ended`` [B, T]; returns the lengths."""
+    """Check mask, truncated, tokens and log-probs; ``ended`` [B, T]: this token ended the row. Returns the lengths."""
     tokens, mask = np.asarray(rollouts.completions), np.asarray(rollouts.mask)
     length = np.where(ended.any(-1), ended.argmax(-1) + 1, T)
     np.testing.assert_array_equal(mask, np.arange(T) < length[:, None])
@@ -84,6 +120,7 @@ def ended_by_id(rollouts, ids=EOS):
 
 
 # --- log-probs --------------------------------------------------------------------------------------------------------
+
 
 def test_the_fields_of_the_batch():
     out = sample_rows()
@@ -120,7 +157,7 @@ def test_truncated_log_probs():
 
 
 def test_sharing_a_prompt_changes_nothing():
-    shared, apart = sample_rows(3), each_row_its_prompt(3, ANY)
+    shared, (apart, _) = sample_rows(3), count_steps(3, np.zeros((STATES, V), np.int32))
     np.testing.assert_array_equal(shared.tokens, apart.tokens)
     np.testing.assert_allclose(shared.logp_beh, apart.logp_beh, atol=1e-5)
     assert apart.shared_prompt == 1
@@ -143,8 +180,10 @@ def test_greedy_takes_the_argmax_of_the_full_forward_pass_at_every_step():
 
 def test_the_plain_policy_is_recorded_once_and_bfloat16_gives_float32_log_probs():
     model = build(TransformerConfig(**{**CONFIG.__dict__, "dtype": "bfloat16"}))
-    sample = jax.jit(lambda p: generate(model, p, prompts(), jax.random.key(5), ANY, prompt_length=LENGTH, responses=K, pad_id=PAD),
-                     compiler_options=COMPILE_FAST)
+    sample = jax.jit(
+        lambda p: generate(model, p, prompts(), jax.random.key(5), ANY, prompt_length=LENGTH, responses=K, pad_id=PAD),
+        compiler_options=COMPILE_FAST,
+    )
     out = sample(params())
     assert out.token_extras == {} and out.logp_beh.dtype == jnp.float32
     check_ends(out, ended_by_id(out))
@@ -155,6 +194,7 @@ def test_the_plain_policy_is_recorded_once_and_bfloat16_gives_float32_log_probs(
 
 # --- ends -------------------------------------------------------------------------------------------------------------
 
+
 def test_ends_are_kept_in_the_mask_and_the_limit_truncates():
     lengths, last_tokens = [], []
     for seed in range(8):
@@ -163,24 +203,10 @@ def test_ends_are_kept_in_the_mask_and_the_limit_truncates():
         lengths += length.tolist()
         last_tokens += np.asarray(out.completions)[np.arange(G * K), length - 1].tolist()
     ended = np.isin(last_tokens, EOS)
-    assert set(EOS) <= set(last_tokens)                              # each of the ids ended a row
-    assert (ended & (np.array(lengths) == T)).any()                  # an end on the last position: not truncated (check_ends)
+    assert set(EOS) <= set(last_tokens)  # each of the ids ended a row
+    assert (ended & (np.array(lengths) == T)).any()  # an end on the last position: not truncated (check_ends)
     assert (~ended).any() and 1 in lengths
     assert (np.array(lengths)[~ended] == T).all()
-
-
-class Counting(Model):
-    """A model that counts how often tokens are embedded: once for the prompts, then once for each step of the loop."""
-    calls: list[int] = []
-
-    def embed(self, params, tokens):
-        jax.debug.callback(lambda: Counting.calls.append(1))
-        return Model.embed(self, params, tokens)
-
-
-STOP = ["abb", "bab", "cc", "ca", "ed", "fg"]
-CHARACTERS = CharTokenizer("abcdefghi").token_bytes()
-PIECES = [b"", b"", b"a", b"b", b"ab", b"ba", b"bcc", b"dfgd", b"c", b"e", b"aba", b"f"]
 
 
 def ended_by_text(rollouts, token_bytes):
@@ -191,15 +217,6 @@ def ended_by_text(rollouts, token_bytes):
             text = text + token_bytes[i] if token_bytes[i] else b""
             ended[row, t] = i in EOS or any(s.encode() in text for s in STOP)
     return ended
-
-
-def count_steps(seed, table):
-    """Rollouts of the counting model, and how many steps its loop took."""
-    Counting.calls.clear()
-    out = each_row_its_prompt(seed, ANY.replace(stop_table=jnp.asarray(table)), model=Counting(*MODEL))
-    jax.block_until_ready(out)
-    jax.effects_barrier()
-    return out, len(Counting.calls) - 1
 
 
 @pytest.mark.parametrize("token_bytes", [CHARACTERS, PIECES], ids=["characters", "pieces"])
@@ -220,11 +237,10 @@ def test_stop_strings_end_the_row_on_the_token_that_completes_them(token_bytes):
 
 
 def test_the_loop_stops_when_every_row_has_ended():
-    states = len(stop_table(STOP, PIECES))
-    out, steps = count_steps(0, np.full((states, V), states - 1, np.int32))  # any token stops
+    out, steps = count_steps(0, np.full((STATES, V), STATES - 1, np.int32))  # any token stops
     assert steps == 0
     check_ends(out, np.arange(T) >= np.zeros((G * K, 1)))
-    out, steps = count_steps(0, np.zeros((states, V), np.int32))  # no token stops
+    out, steps = count_steps(0, np.zeros((STATES, V), np.int32))  # no token stops
     assert steps == check_ends(out, ended_by_id(out)).max() - 1 == T - 1
 
 
@@ -240,6 +256,7 @@ def test_one_new_token():
 
 # --- what must not matter ---------------------------------------------------------------------------------------------
 
+
 def test_the_key_decides():
     a, b, c = sample_rows(6), sample_rows(6), sample_rows(7)
     jax.tree.map(np.testing.assert_array_equal, a, b)
@@ -253,9 +270,8 @@ def test_padding_of_the_prompts_does_not_matter():
     np.testing.assert_array_equal(narrow.mask, wide.mask)
 
 
-@pytest.mark.parametrize("sizes", [dict(data=8), dict(data=2, fsdp=2, tensor=2)], ids=str)
-def test_eight_devices_sample_what_one_samples(sizes):
-    mesh = make_mesh(sizes)
+def test_eight_devices_sample_what_one_samples():
+    mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
     placed = jax.device_put(params(), shardings(params(), mesh))
     out = run(placed, *rows_over_mesh((prompts(), LENGTH), mesh), 9, ANY)
     one = sample_rows(9)

@@ -31,10 +31,15 @@ def test_against_python_in(alphabet):
     letters = sorted(set(alphabet.encode()))  # tokens may cut a character in two
     for _ in range(150):
         strings = ["".join(rng.choice(list(alphabet), rng.integers(1, 5))) for _ in range(rng.integers(1, 4))]
-        token_bytes = [b"", *(bytes(rng.choice(letters, rng.integers(1, 5)).tolist()) for _ in range(rng.integers(1, 6)))]
+        token_bytes = [
+            b"",
+            *(bytes(rng.choice(letters, rng.integers(1, 5)).tolist()) for _ in range(rng.integers(1, 6))),
+        ]
         table = stop_table(strings, token_bytes)
         last = len(table) - 1
-        assert table.shape[1] == len(token_bytes) and table.dtype == np.int32 and 0 <= table.min() and table.max() <= last
+        assert (
+            table.shape[1] == len(token_bytes) and table.dtype == np.int32 and 0 <= table.min() and table.max() <= last
+        )
         for _ in range(4):
             ids = rng.integers(0, len(token_bytes), 12)
             stopped = [s == last for s in walk(table, ids)]
@@ -47,12 +52,12 @@ def test_a_string_inside_one_token_across_tokens_and_inside_another_string():
     token_bytes = [b"", b"x</an", b"swer>", b"</answer> and", b"a", b"</", b"answer"]
     table = stop_table(["</answer>", "swe"], token_bytes)
     last = len(table) - 1
-    assert walk(table, [3]) == [last]                          # inside one token, text goes on after it
-    assert walk(table, [1, 2])[-1] == last                     # begins inside one token, ends inside the next
-    assert walk(table, [5, 6])[-1] == last                     # "swe" occurs within the longer string
-    assert last not in walk(table, [1, 0, 4, 5])               # a special token starts the match anew
+    assert walk(table, [3]) == [last]  # inside one token, text goes on after it
+    assert walk(table, [1, 2])[-1] == last  # begins inside one token, ends inside the next
+    assert walk(table, [5, 6])[-1] == last  # "swe" occurs within the longer string
+    assert last not in walk(table, [1, 0, 4, 5])  # a special token starts the match anew
     assert walk(stop_table(["</answer>"], token_bytes), [1, 0, 2])[-1] == 0
-    assert walk(table, [3, 4, 0, 1]) == [last] * 4             # absorbing
+    assert walk(table, [3, 4, 0, 1]) == [last] * 4  # absorbing
 
 
 def test_overlapping_prefixes_are_not_lost():

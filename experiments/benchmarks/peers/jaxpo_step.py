@@ -1,10 +1,13 @@
-"""jaxpo's side of the step benchmark: the compiled functions of the training loop on the common job (`..record.Job`)."""
+"""jaxpo's side of the step benchmark: the compiled functions of the training loop on the common job
+(`..record.Job`)."""
+
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.benchmarks import record
 from jaxpo.parallel import make_mesh
+from jaxpo.parallel.host import keep_freed_memory
 from jaxpo.policy import transformer
 from jaxpo.rollout import SamplingOptions
 from jaxpo.training import config as config_lib
@@ -28,6 +31,7 @@ def main() -> None:
     """Runs the job and prints its record."""
     recorder = record.Recorder()
     job = record.job_from_flags(__doc__)
+    keep_freed_memory()
     config, mesh = config_of(job), make_mesh()
     model = transformer.build(transformer.TransformerConfig(vocab_size=job.vocab, **config.policy))
     objective, options = config_lib.objective_of(config), SamplingOptions(max_new_tokens=job.new_tokens)
@@ -40,9 +44,14 @@ def main() -> None:
         tokens, length = np.array(prompts, np.int32), np.full(job.prompts, job.prompt_len, np.int32)
         with recorder.phase("generate"):
             batch = jax.block_until_ready(
-                functions["generate"](state.params, tokens, length, jax.random.key(i), options, responses=job.generations))
+                functions["generate"](
+                    state.params, tokens, length, jax.random.key(i), options, responses=job.generations
+                )
+            )
         recorder.gen_tokens += int(batch.mask.sum())
-        batch = batch.replace(reward=np.array([record.reward(row) for row in np.asarray(batch.completions).tolist()], np.float32))
+        batch = batch.replace(
+            reward=np.array([record.reward(row) for row in np.asarray(batch.completions).tolist()], np.float32)
+        )
         with recorder.phase("reference"):
             batch = batch.replace(slots={"ref": jax.block_until_ready(functions["score"](reference, batch).logp)})
         with recorder.phase("update"):

@@ -3,6 +3,7 @@
 Run by `experiments.benchmarks.step`, which keeps the hub off. Generation is `transformers` with its cache (vLLM has no
 place on a CPU), the batch is one micro-batch, the other options are TRL's defaults.
 """
+
 import functools
 import os
 import tempfile

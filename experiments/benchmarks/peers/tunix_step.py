@@ -3,6 +3,7 @@
 Run by `experiments.benchmarks.step`. Its own ("vanilla") sampler, one mesh of one device for all roles, the batch as
 one micro-batch; the other options are Tunix's defaults. Qwen3 differs from Llama by the norms of queries and keys.
 """
+
 import jax
 import numpy as np
 import optax
