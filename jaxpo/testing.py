@@ -398,7 +398,7 @@ def count_is_multiplicity(case: Case) -> str:
     a, b = case.direct(case.stats, by_count), case.direct(stats, written)
     together = jax.tree.map(lambda g: g.at[first].add(g[second]).at[second].set(0), b.grads[0])
     note = same("count 2", a._replace(grads=a.grads[0]), b._replace(grads=together))
-    ghosts = take(case.batch, np.concatenate([first, second]))
+    ghosts = take(case.batch, np.concatenate([first, second]))  # they have tokens, and other rewards than their groups
     ghosts = ghosts.replace(count=jnp.zeros(2 * r), reward=None if ghosts.reward is None else 3 * ghosts.reward + 1)
     grown = _grown(concatenate([case.batch, ghosts]), case.batch.rows + 2 * r)
     out = case.direct(_pad_stats(case.stats, grown, -1.0), grown)

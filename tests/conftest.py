@@ -1,4 +1,5 @@
 """Eight simulated CPU devices for every test, and compiled programs kept between runs."""
+
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the gpu tier sets its own

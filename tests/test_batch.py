@@ -1,4 +1,5 @@
 """Batches: what they hold, how they grow, and what they refuse."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,13 +29,22 @@ def full(b: int = 4, p: int = 3, t: int = 2, **fields) -> Rollouts:
     tokens = np.arange(b * (p + t), dtype=np.int32).reshape(b, p + t)
     grid = np.arange(b * t, dtype=np.float32).reshape(b, t)
     batch = Rollouts(
-        tokens=tokens, mask=np.ones((b, t), np.float32), reward=np.arange(b, dtype=np.float32), logp_old=-grid,
-        group=np.arange(b, dtype=np.int32) // 2, adv=grid, slots={"ref": grid}, extras={"difficulty": np.arange(b)},
-        token_extras={"top": np.stack([grid, grid], -1)}, weights={"a": grid, "b": grid[:, 0]})
+        tokens=tokens,
+        mask=np.ones((b, t), np.float32),
+        reward=np.arange(b, dtype=np.float32),
+        logp_old=-grid,
+        group=np.arange(b, dtype=np.int32) // 2,
+        adv=grid,
+        slots={"ref": grid},
+        extras={"difficulty": np.arange(b)},
+        token_extras={"top": np.stack([grid, grid], -1)},
+        weights={"a": grid, "b": grid[:, 0]},
+    )
     return validate(batch.replace(**fields))
 
 
 # ---- making them --------------------------------------------------------------------------------------------------
+
 
 def test_from_sequences_pads_prompts_left_and_completions_right():
     batch = from_sequences(PROMPTS, COMPLETIONS, pad_id=99, reward=np.ones(3))
@@ -51,12 +61,18 @@ def test_the_mask_comes_from_lengths_not_from_ids():
     assert from_sequences([[0]], [[0, 5, 0]], pad_id=0).mask.tolist() == [[1, 1, 1]]
 
 
-@pytest.mark.parametrize(("arguments", "options", "message"), [
-    (([[1]], []), {}, "1 prompts but 0 completions"),
-    (([[1], [1, 2]], [[1], [1]]), {"prompt_width": 1},
-     "row 1: a prompt of 2 and a completion of 1 tokens do not fit prompt_width=1"),
-    (([[1]], [[1, 2, 3]]), {"width": 2}, "row 0: .*completion of 3 .* width=2"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (([[1]], []), {}, "1 prompts but 0 completions"),
+        (
+            ([[1], [1, 2]], [[1], [1]]),
+            {"prompt_width": 1},
+            "row 1: a prompt of 2 and a completion of 1 tokens do not fit prompt_width=1",
+        ),
+        (([[1]], [[1, 2, 3]]), {"width": 2}, "row 0: .*completion of 3 .* width=2"),
+    ],
+)
 def test_from_sequences_refuses(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         from_sequences(*arguments, **options)
@@ -88,13 +104,23 @@ def test_roles_have_numbers():
 
 # ---- asking and completing ----------------------------------------------------------------------------------------
 
+
 def test_get_finds_fields_slots_and_extras():
     batch = full()
     assert batch.get("reward") is batch.reward and batch.get("logp_ref") is batch.slots["ref"]
     assert batch.get("logp_old") is batch.logp_old and batch.get("top") is batch.token_extras["top"]
     assert batch.get("difficulty") is batch.extras["difficulty"]
-    assert set(batch.fields()) == {"tokens", "mask", "reward", "logp_old", "group", "adv", "logp_ref", "difficulty",
-                                   "top"}
+    assert set(batch.fields()) == {
+        "tokens",
+        "mask",
+        "reward",
+        "logp_old",
+        "group",
+        "adv",
+        "logp_ref",
+        "difficulty",
+        "top",
+    }
 
 
 def test_a_missing_field_is_named_with_what_there_is():
@@ -113,24 +139,32 @@ def test_complete_fills_what_has_one_meaning_and_nothing_else():
     assert kept.group.tolist() == [5, 5, 5] and kept.count.tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize(("fields", "message"), [
-    ({"mask": None}, "Rollouts.mask is required"),
-    ({"mask": np.ones(4)}, r"Rollouts.mask must have shape \[B, T\]"),
-    ({"logp_old": np.ones((4, 3))},
-     r"Rollouts.logp_old has shape \(4, 3\); its first axes must be \(4, 2\) \(B=4, T=2, from mask\)"),
-    ({"reward": np.ones((4, 1))}, r"Rollouts.reward has shape \(4, 1\) where it must be \(4,\), one number a row"),
-    ({"count": np.ones(3)}, "Rollouts.count"),
-    ({"adv": np.ones(3)}, "Rollouts.adv"),
-    ({"tokens": np.ones((4, 1), int)}, r"Rollouts.tokens has shape \(4, 1\); it must be \[B, P\+T\] with B=4, T=2"),
-    ({"slots": {"ref": np.ones((4, 3))}}, r"Rollouts.slots\['ref'\]"),
-    ({"extras": {"x": np.ones(3)}}, r"Rollouts.extras\['x'\]"),
-    ({"token_extras": {"x": np.ones((4, 3))}}, r"Rollouts.token_extras\['x'\]"),
-    ({"weights": {"x": np.ones(3)}}, r"Rollouts.weights\['x'\]"),
-    ({"layout": ("chosen", "rejected", "kl")}, "Rollouts.layout says 3 consecutive rows belong together, but 4 rows"),
-    ({"layout": ("chosen", "rejekted")}, "unknown role 'rejekted': did you mean 'rejected'"),
-    ({"shared_prompt": 3}, "Rollouts.shared_prompt says 3"),
-    ({"shared_prompt": 0}, "Rollouts.shared_prompt says 0"),
-])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mask": None}, "Rollouts.mask is required"),
+        ({"mask": np.ones(4)}, r"Rollouts.mask must have shape \[B, T\]"),
+        (
+            {"logp_old": np.ones((4, 3))},
+            r"Rollouts.logp_old has shape \(4, 3\); its first axes must be \(4, 2\) \(B=4, T=2, from mask\)",
+        ),
+        ({"reward": np.ones((4, 1))}, r"Rollouts.reward has shape \(4, 1\) where it must be \(4,\), one number a row"),
+        ({"count": np.ones(3)}, "Rollouts.count"),
+        ({"adv": np.ones(3)}, "Rollouts.adv"),
+        ({"tokens": np.ones((4, 1), int)}, r"Rollouts.tokens has shape \(4, 1\); it must be \[B, P\+T\] with B=4, T=2"),
+        ({"slots": {"ref": np.ones((4, 3))}}, r"Rollouts.slots\['ref'\]"),
+        ({"extras": {"x": np.ones(3)}}, r"Rollouts.extras\['x'\]"),
+        ({"token_extras": {"x": np.ones((4, 3))}}, r"Rollouts.token_extras\['x'\]"),
+        ({"weights": {"x": np.ones(3)}}, r"Rollouts.weights\['x'\]"),
+        (
+            {"layout": ("chosen", "rejected", "kl")},
+            "Rollouts.layout says 3 consecutive rows belong together, but 4 rows",
+        ),
+        ({"layout": ("chosen", "rejekted")}, "unknown role 'rejekted': did you mean 'rejected'"),
+        ({"shared_prompt": 3}, "Rollouts.shared_prompt says 3"),
+        ({"shared_prompt": 0}, "Rollouts.shared_prompt says 0"),
+    ],
+)
 def test_validate_names_the_field(fields, message):
     with pytest.raises(ValueError, match=message):
         validate(full().replace(**fields))
@@ -146,10 +180,14 @@ def test_batches_and_stats_are_pytrees():
 
 # ---- rows: take, slices, pad, concatenate ---------------------------------------------------------------------------
 
+
 def assert_rows(batch: Rollouts, source: Rollouts, rows: list[int]) -> None:
     """``batch`` is the rows of ``source``, in every leaf."""
-    jax.tree.map(lambda got, whole: np.testing.assert_array_equal(got, np.asarray(whole)[rows]),
-                 batch.replace(shared_prompt=1), source.replace(shared_prompt=1))
+    jax.tree.map(
+        lambda got, whole: np.testing.assert_array_equal(got, np.asarray(whole)[rows]),
+        batch.replace(shared_prompt=1),
+        source.replace(shared_prompt=1),
+    )
 
 
 @pytest.mark.parametrize(("rows", "expected"), [([2, 0, 0], [2, 0, 0]), ([True, False, False, True], [0, 3]), ([], [])])
@@ -219,13 +257,16 @@ def test_concatenate_pads_to_the_widest():
     assert concatenate([full(shared_prompt=4), full(shared_prompt=2)]).shared_prompt == 2
 
 
-@pytest.mark.parametrize(("batches", "message"), [
-    ([], "concatenate needs at least one batch"),
-    ([full(), full(reward=None)], "Rollouts.reward is present in some of the batches only"),
-    ([full(), full(slots={})], "Rollouts.logp_ref is present in some of the batches only"),
-    ([full(), full(layout=("chosen", "rejected"))], "Rollouts.layout differs"),
-    ([full(), full(weights={})], "weights"),
-])
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "concatenate needs at least one batch"),
+        ([full(), full(reward=None)], "Rollouts.reward is present in some of the batches only"),
+        ([full(), full(slots={})], "Rollouts.logp_ref is present in some of the batches only"),
+        ([full(), full(layout=("chosen", "rejected"))], "Rollouts.layout differs"),
+        ([full(), full(weights={})], "weights"),
+    ],
+)
 def test_concatenate_refuses(batches, message):
     with pytest.raises(ValueError, match=message):
         concatenate(batches)

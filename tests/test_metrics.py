@@ -1,4 +1,5 @@
 """Metrics of slices merge to the metrics of the whole batch, exactly, and say 0 of nothing."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +13,12 @@ WRITTEN = np.repeat(VALUE, WEIGHT.astype(int))  # a weight is a multiplicity
 
 
 def report(value, weight):
-    return {"mean": Mean.of(value, weight), "max": Max.of(value, weight), "x": Moments.of(value, weight),
-            "total": Sum(jnp.sum(jnp.where(weight > 0, value, 0) * weight))}
+    return {
+        "mean": Mean.of(value, weight),
+        "max": Max.of(value, weight),
+        "x": Moments.of(value, weight),
+        "total": Sum(jnp.sum(jnp.where(weight > 0, value, 0) * weight)),
+    }
 
 
 def scalars(metrics):
@@ -22,8 +27,10 @@ def scalars(metrics):
 
 def test_values_and_names():
     got = scalars(report(VALUE, WEIGHT))
-    assert got == pytest.approx({"mean": WRITTEN.mean(), "max": 4.0, "x/mean": WRITTEN.mean(), "x/std": WRITTEN.std(),
-                                 "total": WRITTEN.sum()}, rel=1e-6)
+    assert got == pytest.approx(
+        {"mean": WRITTEN.mean(), "max": 4.0, "x/mean": WRITTEN.mean(), "x/std": WRITTEN.std(), "total": WRITTEN.sum()},
+        rel=1e-6,
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 6])

@@ -1,4 +1,5 @@
 """Names and hyperparameters that do not exist fail with the nearest ones that do."""
+
 import pytest
 
 import jaxpo.objectives  # noqa: F401 (imported for its registrations)
@@ -51,6 +52,7 @@ def test_a_cell_run_twice_takes_the_newer_definition():
     def build(result):
         def factory() -> int:
             return result
+
         return factory
 
     registry.register("task", id="cell")(build(1))
@@ -58,18 +60,23 @@ def test_a_cell_run_twice_takes_the_newer_definition():
     assert registry.make("cell", "task") == 2
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: registry.make("grop"), r"unknown objective 'grop': did you mean 'grpo'.*\? known: .*dapo.*sft"),
-    (lambda: registry.entry("grop"), "unknown objective 'grop': did you mean 'grpo'"),
-    (lambda: registry.describe("grop"), "unknown objective 'grop': did you mean 'grpo'"),
-    (lambda: registry.make("zzzzzz"), "unknown objective 'zzzzzz': known: "),
-    (lambda: registry.make("grpo", eps_hihg=0.3),
-     "unknown hyperparameter of objective 'grpo' 'eps_hihg': did you mean 'eps_high'"),
-    (lambda: registry.make("dr_grpo"), "objective 'dr_grpo' needs L_const"),
-    (lambda: registry.make("grpo", "objektive"), "unknown objektive 'grpo'|unknown kind 'objektive'"),
-    (lambda: registry.names("objektive"), "unknown kind 'objektive': did you mean 'objective'"),
-    (lambda: registry.register("objektive"), "unknown kind 'objektive': did you mean 'objective'"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: registry.make("grop"), r"unknown objective 'grop': did you mean 'grpo'.*\? known: .*dapo.*sft"),
+        (lambda: registry.entry("grop"), "unknown objective 'grop': did you mean 'grpo'"),
+        (lambda: registry.describe("grop"), "unknown objective 'grop': did you mean 'grpo'"),
+        (lambda: registry.make("zzzzzz"), "unknown objective 'zzzzzz': known: "),
+        (
+            lambda: registry.make("grpo", eps_hihg=0.3),
+            "unknown hyperparameter of objective 'grpo' 'eps_hihg': did you mean 'eps_high'",
+        ),
+        (lambda: registry.make("dr_grpo"), "objective 'dr_grpo' needs L_const"),
+        (lambda: registry.make("grpo", "objektive"), "unknown objektive 'grpo'|unknown kind 'objektive'"),
+        (lambda: registry.names("objektive"), "unknown kind 'objektive': did you mean 'objective'"),
+        (lambda: registry.register("objektive"), "unknown kind 'objektive': did you mean 'objective'"),
+    ],
+)
 def test_errors_name_the_nearest(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -34,7 +34,7 @@ class State:
 
 
 class Objective(NamedTuple):
-    """What is minimised: pure, jittable, vmappable functions (see docs/objectives.md)."""
+    """What is minimised: pure, jittable, vmappable functions."""
 
     init: Callable[[], State]
     prepare: Callable[[Rollouts, State], tuple[Rollouts, State]]
@@ -277,7 +277,7 @@ def per_token(x: Array) -> Array:
 
 
 def standard_metrics(stats: TokenStats, batch: Rollouts) -> dict[str, Any]:
-    """The metrics every objective reports under the same names (sanitised inputs; see docs/objectives.md)."""
+    """The metrics every objective reports under the same names (inputs sanitised)."""
     count = promote(batch.count)
     tokens = promote(batch.mask) * count[:, None]
     log_ratio = ratios.token_log_ratio(stats.logp, batch.logp_old, batch.mask)

@@ -11,7 +11,7 @@ ROWS = ("data", "fsdp")  # mesh axes over which the rows of a batch are spread
 # First match wins, searched anywhere in the path, so that optimizer moments ("0/mu/blocks/wq") follow their parameter.
 # Block parameters have a leading axis of layers.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"(embedding|head)$", PartitionSpec("tensor", "fsdp")),  # [V, D]
+    (r"(^|/)(embedding|head)$", PartitionSpec("tensor", "fsdp")),  # [V, D]
     (r"blocks/w[qkv]$", PartitionSpec(None, "fsdp", "tensor", None)),  # [L, D, heads, d]
     (r"blocks/wo$", PartitionSpec(None, "tensor", None, "fsdp")),  # [L, heads, d, D]
     (r"blocks/w_in$", PartitionSpec(None, "fsdp", None, "tensor")),  # [L, D, 2, M]

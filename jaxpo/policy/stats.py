@@ -78,7 +78,7 @@ def completion_hidden(model: Model, params: Params, batch: Rollouts) -> Array:
     attend = shared_prompt_attend(prompts, p, b, t - 1, ok)
     x, _ = model.run_blocks(params, model.embed(params, tokens), positions, attend)
     last = x[: prompts * p].reshape(prompts, p, -1)[:, -1:]
-    x = jnp.concatenate([jnp.repeat(last, k, 0), x[prompts * p :].reshape(b, t - 1, -1)], 1)
+    x = jnp.concatenate([jnp.repeat(last, k, 0), x[prompts * p :].reshape(b, t - 1, x.shape[-1])], 1)
     return model.final(params, x)
 
 

@@ -62,7 +62,7 @@ class TransformerConfig:
     def __post_init__(self):
         set_ = partial(object.__setattr__, self)
         set_("kv_heads", self.heads if self.kv_heads is None else self.kv_heads)
-        set_("head_dim", self.width // self.heads if self.head_dim is None else self.head_dim)
+        set_("head_dim", self.width // max(self.heads, 1) if self.head_dim is None else self.head_dim)
         set_("mlp_width", round(8 / 3 * self.width / 8) * 8 if self.mlp_width is None else self.mlp_width)
         for field in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width"):
             if getattr(self, field) < 1:
@@ -145,7 +145,8 @@ class Transformer(nnx.Module):
             )
 
         self.embedding = table(rngs.params())
-        self.blocks = nnx.vmap(lambda r: Block(config, r))(rngs.fork(split=config.layers))
+        keys = jax.random.split(rngs.params(), config.layers)
+        self.blocks = nnx.vmap(lambda key: Block(config, nnx.Rngs(params=key)))(keys)
         self.final_norm = nnx.Param(jnp.ones(config.width, dtype))
         if not config.tied:
             self.head = table(rngs.params())

@@ -57,8 +57,8 @@ def validate(options: SamplingOptions) -> SamplingOptions:
             f"sampling.temperature must be positive, not {options.temperature}; for the most probable token "
             "set greedy=True"
         )
-    if options.top_k is not None and options.top_k < 1:
-        raise ValueError(f"sampling.top_k must be at least 1, not {options.top_k}")
+    if options.top_k is not None and (not isinstance(options.top_k, int) or options.top_k < 1):
+        raise ValueError(f"sampling.top_k must be a whole number of at least 1, not {options.top_k}")
     if number(options.top_p) and not 0 < options.top_p <= 1:
         raise ValueError(f"sampling.top_p must be in (0, 1], not {options.top_p}")
     if number(options.min_p) and not 0 <= options.min_p <= 1:
@@ -79,7 +79,9 @@ def truncate(z: Array, options: SamplingOptions) -> Array:
         keep = jnp.ones(values.shape, bool)
         if options.top_p is not None:
             p = jax.nn.softmax(values, -1)
-            keep = jnp.cumsum(p, -1) - p < options.top_p  # what came before does not yet hold top_p
+            before = jnp.cumsum(p, -1) - p  # a token stays while those before it do not yet hold top_p
+            # ... and all stay at 1, which a rounded sum reaches before the tail
+            keep = (before < options.top_p) | (jnp.asarray(options.top_p) >= 1)
         kept = jnp.zeros(z.shape, bool).at[jnp.arange(z.shape[0])[:, None], ids].set(keep)
         z = jnp.where(kept, z, -jnp.inf)
     if options.min_p is not None:

@@ -3,11 +3,15 @@
 Which positions count is never read off token ids: the pad id may well be the end-of-sequence id.
 """
 
+import importlib
+import importlib.util
 import json
 import re
 import string
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 from jaxpo.registry import unknown
@@ -130,7 +134,7 @@ class PretrainedTokenizer:
     def __init__(self, tokenizer: Any, chat_template: bool, eos: Sequence[str] = ()):
         path = tokenizer if isinstance(tokenizer, (str, Path)) else None
         if path is not None:
-            from transformers import AutoTokenizer
+            AutoTokenizer = _transformers().AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(path)
         if not getattr(tokenizer, "is_fast", False):
@@ -207,7 +211,8 @@ def from_json(spec: Mapping[str, Any]) -> Tokenizer:
 
 def _pretrained_from_json(spec: Mapping[str, Any]) -> PretrainedTokenizer:
     from tokenizers import Tokenizer as Backend
-    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast = _transformers().PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Backend.from_str(spec["tokenizer"]),
@@ -251,3 +256,12 @@ def _bytes_to_unicode() -> dict[int, str]:
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)}
+
+
+def _transformers() -> ModuleType:
+    """transformers, which looks for a library called ``kernels`` and, in a checkout of this project, would find our
+    folder of that name and load every module of it a second time."""
+    spec = importlib.util.find_spec("kernels") if "kernels" not in sys.modules else None
+    if spec is not None and spec.origin and (Path(spec.origin).parent / "token_logprob").is_dir():
+        sys.modules["kernels"] = None  # importing it fails: transformers takes it for not installed
+    return importlib.import_module("transformers")

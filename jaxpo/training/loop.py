@@ -26,9 +26,12 @@ from jaxpo.training.protocols import NothingLeft, Run, Tools, advance
 from jaxpo.training.restore import checkpoint_of, find_checkpoint, load_params, restore
 from jaxpo.training.rundir import Progress, RunDirectory, closing_table, read_metrics
 from jaxpo.training.supervised import warm_start
-from jaxpo.training.workspace import Workspace, prepare_process, must_score, setup, slots_of
+from jaxpo.training.workspace import Workspace, must_score, prepare_process, setup, slots_of
 
 BEFORE_ALL = -(2**31)  # resuming from here keeps nothing of an earlier attempt's logs
+
+
+PROFILE_AFTER = 2  # iterations before a profile, which compile
 
 
 class Diverged(RuntimeError):
@@ -229,6 +232,11 @@ def train_rl(config: ConfigDict, workdir: str, *, resume: bool = False, profile_
       Diverged, NothingLeft: the run cannot go on; the last checkpoint is named.
     """
     prepare_process(config.compilation_cache)
+    if profile_steps < 0 or (profile_steps and config.steps < profile_steps + PROFILE_AFTER):
+        raise ValueError(
+            f"--profile_steps={profile_steps}: a run of {config.steps} iterations can trace at most "
+            f"{max(config.steps - PROFILE_AFTER, 0)}, after {PROFILE_AFTER} that compile"
+        )
     say = print
     workspace = setup(config, report=lambda text: say(text))
     keys = keys_of(config.seed)
@@ -241,10 +249,10 @@ def train_rl(config: ConfigDict, workdir: str, *, resume: bool = False, profile_
     try:
         run = begin(workspace, keys, protocol, log, clock, lambda text: say(text), restoring=step is not None)
         if step is not None:
-            run = restore(checkpoints, run)
+            run = restore(checkpoints, run, config.seed)
             print(f"resumed at iteration {run.iteration} from {workdir}/checkpoints/{step}")
         else:
-            checkpoints.save(0, *checkpoint_of(run))
+            checkpoints.save(0, *checkpoint_of(run, config.seed))
         before = read_before(workdir) if run.iteration else evaluate_both(workspace, run, keys, clock, log)
         with Progress(config.steps, initial=run.iteration) as progress, Interrupt() as interrupt:
             say = progress.print
@@ -354,7 +362,7 @@ def loop(
     """Iterations up to the last; returns the run and whether SIGTERM ended it."""
     config, skipped, drawn, first = workspace.config, 0, time.perf_counter(), run.iteration
     while run.iteration < config.steps:
-        if profile_steps and run.iteration == first + 2:
+        if profile_steps and run.iteration == first + PROFILE_AFTER:
             jax.profiler.start_trace(f"{log.path}/profile")
         start, spent = time.perf_counter(), dict(clock.seconds)
         try:
@@ -375,7 +383,7 @@ def loop(
         notes.clear()
         # A step that was skipped for want of tokens is not a sign of divergence; one that was not finite is.
         skipped = skipped + int(metrics["step/nonfinite"]) if metrics["step/nonfinite"] else 0
-        if profile_steps and run.iteration == first + 2 + profile_steps:
+        if profile_steps and run.iteration == first + PROFILE_AFTER + profile_steps:
             jax.profiler.stop_trace()
             progress.print(f"profile of {profile_steps} iterations in {log.path}/profile")
         if run.iteration % config.evaluation.every == 0 and run.iteration < config.steps:
@@ -395,7 +403,7 @@ def loop(
             run.iteration % config.checkpoint.every == 0 or run.iteration == config.steps or interrupt.asked
         ) and not skipped:
             with clock.phase("checkpoint"):
-                checkpoints.save(run.iteration, *checkpoint_of(run))
+                checkpoints.save(run.iteration, *checkpoint_of(run, config.seed))
         if time.perf_counter() - drawn > config.logging.plot_seconds:
             with clock.phase("plot"):
                 draw_curves(str(log.path))

@@ -18,18 +18,25 @@ from jaxpo.training.protocols import Run, advance
 from jaxpo.training.workspace import Workspace, setup
 
 
-def checkpoint_of(run: Run) -> tuple[dict[str, Any], dict[str, int]]:
-    """The arrays and the position of a run."""
+def checkpoint_of(run: Run, seed: int) -> tuple[dict[str, Any], dict[str, int]]:
+    """The arrays and the position of a run. Its random state is the seed: every key is a function of it and the
+    iteration, every epoch's order of (seed, epoch)."""
     state = run.state
     arrays = dict(
         params=state.params, opt_state=state.opt_state, objective=state.objective, slots=run.slots, tables=run.tables
     )
-    return arrays, dict(iteration=run.iteration, position=run.position)
+    return arrays, dict(seed=seed, iteration=run.iteration, position=run.position)
 
 
-def restore(checkpoints: Checkpoints, run: Run) -> Run:
-    """The latest checkpoint, with the shapes, dtypes and sharding of ``run``."""
-    arrays, position = checkpoints.restore(checkpoint_of(run)[0])
+def restore(checkpoints: Checkpoints, run: Run, seed: int) -> Run:
+    """The latest checkpoint, with the shapes, dtypes and sharding of ``run``.
+
+    Raises:
+      ValueError: the checkpoint is of a run with another seed, or of another shape (the leaf is named).
+    """
+    arrays, position = checkpoints.restore(checkpoint_of(run, seed)[0])
+    if (saved := position.pop("seed")) != seed:
+        raise ValueError(f"config.seed is {seed}, but the run that is to be resumed has seed {saved}")
     state = run.state.replace(params=arrays["params"], opt_state=arrays["opt_state"], objective=arrays["objective"])
     return advance(run, state=state, slots=arrays["slots"], tables=arrays["tables"], **position)
 

@@ -46,7 +46,7 @@ def token_logprob(
       `LogProbStats`; maxima, sums and logits are float32 whatever the inputs are (float64 for float64).
 
     Raises:
-      ValueError: shapes that do not fit, or an unknown implementation.
+      ValueError: shapes that do not fit, an option out of range, or an unknown implementation.
     """
     if hidden.ndim != 2 or unembed.ndim != 2 or targets.ndim != 1:
         raise ValueError(
@@ -57,6 +57,13 @@ def token_logprob(
         raise ValueError(
             f"token_logprob: hidden {hidden.shape}, unembed {unembed.shape} and targets {targets.shape} do "
             "not fit together"
+        )
+    for name, value in (("temperature", temperature), ("softcap", softcap), ("block_vocab", block_vocab)):
+        if isinstance(value, int | float) and not value > 0:
+            raise ValueError(f"token_logprob: {name} must be positive, not {value}")
+    if impl == "reference" and block_vocab is not None:
+        raise ValueError(
+            "token_logprob: block_vocab has no effect with impl='reference', which makes all logits at once"
         )
     if impl == "reference":
         return LogProbStats(*reference.token_logprob(hidden, unembed, targets, temperature, softcap))

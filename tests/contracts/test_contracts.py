@@ -1,4 +1,5 @@
 """Every registered objective keeps every contract, and every contract notices an objective that breaks it."""
+
 from functools import cache
 
 import jax
@@ -41,6 +42,7 @@ def dpo(beta: float = 0.1) -> Objective:
 
 def everything(weight: float = 0.5) -> Objective:
     """One of every feature of the grammar. Shapes: logp [B, T]."""
+
     def relative(stats, batch, state):  # of its group, so that a slice has to hold whole groups
         row = stats.logp.sum(-1)
         return (row - grouping.group_mean(row, batch.group, batch.count)) * batch.reward
@@ -55,11 +57,21 @@ def everything(weight: float = 0.5) -> Objective:
 
     row = Term("relative", relative, aggregation.seq_mean, per="row")
     square = Term("square", lambda stats, batch, state: jnp.square(stats.logp))
-    entropy = Term("entropy", lambda stats, batch, state: -jnp.minimum(stats.entropy, batch.extras["bound"][:, None]),
-                   coef=lambda state: weight * state.memory["coef"])
-    return from_terms([row, linearized(square, lambda s: jnp.sqrt(s + 1e-3)), entropy], weigh=lower, update=fade,
-                      memory={"coef": jnp.float32(1)}, needs=["reward"], wants=["logp", "entropy"], peeks=["entropy"],
-                      coupling="group")
+    entropy = Term(
+        "entropy",
+        lambda stats, batch, state: -jnp.minimum(stats.entropy, batch.extras["bound"][:, None]),
+        coef=lambda state: weight * state.memory["coef"],
+    )
+    return from_terms(
+        [row, linearized(square, lambda s: jnp.sqrt(s + 1e-3)), entropy],
+        weigh=lower,
+        update=fade,
+        memory={"coef": jnp.float32(1)},
+        needs=["reward"],
+        wants=["logp", "entropy"],
+        peeks=["entropy"],
+        coupling="group",
+    )
 
 
 @pytest.mark.parametrize("factory", [dpo, everything])
@@ -69,6 +81,7 @@ def test_of_a_users_own(factory):
 
 
 # ---- every contract notices what it is for --------------------------------------------------------------------------
+
 
 def nll(aggregate=aggregation.token_mean, value=lambda stats, batch, state: -stats.logp, **options) -> Objective:
     return from_terms([Term("nll", value, aggregate)], **options)
@@ -120,30 +133,48 @@ BROKEN = {
     "overflow": ("finite_on_hostile_input", lambda: nll(value=lambda s, b, _: jnp.exp(4 * (s.logp - b.logp_old)))),
     "sums masked positions": ("finite_on_hostile_input", lambda: nll(value=advantage, prepare=sum_of_all)),
     "divides by the width": (
-        "padding_invariance", lambda: nll(lambda mask, count, b: mask * count[:, None] / mask.size)),
+        "padding_invariance",
+        lambda: nll(lambda mask, count, b: mask * count[:, None] / mask.size),
+    ),
     "later rows weigh more": (
-        "permutation_equivariance", lambda: nll(value=lambda s, b, _: s.logp * jnp.arange(b.rows)[:, None])),
+        "permutation_equivariance",
+        lambda: nll(value=lambda s, b, _: s.logp * jnp.arange(b.rows)[:, None]),
+    ),
     "multiplicity is ignored": (
-        "count_is_multiplicity", lambda: nll(lambda mask, count, b: mask * (count > 0)[:, None] / mask.sum())),
+        "count_is_multiplicity",
+        lambda: nll(lambda mask, count, b: mask * (count > 0)[:, None] / mask.sum()),
+    ),
     "fillers count": ("count_is_multiplicity", lambda: nll(lambda mask, count, b: mask * count[:, None] / mask.sum())),
     "a mean over the slice": ("microbatch_invariance", lambda: nll(value=lambda s, b, _: s.logp * s.logp.mean())),
     "a group cut by slices": ("microbatch_invariance", lambda: everything()._replace(coupling="row")),
     "more than it peeks at": (
-        "evaluate_agrees_with_training", lambda: everything()._replace(peeks=frozenset({"logp"}))),
+        "evaluate_agrees_with_training",
+        lambda: everything()._replace(peeks=frozenset({"logp"})),
+    ),
     "gradient into the reward": (
-        "gradient_only_into_the_policy", lambda: changed_loss(lambda stats, batch: batch.reward.sum())),
+        "gradient_only_into_the_policy",
+        lambda: changed_loss(lambda stats, batch: batch.reward.sum()),
+    ),
     "gradient of masked tokens": (
-        "masked_positions_get_no_gradient", lambda: changed_loss(lambda stats, batch: stats.logp.sum())),
+        "masked_positions_get_no_gradient",
+        lambda: changed_loss(lambda stats, batch: stats.logp.sum()),
+    ),
     "no gradient at all": (
-        "masked_positions_get_no_gradient", lambda: nll(value=lambda s, b, _: jax.lax.stop_gradient(s.logp))),
+        "masked_positions_get_no_gradient",
+        lambda: nll(value=lambda s, b, _: jax.lax.stop_gradient(s.logp)),
+    ),
     "another loss under jit": ("jit_equals_eager", lambda: changed_loss(is_traced)),
     "a branch on a number": ("vmap_over_hyperparameters", lambda: not_traceable),
     "a mean in bfloat16": (
-        "float32_accumulation", lambda: changed_loss(lambda stats, batch: (stats.logp * batch.mask).mean())),
+        "float32_accumulation",
+        lambda: changed_loss(lambda stats, batch: (stats.logp * batch.mask).mean()),
+    ),
     "a need not declared": ("needs_is_exact", lambda: nll(value=lambda s, b, _: s.logp - b.get("logp_ref"))),
     "a need without effect": ("needs_is_exact", lambda: nll(needs=["reward"])),
     "a clock that stands": (
-        "state_survives_a_checkpoint", lambda: nll()._replace(update=lambda state, batch, report: state)),
+        "state_survives_a_checkpoint",
+        lambda: nll()._replace(update=lambda state, batch, report: state),
+    ),
     "a state that changes its form": ("state_survives_a_checkpoint", lambda: nll(update=keeps_python_numbers)),
     "no shapes": ("documented", lambda: no_shapes),
 }
@@ -181,16 +212,26 @@ def test_a_report_says_what_was_not_checked(monkeypatch):
     monkeypatch.setattr(testing, "CONTRACTS", [testing.documented, testing.gradient_only_into_the_policy])
     report = testing.check(sft_case().objective)
     assert report.skipped == {"documented": "it needs the function that builds the objective"}
-    assert str(report).splitlines() == ["objective: 1 contracts kept", "  gradient_only_into_the_policy: 11 fields",
-                                        "  documented: not checked, it needs the function that builds the objective"]
+    assert str(report).splitlines() == [
+        "objective: 1 contracts kept",
+        "  gradient_only_into_the_policy: 11 fields",
+        "  documented: not checked, it needs the function that builds the objective",
+    ]
 
 
-@pytest.mark.parametrize(("arguments", "options", "message"), [
-    (("grppo",), {}, "unknown objective 'grppo': did you mean 'grpo'"),
-    (("grpo",), {"eps_hihg": 0.3}, "unknown hyperparameter of objective 'grpo' 'eps_hihg': did you mean 'eps_high'"),
-    ((nll(),), {"eps": 1.0}, "eps: this objective is built already"),
-    ((nll(needs=["difficulty"]),), {}, "no example of 'difficulty', which this objective needs"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("grppo",), {}, "unknown objective 'grppo': did you mean 'grpo'"),
+        (
+            ("grpo",),
+            {"eps_hihg": 0.3},
+            "unknown hyperparameter of objective 'grpo' 'eps_hihg': did you mean 'eps_high'",
+        ),
+        ((nll(),), {"eps": 1.0}, "eps: this objective is built already"),
+        ((nll(needs=["difficulty"]),), {}, "no example of 'difficulty', which this objective needs"),
+    ],
+)
 def test_case_refuses(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         testing.case(*arguments, **options)

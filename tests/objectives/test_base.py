@@ -1,4 +1,5 @@
 """The grammar: terms become a loss whose slices add up, and what makes no sense is refused."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +21,13 @@ PAIR = ("chosen", "rejected")
 
 
 def rollouts(**fields) -> Rollouts:
-    batch = Rollouts(mask=MASK, reward=jnp.arange(B, dtype=jnp.float32), group=jnp.arange(B) // 4,
-                     slots={"ref": LOGP - 0.3}, logp_old=LOGP + 0.1)
+    batch = Rollouts(
+        mask=MASK,
+        reward=jnp.arange(B, dtype=jnp.float32),
+        group=jnp.arange(B) // 4,
+        slots={"ref": LOGP - 0.3},
+        logp_old=LOGP + 0.1,
+    )
     return batch.replace(**fields)
 
 
@@ -45,6 +51,7 @@ def value_and_grad(objective, batch, logp=LOGP):
     def loss(logp):
         value, report = evaluate(objective, lambda _: TokenStats(logp=logp), batch)
         return value, results(report)
+
     (value, report), grad = jax.value_and_grad(loss, has_aux=True)(logp)
     return value, grad, report
 
@@ -55,13 +62,19 @@ def assert_close(a, b, rtol=2e-6):
 
 # ---- terms --------------------------------------------------------------------------------------------------------
 
+
 def test_a_loss_is_the_sum_of_coef_weight_value():
-    objective = from_terms([Term("nll", nll, aggregation.seq_mean), Term("square", square, coef=0.5),
-                            Term("rows", row_sum, aggregation.seq_mean, per="row", coef=-0.25)])
+    objective = from_terms(
+        [
+            Term("nll", nll, aggregation.seq_mean),
+            Term("square", square, coef=0.5),
+            Term("rows", row_sum, aggregation.seq_mean, per="row", coef=-0.25),
+        ]
+    )
     batch = rollouts(count=COUNT)
     weighed = objective.weigh(*objective.prepare(batch, objective.init()), None)
     assert set(weighed.weights) == {"nll", "square", "rows"} and weighed.weights["rows"].shape == (B,)
-    values = {"nll": -LOGP, "square": LOGP ** 2, "rows": (LOGP * MASK).sum(-1)}
+    values = {"nll": -LOGP, "square": LOGP**2, "rows": (LOGP * MASK).sum(-1)}
     parts = {name: jnp.sum(weighed.weights[name] * values[name]) for name in values}
     loss, _, report = value_and_grad(objective, batch)
     assert_close(loss, parts["nll"] + 0.5 * parts["square"] - 0.25 * parts["rows"])
@@ -79,24 +92,37 @@ def test_rows_and_tokens_leave_the_denominators():
     assert_close(grad, -counted / counted.sum())
 
 
-@pytest.mark.parametrize(("terms", "message"), [
-    ([Term("rows", row_sum, per="row")],
-     "term 'rows' has one value a row, so aggregate must be seq_mean, group_mean or unit_mean"),
-    ([Term("rows", row_sum, aggregation.seq_sum, per="row")], "term 'rows' has one value a row"),
-    ([Term("a", nll), Term("a", square)], "two terms of one name"),
-    ([], "at least one term"),
-    ([Term("a", nll, coef=0.0), Term("b", nll, coef=0)], "at least one term whose coefficient is not 0"),
-])
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        (
+            [Term("rows", row_sum, per="row")],
+            "term 'rows' has one value a row, so aggregate must be seq_mean, group_mean or unit_mean",
+        ),
+        ([Term("rows", row_sum, aggregation.seq_sum, per="row")], "term 'rows' has one value a row"),
+        ([Term("a", nll), Term("a", square)], "two terms of one name"),
+        ([], "at least one term"),
+        ([Term("a", nll, coef=0.0), Term("b", nll, coef=0)], "at least one term whose coefficient is not 0"),
+    ],
+)
 def test_from_terms_refuses(terms, message):
     with pytest.raises(ValueError, match=message):
         from_terms(terms)
 
 
-@pytest.mark.parametrize(("term", "message"), [
-    (Term("rows", row_sum), r"'rows' gave a value of shape \(8,\) where its weight has \(8, 5\); .*asks for \[B, T\]"),
-    (Term("nll", nll, aggregation.seq_mean, per="row"),
-     r"'nll' gave a value of shape \(8, 5\) where its weight has \(8,\); .*asks for \[B\]"),
-])
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        (
+            Term("rows", row_sum),
+            r"'rows' gave a value of shape \(8,\) where its weight has \(8, 5\); .*asks for \[B, T\]",
+        ),
+        (
+            Term("nll", nll, aggregation.seq_mean, per="row"),
+            r"'nll' gave a value of shape \(8, 5\) where its weight has \(8,\); .*asks for \[B\]",
+        ),
+    ],
+)
 def test_a_value_of_the_other_kind_is_refused(term, message):
     with pytest.raises(ValueError, match=message):
         evaluate(from_terms([term]), lambda _: TokenStats(logp=LOGP), rollouts())
@@ -116,9 +142,19 @@ def test_coef_may_be_a_function_of_the_state_and_has_a_gradient():
 
 # ---- a Python 0 removes a term, a traced 0 does not -----------------------------------------------------------------
 
-@pytest.mark.parametrize(("coef", "off"), [
-    (0, True), (0.0, True), (-0.0, True), (0.1, False), (np.zeros(()), False), (jnp.float32(0), False),
-    (lambda state: 0.0, False)])
+
+@pytest.mark.parametrize(
+    ("coef", "off"),
+    [
+        (0, True),
+        (0.0, True),
+        (-0.0, True),
+        (0.1, False),
+        (np.zeros(()), False),
+        (jnp.float32(0), False),
+        (lambda state: 0.0, False),
+    ],
+)
 def test_is_off(coef, off):
     assert is_off(coef) is off
 
@@ -160,16 +196,17 @@ def test_the_same_holds_of_shaping(name, hyperparameter, need):
 
 # ---- linearized ---------------------------------------------------------------------------------------------------
 
+
 def root(s):
     return jnp.sqrt(s + 0.1)
 
 
 @pytest.mark.parametrize("aggregate", [aggregation.token_mean, aggregation.seq_mean, aggregation.group_mean])
 def test_linearized_has_the_value_and_gradient_of_f_of_the_mean(aggregate):
-    batch = rollouts(count=COUNT, mask=MASK.at[6, 0].set(1))  # no empty row: the weights of every mean sum to 1
-    weight = aggregate(batch.mask, COUNT, batch)
+    batch = rollouts(count=COUNT)  # with an empty row, so that the weights of seq_mean sum to less than 1
+    weight = aggregate(MASK, COUNT, batch)
     got = value_and_grad(from_terms([linearized(Term("square", square, aggregate), root)]), batch)
-    assert_close(got[:2], jax.value_and_grad(lambda logp: root(jnp.sum(weight * logp ** 2)))(LOGP))
+    assert_close(got[:2], jax.value_and_grad(lambda logp: root(jnp.sum(weight * logp**2)))(LOGP))
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
@@ -202,6 +239,7 @@ def test_without_a_peek_nothing_is_weighed():
 
 def test_weigh_sees_the_peek():
     """A bound that depends on the whole batch's current log-probs, decided before the pass."""
+
     def bound(batch, state, peek):
         highest = jnp.max(jnp.where(batch.mask > 0, peek.logp, -jnp.inf))
         return batch.replace(extras={**batch.extras, "bound": jnp.full(B, highest - 1)})
@@ -218,6 +256,7 @@ def test_weigh_sees_the_peek():
 
 # ---- evaluate -----------------------------------------------------------------------------------------------------
 
+
 def test_evaluate_has_the_gradient_of_reinforce():
     objective = make("reinforce", baseline="batch_mean")
     value, grad, report = value_and_grad(objective, rollouts(count=COUNT))
@@ -226,8 +265,21 @@ def test_evaluate_has_the_gradient_of_reinforce():
     counted = MASK * COUNT[:, None]
     assert_close(grad, -adv[:, None] * counted / counted.sum())
     assert_close(value, jnp.sum(-adv[:, None] * LOGP * counted) / counted.sum())
-    assert {"loss", "loss/policy", "reward/mean", "reward/std", "adv/mean", "adv/std", "ratio/mean", "ratio/max",
-            "ratio/clip_frac", "kl/old_k3", "kl/ref_k3", "length/mean", "group/degenerate_frac"} <= set(report)
+    assert {
+        "loss",
+        "loss/policy",
+        "reward/mean",
+        "reward/std",
+        "adv/mean",
+        "adv/std",
+        "ratio/mean",
+        "ratio/max",
+        "ratio/clip_frac",
+        "kl/old_k3",
+        "kl/ref_k3",
+        "length/mean",
+        "group/degenerate_frac",
+    } <= set(report)
 
 
 def test_without_logp_old_the_policy_is_the_one_it_is_compared_with():
@@ -253,6 +305,7 @@ def test_what_it_needs_is_asked_for_by_name():
 
 # ---- policy_gradient ----------------------------------------------------------------------------------------------
 
+
 def test_filters_see_the_reward_before_shaping_and_advantages_after():
     seen = []
 
@@ -265,9 +318,13 @@ def test_filters_see_the_reward_before_shaping_and_advantages_after():
         return batch.reward
 
     objective = policy_gradient(
-        advantage=Part(advantage, frozenset({"reward"})), ratio=make("token", "ratio"),
-        surrogate=make("log_prob", "surrogate"), aggregate=aggregation.seq_mean, filters=[Part(keep)],
-        shaping=[Part(lambda b, s: b.reward * 10), Part(lambda b, s: b.reward + 1)])
+        advantage=Part(advantage, frozenset({"reward"})),
+        ratio=make("token", "ratio"),
+        surrogate=make("log_prob", "surrogate"),
+        aggregate=aggregation.seq_mean,
+        filters=[Part(keep)],
+        shaping=[Part(lambda b, s: b.reward * 10), Part(lambda b, s: b.reward + 1)],
+    )
     batch, _ = objective.prepare(rollouts(), objective.init())
     np.testing.assert_array_equal(seen[0], np.arange(B))
     np.testing.assert_array_equal(seen[1][0], 10 * np.arange(B) + 1)
@@ -275,15 +332,31 @@ def test_filters_see_the_reward_before_shaping_and_advantages_after():
     assert objective.needs == {"reward"}
 
 
+@pytest.mark.parametrize("field", ["reward", "logp"])
+@pytest.mark.parametrize("name", ["reinforce", "rloo", "grpo"])
+def test_a_row_that_does_not_count_cannot_poison_the_gradient(name, field):
+    """A verifier that failed gives a reward of NaN: count 0 has to be enough (a weight of 0 is not: 0 * NaN)."""
+    batch = rollouts(count=COUNT)
+    if field == "reward":
+        got = value_and_grad(make(name), batch.replace(reward=batch.reward.at[2].set(jnp.nan)))
+    else:
+        got = value_and_grad(make(name), batch, LOGP.at[2].set(jnp.nan))
+    assert_close(got, value_and_grad(make(name), batch))
+
+
 def test_a_ratio_per_sequence_refuses_an_advantage_per_token():
     objective = policy_gradient(
-        advantage=Part(lambda batch, state: jnp.ones((B, T))), ratio=make("sequence", "ratio"),
-        surrogate=make("clipped", "surrogate"), aggregate=aggregation.seq_mean)
+        advantage=Part(lambda batch, state: jnp.ones((B, T))),
+        ratio=make("sequence", "ratio"),
+        surrogate=make("clipped", "surrogate"),
+        aggregate=aggregation.seq_mean,
+    )
     with pytest.raises(ValueError, match="a ratio per sequence needs an advantage per row"):
         value_and_grad(objective, rollouts())
 
 
 # ---- preference ---------------------------------------------------------------------------------------------------
+
 
 def log_sigmoid_loss(margin, batch):
     return -jax.nn.log_sigmoid(margin)
@@ -334,6 +407,7 @@ def test_preference_asks_for_roles():
 
 
 # ---- the clock ----------------------------------------------------------------------------------------------------
+
 
 def test_the_clock_counts_iterations_and_steps():
     def count(state, batch, report):

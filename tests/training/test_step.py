@@ -1,4 +1,5 @@
 """One optimizer step: what is accumulated, and what is skipped without a trace."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +22,7 @@ def nll(stats, batch, state):
 
 def remembering(**options):
     """An objective with a memory that every step changes."""
+
     def count(state, batch, report):
         return state.replace(memory={"seen": state.memory["seen"] + results(report)["tokens"]})
 
@@ -118,7 +120,7 @@ def test_one_weighted_token_is_enough():
 
 def test_gradients_of_bfloat16_parameters_are_added_in_float32():
     """One slice with a gradient of 1 and fifteen of 2^-9, each of which bfloat16 would lose beside the 1."""
-    x = jnp.full((16, 1), -2.0 ** -9).at[0].set(-1)
+    x = jnp.full((16, 1), -(2.0**-9)).at[0].set(-1)
     batch = Rollouts(mask=jnp.ones((16, 1)), extras={"x": x})
     objective = from_terms([Term("nll", nll, make("sum_const", "aggregation", L_const=1.0))])
     batch, state = objective.prepare(batch, objective.init())
@@ -126,6 +128,25 @@ def test_gradients_of_bfloat16_parameters_are_added_in_float32():
     _, grads, _ = accumulate(objective, linear, {"w": jnp.ones(1, jnp.bfloat16)}, batch, state, microbatches=16)
     assert grads["w"].dtype == jnp.bfloat16
     assert grads["w"] == jnp.asarray([1 + 15 / 512], jnp.bfloat16) and grads["w"] > 1
+
+
+def test_accumulates_on_every_device_by_itself():
+    """Replicas with parameters of their own, one a device, each adding up its slices."""
+    objective = remembering()
+    mesh = jax.make_mesh((4,), ("replica",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    one, all_of_it = jax.sharding.PartitionSpec("replica"), jax.sharding.PartitionSpec()
+
+    def loss_and_grad(w, batch):
+        batch, state = objective.prepare(batch, objective.init())
+        batch = objective.weigh(batch, state, None)
+        value, grads, _ = accumulate(objective, linear, {"w": w[0]}, batch, state, microbatches=2)
+        return value[None], grads["w"][None]
+
+    w = jnp.arange(12.0).reshape(4, 3)
+    each = jax.shard_map(loss_and_grad, mesh=mesh, in_specs=(one, all_of_it), out_specs=one)
+    loss, grads = jax.jit(each)(w, rollouts())
+    np.testing.assert_allclose(loss, -jnp.mean(X * w[:, None], (1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(grads, jnp.tile(-X.sum(0) / (B * T), (4, 1)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("n", [1, 2, 8])
@@ -163,13 +184,24 @@ def test_a_fresh_peek_without_what_it_needs_is_taken():
     assert len(count_calls(remembering(), rollouts())[1]) == 1, "an objective that does not peek costs one pass"
 
 
-@pytest.mark.parametrize(("objective", "batch", "n", "message"), [
-    (remembering(), rollouts(), 3, "8 rows in units of 1 cannot be cut into 3 equal slices"),
-    (remembering(coupling="group"), rollouts(shared_prompt=4), 4,
-     "4 microbatches cut groups of 4 rows, which this objective must see whole"),
-    (remembering(layout=("chosen", "rejected")), rollouts(layout=("chosen", "rejected")), 8,
-     "in units of 2 cannot be cut into 8"),
-])
+@pytest.mark.parametrize(
+    ("objective", "batch", "n", "message"),
+    [
+        (remembering(), rollouts(), 3, "8 rows in units of 1 cannot be cut into 3 equal slices"),
+        (
+            remembering(coupling="group"),
+            rollouts(shared_prompt=4),
+            4,
+            "4 microbatches cut groups of 4 rows, which this objective must see whole",
+        ),
+        (
+            remembering(layout=("chosen", "rejected")),
+            rollouts(layout=("chosen", "rejected")),
+            8,
+            "in units of 2 cannot be cut into 8",
+        ),
+    ],
+)
 def test_slices_that_cut_what_belongs_together_are_refused(objective, batch, n, message):
     step, *start = make_step(objective, microbatches=n)
     with pytest.raises(ValueError, match=message):
