@@ -139,7 +139,6 @@ def default() -> ConfigDict:
 
 
 # ---- filling and flags
-# ------------------------------------------------------------------------------------------------
 
 
 def _block(config: ConfigDict, path: str) -> ConfigDict:
@@ -299,7 +298,6 @@ def parse(
 
 
 # ---- checks
-# -----------------------------------------------------------------------------------------------------------
 
 
 def sampling_of(config: ConfigDict, eos_ids: Sequence[int] = (), stop_table: Any = None) -> SamplingOptions:

@@ -86,7 +86,20 @@ class Interrupt:
 
 
 # ---- one iteration
-# --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Session:
+    """What one process holds while it runs: surroundings, hooks, keys, and where things are written."""
+
+    workspace: Workspace
+    protocol: Protocol
+    tools: Tools
+    keys: Mapping[str, Array]
+    clock: Clock
+    notes: dict[str, float]
+    log: RunDirectory
+    checkpoints: Checkpoints
 
 
 def keys_of(seed: int) -> dict[str, Array]:
@@ -185,18 +198,17 @@ def merge_steps(steps: list[dict[str, Array]]) -> dict[str, float]:
     return out
 
 
-def iterate(
-    workspace: Workspace, protocol: Protocol, tools: Tools, run: Run, key: Array, clock: Clock
-) -> tuple[Run, dict[str, float]]:
+def iterate(session: Session, run: Run, key: Array) -> tuple[Run, dict[str, float]]:
     """One iteration: gather, score, prepare, update."""
+    workspace, protocol, tools = session.workspace, session.protocol, session.tools
     run, rollouts = protocol.collect(run, tools, jax.random.fold_in(key, 0))
-    with clock.phase("score"):
+    with session.clock.phase("score"):
         batch = score_companions(workspace, run, workspace.put(rollouts))
         run, batch = protocol.before(run, tools, batch)
         batch, memory = workspace.prepare(batch, run.state.objective)
         run = advance(run, state=run.state.replace(objective=memory))
         jax.block_until_ready(batch)
-    with clock.phase("update"):
+    with session.clock.phase("update"):
         run, steps = update(workspace, run, batch, jax.random.fold_in(key, 1))
         jax.block_until_ready(run.state.params)
     run = protocol.after(run, tools, batch)
@@ -207,7 +219,6 @@ def iterate(
 
 
 # ---- the run
-# --------------------------------------------------------------------------------------------------------------
 
 
 def make_protocol(config: ConfigDict, workspace: Workspace) -> Protocol:
@@ -232,50 +243,39 @@ def train_rl(config: ConfigDict, workdir: str, *, resume: bool = False, profile_
       Diverged, NothingLeft: the run cannot go on; the last checkpoint is named.
     """
     prepare_process(config.compilation_cache)
-    if profile_steps < 0 or (profile_steps and config.steps < profile_steps + PROFILE_AFTER):
+    done = find_checkpoint(workdir) if resume else None
+    left = config.steps - (done or 0) - PROFILE_AFTER
+    if profile_steps < 0 or profile_steps > max(left, 0):
         raise ValueError(
-            f"--profile_steps={profile_steps}: a run of {config.steps} iterations can trace at most "
-            f"{max(config.steps - PROFILE_AFTER, 0)}, after {PROFILE_AFTER} that compile"
+            f"--profile_steps={profile_steps}: this run can trace at most {max(left, 0)} iterations, after "
+            f"{PROFILE_AFTER} that compile"
         )
     say = print
     workspace = setup(config, report=lambda text: say(text))
-    keys = keys_of(config.seed)
-    clock, notes = Clock(), {}
-    protocol, tools = make_protocol(config, workspace), make_tools(workspace, clock, notes)
-    started = time.perf_counter()
-    step = find_checkpoint(workdir) if resume else None
-    log = open_run(workdir, config, workspace, resume_step=(BEFORE_ALL if step is None else step) if resume else None)
+    clock, notes, started = Clock(), {}, time.perf_counter()
+    log = open_run(workdir, config, workspace, resume_step=(BEFORE_ALL if done is None else done) if resume else None)
     checkpoints = Checkpoints(f"{workdir}/checkpoints", keep=config.checkpoint.keep)
+    tools = make_tools(workspace, clock, notes)
+    session = Session(
+        workspace, make_protocol(config, workspace), tools, keys_of(config.seed), clock, notes, log, checkpoints
+    )
     try:
-        run = begin(workspace, keys, protocol, log, clock, lambda text: say(text), restoring=step is not None)
-        if step is not None:
+        run = begin(session, lambda text: say(text), restoring=done is not None)
+        if done is not None:
             run = restore(checkpoints, run, config.seed)
-            print(f"resumed at iteration {run.iteration} from {workdir}/checkpoints/{step}")
+            print(f"resumed at iteration {run.iteration} from {workdir}/checkpoints/{done}")
         else:
             checkpoints.save(0, *checkpoint_of(run, config.seed))
-        before = read_before(workdir) if run.iteration else evaluate_both(workspace, run, keys, clock, log)
+        before = read_before(workdir) if run.iteration else evaluate_both(session, run)
         with Progress(config.steps, initial=run.iteration) as progress, Interrupt() as interrupt:
             say = progress.print
-            run, stopped = loop(
-                workspace,
-                protocol,
-                tools,
-                run,
-                keys,
-                clock,
-                notes,
-                log,
-                checkpoints,
-                progress,
-                interrupt,
-                profile_steps,
-            )
+            run, stopped = loop(session, run, progress, interrupt, profile_steps)
         say = print
         checkpoints.wait()
         if stopped:
             print(f"stopped by SIGTERM after iteration {run.iteration}, saved; go on with --resume")
             return Result(run.state.params, before, {}, clock.seconds, run.iteration, workspace)
-        after = evaluate_both(workspace, run, keys, clock, log) if run.iteration else before
+        after = evaluate_both(session, run) if run.iteration else before
         draw_curves(workdir)
         summarise(workspace, run, before, after, clock, time.perf_counter() - started)
         return Result(run.state.params, before, after, clock.seconds, run.iteration, workspace)
@@ -301,107 +301,65 @@ def open_run(workdir: str, config: ConfigDict, workspace: Workspace, *, resume_s
     return log
 
 
-def begin(
-    workspace: Workspace,
-    keys: Mapping[str, Array],
-    protocol: Protocol,
-    log: RunDirectory,
-    clock: Clock,
-    report: Callable[[str], None],
-    *,
-    restoring: bool,
-) -> Run:
+def begin(session: Session, report: Callable[[str], None], *, restoring: bool) -> Run:
     """Parameters (random, loaded, or warm-started), frozen slots and protocol tables. A run that is restored only
     needs the shapes."""
+    workspace = session.workspace
     config = workspace.config
-    params = workspace.init_params(keys["params"])
+    params = workspace.init_params(session.keys["params"])
     if config.init_from and not restoring:
         params = load_params(workspace, config.init_from)
     if config.warm_start.steps and not restoring:
-        with clock.phase("warm start"):
-            params = warm_start(workspace, params, log, report=report)
+        with session.clock.phase("warm start"):
+            params = warm_start(workspace, params, session.log, report=report)
     slots = {name: jax.tree.map(jnp.copy, params) for name in slots_of(workspace.objective)}
-    return protocol.init(Run(workspace.init_state(params), slots))
+    return session.protocol.init(Run(workspace.init_state(params), slots))
 
 
-def evaluate_both(
-    workspace: Workspace, run: Run, keys: Mapping[str, Array], clock: Clock, log: RunDirectory
-) -> dict[str, float]:
+def evaluate_both(session: Session, run: Run) -> dict[str, float]:
     """Greedy accuracy and pass@k at the current iteration, logged."""
-    config = workspace.config
-    with clock.phase("evaluate"):
+    workspace, config = session.workspace, session.workspace.config.evaluation
+    with session.clock.phase("evaluate"):
         metrics, samples = evaluation.greedy(workspace, run.state.params, workspace.test)
-        if config.evaluation.pass_at:
+        if config.pass_at:
+            key = jax.random.fold_in(session.keys["evaluate"], run.iteration)
             metrics |= evaluation.sampled(
-                workspace,
-                run.state.params,
-                workspace.test,
-                jax.random.fold_in(keys["evaluate"], run.iteration),
-                samples=config.evaluation.samples,
-                ks=config.evaluation.pass_at,
+                workspace, run.state.params, workspace.test, key, samples=config.samples, ks=config.pass_at
             )
-    log.write(run.iteration, metrics)
-    log.samples(run.iteration, samples[: config.logging.samples])
+    session.log.write(run.iteration, metrics)
+    session.log.samples(run.iteration, samples[: workspace.config.logging.samples])
     return metrics
 
 
-def loop(
-    workspace: Workspace,
-    protocol: Protocol,
-    tools: Tools,
-    run: Run,
-    keys: Mapping[str, Array],
-    clock: Clock,
-    notes: dict[str, float],
-    log: RunDirectory,
-    checkpoints: Checkpoints,
-    progress: Progress,
-    interrupt: Interrupt,
-    profile_steps: int,
-) -> tuple[Run, bool]:
+def loop(session: Session, run: Run, progress: Progress, interrupt: Interrupt, profile_steps: int) -> tuple[Run, bool]:
     """Iterations up to the last; returns the run and whether SIGTERM ended it."""
-    config, skipped, drawn, first = workspace.config, 0, time.perf_counter(), run.iteration
+    config, clock, log, checkpoints = session.workspace.config, session.clock, session.log, session.checkpoints
+    skipped, drawn, first = 0, time.perf_counter(), run.iteration
+    trace = range(first + PROFILE_AFTER, first + PROFILE_AFTER + profile_steps)
     while run.iteration < config.steps:
-        if profile_steps and run.iteration == first + PROFILE_AFTER:
+        if trace and run.iteration == trace.start:
             jax.profiler.start_trace(f"{log.path}/profile")
-        start, spent = time.perf_counter(), dict(clock.seconds)
         try:
-            run, metrics = iterate(
-                workspace, protocol, tools, run, jax.random.fold_in(keys["rollout"], run.iteration), clock
-            )
+            run, metrics = timed_iteration(session, run)
         except NothingLeft as nothing:
             raise NothingLeft(f"iteration {run.iteration}: {nothing} ({_last_good(checkpoints)})") from None
-        seconds = time.perf_counter() - start
-        metrics |= {
-            f"time/{k}": clock.seconds[k] - spent.get(k, 0.0) for k in ("generate", "reward", "score", "update")
-        }
-        metrics |= {
-            "time/iteration": seconds,
-            "time/tokens_per_s": metrics["tokens"] * _passes(config) / seconds,
-            **notes,
-        }
-        notes.clear()
-        # A step that was skipped for want of tokens is not a sign of divergence; one that was not finite is.
-        skipped = skipped + int(metrics["step/nonfinite"]) if metrics["step/nonfinite"] else 0
-        if profile_steps and run.iteration == first + PROFILE_AFTER + profile_steps:
+        if trace and run.iteration == trace.stop:
             jax.profiler.stop_trace()
             progress.print(f"profile of {profile_steps} iterations in {log.path}/profile")
+        # A step that was skipped for want of tokens is no sign of divergence; one that was not finite is.
+        nonfinite = int(metrics["step/nonfinite"])
+        skipped = skipped + nonfinite if nonfinite else 0
         if run.iteration % config.evaluation.every == 0 and run.iteration < config.steps:
-            with clock.phase("evaluate"):
-                scores, samples = evaluation.greedy(workspace, run.state.params, workspace.test)
-            metrics |= scores
-            log.samples(run.iteration, samples[: config.logging.samples])
+            metrics |= evaluate_greedy(session, run)
         log.write(run.iteration, metrics)
         progress.update(metrics)
         if skipped >= config.nonfinite_patience:
             raise Diverged(
-                f"{skipped} optimizer steps in a row had a loss or gradient that was not finite, up to "
-                f"iteration {run.iteration}: stopped. "
-                f"{_last_good(checkpoints)}"
+                f"{skipped} optimizer steps in a row had a loss or gradient that was not finite, up to iteration "
+                f"{run.iteration}: stopped. {_last_good(checkpoints)}"
             )
-        if (
-            run.iteration % config.checkpoint.every == 0 or run.iteration == config.steps or interrupt.asked
-        ) and not skipped:
+        due = run.iteration % config.checkpoint.every == 0 or run.iteration == config.steps or interrupt.asked
+        if due:  # a skipped step has left everything as it was, so what is saved is always good
             with clock.phase("checkpoint"):
                 checkpoints.save(run.iteration, *checkpoint_of(run, config.seed))
         if time.perf_counter() - drawn > config.logging.plot_seconds:
@@ -413,9 +371,28 @@ def loop(
     return run, False
 
 
-def _passes(config: ConfigDict) -> int:
-    """``tokens`` is a mean over optimizer steps, each of which saw one minibatch."""
-    return config.training.minibatches
+def timed_iteration(session: Session, run: Run) -> tuple[Run, dict[str, float]]:
+    """`iterate` with its time by phase and what the tools counted."""
+    config, clock = session.workspace.config, session.clock
+    start, spent = time.perf_counter(), dict(clock.seconds)
+    run, metrics = iterate(session, run, jax.random.fold_in(session.keys["rollout"], run.iteration))
+    seconds = time.perf_counter() - start
+    phases = ("generate", "reward", "score", "update")
+    metrics |= {f"time/{k}": clock.seconds[k] - spent.get(k, 0.0) for k in phases}
+    # ``tokens`` is a mean over optimizer steps, each of which saw one minibatch.
+    tokens = metrics["tokens"] * config.training.minibatches
+    metrics |= {"time/iteration": seconds, "time/tokens_per_s": tokens / seconds, **session.notes}
+    session.notes.clear()
+    return run, metrics
+
+
+def evaluate_greedy(session: Session, run: Run) -> dict[str, float]:
+    """Greedy accuracy during the run; a few samples are logged."""
+    workspace = session.workspace
+    with session.clock.phase("evaluate"):
+        metrics, samples = evaluation.greedy(workspace, run.state.params, workspace.test)
+    session.log.samples(run.iteration, samples[: workspace.config.logging.samples])
+    return metrics
 
 
 def _last_good(checkpoints: Checkpoints) -> str:

@@ -113,7 +113,7 @@ def optimizer_step(
         )
     batch = objective.weigh(batch, state, peek)
     value, grads, report = accumulate(objective, apply, params, batch, state, microbatches=microbatches)
-    norm = optax.global_norm(jax.tree.map(promote, grads))
+    norm = optax.tree.norm(jax.tree.map(promote, grads))
     finite, filled = jnp.isfinite(value) & jnp.isfinite(norm), any_weight(batch)
     updates, new_opt_state = optimizer.update(grads, opt_state, params)
     new = optax.apply_updates(params, updates), new_opt_state, objective.update(state, batch, report)

@@ -299,7 +299,6 @@ def make_step(
 
 
 # ---- what an objective asks the loop for
-# ----------------------------------------------------------------------------------
 
 PROVIDED = frozenset(
     {
