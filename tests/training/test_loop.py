@@ -105,7 +105,7 @@ def test_what_a_run_says(finished):
 
 def test_every_optimizer_step_counts(finished):
     state, position = restore_params(finished.path / "checkpoints", name="objective")
-    assert position == {"iteration": 4, "position": 4 * 8}
+    assert position == {"seed": 0, "iteration": 4, "position": 4 * 8}
     assert state["iteration"] == 3 and state["step"] == 4 * 2 * 2                      # iterations, epochs, minibatches
 
 
@@ -247,6 +247,7 @@ def test_dynamic_sampling_says_when_nothing_is_left(finished, tmp_path):
     ({"task": {"name": "toy", "train_size": 25, "test_size": 5}}, "task 'toy' needs seed"),
     ({"tokenizer": {"name": "integers", "base": 2}}, "character '[23]' of .* is not in the alphabet"),
     ({"init_from": "nowhere"}, "nowhere"),
+    ({"sampling.stop": ("1", "")}, "sampling.stop must hold non-empty strings"),
     ({"sampling.max_new_tokens": 2}, "config.sampling.max_new_tokens 2 is too short for demonstrations of 3 tokens"),
 ))
 def test_bad_configs_fail_before_anything_is_compiled_or_written(tmp_path, objective, change, message):
@@ -264,16 +265,18 @@ def test_a_used_directory_is_refused(finished):
 
 # ---- profile, signals ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("profile_steps", (1, 5))
-def test_profile(finished, tmp_path, profile_steps):
-    config = tiny.warm(finished, {"objective": {"name": "reinforce"}, "steps": 4})
-    run = tiny.run(config, tmp_path / "run", profile_steps=profile_steps)
-    try:
-        assert list((run.path / "profile").rglob("*.xplane.pb")), "no trace was written"
-        assert "profile of" in run.printed
-    finally:
-        with pytest.raises(RuntimeError):                                   # none is left open
-            jax.profiler.stop_trace()
+def test_profile(finished, tmp_path):
+    run = tiny.run(tiny.warm(finished, {"objective": {"name": "reinforce"}, "steps": 3}), tmp_path / "run", profile_steps=1)
+    assert list((run.path / "profile").rglob("*.xplane.pb")) and "profile of 1 iterations in" in run.printed
+    with pytest.raises(RuntimeError, match="No profile"):                   # none is left open
+        jax.profiler.stop_trace()
+
+
+@pytest.mark.parametrize("profile_steps", (2, -1))
+def test_a_profile_that_would_not_fit_the_run_is_refused(finished, tmp_path, profile_steps):
+    with pytest.raises(ValueError, match=f"--profile_steps={profile_steps}: this run can trace at most 1 iterations"):
+        tiny.run(tiny.warm(finished, {"steps": 3}), tmp_path / "run", profile_steps=profile_steps)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_callers_signal_handler_comes_back(finished):
