@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
             seed=0,
             min_word_len=3,
             max_word_len=6,
+            prompt_field="word",  # the instructions are the same in every item
         )
     )
     config.policy.update(width=64, layers=3, heads=4)

@@ -1,6 +1,6 @@
 """Completions of prompts typed on the command line.
 
-python -m experiments.sample --run=runs/quickstart --prompt="Spell this word backward (example: sun -> nus): model"
+python -m experiments.sample --run=runs/quickstart --prompt=model
 python -m experiments.sample --run=runs/quickstart --prompt="..." --n=4 --temperature=0.8
 """
 

@@ -4,7 +4,7 @@
 
 The warm start imitates an imperfect demonstrator (60 % of its answers lack the last letter), as data found on the web
 does; rewards come from the verifier alone. Beside the RL runs stands what supervised training on *clean* demonstrations
-reaches in the same total time: where clean answers are to be had, they are the better teacher. About 4 minutes a seed
+reaches in the same total time: where clean answers are to be had, they are the better teacher. About 2 minutes a seed
 on 2 cores, and as much again for the clean run.
 """
 

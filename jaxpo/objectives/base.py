@@ -16,7 +16,7 @@ from jax import Array, lax
 from jaxpo.batch import Rollouts, TokenStats, complete, role_id
 from jaxpo.metrics import Max, Mean, Metrics, Moments, Sum
 from jaxpo.primitives import aggregation, grouping, ratios, regularizers
-from jaxpo.primitives.numerics import promote
+from jaxpo.primitives.numerics import promote, ratio_or_zero
 
 Policy = Callable[[Rollouts], TokenStats]
 
@@ -110,9 +110,9 @@ def is_off(coef: Any) -> bool:
 def linearized(term: Term, f: Callable[[Array], Array]) -> Term:
     """The term ``f(S)`` of a batch mean ``S = sum(weight * value)``, e.g. a square root or a distance to a target.
 
-    ``S`` is peeked at before the pass (detached); then ``f(S_peek) + f'(S_peek) (value - S_peek)`` per token has the
-    exact value and gradient of
-    ``f(S)`` and still is a sum over slices. The term's aggregation must be a mean (weights that sum to 1).
+    ``S`` is peeked at before the pass (detached); then ``(f(S_peek) - f'(S_peek) S_peek) / sum(weight) + f'(S_peek)
+    value`` per token has the exact value and gradient of ``f(S)`` and still is a sum over slices, whatever the
+    aggregation and however many rows are empty.
     """
     return term._replace(outer=f)
 
@@ -161,9 +161,9 @@ def from_terms(
         return State(jnp.asarray(-1, jnp.int32), jnp.asarray(0, jnp.int32), {} if memory is None else memory)
 
     def prepare_batch(batch: Rollouts, state: State) -> tuple[Rollouts, State]:
-        batch, state = complete(batch), state.replace(iteration=state.iteration + 1)
-        for name in sorted(frozenset(needs)):
+        for name in sorted(frozenset(needs)):  # before `complete`, which would fill in some of them
             batch.get(name)
+        batch, state = complete(batch), state.replace(iteration=state.iteration + 1)
         if layout and batch.layout != layout:
             raise ValueError(f"Rollouts.layout is {batch.layout}; this objective needs units of rows {layout}")
         return lax.stop_gradient(prepare(batch, state) if prepare else (batch, state))
@@ -179,7 +179,8 @@ def from_terms(
             if t.outer:
                 stats, clean = _sanitise(peek, batch)
                 center = _weighted_sum(t.value(stats, clean, state), weights[t.name])
-                weights[_center(t)] = jnp.full(batch.rows, center)
+                weights[f"{t.name}/center"] = jnp.full(batch.rows, center)
+                weights[f"{t.name}/total"] = jnp.full(batch.rows, weights[t.name].sum())
         return lax.stop_gradient(batch.replace(weights={**batch.weights, **weights}))
 
     def loss(policy: Policy, batch: Rollouts, state: State) -> tuple[Array, Metrics]:
@@ -213,10 +214,6 @@ def from_terms(
     )
 
 
-def _center(t: Term) -> str:
-    return f"{t.name}/center"
-
-
 def _weight(t: Term, batch: Rollouts, state: State) -> Array:
     """[B, T] weight of a term's tokens, or [B] of its rows."""
     mask = promote(batch.mask)
@@ -240,10 +237,9 @@ def _value(t: Term, stats: TokenStats, batch: Rollouts, state: State) -> Array:
         )
     if t.outer is None:
         return value
-    center = batch.weights[_center(t)].reshape(-1, *[1] * (value.ndim - 1)).astype(value.dtype)
-    f, slope = jax.vjp(jax.vmap(t.outer), center.reshape(-1))
-    f, slope = f.reshape(center.shape), slope(jnp.ones_like(f))[0].reshape(center.shape)
-    return f + slope * (value - center)
+    center, total = (batch.weights[f"{t.name}/{x}"][0].astype(value.dtype) for x in ("center", "total"))
+    f, slope = jax.value_and_grad(t.outer)(center)
+    return ratio_or_zero(f - slope * center, total) + slope * value
 
 
 def _weighted_sum(value: Array, weight: Array) -> Array:
@@ -253,11 +249,12 @@ def _weighted_sum(value: Array, weight: Array) -> Array:
 
 
 def _sanitise(stats: TokenStats, batch: Rollouts) -> tuple[TokenStats, Rollouts]:
-    """Float32 (at least) and 0 at masked positions, before any exp. Without ``logp_old`` the policy is the one that
-    is compared with."""
+    """Float32 (at least), and 0 at masked positions and in rows that do not count, before any exp. Without
+    ``logp_old`` the policy is the one that is compared with."""
+    counts = (batch.mask > 0) & (batch.count > 0)[:, None]
 
     def clean(x: Array | None) -> Array | None:
-        return None if x is None else jnp.where(batch.mask > 0, promote(x), 0)
+        return None if x is None else jnp.where(counts, promote(x), 0)
 
     stats = stats.replace(**{f: clean(getattr(stats, f)) for f in ("logp", "entropy", "value")})
     old = clean(batch.logp_old) if batch.logp_old is not None else lax.stop_gradient(stats.logp)
@@ -345,7 +342,9 @@ def policy_gradient(
             batch = batch.replace(count=batch.count * keep.fn(batch, state))
         for shape in shaping:
             batch = batch.replace(reward=shape.fn(batch, state))
-        return batch.replace(adv=promote(advantage.fn(batch, state))), state
+        adv = promote(advantage.fn(batch, state))
+        counts = batch.count > 0 if adv.ndim == 1 else batch.count[:, None] > 0
+        return batch.replace(adv=jnp.where(counts, adv, 0)), state
 
     def arguments(stats: TokenStats, batch: Rollouts, state: State) -> tuple[Any, ...]:
         log_ratio = ratio.fn(stats, batch)

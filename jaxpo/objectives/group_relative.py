@@ -1,7 +1,7 @@
 """Critic-free policy gradients: objectives whose advantage compares the responses to one prompt."""
 
 from jaxpo.objectives import parts
-from jaxpo.objectives.base import Objective, policy_gradient
+from jaxpo.objectives.base import Objective, is_off, policy_gradient
 from jaxpo.primitives import aggregation
 from jaxpo.registry import register
 
@@ -57,7 +57,7 @@ def rloo(
       eps_low, eps_high, eps, log_ratio_clip: of form "ppo" only.
       normalize: standardise advantages over the batch. singleton: see `advantages.leave_one_out`.
     """
-    shaping = [] if beta == 0 and not hasattr(beta, "shape") else [parts.kl_in_reward(beta)]
+    shaping = [] if is_off(beta) else [parts.kl_in_reward(beta)]
     common = dict(advantage=parts.leave_one_out(singleton, normalize), shaping=shaping)
     if form == "reinforce":
         if (eps_low, eps_high, eps, log_ratio_clip) != (0.2, 0.2, None, 20.0):
@@ -163,7 +163,7 @@ def dapo(
       dual_clip: the released recipe uses 10, the paper none.
     """
     low, high = _eps(eps, eps_low, eps_high, (0.2, 0.28))
-    shaping = [] if penalty == 0 and not hasattr(penalty, "shape") else [parts.overlong(max_len, buffer, penalty)]
+    shaping = [] if is_off(penalty) else [parts.overlong(max_len, buffer, penalty)]
     return policy_gradient(
         advantage=parts.group_normalized(adv_eps, singleton=singleton),
         ratio=parts.token(log_ratio_clip),

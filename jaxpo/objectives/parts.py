@@ -11,6 +11,7 @@ from jaxpo.primitives.numerics import promote
 from jaxpo.registry import make, names, register, unknown
 
 NEEDS_REWARD = frozenset({"reward"})
+NEEDS_GROUPS = frozenset({"reward", "group"})
 
 
 # ---- advantages ---------------------------------------------------------------------------------------------------
@@ -33,7 +34,7 @@ def group_normalized(adv_eps: float = 1e-6, scale: str = "group", ddof: int = 1,
         lambda b, s: advantages.group_normalized(
             b.reward, b.group, b.count, scale=scale, adv_eps=adv_eps, ddof=ddof, singleton=singleton
         ),
-        NEEDS_REWARD,
+        NEEDS_GROUPS,
     )
 
 
@@ -45,7 +46,7 @@ def leave_one_out(singleton: str = "zero", normalize: bool = False) -> Part:
         adv = advantages.leave_one_out(b.reward, b.group, b.count, singleton=singleton)
         return advantages.batch_standardized(adv, b.count) if normalize else adv
 
-    return Part(fn, NEEDS_REWARD)
+    return Part(fn, NEEDS_GROUPS)
 
 
 # ---- ratios -------------------------------------------------------------------------------------------------------
@@ -147,7 +148,7 @@ def overlong(max_len: int = 20480, buffer: int = 4096, penalty: float = 1.0) -> 
 @register("filter", source="DAPO, arXiv:2503.14476")
 def mixed_groups() -> Part:
     """Keep groups whose ``correct`` is neither all 0 nor all 1 (and groups of one row)."""
-    return Part(lambda b, s: shaping.mixed_groups(b.get("correct"), b.group, b.count), frozenset({"correct"}))
+    return Part(lambda b, s: shaping.mixed_groups(b.get("correct"), b.group, b.count), frozenset({"correct", "group"}))
 
 
 # ---- aggregation --------------------------------------------------------------------------------------------------

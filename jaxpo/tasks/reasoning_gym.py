@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxpo.registry import unknown
@@ -46,6 +46,7 @@ def reasoning_gym(
     seed: int,
     partial_credit: bool = False,
     extract: str = "text",
+    prompt_field: str | None = None,
     timeout: float | None = None,
     workers: int | None = None,
     **dataset_config: Any,
@@ -62,6 +63,8 @@ def reasoning_gym(
       partial_credit: pay what the verifier says; otherwise 1 for its full score and 0 for less. Off by default,
         because some verifiers' partial credit grows with padding.
       extract: where the completion has its answer (``rewards.EXTRACT``); ``text`` is all of it, stripped.
+      prompt_field: metadata of the item that is asked in place of the whole question ("word"): a policy trained from
+        scratch has no use for the instructions, which are the same in every item. None = the question.
       timeout, workers: seconds for one verdict and number of worker processes. Verifiers that evaluate the completion
         run in workers with 5 s by default; the others run in this process unless one of the two is given.
       **dataset_config: fields of the dataset's own config.
@@ -81,7 +84,7 @@ def reasoning_gym(
             source = create_dataset(dataset, size=size, seed=first_seed, **dataset_config)
         except (AssertionError, ValueError, TypeError) as error:
             raise ValueError(f"reasoning_gym dataset {dataset!r} refuses its config: {error}") from error
-        return [Example(i, e["question"], e["answer"], e) for i, e in enumerate(source)]
+        return [Example(i, _prompt(e, prompt_field), e["answer"], e) for i, e in enumerate(source)]
 
     config = pickle.dumps(dataset_config)
     verify = runner(
@@ -99,6 +102,14 @@ def reasoning_gym(
         return [verdict(*outcome, partial_credit) for outcome in outcomes]
 
     return Task(f"reasoning_gym/{dataset}", train, test, score, _demonstrator(dataset, extract), report)
+
+
+def _prompt(item: Mapping[str, Any], field: str | None) -> str:
+    if field is None:
+        return item["question"]
+    if field not in item["metadata"]:
+        raise ValueError(unknown("task.prompt_field", field, item["metadata"]))
+    return str(item["metadata"][field])
 
 
 def _check(

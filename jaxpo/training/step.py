@@ -56,12 +56,12 @@ def accumulate(
         report = jax.tree.map(lambda x: x[None], report)
     else:
         parts = slices(batch, microbatches)
-        if objective.coupling == "group" and parts.shared_prompt < batch.shared_prompt:
+        if objective.coupling == "group" and (batch.shared_prompt == 1 or parts.shared_prompt < batch.shared_prompt):
             raise ValueError(
                 f"{microbatches} microbatches cut groups of {batch.shared_prompt} rows, which this objective "
                 "must see whole"
             )
-        zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
+        zero = jax.tree.map(lambda p: jnp.zeros_like(promote(p)), params)
 
         def add(grads: Params, part: Rollouts) -> tuple[Params, tuple[Array, metrics_lib.Metrics]]:
             value, more, report = value_and_grad(part)
@@ -75,7 +75,7 @@ def accumulate(
 def any_weight(batch: Rollouts) -> Array:
     """Bool: some token or row of a weighed batch counts. If none does the step is skipped, since optimizers move on a
     zero gradient."""
-    terms = [w for name, w in batch.weights.items() if not name.endswith("/center")]
+    terms = [w for name, w in batch.weights.items() if not name.endswith(("/center", "/total"))]
     return jnp.any(jnp.stack([jnp.any(w != 0) for w in terms]))
 
 
