@@ -27,7 +27,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         if not flags["run"]:
             raise ValueError("--run=DIRECTORY is required")
+        if not all(k.isdigit() for k in flags["k"].split(",") if k):
+            raise ValueError(f"--k={flags['k']} is no list of whole numbers, comma separated")
         ks = tuple(int(k) for k in flags["k"].split(",") if k)
+        if flags["json"] and not Path(flags["json"]).absolute().parent.is_dir():
+            raise ValueError(f"--json={flags['json']}: there is no such folder")
         evaluate(
             flags["run"],
             None if flags["step"] < 0 else flags["step"],

@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         if not flags["run"] or not prompts:
             raise ValueError('--run=DIRECTORY and at least one --prompt="..." are required')
+        if flags["n"] < 1:
+            raise ValueError(f"--n={flags['n']} must be at least 1")
         sample(prompts, **flags)
     except ValueError as error:
         sys.exit(f"error: {error}")

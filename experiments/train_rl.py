@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not flags["workdir"]:
             raise ValueError("--workdir=DIRECTORY is required")
         train_rl(config, **flags)
-    except (ValueError, FileExistsError, ModuleNotFoundError, Diverged, NothingLeft) as error:
+    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError, Diverged, NothingLeft) as error:
         sys.exit(f"error: {error}")
 
 

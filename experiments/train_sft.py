@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError("config.warm_start.steps is 0: there is nothing to train")
         config.steps = 0
         train_rl(config, flags["workdir"])
-    except (ValueError, FileExistsError, ModuleNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -1,4 +1,5 @@
 """What is installed is what the checkout holds, and imports point downwards only."""
+
 import ast
 import contextlib
 import os
@@ -51,7 +52,7 @@ def imported(tree: ast.AST, module: str, is_package: bool) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             package = module.split(".") if is_package else module.split(".")[:-1]
-            base = package[:len(package) - node.level + 1] if node.level else []
+            base = package[: len(package) - node.level + 1] if node.level else []
             yield from (".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
             yield from (arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant))
@@ -74,9 +75,17 @@ def layer(name: str) -> int:
 def upward(module: str, names: set[str]) -> list[str]:
     """The imports of ``module`` among ``names`` that do not point downwards."""
     strict = within(module, set(ONLY))
-    return [name for name in sorted(names) if name.split(".")[0] in OURS and (
-        name.startswith(("tests", "kernels")) or layer(name) > layer(module)
-        or strict and not within(name, ONLY[strict]))]
+    return [
+        name
+        for name in sorted(names)
+        if name.split(".")[0] in OURS
+        and (
+            name.startswith(("tests", "kernels"))
+            or layer(name) > layer(module)
+            or strict
+            and not within(name, ONLY[strict])
+        )
+    ]
 
 
 def setup_arguments() -> dict:
@@ -88,8 +97,13 @@ def setup_arguments() -> dict:
 
 def run(module: str, *arguments: str | Path) -> subprocess.CompletedProcess:
     """``python -m module arguments``, its output and errors together as text."""
-    return subprocess.run([sys.executable, "-m", module, *arguments], text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
 
 
 def distribution(requirement: str) -> str:
@@ -97,34 +111,43 @@ def distribution(requirement: str) -> str:
     return re.sub("[-_.]+", "-", re.match(r"[\w.-]+", requirement).group()).lower()
 
 
-@pytest.mark.parametrize(("code", "names"), [
-    ("import kernels.token_logprob", {"kernels.token_logprob"}),
-    ("def f():\n    from kernels import x", {"kernels.x"}),
-    ("from . import a\nfrom ..batch import Rollouts", {"jaxpo.objectives.a", "jaxpo.batch.Rollouts"}),
-    ("importlib.import_module('kernels.a')", {"kernels.a"}),
-])
+@pytest.mark.parametrize(
+    ("code", "names"),
+    [
+        ("import kernels.token_logprob", {"kernels.token_logprob"}),
+        ("def f():\n    from kernels import x", {"kernels.x"}),
+        ("from . import a\nfrom ..batch import Rollouts", {"jaxpo.objectives.a", "jaxpo.batch.Rollouts"}),
+        ("importlib.import_module('kernels.a')", {"kernels.a"}),
+    ],
+)
 def test_imports_are_found(code, names):
     assert set(imported(ast.parse(code), "jaxpo.objectives.base", is_package=False)) == names
 
 
-@pytest.mark.parametrize(("module", "name", "allowed"), [
-    ("jaxpo.primitives.ratios", "jaxpo.primitives.numerics.promote", True),
-    ("jaxpo.primitives.ratios", "jaxpo.batch.Rollouts", False),
-    ("jaxpo.kernels.token_logprob.api", "jaxpo.batch", True),
-    ("jaxpo.kernels.token_logprob.api", "jaxpo.primitives", False),
-    ("jaxpo.objectives.base", "jaxpo.kernels.token_logprob", True),
-    ("jaxpo.objectives.base", "jaxpo.training.step", False),
-    ("jaxpo.training.loop", "experiments.train_rl", False),
-    ("jaxpo.training.loop", "jaxpo.make", False),
-    ("experiments.train_rl", "jaxpo.make", True),
-])
+@pytest.mark.parametrize(
+    ("module", "name", "allowed"),
+    [
+        ("jaxpo.primitives.ratios", "jaxpo.primitives.numerics.promote", True),
+        ("jaxpo.primitives.ratios", "jaxpo.batch.Rollouts", False),
+        ("jaxpo.kernels.token_logprob.api", "jaxpo.batch", True),
+        ("jaxpo.kernels.token_logprob.api", "jaxpo.primitives", False),
+        ("jaxpo.objectives.base", "jaxpo.kernels.token_logprob", True),
+        ("jaxpo.objectives.base", "jaxpo.training.step", False),
+        ("jaxpo.training.loop", "experiments.train_rl", False),
+        ("jaxpo.training.loop", "jaxpo.make", False),
+        ("experiments.train_rl", "jaxpo.make", True),
+    ],
+)
 def test_direction_of_an_import(module, name, allowed):
     assert (upward(module, {name}) == []) is allowed
 
 
 def test_dependencies_point_downwards():
-    wrong = {module: names for path, module in sources("jaxpo", "kernels", "experiments", "configs")
-             if (names := upward(module, imports_of(path, module)))}
+    wrong = {
+        module: names
+        for path, module in sources("jaxpo", "kernels", "experiments", "configs")
+        if (names := upward(module, imports_of(path, module)))
+    }
     assert not wrong, f"imports that point upwards (the order is LAYERS of this file): {wrong}"
 
 
@@ -137,8 +160,11 @@ def test_every_module_has_a_layer():
 
 def test_nothing_imports_kernels_by_their_folder():
     # `import kernels` would load every module a second time beside jaxpo.kernels.
-    wrong = [str(path.relative_to(ROOT)) for path, module in sources(*OURS)
-             if any(within(name, {"kernels"}) for name in imports_of(path, module))]
+    wrong = [
+        str(path.relative_to(ROOT))
+        for path, module in sources(*OURS)
+        if any(within(name, {"kernels"}) for name in imports_of(path, module))
+    ]
     assert not wrong, f"write jaxpo.kernels in {wrong}"
 
 
@@ -148,8 +174,10 @@ def test_kernels_are_a_subpackage():
 
 def test_every_folder_is_a_package():
     """A folder without ``__init__.py`` works in the checkout and is missing from the wheel."""
-    folders = {module if path.name == "__init__.py" else module.rpartition(".")[0]
-               for path, module in sources("jaxpo", "kernels")}
+    folders = {
+        module if path.name == "__init__.py" else module.rpartition(".")[0]
+        for path, module in sources("jaxpo", "kernels")
+    }
     assert set(setup_arguments()["packages"]) == folders
 
 
@@ -160,8 +188,11 @@ def test_version_has_one_source():
 
 def test_torch_is_asked_for_by_parity_and_bench_only():
     arguments = setup_arguments()
-    asking = {extra for extra, names in arguments["extras_require"].items()
-              if {"torch", "trl", "google-tunix"} & set(map(distribution, names))}
+    asking = {
+        extra
+        for extra, names in arguments["extras_require"].items()
+        if {"torch", "trl", "google-tunix"} & set(map(distribution, names))
+    }
     assert asking == {"parity", "bench"}
     assert not {"torch", "trl"} & set(map(distribution, arguments["install_requires"]))
 
@@ -172,10 +203,13 @@ def test_every_import_is_declared():
     declared = set(map(distribution, sum(arguments["extras_require"].values(), arguments["install_requires"])))
     declared.add("jaxlib")  # jax's own other half
     providers = packages_distributions()
-    wrong = {(module, name) for path, module in sources(*OURS)
-             for name in {n.split(".")[0] for n in imports_of(path, module)}
-             if name not in (*OURS, *sys.stdlib_module_names)
-             and not declared & set(map(distribution, providers.get(name, [DISTRIBUTED_AS.get(name, name)])))}
+    wrong = {
+        (module, name)
+        for path, module in sources(*OURS)
+        for name in {n.split(".")[0] for n in imports_of(path, module)}
+        if name not in (*OURS, *sys.stdlib_module_names)
+        and not declared & set(map(distribution, providers.get(name, [DISTRIBUTED_AS.get(name, name)])))
+    }
     assert not wrong, f"add to install_requires or an extra of setup.py: {sorted(wrong)}"
 
 
@@ -188,10 +222,25 @@ def test_examples_of_contributing_run(tmp_path):
     # In a process of its own: they register an objective and a task.
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
     program = tmp_path / "examples.py"
-    program.write_text("\n".join([*blocks, "import jaxpo", "jaxpo.make('my_objective', eps=0.3)", "task = doubling()",
-                                  "assert task.score(task.test, [e.answer for e in task.test])[0].correct"]))
-    done = subprocess.run([sys.executable, program], env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    program.write_text(
+        "\n".join(
+            [
+                *blocks,
+                "import jaxpo",
+                "jaxpo.make('my_objective', eps=0.3)",
+                "task = doubling()",
+                "assert task.score(task.test, [e.answer for e in task.test])[0].correct",
+            ]
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, program],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -206,20 +255,28 @@ def test_wheel_holds_everything_that_is_imported(tmp_path):
     # Without isolation, so that the test needs no package index.
     build = run("build", "--wheel", "--no-isolation", "--outdir", tmp_path, source)
     assert build.returncode == 0, build.stdout
-    wheel, = tmp_path.glob(f"jaxpo-{jaxpo.__version__}-*.whl")
+    (wheel,) = tmp_path.glob(f"jaxpo-{jaxpo.__version__}-*.whl")
     install = run("pip", "install", "--no-deps", "--no-index", "--target", site, wheel)
     assert install.returncode == 0, install.stdout
 
     installed = {str(path.relative_to(site)) for path in site.rglob("*.py")}
-    expected = {f"{module.replace('.', '/')}{'/__init__' if path.name == '__init__.py' else ''}.py"
-                for path, module in sources("jaxpo", "kernels")}
+    expected = {
+        f"{module.replace('.', '/')}{'/__init__' if path.name == '__init__.py' else ''}.py"
+        for path, module in sources("jaxpo", "kernels")
+    }
     assert installed == expected
     assert (site / "jaxpo/py.typed").exists()
 
     # Outside the checkout, whose jaxpo/ would win; every module, so that none leans on the checkout.
     modules = sorted(module for _, module in sources("jaxpo", "kernels"))
-    program = ("import importlib, sys\n"
-               "for name in sys.argv[2:]:\n"
-               "    assert importlib.import_module(name).__file__.startswith(sys.argv[1]), name\n")
-    subprocess.run([sys.executable, "-c", program, site, *modules], check=True, cwd=tmp_path,
-                   env=os.environ | {"PYTHONPATH": str(site), "JAX_PLATFORMS": "cpu"})
+    program = (
+        "import importlib, sys\n"
+        "for name in sys.argv[2:]:\n"
+        "    assert importlib.import_module(name).__file__.startswith(sys.argv[1]), name\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program, site, *modules],
+        check=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(site), "JAX_PLATFORMS": "cpu"},
+    )

@@ -30,6 +30,8 @@ def reward(baseline: str = "none") -> Part:
 @register("advantage", source="DeepSeekMath, arXiv:2402.03300")
 def group_normalized(adv_eps: float = 1e-6, scale: str = "group", ddof: int = 1, singleton: str = "zero") -> Part:
     """``A_i = (reward_i - group mean) / (std + adv_eps)``; see `jaxpo.primitives.advantages.group_normalized`."""
+    advantages.choice("scale", scale, ("group", "batch", "none"))
+    advantages.choice("singleton", singleton, ("zero", "raw"))
     return Part(
         lambda b, s: advantages.group_normalized(
             b.reward, b.group, b.count, scale=scale, adv_eps=adv_eps, ddof=ddof, singleton=singleton
@@ -41,6 +43,8 @@ def group_normalized(adv_eps: float = 1e-6, scale: str = "group", ddof: int = 1,
 @register("advantage", source="RLOO, arXiv:2402.14740")
 def leave_one_out(singleton: str = "zero", normalize: bool = False) -> Part:
     """``A_i = K/(K-1) (reward_i - group mean)``, then optionally standardised over the batch (``adv_eps`` 1e-4)."""
+
+    advantages.choice("singleton", singleton, ("zero", "raw"))
 
     def fn(b: Rollouts, s: State) -> Any:
         adv = advantages.leave_one_out(b.reward, b.group, b.count, singleton=singleton)

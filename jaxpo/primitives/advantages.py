@@ -12,7 +12,8 @@ Singleton = Literal["zero", "raw"]
 Scale = Literal["group", "batch", "none"]
 
 
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ``ValueError`` naming the option unless ``value`` is one of its ``choices``."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
@@ -30,7 +31,7 @@ def group_centered(reward: Array, group: Array, count: Array, *, singleton: Sing
       singleton: what a group of one row gets: "zero" (consistent with centring) or "raw" (the reward itself, as
         verl does).
     """
-    _choice("singleton", singleton, ("zero", "raw"))
+    choice("singleton", singleton, ("zero", "raw"))
     reward = promote(reward)
     centered = jnp.where(group_constant(reward, group, count), 0, reward - group_mean(reward, group, count))
     if singleton == "raw":
@@ -55,7 +56,7 @@ def group_normalized(
       ddof: 1 = sample std, 0 = population std.
       singleton: "zero", or "raw" = the undivided reward of a group of one row.
     """
-    _choice("scale", scale, ("group", "batch", "none"))
+    choice("scale", scale, ("group", "batch", "none"))
     centered = group_centered(reward, group, count, singleton=singleton)
     if scale == "none":
         return centered

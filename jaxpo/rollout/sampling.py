@@ -112,7 +112,8 @@ def inverse_cdf(weight: Array, total: Array, u: Array, *, block: int = 256) -> A
     i = first_above(cumulative, sums, target)
     inside = jnp.take_along_axis(blocks, i[:, None, None], 1)[:, 0]
     before = jnp.take_along_axis(cumulative - sums, i[:, None], 1)[:, 0]
-    return i * block + first_above(jnp.cumsum(inside, -1), inside, jnp.maximum(target - before, 0))
+    token = i * block + first_above(jnp.cumsum(inside, -1), inside, jnp.maximum(target - before, 0))
+    return jnp.minimum(token, v - 1)  # NaN logits: a token all the same, whose log-prob says what happened
 
 
 def _log_prob(z: Array, token: Array) -> Array:

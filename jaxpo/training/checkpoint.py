@@ -121,9 +121,9 @@ class Checkpoints:
           ValueError: a leaf is missing, left over, or of another shape or dtype than in the template (it is named).
         """
         self._orbax.wait_until_finished()
+        check(self.directory, template, step)
         path, manifest = _open(self.directory, step)
         wanted = _named_leaves(template)
-        _check(path, manifest["leaves"], {name: _describe(name, leaf) for name, (_, leaf) in wanted.items()})
         found = _read(self._orbax, path, manifest["leaves"], {name: leaf for name, (_, leaf) in wanted.items()})
         return jax.tree.unflatten(jax.tree.structure(template), [found[name] for name in wanted]), manifest["position"]
 
@@ -147,6 +147,18 @@ def finished_steps(directory: str) -> list[int]:
     if not directory.exists():
         return []
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal() and _is_finished(path))
+
+
+def check(directory: str, template: Tree, step: int | None = None) -> dict[str, Any]:
+    """Whether a checkpoint (the latest) could be restored into ``template``, from its manifest alone; its position.
+
+    Raises:
+      FileNotFoundError, ValueError: as ``Checkpoints.restore``.
+    """
+    path, manifest = _open(epath.Path(directory).absolute(), step)
+    wanted = {name: _describe(name, leaf) for name, (_, leaf) in _named_leaves(template).items()}
+    _check(path, manifest["leaves"], wanted)
+    return manifest["position"]
 
 
 def restore_params(directory: str, step: int | None = None, *, name: str = "params") -> tuple[dict, dict[str, Any]]:

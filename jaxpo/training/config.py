@@ -160,6 +160,15 @@ def _value(parameter: inspect.Parameter) -> Any:
     return config_dict.placeholder(kinds[0] if kinds else object)
 
 
+def _check_fields(config: ConfigDict, known: ConfigDict, path: str = "") -> None:
+    """``ValueError`` for a field that no run has; named blocks are checked where their names are."""
+    for field, value in config.items():
+        if field not in known:
+            raise ValueError(unknown(f"field of config{path}", field, known))
+        if isinstance(value, ConfigDict) and f"{path}.{field}"[1:] not in NAMED:
+            _check_fields(value, known[field], f"{path}.{field}")
+
+
 def fill(config: ConfigDict) -> ConfigDict:
     """Add to every named block the arguments it lacks, with their defaults.
 
@@ -169,6 +178,7 @@ def fill(config: ConfigDict) -> ConfigDict:
     Raises:
       ValueError: an unknown name or argument (with the nearest), or a required argument that nothing gives.
     """
+    _check_fields(config, default())
     with config.unlocked():
         for path, arguments in NAMED.items():
             block = _block(config, path)
@@ -339,6 +349,13 @@ def validate(config: ConfigDict, devices: int) -> ConfigDict:
     for path in ("steps", "warm_start.steps"):
         if _block(config, path) < 0:
             raise ValueError(f"config.{path} must not be negative, not {_block(config, path)}")
+    for path in ("seed", "logging.samples"):
+        if _block(config, path) < 0:
+            raise ValueError(f"config.{path} must not be negative, not {_block(config, path)}")
+    if not config.policy_temperature > 0:
+        raise ValueError(f"config.policy_temperature must be positive, not {config.policy_temperature}")
+    if any(k < 1 for k in config.evaluation.pass_at):
+        raise ValueError(f"config.evaluation.pass_at holds k of at least 1, not {config.evaluation.pass_at}")
     fill(config)
     objective = objective_of(config)
     sampling_of(config)

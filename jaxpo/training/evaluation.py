@@ -34,6 +34,8 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean over prompts and its 95% normal interval, inside [0, 1]."""
     x = np.asarray(values, np.float64)
+    if len(x) and x.min() == x.max() and x[0] in (0, 1):
+        return float(x[0]), *wilson(int(x.sum()), len(x))
     half = Z95 * x.std(ddof=1) / math.sqrt(len(x)) if len(x) > 1 else 0.0
     return float(x.mean()), max(0.0, float(x.mean() - half)), min(1.0, float(x.mean() + half))
 

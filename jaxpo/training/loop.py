@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,13 +21,13 @@ from jaxpo.objectives import Protocol
 from jaxpo.policy.transformer import Params, parameter_count
 from jaxpo.registry import check_arguments, entry, make
 from jaxpo.training import evaluation
-from jaxpo.training.checkpoint import Checkpoints
+from jaxpo.training.checkpoint import Checkpoints, check
 from jaxpo.training.plots import plot_curves
 from jaxpo.training.protocols import NothingLeft, Run, Tools, advance
 from jaxpo.training.restore import checkpoint_of, find_checkpoint, load_params, restore
 from jaxpo.training.rundir import Progress, RunDirectory, closing_table, read_metrics
-from jaxpo.training.supervised import warm_start
-from jaxpo.training.workspace import Workspace, must_score, prepare_process, setup, slots_of
+from jaxpo.training.supervised import demonstrations, warm_start
+from jaxpo.training.workspace import TrainState, Workspace, must_score, optimizer_of, prepare_process, setup, slots_of
 
 BEFORE_ALL = -(2**31)  # resuming from here keeps nothing of an earlier attempt's logs
 
@@ -160,11 +161,11 @@ def make_tools(workspace: Workspace, clock: Clock, notes: dict[str, float]) -> T
 
 def score_companions(workspace: Workspace, run: Run, batch: Rollouts) -> Rollouts:
     """Attach ``logp_old`` (unless the first optimizer step is its own old policy) and ``logp_<slot>``."""
-    if workspace.optimizer_steps() > 1 or must_score(workspace.objective, batch, run.state.objective):
+    scored = batch.replace(slots={name: workspace.score(params, batch).logp for name, params in run.slots.items()})
+    if workspace.optimizer_steps() > 1 or must_score(workspace.objective, scored, run.state.objective):
         old = workspace.score(run.state.params, batch)
-        batch = batch.replace(logp_old=old.logp, entropy_old=old.entropy)
-    bare = batch.replace(logp_old=None, entropy_old=None, slots={})  # one shape for every slot
-    return batch.replace(slots={name: workspace.score(params, bare).logp for name, params in run.slots.items()})
+        scored = scored.replace(logp_old=old.logp, entropy_old=old.entropy)
+    return scored
 
 
 def update(workspace: Workspace, run: Run, batch: Rollouts, key: Array) -> tuple[Run, list[dict[str, Array]]]:
@@ -252,30 +253,44 @@ def train_rl(config: ConfigDict, workdir: str, *, resume: bool = False, profile_
         )
     say = print
     workspace = setup(config, report=lambda text: say(text))
+    if done is None:
+        check_start(workspace)
+    else:
+        check_fits(workspace, workdir, done)
     clock, notes, started = Clock(), {}, time.perf_counter()
-    log = open_run(workdir, config, workspace, resume_step=(BEFORE_ALL if done is None else done) if resume else None)
+    begun = Path(workdir).is_dir() and any(Path(workdir).iterdir())
+    log = open_run(
+        workdir, config, workspace, resume_step=(BEFORE_ALL if done is None else done) if resume and begun else None
+    )
     checkpoints = Checkpoints(f"{workdir}/checkpoints", keep=config.checkpoint.keep)
     tools = make_tools(workspace, clock, notes)
     session = Session(
         workspace, make_protocol(config, workspace), tools, keys_of(config.seed), clock, notes, log, checkpoints
     )
     try:
-        run = begin(session, lambda text: say(text), restoring=done is not None)
-        if done is not None:
-            run = restore(checkpoints, run, config.seed)
-            print(f"resumed at iteration {run.iteration} from {workdir}/checkpoints/{done}")
-        else:
-            checkpoints.save(0, *checkpoint_of(run, config.seed))
-        before = read_before(workdir) if run.iteration else evaluate_both(session, run)
-        with Progress(config.steps, initial=run.iteration) as progress, Interrupt() as interrupt:
-            say = progress.print
-            run, stopped = loop(session, run, progress, interrupt, profile_steps)
+        with Interrupt() as interrupt:
+            run = begin(session, lambda text: say(text), restoring=done is not None)
+            if done is not None:
+                run = restore(checkpoints, run, config.seed)
+                print(f"resumed at iteration {run.iteration} from {workdir}/checkpoints/{done}")
+            else:
+                checkpoints.save(0, *checkpoint_of(run, config.seed))
+            before = (done is not None and read_evaluation(workdir, 0)) or evaluate_both(session, run)
+            with Progress(config.steps, initial=run.iteration) as progress:
+                say = progress.print
+                run, stopped = loop(session, run, progress, interrupt, profile_steps)
         say = print
         checkpoints.wait()
         if stopped:
             print(f"stopped by SIGTERM after iteration {run.iteration}, saved; go on with --resume")
             return Result(run.state.params, before, {}, clock.seconds, run.iteration, workspace)
-        after = evaluate_both(session, run) if run.iteration else before
+        after = read_evaluation(workdir, run.iteration) if done == run.iteration else {}
+        if after:
+            print(f"this run has finished: all of its {run.iteration} iterations are done")
+        elif run.iteration:
+            after = evaluate_both(session, run)
+        else:
+            after = before
         draw_curves(workdir)
         summarise(workspace, run, before, after, clock, time.perf_counter() - started)
         return Result(run.state.params, before, after, clock.seconds, run.iteration, workspace)
@@ -336,6 +351,8 @@ def loop(session: Session, run: Run, progress: Progress, interrupt: Interrupt, p
     config, clock, log, checkpoints = session.workspace.config, session.clock, session.log, session.checkpoints
     skipped, drawn, first = 0, time.perf_counter(), run.iteration
     trace = range(first + PROFILE_AFTER, first + PROFILE_AFTER + profile_steps)
+    if interrupt.asked:
+        return run, True
     while run.iteration < config.steps:
         if trace and run.iteration == trace.start:
             jax.profiler.start_trace(f"{log.path}/profile")
@@ -348,7 +365,7 @@ def loop(session: Session, run: Run, progress: Progress, interrupt: Interrupt, p
             progress.print(f"profile of {profile_steps} iterations in {log.path}/profile")
         # A step that was skipped for want of tokens is no sign of divergence; one that was not finite is.
         nonfinite = int(metrics["step/nonfinite"])
-        skipped = skipped + nonfinite if nonfinite else 0
+        skipped = skipped + nonfinite if nonfinite == session.workspace.optimizer_steps() else 0
         if run.iteration % config.evaluation.every == 0 and run.iteration < config.steps:
             metrics |= evaluate_greedy(session, run)
         log.write(run.iteration, metrics)
@@ -358,8 +375,9 @@ def loop(session: Session, run: Run, progress: Progress, interrupt: Interrupt, p
                 f"{skipped} optimizer steps in a row had a loss or gradient that was not finite, up to iteration "
                 f"{run.iteration}: stopped. {_last_good(checkpoints)}"
             )
-        due = run.iteration % config.checkpoint.every == 0 or run.iteration == config.steps or interrupt.asked
-        if due:  # a skipped step has left everything as it was, so what is saved is always good
+        # Skipped steps change nothing, but what they could not go on from must not push out the checkpoints before it.
+        due = run.iteration % config.checkpoint.every == 0 and not skipped
+        if due or run.iteration == config.steps or interrupt.asked:
             with clock.phase("checkpoint"):
                 checkpoints.save(run.iteration, *checkpoint_of(run, config.seed))
         if time.perf_counter() - drawn > config.logging.plot_seconds:
@@ -400,11 +418,37 @@ def _last_good(checkpoints: Checkpoints) -> str:
     return f"the last good checkpoint is {checkpoints.directory}/{checkpoints.latest()}"
 
 
-def read_before(workdir: str) -> dict[str, float]:
-    """The evaluation at iteration 0 of a resumed run."""
+def read_evaluation(workdir: str, iteration: int) -> dict[str, float]:
+    """The evaluation after an iteration, as an earlier part of a resumed run has logged it; {} if it has not."""
     metrics = read_metrics(workdir)
-    rows = np.flatnonzero(metrics.get("step", np.array([])) == 0)
-    return {k: float(v[rows[0]]) for k, v in metrics.items() if k.startswith("eval/")} if len(rows) else {}
+    rows = np.flatnonzero(metrics["step"] == iteration)
+    found = {k: float(v[rows[0]]) for k, v in metrics.items() if k.startswith("eval/")} if len(rows) else {}
+    return {k: v for k, v in found.items() if np.isfinite(v)}
+
+
+def check_start(workspace: Workspace) -> None:
+    """What parameters come from is there, before anything is compiled or written."""
+    config = workspace.config
+    if config.init_from and find_checkpoint(config.init_from) is None:
+        raise ValueError(f"config.init_from {config.init_from!r} is no run directory with a checkpoint")
+    if config.warm_start.steps:
+        demonstrations(workspace, np.arange(len(workspace.train)))
+
+
+def check_fits(workspace: Workspace, workdir: str, step: int) -> None:
+    """The checkpoint to resume from is of a run like this one, before its records are touched."""
+
+    def whole(key: Array) -> Any:
+        params = workspace.init_params(key)
+        slots = {name: params for name in slots_of(workspace.objective)}
+        state = TrainState(params, optimizer_of(workspace.config).init(params), workspace.objective.init())
+        return dict(params=params, opt_state=state.opt_state, objective=state.objective, slots=slots, tables={})
+
+    position = check(f"{workdir}/checkpoints", jax.eval_shape(whole, jax.random.key(0)), step)
+    if position["seed"] != workspace.config.seed:
+        raise ValueError(
+            f"config.seed is {workspace.config.seed}, but the run that is to be resumed has seed {position['seed']}"
+        )
 
 
 def draw_curves(workdir: str) -> None:

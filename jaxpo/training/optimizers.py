@@ -59,7 +59,14 @@ def optimizer_arguments(name: str) -> Mapping[str, inspect.Parameter]:
     """Arguments of an optax optimizer besides the learning rate; ``ValueError`` for an unknown name."""
     if name not in OPTIMIZERS:
         raise ValueError(unknown("optimizer", name, OPTIMIZERS))
-    return {k: p for k, p in inspect.signature(getattr(optax, name)).parameters.items() if k != "learning_rate"}
+    parameters = inspect.signature(getattr(optax, name)).parameters
+    # What no config can hold (adafactor's dtype) keeps optax's default.
+    plain = (bool, int, float, str, type(None))
+    return {
+        k: p
+        for k, p in parameters.items()
+        if k != "learning_rate" and (p.default is p.empty or isinstance(p.default, plain))
+    }
 
 
 def schedule_arguments(name: str) -> Mapping[str, inspect.Parameter]:
@@ -73,6 +80,10 @@ def make_schedule(config: Mapping[str, Any], peak: float, steps: int) -> optax.S
     """``config``: ``name`` and arguments of one of ``SCHEDULES``; ``steps`` optimizer steps in the whole run."""
     arguments = {k: v for k, v in config.items() if k != "name"}
     check_arguments(f"schedule {config['name']!r}", arguments, schedule_arguments(config["name"]))
+    if arguments.get("warmup_steps", 0) < 0:
+        raise ValueError(f"schedule.warmup_steps must not be negative, not {arguments['warmup_steps']}")
+    if not 0 <= arguments.get("end_share", 0) <= 1:
+        raise ValueError(f"schedule.end_share is a share in [0, 1], not {arguments['end_share']}")
     return SCHEDULES[config["name"]](peak, steps, **arguments)
 
 
@@ -88,5 +99,7 @@ def make_optimizer(config: Mapping[str, Any], steps: int) -> optax.GradientTrans
     check_arguments(f"optimizer {config['name']!r}", own, optimizer_arguments(config["name"]))
     if not config["learning_rate"] > 0:
         raise ValueError(f"optimizer.learning_rate must be positive, not {config['learning_rate']}")
+    if config["clip_norm"] is not None and not config["clip_norm"] > 0:
+        raise ValueError(f"optimizer.clip_norm must be positive or None, not {config['clip_norm']}")
     rule = getattr(optax, config["name"])(make_schedule(config["schedule"], config["learning_rate"], steps), **own)
     return rule if config["clip_norm"] is None else optax.chain(optax.clip_by_global_norm(config["clip_norm"]), rule)

@@ -32,11 +32,10 @@ def restore(checkpoints: Checkpoints, run: Run, seed: int) -> Run:
     """The latest checkpoint, with the shapes, dtypes and sharding of ``run``.
 
     Raises:
-      ValueError: the checkpoint is of a run with another seed, or of another shape (the leaf is named).
+      ValueError: the checkpoint is of another shape (the leaf is named).
     """
     arrays, position = checkpoints.restore(checkpoint_of(run, seed)[0])
-    if (saved := position.pop("seed")) != seed:
-        raise ValueError(f"config.seed is {seed}, but the run that is to be resumed has seed {saved}")
+    position.pop("seed")
     state = run.state.replace(params=arrays["params"], opt_state=arrays["opt_state"], objective=arrays["objective"])
     return advance(run, state=state, slots=arrays["slots"], tables=arrays["tables"], **position)
 
@@ -67,7 +66,11 @@ def open_finished(workdir: str, step: int | None = None, **changes: Any) -> tupl
     config = default()
     with config.unlocked():
         config.update(json.loads((folder / "config.json").read_text()))
+        # Nothing is trained here, so batches need not divide as they did; rows are spread over the devices there are.
         config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+        config.rollout.prompts += -config.rollout.prompts % len(jax.devices())
+        config.training.update(minibatches=1, microbatches=1)
+        config.warm_start.steps = 0
         for path, value in changes.items():
             config.update_from_flattened_dict({path: value})
     tokenizer = from_json(json.loads((folder / "tokenizer.json").read_text()))

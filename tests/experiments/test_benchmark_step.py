@@ -1,4 +1,5 @@
 """The step benchmark's arithmetic, tables and errors, from canned records: no peer is needed."""
+
 import json
 import re
 import sys

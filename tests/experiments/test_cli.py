@@ -1,4 +1,5 @@
-"""``experiments.evaluate``, ``sample``, ``train_sft`` and ``train_rl`` as commands: what they print, write and refuse."""
+"""``experiments.evaluate``, ``sample``, ``train_sft``, ``train_rl`` as commands: what they print, write and refuse."""
+
 import json
 import re
 import shutil
@@ -33,7 +34,8 @@ def fails(main, arguments, message):
     assert "\n" not in str(error.value) and str(error.value).startswith("error: ")
 
 
-# ---- evaluate -----------------------------------------------------------------------------------------------------------
+# ---- evaluate -------------------------------------------------------------------------------------------------------
+
 
 def test_evaluate_prints_and_writes_what_the_run_measured(finished, tmp_path, capsys):
     evaluate.main([f"--run={finished.path}", "--k=1,4", "--samples=4", f"--json={tmp_path / 'numbers.json'}"])
@@ -41,9 +43,16 @@ def test_evaluate_prints_and_writes_what_the_run_measured(finished, tmp_path, ca
     after = finished.result.after
     assert "checkpoint 4, 5 test prompts, toy" in out and "95% interval" in out
     rows = {line.split()[1]: line for line in out.splitlines() if line.startswith("│")}
-    assert f"{after['eval/greedy']:.4f}" in rows["greedy"] and f"[{after['eval/greedy_lo']:.4f}, {after['eval/greedy_hi']:.4f}]" in rows["greedy"]
+    assert (
+        f"{after['eval/greedy']:.4f}" in rows["greedy"]
+        and f"[{after['eval/greedy_lo']:.4f}, {after['eval/greedy_hi']:.4f}]" in rows["greedy"]
+    )
     numbers = json.loads((tmp_path / "numbers.json").read_text())
-    assert numbers["step"] == 4 and numbers["eval/greedy"] == after["eval/greedy"] and {"eval/pass@1", "eval/pass@4_hi"} < numbers.keys()
+    assert (
+        numbers["step"] == 4
+        and numbers["eval/greedy"] == after["eval/greedy"]
+        and {"eval/pass@1", "eval/pass@4_hi"} < numbers.keys()
+    )
 
 
 def test_evaluate_another_checkpoint_and_fewer_prompts(finished, capsys):
@@ -55,41 +64,53 @@ def test_evaluate_another_checkpoint_and_fewer_prompts(finished, capsys):
 def test_evaluate_draws_by_its_seed(finished, tmp_path, capsys):
     numbers = []
     for seed in (0, 0, 1, 2, 3):
-        evaluate.main([f"--run={finished.path}", "--k=1,3", "--samples=11", f"--seed={seed}", f"--json={tmp_path / 'x.json'}"])
+        evaluate.main(
+            [f"--run={finished.path}", "--k=1,3", "--samples=11", f"--seed={seed}", f"--json={tmp_path / 'x.json'}"]
+        )
         numbers.append(json.loads((tmp_path / "x.json").read_text())["eval/pass@1"])
     assert numbers[0] == numbers[1] and len(set(numbers)) > 1
 
 
-@pytest.mark.parametrize(("flags", "message"), (
-    ([], "--run=DIRECTORY is required"),
-    (["--run={run}x"], "unknown run directory '.*runx': did you mean '.*run'"),
-    (["--run={run}", "--step=3"], "has no checkpoint 3; it has: 2, 4"),
-    (["--run={run}", "--k=16", "--samples=8"], "pass@16"),
-    (["--run={run}", "--k=0"], "k"),
-    (["--run={run}", "--k=one"], "--k"),
-    (["--run={run}", "--samples=0"], "samples must be a whole number of at least 1"),
-    (["--run={run}", "--prompts=-1"], "prompts must be a whole number of at least 1"),
-    (["--run={run}", "--sample=3"], "unknown flag '--sample': did you mean '--samples'"),
-    (["--run={run}", "--config.seed=3"], "--config"),
-    (["--run={run}", "--json=/nowhere/x.json"], "--json"),
-))
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    (
+        ([], "--run=DIRECTORY is required"),
+        (["--run={run}x"], "unknown run directory '.*runx': did you mean '.*run'"),
+        (["--run={run}", "--step=3"], "has no checkpoint 3; it has: 2, 4"),
+        (["--run={run}", "--k=16", "--samples=8"], "pass@16"),
+        (["--run={run}", "--k=0"], "k"),
+        (["--run={run}", "--k=one"], "--k"),
+        (["--run={run}", "--samples=0"], "samples must be a whole number of at least 1"),
+        (["--run={run}", "--prompts=-1"], "prompts must be a whole number of at least 1"),
+        (["--run={run}", "--sample=3"], "unknown flag '--sample': did you mean '--samples'"),
+        (["--run={run}", "--config.seed=3"], "--config"),
+        (["--run={run}", "--json=/nowhere/x.json"], "--json"),
+    ),
+)
 def test_evaluate_errors(finished, flags, message):
     fails(evaluate.main, [flag.format(run=finished.path) for flag in flags], message)
 
 
-# ---- sample -------------------------------------------------------------------------------------------------------------
+# ---- sample ---------------------------------------------------------------------------------------------------------
+
 
 def shown(out):
     """{prompt: [completion]} as printed."""
     blocks = [block.splitlines() for block in out.strip().split("\n\n")]
-    return {lines[0]: [line.strip() for line in lines[1:]] for lines in blocks if lines and not lines[0].startswith("compiled")}
+    return {
+        lines[0]: [line.strip() for line in lines[1:]]
+        for lines in blocks
+        if lines and not lines[0].startswith("compiled")
+    }
 
 
 def test_sample_prints_completions_of_typed_prompts(finished, capsys):
     sample.main([f"--run={finished.path}", "--prompt=12", "--prompt=3", "--n=3"])
     found = shown(capsys.readouterr().out.split("s\n", 1)[1])
     assert list(found) == ["12", "3"] and all(len(texts) == 3 for texts in found.values())
-    assert all(re.fullmatch(r"[0-3=]{0,3}( ?\[cut at the length limit\])?", text) for texts in found.values() for text in texts)
+    assert all(
+        re.fullmatch(r"[0-3=]{0,3}( ?\[cut at the length limit\])?", text) for texts in found.values() for text in texts
+    )
 
 
 def test_greedy_samples_are_those_of_the_evaluation(finished, capsys):
@@ -97,7 +118,7 @@ def test_greedy_samples_are_those_of_the_evaluation(finished, capsys):
     sample.main([f"--run={finished.path}", "--greedy", *[f"--prompt={row['question']}" for row in rows]])
     found = shown(capsys.readouterr().out.split("s\n", 1)[1])
     for row in rows:
-        text, = found[row["question"]]
+        (text,) = found[row["question"]]
         assert text.removesuffix("[cut at the length limit]").strip() == row["completion"]
 
 
@@ -110,29 +131,35 @@ def test_sample_and_evaluate_on_as_many_devices_as_there_are(finished, capsys):
 
 
 def test_a_run_whose_batch_does_not_divide_over_the_devices_can_be_opened(finished, tmp_path, capsys):
-    run = tiny.run(tiny.warm(finished, {"objective": {"name": "reinforce"}, "steps": 0, "rollout.prompts": 3}), tmp_path / "run")
+    run = tiny.run(
+        tiny.warm(finished, {"objective": {"name": "reinforce"}, "steps": 0, "rollout.prompts": 3}), tmp_path / "run"
+    )
     with tiny.quick(devices=2):
         sample.main([f"--run={run.path}", "--greedy", "--prompt=12", "--prompt=21"])
     assert "12" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("flags", "message"), (
-    (["--run={run}"], '--run=DIRECTORY and at least one --prompt="..." are required'),
-    (["--prompt=12"], "--run=DIRECTORY"),
-    (["--run={run}x", "--prompt=12"], "unknown run directory '.*runx': did you mean"),
-    (["--run={run}", "--prompt=12x"], "character 'x' of '12x=' is not in the alphabet"),
-    (["--run={run}", "--prompt=12", "--n=0"], "--n"),
-    (["--run={run}", "--prompt=12", "--n=2", "--greedy"], "--n has no effect with --greedy"),
-    (["--run={run}", "--prompt=12", "--temperature=0"], "temperature must be positive"),
-    (["--run={run}", "--prompt=12", "--temperature=0.5", "--greedy"], "temperature.* no effect"),
-    (["--run={run}", "--prompt=12", "--step=1"], "has no checkpoint 1; it has: 2, 4"),
-    (["--run={run}", "--promt=12"], "unknown flag '--promt'"),
-))
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    (
+        (["--run={run}"], '--run=DIRECTORY and at least one --prompt="..." are required'),
+        (["--prompt=12"], "--run=DIRECTORY"),
+        (["--run={run}x", "--prompt=12"], "unknown run directory '.*runx': did you mean"),
+        (["--run={run}", "--prompt=12x"], "character 'x' of '12x=' is not in the alphabet"),
+        (["--run={run}", "--prompt=12", "--n=0"], "--n"),
+        (["--run={run}", "--prompt=12", "--n=2", "--greedy"], "--n has no effect with --greedy"),
+        (["--run={run}", "--prompt=12", "--temperature=0"], "temperature must be positive"),
+        (["--run={run}", "--prompt=12", "--temperature=0.5", "--greedy"], "temperature.* no effect"),
+        (["--run={run}", "--prompt=12", "--step=1"], "has no checkpoint 1; it has: 2, 4"),
+        (["--run={run}", "--promt=12"], "unknown flag '--promt'"),
+    ),
+)
 def test_sample_errors(finished, flags, message):
     fails(sample.main, [flag.format(run=finished.path) for flag in flags], message)
 
 
-# ---- train --------------------------------------------------------------------------------------------------------------
+# ---- train ----------------------------------------------------------------------------------------------------------
+
 
 def flags(finished, workdir):
     """A tiny run whose programs are kept where those of the other tests are."""
@@ -145,36 +172,56 @@ def test_train_sft_then_train_rl_from_it(finished, tmp_path, capsys):
     assert finished_steps(tmp_path / "sft" / "checkpoints") == [0]
     lines = tiny.untimed(tmp_path / "sft" / "metrics.jsonl")
     assert lines == tiny.untimed(finished.path / "metrics.jsonl")[: len(lines)] and "eval/pass@4" in lines[-1]
-    train_rl.main([*flags(finished, tmp_path / "rl"), f"--config.init_from={tmp_path / 'sft'}", "--config.warm_start.steps=0"])
-    assert tiny.trained(tmp_path / "rl") == tiny.trained(finished.path)    # as if it had begun with the warm start itself
+    train_rl.main(
+        [*flags(finished, tmp_path / "rl"), f"--config.init_from={tmp_path / 'sft'}", "--config.warm_start.steps=0"]
+    )
+    assert tiny.trained(tmp_path / "rl") == tiny.trained(finished.path)  # as if it had begun with the warm start itself
     assert "before and after 4 iterations" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("main", "more", "message"), (
-    (train_rl.main, ["--workdir="], "--workdir=DIRECTORY is required"),
-    (train_rl.main, ["--workdri=x"], "unknown flag '--workdri': did you mean '--workdir'"),
-    (train_rl.main, ["--config.objective.name=grop"], "unknown objective 'grop': did you mean 'grpo'"),
-    (train_rl.main, ["--config.training.microbatches=5"], "config.training.microbatches 5 does not divide"),
-    (train_rl.main, ["--workdir={run}"], "is not empty; continue its run with --resume"),
-    (train_rl.main, ["--config.init_from=nowhere"], "nowhere"),
-    (train_rl.main, ["--config.init_from={run}", "--config.policy.width=32"], "holds parameters of another shape"),
-    (train_rl.main, ["--resume=maybe"], "resume"),
-    (train_rl.main, ["--config.task.name=jsonl", "--config.task.path=/nowhere.jsonl", "--config.task.test_size=3"], "/nowhere.jsonl"),
-    (train_rl.main, ["--config.warm_start.optimizer.learning_rate=1e30"], "lower config.warm_start.optimizer.learning_rate"),
-    (train_sft.main, ["--workdir="], "--workdir=DIRECTORY is required"),
-    (train_sft.main, ["--config.warm_start.steps=0"], "config.warm_start.steps is 0: there is nothing to train"),
-    (train_sft.main, ["--workdir={run}"], "is not empty"),
-    (train_sft.main, ["--config.sampling.max_new_tokens=2"], "config.sampling.max_new_tokens 2 is too short for demonstrations of 3 tokens"),
-))
+@pytest.mark.parametrize(
+    ("main", "more", "message"),
+    (
+        (train_rl.main, ["--workdir="], "--workdir=DIRECTORY is required"),
+        (train_rl.main, ["--workdri=x"], "unknown flag '--workdri': did you mean '--workdir'"),
+        (train_rl.main, ["--config.objective.name=grop"], "unknown objective 'grop': did you mean 'grpo'"),
+        (train_rl.main, ["--config.training.microbatches=5"], "config.training.microbatches 5 does not divide"),
+        (train_rl.main, ["--workdir={run}"], "is not empty; continue its run with --resume"),
+        (train_rl.main, ["--config.init_from=nowhere"], "nowhere"),
+        (train_rl.main, ["--config.init_from={run}", "--config.policy.width=32"], "holds parameters of another shape"),
+        (train_rl.main, ["--resume=maybe"], "resume"),
+        (
+            train_rl.main,
+            ["--config.task.name=jsonl", "--config.task.path=/nowhere.jsonl", "--config.task.test_size=3"],
+            "/nowhere.jsonl",
+        ),
+        (
+            train_rl.main,
+            ["--config.warm_start.optimizer.learning_rate=1e30"],
+            "lower config.warm_start.optimizer.learning_rate",
+        ),
+        (train_sft.main, ["--workdir="], "--workdir=DIRECTORY is required"),
+        (train_sft.main, ["--config.warm_start.steps=0"], "config.warm_start.steps is 0: there is nothing to train"),
+        (train_sft.main, ["--workdir={run}"], "is not empty"),
+        (
+            train_sft.main,
+            ["--config.sampling.max_new_tokens=2"],
+            "config.sampling.max_new_tokens 2 is too short for demonstrations of 3 tokens",
+        ),
+    ),
+)
 def test_training_errors(finished, tmp_path, main, more, message):
     fails(main, [*flags(finished, tmp_path / "run"), *[flag.format(run=finished.path) for flag in more]], message)
 
 
-@pytest.mark.parametrize(("change", "message"), (
-    ("--config.policy.width=32", "shape"),
-    ("--config.objective.name=dapo", "slots/ref"),
-    ("--config.seed=1", "config.seed is 1, but the run .* has seed 0"),
-))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        ("--config.policy.width=32", "shape"),
+        ("--config.objective.name=dapo", "slots/ref"),
+        ("--config.seed=1", "config.seed is 1, but the run .* has seed 0"),
+    ),
+)
 def test_resuming_with_a_config_that_does_not_fit_leaves_the_run_as_it_was(finished, tmp_path, change, message):
     run = tmp_path / "run"
     shutil.copytree(finished.path, run)

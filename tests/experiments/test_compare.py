@@ -1,4 +1,5 @@
 """``python -m experiments.compare``: the table, the picture, and what it says of a wrong path."""
+
 import pytest
 
 from experiments.compare import labels, main
@@ -30,14 +31,17 @@ def test_table_and_picture(runs, capsys):
         assert file.read(4) == b"\x89PNG"
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["runs/grpo", "runs/dap"], "unknown run directory 'runs/dap': did you mean 'runs/dapo'"),
-    (["elsewhere/grpo"], "unknown run directory 'elsewhere/grpo': did you mean 'runs/grpo'"),
-    (["runs"], "unknown run directory 'runs'"),
-    (["runs/grpo", "./runs/grpo"], "the same directory is given twice"),
-    (["runs/grpo", "--out=both.pdf"], "--out: both.pdf has to be a .png"),
-    (["runs/grpo", "--out=nowhere/both.png"], "--out: nowhere/both.png"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["runs/grpo", "runs/dap"], "unknown run directory 'runs/dap': did you mean 'runs/dapo'"),
+        (["elsewhere/grpo"], "unknown run directory 'elsewhere/grpo': did you mean 'runs/grpo'"),
+        (["runs"], "unknown run directory 'runs'"),
+        (["runs/grpo", "./runs/grpo"], "the same directory is given twice"),
+        (["runs/grpo", "--out=both.pdf"], "--out: both.pdf has to be a .png"),
+        (["runs/grpo", "--out=nowhere/both.png"], "--out: nowhere/both.png"),
+    ],
+)
 def test_errors_are_one_line(runs, arguments, message):
     with pytest.raises(SystemExit, match=message) as error:
         main(arguments)

@@ -299,7 +299,7 @@ def test_evaluate_goes_on_from_a_state():
 
 
 def test_what_it_needs_is_asked_for_by_name():
-    with pytest.raises(MissingField, match="the batch has no 'reward', which this objective needs; it has: .*mask"):
+    with pytest.raises(MissingField, match="the batch has no 'group', which this objective needs; it has: .*mask"):
         evaluate(make("grpo", beta=0), lambda _: TokenStats(logp=LOGP), Rollouts(mask=MASK))
 
 

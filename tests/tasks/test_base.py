@@ -1,4 +1,5 @@
 """The records, the choice of a task by name, and the imperfect demonstrator."""
+
 import subprocess
 import sys
 
@@ -18,16 +19,22 @@ def test_build_makes_the_named_task():
     assert task.name == "toy" and len(task.test) == 5 and len(task.test[0].question) == 2
 
 
-@pytest.mark.parametrize("config, message", [
-    ({"train_size": 3}, "field 'name' is missing"),
-    ({"name": "reasoning_gim"}, "unknown task 'reasoning_gim': did you mean 'reasoning_gym'"),
-    ({"name": "toy", "trian_size": 3, "test_size": 1, "seed": 0}, "'trian_size': did you mean 'train_size'"),
-    ({"name": "toy", "train_size": 3, "test_size": 1}, "task 'toy' needs seed"),
-    ({"name": "jsonl", "path": "no.jsonl", "test_sise": 3}, "'test_sise': did you mean 'test_size'"),
-    ({"name": "reasoning_gym", "dataset": "gcd", "seed": 0, "test_size": 1}, "task 'reasoning_gym' needs train_size"),
-    ({"name": "toy", "train_size": 0, "test_size": 1, "seed": 0}, "train_size must be a positive integer, got 0"),
-    ({"name": "toy", "train_size": 5, "test_size": True, "seed": 0}, "test_size must be a positive integer"),
-])
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"train_size": 3}, "field 'name' is missing"),
+        ({"name": "reasoning_gim"}, "unknown task 'reasoning_gim': did you mean 'reasoning_gym'"),
+        ({"name": "toy", "trian_size": 3, "test_size": 1, "seed": 0}, "'trian_size': did you mean 'train_size'"),
+        ({"name": "toy", "train_size": 3, "test_size": 1}, "task 'toy' needs seed"),
+        ({"name": "jsonl", "path": "no.jsonl", "test_sise": 3}, "'test_sise': did you mean 'test_size'"),
+        (
+            {"name": "reasoning_gym", "dataset": "gcd", "seed": 0, "test_size": 1},
+            "task 'reasoning_gym' needs train_size",
+        ),
+        ({"name": "toy", "train_size": 0, "test_size": 1, "seed": 0}, "train_size must be a positive integer, got 0"),
+        ({"name": "toy", "train_size": 5, "test_size": True, "seed": 0}, "test_size must be a positive integer"),
+    ],
+)
 def test_a_wrong_config_is_an_error_that_names_the_field(config, message):
     with pytest.raises(ValueError, match=message):
         build(config)
@@ -47,8 +54,13 @@ def test_split_removes_by_question_text_and_renumbers():
     train, test, report = split(examples("ab", "cd", "ef", "cd"), examples("cd", "xy", "cd"))
     assert [e.question for e in train] == ["ab", "ef"]
     assert [e.index for e in train] == [0, 1] and [e.index for e in test] == [0, 1, 2]
-    assert report == {"train/size": 2, "test/size": 3, "train/removed": 2, "test/unseen_share": 1.0,
-                      "test/distinct_share": pytest.approx(2 / 3)}
+    assert report == {
+        "train/size": 2,
+        "test/size": 3,
+        "train/removed": 2,
+        "test/unseen_share": 1.0,
+        "test/distinct_share": pytest.approx(2 / 3),
+    }
 
 
 def test_split_that_leaves_nothing_is_an_error():
@@ -92,5 +104,6 @@ heavy = {"jax", "transformers", "reasoning_gym", "math_verify"} & set(sys.module
 assert not heavy, heavy
 """
     import jaxpo.tasks
+
     folder = jaxpo.tasks.__path__[0].removesuffix("/tasks")
     subprocess.run([sys.executable, "-c", program, folder], check=True)

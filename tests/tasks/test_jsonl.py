@@ -1,4 +1,5 @@
 """Tasks from files: splits, errors that name file, line and field, and scores."""
+
 import json
 import re
 
@@ -41,7 +42,10 @@ def test_scores(sums):
     task = jsonl(sums, test_size=2, reward="numeric")
     example = task.test[0]
     assert task.score([example] * 3, [f"I think {example.answer}", "0", ""]) == [
-        Score(1.0, True), Score(0.0, False), Score(0.0, False)]
+        Score(1.0, True),
+        Score(0.0, False),
+        Score(0.0, False),
+    ]
     assert [s.correct for s in task.score(task.train, [task.demonstrate(e) for e in task.train])] == [True] * 8
     with pytest.raises(ValueError):
         task.score([example], [])
@@ -55,8 +59,9 @@ def test_answers_that_are_asked_for_in_a_box_are_demonstrated_in_one(sums):
 
 def test_worked_solutions_are_demonstrations(tmp_path):
     path = write(tmp_path / "d.jsonl", *[{"q": f"{i}", "a": i, "solution": f"it is {i}"} for i in range(3)])
-    task = jsonl(path, test_size=1, question_field="q", answer_field="a", demonstration_field="solution",
-                 reward="numeric")
+    task = jsonl(
+        path, test_size=1, question_field="q", answer_field="a", demonstration_field="solution", reward="numeric"
+    )
     assert task.demonstrate(task.train[0]) == f"it is {task.train[0].answer}"
     assert task.score(task.train, [task.demonstrate(e) for e in task.train]) == [Score(1.0, True)] * 2
 
@@ -81,18 +86,21 @@ def test_math_and_own_rewards(tmp_path):
     assert scores == [Score(1.0, True), Score(0.0, False)]
     own = build({"name": "jsonl", "path": path, "test_size": 1, "reward": "operator:truediv"})
     assert own.demonstrate is None
-    assert own.score(own.test, ["1"])[0].error.startswith("TypeError")     # an exception is counted, not a zero
+    assert own.score(own.test, ["1"])[0].error.startswith("TypeError")  # an exception is counted, not a zero
 
 
-@pytest.mark.parametrize("line, message", [
-    ('{"question": "a", "anser": "b"}', "field 'answer' is missing: .*did you mean 'anser'"),
-    ('{"question": "a", "answer": ', "not JSON: "),
-    ('["a", "b"]', "a JSON object is expected, found list"),
-    ('{"question": 3, "answer": "b"}', "field 'question' must be a string, not empty, found 3"),
-    ('{"question": "", "answer": "b"}', "field 'question' must be a string, not empty, found ''"),
-    ('{"question": "a", "answer": null}', "field 'answer' must be a string or a number, not empty, found None"),
-    ('{"question": "a", "answer": true}', "field 'answer' must be a string or a number"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"question": "a", "anser": "b"}', "field 'answer' is missing: .*did you mean 'anser'"),
+        ('{"question": "a", "answer": ', "not JSON: "),
+        ('["a", "b"]', "a JSON object is expected, found list"),
+        ('{"question": 3, "answer": "b"}', "field 'question' must be a string, not empty, found 3"),
+        ('{"question": "", "answer": "b"}', "field 'question' must be a string, not empty, found ''"),
+        ('{"question": "a", "answer": null}', "field 'answer' must be a string or a number, not empty, found None"),
+        ('{"question": "a", "answer": true}', "field 'answer' must be a string or a number"),
+    ],
+)
 def test_bad_lines_name_file_line_and_field(tmp_path, line, message):
     path = write(tmp_path / "bad.jsonl", {"question": "q", "answer": "a"}, "", line)
     with pytest.raises(ValueError, match=f"{re.escape(str(path))}, line 3: {message}"):

@@ -1,4 +1,5 @@
 """Tasks of the library itself, with its own verifiers."""
+
 import dataclasses
 
 import pytest
@@ -36,10 +37,12 @@ def test_a_space_that_the_test_set_uses_up_is_an_error():
 
 def test_item_seeds_of_training_testing_and_runs_are_apart(spell):
     from reasoning_gym import create_dataset
+
     config = {"min_word_len": 3, "max_word_len": 6}
     raw = create_dataset("spell_backward", size=400, seed=6 * HALF + HALF, **config)
     assert [e["question"] for e in create_dataset("spell_backward", size=50, seed=6 * HALF, **config)] == [
-        e.question for e in spell.test]
+        e.question for e in spell.test
+    ]
     held_out = {e.question for e in spell.test}
     assert [e.question for e in spell.train] == [e["question"] for e in raw if e["question"] not in held_out]
     again = reasoning_gym("spell_backward", 400, 50, seed=3, **config)
@@ -106,22 +109,25 @@ def test_no_answers_no_demonstrations():
         task.demonstrate(task.train[0])
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"dataset": "spel_backward"}, "unknown reasoning_gym dataset 'spel_backward': did you mean 'spell_backward'"),
-    ({"max_word_length": 6}, "'max_word_length': did you mean 'max_word_len'"),
-    ({"extract": "boxd"}, "did you mean 'boxed'"),
-    ({"min_word_len": 9, "max_word_len": 3}, "'spell_backward' refuses its config: "),
-    ({"dataset": "game_of_life_halting"}, "its verifier gives full credit to any completion"),
-    ({"dataset": "puzzle24"}, "its verifier ignores which numbers are used"),
-    ({"dataset": "composite"}, "hides the verifiers of its parts"),
-    ({"train_size": HALF + 1}, "train_size must be at most 1000000"),
-    ({"train_size": 0}, "train_size must be a positive integer"),
-    ({"seed": SEEDS}, "seed must be an integer in"),
-    ({"seed": -1}, "seed must be an integer in"),
-    ({"size": 3}, "'size'"),
-    ({"workers": 0}, "workers must be a positive integer"),
-    ({"timeout": -1}, "timeout must be a positive number"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"dataset": "spel_backward"}, "unknown reasoning_gym dataset 'spel_backward': did you mean 'spell_backward'"),
+        ({"max_word_length": 6}, "'max_word_length': did you mean 'max_word_len'"),
+        ({"extract": "boxd"}, "did you mean 'boxed'"),
+        ({"min_word_len": 9, "max_word_len": 3}, "'spell_backward' refuses its config: "),
+        ({"dataset": "game_of_life_halting"}, "its verifier gives full credit to any completion"),
+        ({"dataset": "puzzle24"}, "its verifier ignores which numbers are used"),
+        ({"dataset": "composite"}, "hides the verifiers of its parts"),
+        ({"train_size": HALF + 1}, "train_size must be at most 1000000"),
+        ({"train_size": 0}, "train_size must be a positive integer"),
+        ({"seed": SEEDS}, "seed must be an integer in"),
+        ({"seed": -1}, "seed must be an integer in"),
+        ({"size": 3}, "'size'"),
+        ({"workers": 0}, "workers must be a positive integer"),
+        ({"timeout": -1}, "timeout must be a positive number"),
+    ],
+)
 def test_bad_arguments_fail_before_anything_is_built(change, message):
     # With so many items, building would be noticed.
     arguments = {"dataset": "spell_backward", "train_size": HALF, "test_size": HALF, "seed": 0}

@@ -1,15 +1,24 @@
 """Round trips, token bytes, and tokenizers rebuilt from JSON."""
+
 import json
 
 import pytest
 
 from jaxpo.tasks.tokenizers import CharTokenizer, IntegerTokenizer, PretrainedTokenizer, from_json
 
-TEXTS = ["Hello, world!", "  two  spaces\n\tand a tab ", "naïve café — 東京 🙂", "def f(x):\n    return x**2", "a", "",
-         " "]
+TEXTS = [
+    "Hello, world!",
+    "  two  spaces\n\tand a tab ",
+    "naïve café — 東京 🙂",
+    "def f(x):\n    return x**2",
+    "a",
+    "",
+    " ",
+]
 
 
 # --- characters -------------------------------------------------------------------------------------------------------
+
 
 def test_characters():
     tokenizer = CharTokenizer("cab")
@@ -55,8 +64,10 @@ def test_integers():
 
 # --- transformers -----------------------------------------------------------------------------------------------------
 
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" \
-           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,16 +75,24 @@ def byte_level():
     """A byte-level BPE like GPT-2's and Qwen's, trained here."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     special = ["<|end|>", "<|im_start|>", "<|im_end|>"]
-    backend.train_from_iterator(TEXTS * 20, trainers.BpeTrainer(
-        vocab_size=330, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
+    backend.train_from_iterator(
+        TEXTS * 20,
+        trainers.BpeTrainer(
+            vocab_size=330,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     backend.add_tokens([AddedToken("<think>", special=False), AddedToken("é è", special=False)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", chat_template=TEMPLATE,
-                                   additional_special_tokens=special[1:])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|end|>", chat_template=TEMPLATE, additional_special_tokens=special[1:]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +100,18 @@ def sentencepiece():
     """A BPE with byte fallback like Llama 2's and Gemma's, trained here."""
     from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
+
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     backend.normalizer = normalizers.Replace(" ", "▁")
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     special = ["<unk>", "<s>", "</s>"]
-    backend.train_from_iterator(["hello world", "a b c d two spaces and tab"] * 20, trainers.BpeTrainer(
-        vocab_size=320, special_tokens=[*special, *(f"<0x{b:02X}>" for b in range(256))], show_progress=False))
-    spec = json.loads(backend.to_str())             # the trainer makes the bytes special; a real model's are ordinary
+    backend.train_from_iterator(
+        ["hello world", "a b c d two spaces and tab"] * 20,
+        trainers.BpeTrainer(
+            vocab_size=320, special_tokens=[*special, *(f"<0x{b:02X}>" for b in range(256))], show_progress=False
+        ),
+    )
+    spec = json.loads(backend.to_str())  # the trainer makes the bytes special; a real model's are ordinary
     spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] in special]
     backend = Tokenizer.from_str(json.dumps(spec))
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -123,7 +147,7 @@ def test_prompts(byte_level, sentencepiece):
     chat = PretrainedTokenizer(byte_level, chat_template=True)
     prompt = chat.render("2+2?")
     assert prompt == "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
-    assert chat.encode(prompt)[0] == 1 and chat.encode(prompt).count(2) == 1        # one id for each special token
+    assert chat.encode(prompt)[0] == 1 and chat.encode(prompt).count(2) == 1  # one id for each special token
     assert PretrainedTokenizer(byte_level, chat_template=False).render("2+2?") == "2+2?\n"
     base = PretrainedTokenizer(sentencepiece, chat_template=False)
     assert base.render("a b") == "<s>a b\n" and base.encode(base.render("a b"))[0] == 1
@@ -155,6 +179,7 @@ def test_a_saved_folder_with_several_ends(byte_level, tmp_path):
 def test_wrong_tokenizers_are_refused(byte_level):
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
+
     with pytest.raises(ValueError, match="a fast tokenizer of transformers is needed, got dict"):
         PretrainedTokenizer({}, chat_template=False)
     with pytest.raises(ValueError, match=r"unknown eos token '<\|im_ends\|>'.*did you mean '<\|im_end\|>'"):

@@ -1,4 +1,5 @@
 """The in-graph task: hand-worked rewards, equality with the host, and that it can be learned."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,14 +12,24 @@ def encoded(game, questions):
     return jnp.array([game.tokenizer.encode(game.tokenizer.render(q)) for q in questions])
 
 
-@pytest.mark.parametrize("text, ended, exact, partial", [
-    ("703", True, 1, 1), ("703", False, 1, 1), ("702", True, 0, 2 / 3), ("70", True, 0, 2 / 3), ("", True, 0, 0),
-    ("307", True, 0, 1 / 3), ("7033", True, 0, 3 / 4), ("70333", False, 0, 3 / 5), ("=03", True, 0, 2 / 3),
-])
+@pytest.mark.parametrize(
+    "text, ended, exact, partial",
+    [
+        ("703", True, 1, 1),
+        ("703", False, 1, 1),
+        ("702", True, 0, 2 / 3),
+        ("70", True, 0, 2 / 3),
+        ("", True, 0, 0),
+        ("307", True, 0, 1 / 3),
+        ("7033", True, 0, 3 / 4),
+        ("70333", False, 0, 3 / 5),
+        ("=03", True, 0, 2 / 3),
+    ],
+)
 def test_rewards_worked_by_hand(text, ended, exact, partial):
     ids = ReverseDigits().tokenizer.encode(text) + [0] * ended
-    completion = np.full((1, 6), 4)                      # whatever stands after the mask must not matter
-    completion[0, :len(ids)] = ids
+    completion = np.full((1, 6), 4)  # whatever stands after the mask must not matter
+    completion[0, : len(ids)] = ids
     mask = np.arange(6)[None] < len(ids)
     for credit, expected in ((False, exact), (True, partial)):
         game = ReverseDigits(partial_credit=credit)
@@ -94,7 +105,7 @@ def test_a_tiny_policy_learns_it_inside_one_scan():
     game = ReverseDigits(digits=3, base=10, partial_credit=True)
     prompts, responses, length, vocab = 16, 8, 5, 12
 
-    def logits(weights, tokens):                                                # [N, P] -> [N, T, V]
+    def logits(weights, tokens):  # [N, P] -> [N, T, V]
         return jnp.einsum("npv,tpvw->ntw", jax.nn.one_hot(tokens, vocab), weights)
 
     def step(weights, key):

@@ -1,4 +1,5 @@
 """Worker processes: time limits, deaths, reuse. ``eval`` serves as the function that may do anything."""
+
 import functools
 import math
 import os
@@ -12,7 +13,7 @@ import pytest
 
 from jaxpo.tasks.workers import Outcome, WorkerPool, attempt, runner
 
-HANG_IN_C = "9**9**9**9"        # holds the interpreter's lock: no thread or signal handler of Python runs any more
+HANG_IN_C = "9**9**9**9"  # holds the interpreter's lock: no thread or signal handler of Python runs any more
 HANG = "__import__('time').sleep(60)"
 PID = "__import__('os').getpid()"
 
@@ -48,7 +49,7 @@ def test_exceptions_are_errors_of_their_item_only(pool):
 
 @pytest.mark.parametrize("hang", [HANG, HANG_IN_C])
 def test_a_hung_item_is_killed_and_the_others_are_unharmed(pool, hang):
-    pool.map([("0",)] * 2)                              # start-up is not what is timed
+    pool.map([("0",)] * 2)  # start-up is not what is timed
     start = time.monotonic()
     outcomes = pool.map([("1",), (hang,), *[(str(i),) for i in range(20)]])
     assert time.monotonic() - start < 10
@@ -76,7 +77,7 @@ def test_workers_are_reused_and_end_with_close():
     assert first == second != os.getpid()
     pool.close()
     assert not alive(first)
-    third = pool.map([(PID,)])[0].value                 # a closed pool starts again when used
+    third = pool.map([(PID,)])[0].value  # a closed pool starts again when used
     assert third != first
     del pool
     assert not alive(third)
@@ -85,8 +86,10 @@ def test_workers_are_reused_and_end_with_close():
 def test_preparation_is_not_on_the_clock():
     with WorkerPool(eval, workers=1, timeout=0.5, prepare=functools.partial(time.sleep, 1.0)) as slow_start:
         assert slow_start.map([("1",)]) == [(1, None)]
-    with WorkerPool(eval, workers=1, prepare=functools.partial(int, "x")) as broken, \
-            pytest.raises(RuntimeError, match="could not load the function: ValueError: invalid literal"):
+    with (
+        WorkerPool(eval, workers=1, prepare=functools.partial(int, "x")) as broken,
+        pytest.raises(RuntimeError, match="could not load the function: ValueError: invalid literal"),
+    ):
         broken.map([("1",)])
 
 
@@ -112,6 +115,7 @@ def test_a_worker_function_may_still_use_all_of_jaxpo(pool):
     with WorkerPool(eval, workers=1, timeout=60) as slow:
         outcome = slow.map([("__import__('jaxpo').__version__",)])[0]
     import jaxpo
+
     assert outcome == Outcome(jaxpo.__version__, None)
 
 
@@ -123,8 +127,12 @@ pool = WorkerPool(eval, workers=1, timeout=1)
 print(pool.map([("__import__('os').getpid()",)])[0].value, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)})
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )
     pid = int(done.stdout)
     deadline = time.monotonic() + 10
     while alive(pid) and time.monotonic() < deadline:
@@ -140,15 +148,22 @@ def test_a_function_that_workers_cannot_load_is_refused():
     with pytest.raises(ValueError, match="timeout must be a positive number"):
         WorkerPool(eval, timeout=0)
     program = "def f(x): pass\nfrom jaxpo.tasks.workers import WorkerPool\nWorkerPool(f)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)})
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )
     assert "f is defined in the main program" in done.stderr
 
 
 def test_a_runner_isolates_when_it_has_to():
     here = runner(eval, isolate=False)
     assert here([(PID,), ("1/0",)]) == [(os.getpid(), None), (None, "ZeroDivisionError: division by zero")]
-    for away in (runner(eval, isolate=True), runner(eval, isolate=False, workers=1),
-                 runner(eval, isolate=False, timeout=20.0)):
+    for away in (
+        runner(eval, isolate=True),
+        runner(eval, isolate=False, workers=1),
+        runner(eval, isolate=False, timeout=20.0),
+    ):
         assert away([(PID,)])[0].value != os.getpid()
     assert attempt(functools.partial(math.pow, 2), (3,)) == Outcome(8.0, None)

@@ -1,4 +1,5 @@
 """Checkpoints come back bit for bit, whole or not at all, on any mesh."""
+
 import json
 import shutil
 import signal
@@ -18,14 +19,29 @@ from jaxpo.training.checkpoint import Checkpoints, finished_steps, restore_param
 def make_tree(seed: int = 0) -> dict:
     key = jax.random.key(seed)
     blocks = {i: {"w": jax.random.normal(key, (8, 4), dtype)} for i, dtype in enumerate((jnp.float32, jnp.bfloat16))}
-    params = {"blocks": blocks,
-              "head": [jnp.arange(6, dtype=jnp.int32), jnp.array([0.1, -0.0, jnp.nan, jnp.inf])], "empty": {},
-              "bits": jnp.array([2**32 - 1], jnp.uint32)}
+    params = {
+        "blocks": blocks,
+        "head": [jnp.arange(6, dtype=jnp.int32), jnp.array([0.1, -0.0, jnp.nan, jnp.inf])],
+        "empty": {},
+        "bits": jnp.array([2**32 - 1], jnp.uint32),
+    }
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(0.0, 1.0, 9)))
-    return {"params": params, "optimizer": optimizer.init(params["blocks"]), "objective": {},
-            "keys": (key, jax.random.split(key, 3), jax.random.PRNGKey(seed), jax.random.key(seed, impl="rbg")),
-            "host": {"count": 3, "rate": 0.1, "on": True, "name": "a", "f64": np.array(1 / 3), "scalar": np.float32(2),
-                     "none": jnp.zeros((0, 3)), "nothing": None}}
+    return {
+        "params": params,
+        "optimizer": optimizer.init(params["blocks"]),
+        "objective": {},
+        "keys": (key, jax.random.split(key, 3), jax.random.PRNGKey(seed), jax.random.key(seed, impl="rbg")),
+        "host": {
+            "count": 3,
+            "rate": 0.1,
+            "on": True,
+            "name": "a",
+            "f64": np.array(1 / 3),
+            "scalar": np.float32(2),
+            "none": jnp.zeros((0, 3)),
+            "nothing": None,
+        },
+    }
 
 
 def raw(leaf):
@@ -85,7 +101,7 @@ def test_keeps_the_last_ones(tmp_path):
         checkpoints.save(step, {"x": jnp.full(2, step)}, {"step": step})
     checkpoints.wait()
     assert checkpoints.steps() == [10, 11] and checkpoints.latest() == 11
-    checkpoints.save(11, {"x": jnp.full(2, -11)}, {})                         # the same step again: replaced
+    checkpoints.save(11, {"x": jnp.full(2, -11)}, {})  # the same step again: replaced
     assert checkpoints.restore({"x": jnp.zeros(2, jnp.int32)})[0]["x"].tolist() == [-11, -11]
     with pytest.raises(ValueError, match=r"10 comes before the latest checkpoint, 11,.*discard_after\(10\)"):
         checkpoints.save(10, {"x": jnp.zeros(2)}, {})
@@ -104,9 +120,9 @@ def test_torn_directories_are_no_checkpoints(tmp_path):
         checkpoints.restore({})
     checkpoints.save(1, {"x": jnp.ones(3)}, {})
     checkpoints.wait()
-    (tmp_path / "2").mkdir()                                              # empty
+    (tmp_path / "2").mkdir()  # empty
     shutil.copytree(tmp_path / "1", tmp_path / "3")
-    (tmp_path / "3" / "manifest" / "metadata").unlink()                   # without its manifest
+    (tmp_path / "3" / "manifest" / "metadata").unlink()  # without its manifest
     shutil.copytree(tmp_path / "1", tmp_path / "4.orbax-checkpoint-tmp")  # as a kill leaves it
     assert checkpoints.steps() == [1] == finished_steps(tmp_path)
     for step in (2, 3, 4):
@@ -117,14 +133,23 @@ def test_torn_directories_are_no_checkpoints(tmp_path):
     assert restore_params(tmp_path, 3, name="x")[0].tolist() == [3, 3, 3]
 
 
-@pytest.mark.parametrize(("template", "message"), [
-    ({"a": {"w": jnp.zeros((2, 4)), "b": jnp.zeros(3)}, "n": 1}, r"a/w was saved with shape \[2, 3\], .* has \[2, 4\]"),
-    ({"a": {"w": jnp.zeros((2, 3), jnp.bfloat16), "b": jnp.zeros(3)}, "n": 1}, "a/w .* dtype float32, .* bfloat16"),
-    ({"a": {"w": jnp.zeros((2, 3)), "b": jnp.zeros(3)}, "n": 1.0}, "n was .* dtype python int, .* python float"),
-    ({"a": {"w": jnp.zeros((2, 3)), "b": jax.random.split(jax.random.key(0), 3)}, "n": 1}, "a/b was .* key threefry"),
-    ({"a": {"w": jnp.zeros((2, 3)), "c": jnp.zeros(3)}, "n": 1}, "unknown leaf 'a/c': did you mean 'a/b'"),
-    ({"a": {"w": jnp.zeros((2, 3))}, "n": 1}, "that the template lacks: unknown leaf 'a/b'"),
-])
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            {"a": {"w": jnp.zeros((2, 4)), "b": jnp.zeros(3)}, "n": 1},
+            r"a/w was saved with shape \[2, 3\], .* has \[2, 4\]",
+        ),
+        ({"a": {"w": jnp.zeros((2, 3), jnp.bfloat16), "b": jnp.zeros(3)}, "n": 1}, "a/w .* dtype float32, .* bfloat16"),
+        ({"a": {"w": jnp.zeros((2, 3)), "b": jnp.zeros(3)}, "n": 1.0}, "n was .* dtype python int, .* python float"),
+        (
+            {"a": {"w": jnp.zeros((2, 3)), "b": jax.random.split(jax.random.key(0), 3)}, "n": 1},
+            "a/b was .* key threefry",
+        ),
+        ({"a": {"w": jnp.zeros((2, 3)), "c": jnp.zeros(3)}, "n": 1}, "unknown leaf 'a/c': did you mean 'a/b'"),
+        ({"a": {"w": jnp.zeros((2, 3))}, "n": 1}, "that the template lacks: unknown leaf 'a/b'"),
+    ],
+)
 def test_mismatch_names_the_leaf(mismatch_directory, template, message):
     with pytest.raises(ValueError, match=message):
         Checkpoints(mismatch_directory).restore(template)
@@ -180,18 +205,24 @@ OTHER_MESH = textwrap.dedent("""
 
 def test_other_mesh_and_sigkill_while_saving(tmp_path):
     one = jax.devices()[0]
-    tree = jax.device_put({"w": jax.random.normal(jax.random.key(1), (8, 4), jnp.bfloat16),
-                           "key": jax.random.split(jax.random.key(2), 8), "count": jnp.array(5, jnp.int32)}, one)
+    tree = jax.device_put(
+        {
+            "w": jax.random.normal(jax.random.key(1), (8, 4), jnp.bfloat16),
+            "key": jax.random.split(jax.random.key(2), 8),
+            "count": jnp.array(5, jnp.int32),
+        },
+        one,
+    )
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, tree, {"step": 1})
     checkpoints.wait()
     child = subprocess.run([sys.executable, "-c", OTHER_MESH, tmp_path], capture_output=True, text=True, timeout=120)
     assert child.returncode == -signal.SIGKILL, child.stderr
     assert checkpoints.steps() == [1, 2]
-    back, position = checkpoints.restore(tree)                            # eight devices to one
+    back, position = checkpoints.restore(tree)  # eight devices to one
     assert position == {"step": 2} and back["w"].devices() == {one}
     assert_same(back, tree)
-    checkpoints.save(3, tree, {"step": 3})                                # the killed step succeeds when tried again
+    checkpoints.save(3, tree, {"step": 3})  # the killed step succeeds when tried again
     checkpoints.close()
     assert finished_steps(tmp_path) == [1, 2, 3]
     assert json.loads((tmp_path / "3" / "manifest" / "metadata").read_text())["position"] == {"step": 3}

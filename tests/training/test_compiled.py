@@ -1,4 +1,5 @@
 """`Compiled` counts what jit traces, and says so when it compiles again."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,5 +45,8 @@ def test_an_error_while_tracing_comes_through():
 
 
 def test_shapes_of_a_call():
-    args = {"a": np.zeros((2, 3), np.int32), "b": [jnp.ones(2), jnp.ones(2)], "c": 5}, jax.ShapeDtypeStruct((), jnp.float32)
+    args = (
+        {"a": np.zeros((2, 3), np.int32), "b": [jnp.ones(2), jnp.ones(2)], "c": 5},
+        jax.ShapeDtypeStruct((), jnp.float32),
+    )
     assert shapes(args) == "float32[2], float32[], int32[2, 3]"

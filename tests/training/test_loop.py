@@ -1,4 +1,5 @@
 """Whole runs of seconds: what they leave behind, what they say, and what must not change their result."""
+
 import json
 import math
 import signal
@@ -16,8 +17,22 @@ from jaxpo.training.rundir import read_metrics
 from tests.training import tiny
 
 STANDARD = {
-    "loss", "reward/mean", "reward/std", "adv/mean", "adv/std", "ratio/mean", "ratio/max", "ratio/clip_frac", "kl/old_k3", "kl/ref_k3",
-    "entropy", "length/mean", "length/truncated_frac", "group/degenerate_frac", "grad_norm", "mismatch/logp_abs_max",
+    "loss",
+    "reward/mean",
+    "reward/std",
+    "adv/mean",
+    "adv/std",
+    "ratio/mean",
+    "ratio/max",
+    "ratio/clip_frac",
+    "kl/old_k3",
+    "kl/ref_k3",
+    "entropy",
+    "length/mean",
+    "length/truncated_frac",
+    "group/degenerate_frac",
+    "grad_norm",
+    "mismatch/logp_abs_max",
 }
 
 
@@ -35,20 +50,29 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def objective(monkeypatch):
     """Registers an objective for one test, under the name "mine"."""
+
     def enter(factory):
-        monkeypatch.setitem(registry._TABLE, ("objective", "mine"), registry.Entry("objective", "mine", factory, "", {}))
+        monkeypatch.setitem(
+            registry._TABLE, ("objective", "mine"), registry.Entry("objective", "mine", factory, "", {})
+        )
         return {"name": "mine"}
+
     return enter
 
 
-# ---- what a run leaves behind -------------------------------------------------------------------------------------------
+# ---- what a run leaves behind ---------------------------------------------------------------------------------------
+
 
 def test_files(finished):
     names = {path.name for path in finished.path.iterdir()}
     assert names == {"config.json", "tokenizer.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints"}
-    assert finished_steps(finished.path / "checkpoints") == [2, 4]        # keep = 2
+    assert finished_steps(finished.path / "checkpoints") == [2, 4]  # keep = 2
     config = json.loads((finished.path / "config.json").read_text())
-    assert config["objective"]["eps_high"] == 0.2 and config["rollout"] == {"prompts": 8, "responses": 4, "prompt_width": None}
+    assert config["objective"]["eps_high"] == 0.2 and config["rollout"] == {
+        "prompts": 8,
+        "responses": 4,
+        "prompt_width": None,
+    }
     assert json.loads((finished.path / "tokenizer.json").read_text()) == {"kind": "integers", "base": 4}
     assert (finished.path / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -62,8 +86,13 @@ def test_standard_metrics_are_there_at_every_iteration(finished):
         assert line["mismatch/logp_abs_max"] < 1e-4
         assert line["step/nonfinite"] == line["step/empty"] == line["reward/errors"] == 0
         assert 0 <= line["reward/mean"] <= 1 and 1 <= line["length/mean"] <= 3 and 0 < line["entropy"] < math.log(6)
-    assert all(line["kl/ref_k3"] > 0 and line["kl/old_k3"] > 0 for line in training)   # from the second optimizer step on
-    last, times = tiny.lines(finished.path / "metrics.jsonl")[-2], {"generate", "reward", "score", "update", "iteration", "tokens_per_s"}
+    assert all(
+        line["kl/ref_k3"] > 0 and line["kl/old_k3"] > 0 for line in training
+    )  # from the second optimizer step on
+    last, times = (
+        tiny.lines(finished.path / "metrics.jsonl")[-2],
+        {"generate", "reward", "score", "update", "iteration", "tokens_per_s"},
+    )
     assert last.keys() >= {f"time/{name}" for name in times}
 
 
@@ -82,7 +111,7 @@ def test_evaluations_before_during_and_after(finished):
     assert finished.result.before["eval/greedy"] == scores[0]["eval/greedy"]
     assert finished.result.after["eval/pass@1"] == scores[4]["eval/pass@1"]
     samples = tiny.lines(finished.path / "samples.jsonl")
-    assert [line["step"] for line in samples] == [0, 0, 0, 2, 2, 2, 4, 4, 4]          # config.logging.samples = 3
+    assert [line["step"] for line in samples] == [0, 0, 0, 2, 2, 2, 4, 4, 4]  # config.logging.samples = 3
     assert all({"question", "answer", "completion", "reward", "correct"} < line.keys() for line in samples)
     test = {e.question for e in finished.result.workspace.task.test}
     assert {line["question"] for line in samples} <= test
@@ -90,14 +119,27 @@ def test_evaluations_before_during_and_after(finished):
 
 def test_functions_are_compiled_once(finished):
     counts = {f.name: f.traces for f in finished.result.workspace.compiled}
-    assert counts == {"generate": 2, "score": 1, "prepare": 1, "update": 1}           # training and greedy generation differ
+    assert counts == {"generate": 2, "score": 1, "prepare": 1, "update": 1}  # training and greedy generation differ
     assert "AGAIN" not in finished.printed
     assert all(f"compiled {name} in" in finished.printed for name in [*counts, "supervised update"])
 
 
 def test_what_a_run_says(finished):
-    for text in ("train/size", "test/unseen_share 1", "objective grpo", "mesh data 1 x fsdp 1 x tensor 1", "step 4/4", "before and after 4 iterations",
-                 "greedy", "pass@4", "compiling", "warm start", "generate", "score", "update"):
+    for text in (
+        "train/size",
+        "test/unseen_share 1",
+        "objective grpo",
+        "mesh data 1 x fsdp 1 x tensor 1",
+        "step 4/4",
+        "before and after 4 iterations",
+        "greedy",
+        "pass@4",
+        "compiling",
+        "warm start",
+        "generate",
+        "score",
+        "update",
+    ):
         assert text in finished.printed, text
     phases = finished.result.seconds
     assert phases.keys() >= {"generate", "reward", "score", "update", "evaluate", "warm start", "checkpoint"}
@@ -106,7 +148,7 @@ def test_what_a_run_says(finished):
 def test_every_optimizer_step_counts(finished):
     state, position = restore_params(finished.path / "checkpoints", name="objective")
     assert position == {"seed": 0, "iteration": 4, "position": 4 * 8}
-    assert state["iteration"] == 3 and state["step"] == 4 * 2 * 2                      # iterations, epochs, minibatches
+    assert state["iteration"] == 3 and state["step"] == 4 * 2 * 2  # iterations, epochs, minibatches
 
 
 def test_prompts_come_in_epochs(finished):
@@ -130,34 +172,49 @@ def test_prompt_order_is_a_permutation_an_epoch_however_it_is_cut(seed, size, n)
 def test_merging_the_steps_of_an_iteration():
     names = ("loss", "ratio/max", "step/nonfinite", "mismatch/logp_abs_max")
     steps = [dict(zip(names, jnp.array(row), strict=True)) for row in ([1.0, 2.0, 1.0, 0.1], [3.0, 1.0, 1.0, 0.5])]
-    assert loop.merge_steps(steps) == pytest.approx({"loss": 2, "ratio/max": 2, "step/nonfinite": 2, "mismatch/logp_abs_max": 0.1})
+    assert loop.merge_steps(steps) == pytest.approx(
+        {"loss": 2, "ratio/max": 2, "step/nonfinite": 2, "mismatch/logp_abs_max": 0.1}
+    )
 
 
-# ---- every objective, and what must not change the result ---------------------------------------------------------------
+# ---- every objective, and what must not change the result -----------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", ("reinforce", "rloo", "grpo", "dr_grpo", "dapo"))
 def test_objectives_run(finished, tmp_path, name):
     run = tiny.run(tiny.warm(finished, {"objective": {"name": name}}), tmp_path / "run")
-    line, = tiny.trained(run.path)
+    (line,) = tiny.trained(run.path)
     needs_reference = "logp_ref" in make(name, **({"L_const": 3.0} if name == "dr_grpo" else {})).needs
     assert line.keys() >= STANDARD - {"kl/ref_k3"} and ("kl/ref_k3" in line) == needs_reference
-    assert line["mismatch/logp_abs_max"] < 1e-4 and line["grad_norm"] > 0 and line["step/nonfinite"] == line["step/empty"] == 0
-    assert line["ratio/mean"] == pytest.approx(1) and line["kl/old_k3"] == 0            # the first step is its own old policy
+    assert (
+        line["mismatch/logp_abs_max"] < 1e-4
+        and line["grad_norm"] > 0
+        and line["step/nonfinite"] == line["step/empty"] == 0
+    )
+    assert line["ratio/mean"] == pytest.approx(1) and line["kl/old_k3"] == 0  # the first step is its own old policy
     if name == "dapo":
         assert line["dynamic_sampling/batches"] >= 1 and line["group/degenerate_frac"] == 0
     before, _ = restore_params(run.path / "checkpoints", 0)
-    tiny.assert_same_params(before, restore_params(finished.path / "checkpoints")[0])   # init_from
+    tiny.assert_same_params(before, restore_params(finished.path / "checkpoints")[0])  # init_from
     assert not np.array_equal(before["embedding"], run.result.params["embedding"])
 
 
 def test_sampling_away_from_the_policy_is_no_mismatch(finished, tmp_path):
-    changes = {"sampling.temperature": 0.7, "sampling.top_k": 4, "policy_temperature": 0.9, "objective": {"name": "reinforce"}}
-    line, = tiny.trained(tiny.run(tiny.warm(finished, changes), tmp_path / "run").path)
+    changes = {
+        "sampling.temperature": 0.7,
+        "sampling.top_k": 4,
+        "policy_temperature": 0.9,
+        "objective": {"name": "reinforce"},
+    }
+    (line,) = tiny.trained(tiny.run(tiny.warm(finished, changes), tmp_path / "run").path)
     assert line["mismatch/logp_abs_max"] < 1e-4
 
 
 def test_microbatches_do_not_change_the_result(finished, tmp_path):
-    runs = [tiny.run(tiny.warm(finished, {"objective": {"name": "rloo"}, "training.microbatches": n}), tmp_path / str(n)) for n in (1, 4)]
+    runs = [
+        tiny.run(tiny.warm(finished, {"objective": {"name": "rloo"}, "training.microbatches": n}), tmp_path / str(n))
+        for n in (1, 4)
+    ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), *[r.result.params for r in runs])
     (one,), (four,) = (tiny.trained(r.path) for r in runs)
     assert four == pytest.approx(one, abs=1e-5)
@@ -165,27 +222,36 @@ def test_microbatches_do_not_change_the_result(finished, tmp_path):
 
 MESHES = (
     pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, id="all three"),
-    *[pytest.param(mesh, id=str(mesh), marks=pytest.mark.slow)
-      for mesh in ({"data": 8}, {"fsdp": 8}, {"data": 4, "tensor": 2}, {"data": 1, "fsdp": 4, "tensor": 2})],
+    *[
+        pytest.param(mesh, id=str(mesh), marks=pytest.mark.slow)
+        for mesh in ({"data": 8}, {"fsdp": 8}, {"data": 4, "tensor": 2}, {"data": 1, "fsdp": 4, "tensor": 2})
+    ],
 )
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_the_mesh_does_not_change_the_result(finished, tmp_path, mesh):
-    rloo = {"objective": {"name": "rloo"}}                                # scores the old policy and the reference
+    rloo = {"objective": {"name": "rloo"}}  # scores the old policy and the reference
     one = tiny.run(tiny.warm(finished, rloo), tmp_path / "one")
     with tiny.quick(devices=8):
-        eight = tiny.run(tiny.warm(finished, rloo | {"mesh": {"data": 1, "fsdp": 1, "tensor": 1} | mesh}), tmp_path / "eight")
-    assert {f.name: f.traces for f in eight.result.workspace.compiled} == {f.name: f.traces for f in one.result.workspace.compiled}
+        eight = tiny.run(
+            tiny.warm(finished, rloo | {"mesh": {"data": 1, "fsdp": 1, "tensor": 1} | mesh}), tmp_path / "eight"
+        )
+    assert {f.name: f.traces for f in eight.result.workspace.compiled} == {
+        f.name: f.traces for f in one.result.workspace.compiled
+    }
     assert len(eight.result.params["embedding"].sharding.device_set) == 8
     lines = [tiny.untimed(run.path / "metrics.jsonl") for run in (one, eight)]
     for a, b in zip(*lines, strict=True):
         assert b == pytest.approx(a, abs=1e-4)
     assert tiny.lines(eight.path / "samples.jsonl") == tiny.lines(one.path / "samples.jsonl")
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4), one.result.params, eight.result.params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4), one.result.params, eight.result.params
+    )
 
 
-# ---- what goes wrong ----------------------------------------------------------------------------------------------------
+# ---- what goes wrong ------------------------------------------------------------------------------------------------
+
 
 def broken(when):
     """``reinforce`` whose loss is NaN where ``when(batch, state)`` says so."""
@@ -204,20 +270,24 @@ def broken_but_in_0_and_2():
 
 def test_steps_that_are_not_finite_are_skipped_and_stop_the_run(finished, tmp_path, objective):
     mine = objective(broken_but_in_0_and_2)
-    config = tiny.warm(finished, {"objective": mine, "steps": 20, "checkpoint.every": 1, "checkpoint.keep": 9, "nonfinite_patience": 3})
-    with pytest.raises(loop.Diverged, match="3 optimizer steps in a row.*up to iteration 6.*last good checkpoint is .*checkpoints/3") as error:
+    config = tiny.warm(
+        finished, {"objective": mine, "steps": 20, "checkpoint.every": 1, "checkpoint.keep": 9, "nonfinite_patience": 3}
+    )
+    with pytest.raises(
+        loop.Diverged, match="3 optimizer steps in a row.*up to iteration 6.*last good checkpoint is .*checkpoints/3"
+    ) as error:
         tiny.run(config, tmp_path / "run")
     assert "\n" not in str(error.value)
     metrics = read_metrics(tmp_path / "run")
     assert metrics["step/nonfinite"][metrics["step"] > 0].tolist() == [0, 1, 0, 1, 1, 1]
-    steps = finished_steps(tmp_path / "run" / "checkpoints")
-    assert steps[-1] == 3
+    # None is saved among skipped steps: it would take the place of one from before the trouble began.
+    assert finished_steps(tmp_path / "run" / "checkpoints") == [0, 1, 3]
     params, _ = restore_params(tmp_path / "run" / "checkpoints", 3)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
 def test_patience_counts_steps_in_a_row(finished, tmp_path, objective):
-    mine = objective(lambda: broken(lambda batch, state: jnp.any(batch.group == 0)))    # one minibatch of the two
+    mine = objective(lambda: broken(lambda batch, state: jnp.any(batch.group == 0)))  # one minibatch of the two
     config = tiny.warm(finished, {"objective": mine, "training.minibatches": 2, "steps": 4, "nonfinite_patience": 3})
     run = tiny.run(config, tmp_path / "run")
     assert [line["step/nonfinite"] for line in tiny.trained(run.path)] == [1, 1, 1, 1]
@@ -229,33 +299,55 @@ def test_a_run_that_ends_on_a_skipped_step_is_saved(finished, tmp_path, objectiv
 
 
 def test_a_learning_rate_that_blows_up(finished, tmp_path):
-    config = tiny.warm(finished, {"objective": {"name": "dr_grpo"}, "optimizer.learning_rate": 1e30, "steps": 20, "nonfinite_patience": 3})
+    """The parameters after the first step are finite and useless: checkpoint 0 is the last good one."""
+    config = tiny.warm(
+        finished,
+        {
+            "objective": {"name": "dr_grpo"},
+            "optimizer.learning_rate": 1e30,
+            "steps": 20,
+            "nonfinite_patience": 3,
+            "checkpoint.every": 50,
+        },
+    )
     with pytest.raises(loop.Diverged, match="the last good checkpoint is .*checkpoints/0$"):
         tiny.run(config, tmp_path / "run")
 
 
 def test_dynamic_sampling_says_when_nothing_is_left(finished, tmp_path):
     config = tiny.warm(finished, {"init_from": None, "objective": {"name": "dapo"}, "dynamic_sampling.max_batches": 1})
-    with pytest.raises(loop.NothingLeft, match=r"iteration 0: .*found \d of 8 groups.* in 1 batches.*config.dynamic_sampling.max_batches.*checkpoints/0"):
+    with pytest.raises(
+        loop.NothingLeft,
+        match=r"iteration 0: .*found \d of 8 groups.* in 1 batches.*config.dynamic_sampling.max_batches.*checkpoints/0",
+    ):
         tiny.run(config, tmp_path / "run")
 
 
-@pytest.mark.parametrize(("change", "message"), (
-    ({"objective": {"name": "mine"}}, "the objective needs logp_teacher; the training loop provides .*logp_ref"),
-    ({"rollout.prompt_width": 1}, "config.rollout.prompt_width 1 is shorter than every training prompt"),
-    ({"rollout.prompts": 7, "training.minibatches": 2}, "config.training.minibatches 2 does not divide config.rollout.prompts 7"),
-    ({"task": {"name": "toy", "train_size": 25, "test_size": 5}}, "task 'toy' needs seed"),
-    ({"tokenizer": {"name": "integers", "base": 2}}, "character '[23]' of .* is not in the alphabet"),
-    ({"init_from": "nowhere"}, "nowhere"),
-    ({"sampling.stop": ("1", "")}, "sampling.stop must hold non-empty strings"),
-    ({"sampling.max_new_tokens": 2}, "config.sampling.max_new_tokens 2 is too short for demonstrations of 3 tokens"),
-))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        ({"objective": {"name": "mine"}}, "the objective needs logp_teacher; the training loop provides .*logp_ref"),
+        ({"rollout.prompt_width": 1}, "config.rollout.prompt_width 1 is shorter than every training prompt"),
+        (
+            {"rollout.prompts": 7, "training.minibatches": 2},
+            "config.training.minibatches 2 does not divide config.rollout.prompts 7",
+        ),
+        ({"task": {"name": "toy", "train_size": 25, "test_size": 5}}, "task 'toy' needs seed"),
+        ({"tokenizer": {"name": "integers", "base": 2}}, "character '[23]' of .* is not in the alphabet"),
+        ({"init_from": "nowhere"}, "nowhere"),
+        ({"sampling.stop": ("1", "")}, "sampling.stop must hold non-empty strings"),
+        (
+            {"sampling.max_new_tokens": 2},
+            "config.sampling.max_new_tokens 2 is too short for demonstrations of 3 tokens",
+        ),
+    ),
+)
 def test_bad_configs_fail_before_anything_is_compiled_or_written(tmp_path, objective, change, message):
     objective(lambda: make("reinforce")._replace(needs=frozenset({"reward", "logp_teacher"})))
     with pytest.raises(ValueError, match=message) as error:
         tiny.run(tiny.config(change), tmp_path / "run")
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "run").exists()                                  # it is made before the first compilation
+    assert not (tmp_path / "run").exists()  # it is made before the first compilation
 
 
 def test_a_used_directory_is_refused(finished):
@@ -263,12 +355,15 @@ def test_a_used_directory_is_refused(finished):
         tiny.run(tiny.config(), finished.path)
 
 
-# ---- profile, signals ---------------------------------------------------------------------------------------------------
+# ---- profile, signals -----------------------------------------------------------------------------------------------
+
 
 def test_profile(finished, tmp_path):
-    run = tiny.run(tiny.warm(finished, {"objective": {"name": "reinforce"}, "steps": 3}), tmp_path / "run", profile_steps=1)
+    run = tiny.run(
+        tiny.warm(finished, {"objective": {"name": "reinforce"}, "steps": 3}), tmp_path / "run", profile_steps=1
+    )
     assert list((run.path / "profile").rglob("*.xplane.pb")) and "profile of 1 iterations in" in run.printed
-    with pytest.raises(RuntimeError, match="No profile"):                   # none is left open
+    with pytest.raises(RuntimeError, match="No profile"):  # none is left open
         jax.profiler.stop_trace()
 
 

@@ -1,4 +1,5 @@
 """optax by name: schedules at their corners, clipping, and what is refused."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,16 +23,19 @@ def config(name="sgd", learning_rate=0.1, clip_norm=None, schedule=CONSTANT, **a
     return dict(name=name, learning_rate=learning_rate, clip_norm=clip_norm, schedule=schedule, **arguments)
 
 
-@pytest.mark.parametrize(("schedule", "at"), (
-    ({"name": "constant"}, {0: 2, 99: 2}),
-    ({"name": "constant", "warmup_steps": 10}, {0: 0, 5: 1, 10: 2, 99: 2}),
-    ({"name": "linear"}, {0: 2, 50: 1, 100: 0}),
-    ({"name": "linear", "end_share": 0.5}, {0: 2, 50: 1.5, 100: 1, 200: 1}),
-    ({"name": "linear", "warmup_steps": 20}, {0: 0, 10: 1, 20: 2, 60: 1, 100: 0}),
-    ({"name": "cosine"}, {0: 2, 50: 1.1, 100: 0.2, 200: 0.2}),
-    ({"name": "cosine", "end_share": 0.0, "warmup_steps": 20}, {0: 0, 10: 1, 20: 2, 60: 1, 100: 0}),
-    ({"name": "cosine", "warmup_steps": 150}, {0: 0, 75: 1, 100: 2 * 100 / 150}),        # a run shorter than its warm-up
-))
+@pytest.mark.parametrize(
+    ("schedule", "at"),
+    (
+        ({"name": "constant"}, {0: 2, 99: 2}),
+        ({"name": "constant", "warmup_steps": 10}, {0: 0, 5: 1, 10: 2, 99: 2}),
+        ({"name": "linear"}, {0: 2, 50: 1, 100: 0}),
+        ({"name": "linear", "end_share": 0.5}, {0: 2, 50: 1.5, 100: 1, 200: 1}),
+        ({"name": "linear", "warmup_steps": 20}, {0: 0, 10: 1, 20: 2, 60: 1, 100: 0}),
+        ({"name": "cosine"}, {0: 2, 50: 1.1, 100: 0.2, 200: 0.2}),
+        ({"name": "cosine", "end_share": 0.0, "warmup_steps": 20}, {0: 0, 10: 1, 20: 2, 60: 1, 100: 0}),
+        ({"name": "cosine", "warmup_steps": 150}, {0: 0, 75: 1, 100: 2 * 100 / 150}),  # a run shorter than its warm-up
+    ),
+)
 def test_schedules(schedule, at):
     f = make_schedule(schedule, 2.0, 100)
     assert {step: float(f(step)) for step in at} == pytest.approx(at, abs=1e-6)
@@ -71,20 +75,29 @@ def test_arguments_of_names():
     assert list(schedule_arguments("cosine")) == ["warmup_steps", "end_share"]
 
 
-@pytest.mark.parametrize(("bad", "message"), (
-    (config("adamm"), "unknown optimizer 'adamm': did you mean 'adam'"),
-    (config("adamw", weight_dekay=0.1), "unknown hyperparameter of optimizer 'adamw' 'weight_dekay': did you mean 'weight_decay'"),
-    (config(schedule={"name": "cosin"}), "unknown schedule 'cosin': did you mean 'cosine'"),
-    (config(schedule={"name": "constant", "end_share": 0.1}), "unknown hyperparameter of schedule 'constant' 'end_share'"),
-    (config(learning_rate=0.0), "optimizer.learning_rate must be positive, not 0.0"),
-    (config(learning_rate=float("nan")), "optimizer.learning_rate must be positive, not nan"),
-    (config(clip_norm=0.0), "optimizer.clip_norm"),                       # every update would be 0
-    (config(clip_norm=-1.0), "optimizer.clip_norm"),                      # every update would go uphill
-    (config(schedule={"name": "linear", "warmup_steps": -3}), "warmup_steps"),
-    (config(schedule={"name": "cosine", "warmup_steps": -3}), "warmup_steps"),
-    (config(schedule={"name": "constant", "warmup_steps": -3}), "warmup_steps"),
-    (config(schedule={"name": "linear", "end_share": -0.5}), "end_share"),
-))
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    (
+        (config("adamm"), "unknown optimizer 'adamm': did you mean 'adam'"),
+        (
+            config("adamw", weight_dekay=0.1),
+            "unknown hyperparameter of optimizer 'adamw' 'weight_dekay': did you mean 'weight_decay'",
+        ),
+        (config(schedule={"name": "cosin"}), "unknown schedule 'cosin': did you mean 'cosine'"),
+        (
+            config(schedule={"name": "constant", "end_share": 0.1}),
+            "unknown hyperparameter of schedule 'constant' 'end_share'",
+        ),
+        (config(learning_rate=0.0), "optimizer.learning_rate must be positive, not 0.0"),
+        (config(learning_rate=float("nan")), "optimizer.learning_rate must be positive, not nan"),
+        (config(clip_norm=0.0), "optimizer.clip_norm"),  # every update would be 0
+        (config(clip_norm=-1.0), "optimizer.clip_norm"),  # every update would go uphill
+        (config(schedule={"name": "linear", "warmup_steps": -3}), "warmup_steps"),
+        (config(schedule={"name": "cosine", "warmup_steps": -3}), "warmup_steps"),
+        (config(schedule={"name": "constant", "warmup_steps": -3}), "warmup_steps"),
+        (config(schedule={"name": "linear", "end_share": -0.5}), "end_share"),
+    ),
+)
 def test_errors(bad, message):
     with pytest.raises(ValueError, match=message) as error:
         make_optimizer(bad, 10)

@@ -1,4 +1,5 @@
 """Curves: any mixture of runs and missing metrics gives a picture, and matplotlib's global state is left alone."""
+
 import subprocess
 import sys
 import threading
@@ -15,8 +16,12 @@ def make_run(n: int = 120, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     run = {key: np.exp(rng.normal(size=n)) for panel in DEFAULT for key in panel.keys}
     accuracy = np.where(np.arange(n) % 10 == 0, 0.5, np.nan)
-    return run | {"step": np.arange(n), "eval/greedy": accuracy, "eval/greedy_lo": accuracy - 0.1,
-                  "eval/greedy_hi": accuracy + 0.1}
+    return run | {
+        "step": np.arange(n),
+        "eval/greedy": accuracy,
+        "eval/greedy_lo": accuracy - 0.1,
+        "eval/greedy_hi": accuracy + 0.1,
+    }
 
 
 def test_several_runs(tmp_path):
@@ -24,7 +29,7 @@ def test_several_runs(tmp_path):
     plot_curves(runs, tmp_path / "curves.png")
     picture = imread(tmp_path / "curves.png")
     assert picture.shape[0] > 700 and picture.shape[1] > 1000 and picture.std() > 0.05
-    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]   # no temporary file is left
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]  # no temporary file is left
 
 
 def test_only_panels_with_data_are_drawn(tmp_path):

@@ -1,4 +1,5 @@
 """How data is gathered: on policy, and until enough groups have mixed outcomes."""
+
 import jax
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ PROMPTS, RESPONSES = 4, 3
 
 
 class Recorder:
-    """Tools over 10 prompts; ``outcomes`` [prompt][response] are what the verifier says. Tokens are the prompt's number."""
+    """Tools over 10 prompts; ``outcomes`` [prompt][response] are what the verifier says. Tokens: prompt and row."""
 
     def __init__(self, outcomes):
         self.outcomes, self.keys, self.calls = np.asarray(outcomes, np.float32), [], 0
@@ -30,8 +31,13 @@ class Recorder:
         self.calls += 1
         prompt = np.repeat(indices, RESPONSES).astype(np.int32)
         rows = np.arange(len(prompt))
-        return Rollouts(tokens=np.stack([prompt, rows], 1), mask=np.ones((len(rows), 1), np.float32), prompt=prompt,
-                        group=(rows // RESPONSES).astype(np.int32), shared_prompt=RESPONSES)
+        return Rollouts(
+            tokens=np.stack([prompt, rows], 1),
+            mask=np.ones((len(rows), 1), np.float32),
+            prompt=prompt,
+            group=(rows // RESPONSES).astype(np.int32),
+            shared_prompt=RESPONSES,
+        )
 
     def reward(self, rollouts):
         correct = self.outcomes[np.asarray(rollouts.prompt), np.asarray(rollouts.tokens)[:, 1] % RESPONSES]
@@ -72,7 +78,7 @@ def test_dynamic_sampling_keeps_mixed_groups_of_several_batches():
     assert recorder.calls == 3 and run.position == 3 * PROMPTS and len(set(recorder.keys)) == 3
     assert batch.prompt.tolist() == np.repeat([1, 2, 5, 8], RESPONSES).tolist()
     assert batch.rows == PROMPTS * RESPONSES and batch.shared_prompt == RESPONSES
-    assert len(set(batch.group.tolist())) == PROMPTS                       # groups of different batches stay apart
+    assert len(set(batch.group.tolist())) == PROMPTS  # groups of different batches stay apart
     assert all(len(set(batch.group.reshape(PROMPTS, RESPONSES)[i].tolist())) == 1 for i in range(PROMPTS))
     np.testing.assert_array_equal(batch.correct.reshape(PROMPTS, RESPONSES), [[1, 0, 0]] * PROMPTS)
     assert set(batch.extras["generation_batches"].tolist()) == {3.0}
@@ -95,7 +101,10 @@ def test_the_next_iteration_goes_on_where_this_one_ended():
 @pytest.mark.parametrize("mixed", ((), (1, 2)))
 def test_dynamic_sampling_gives_up(mixed):
     recorder = Recorder(outcomes(mixed))
-    with pytest.raises(NothingLeft, match=rf"found {len(mixed)} of 4 groups with mixed outcomes in 2 batches.*config.dynamic_sampling.max_batches"):
+    with pytest.raises(
+        NothingLeft,
+        match=rf"found {len(mixed)} of 4 groups with mixed outcomes in 2 batches.*config.dynamic_sampling.max_batches",
+    ):
         collect(make("dynamic_sampling", "protocol", max_batches=2), recorder)
     assert recorder.calls == 2
 
@@ -110,5 +119,8 @@ def test_it_is_the_outcome_that_counts_and_not_the_reward():
 
 
 def test_hyperparameters_are_checked():
-    with pytest.raises(ValueError, match="unknown hyperparameter of protocol 'dynamic_sampling' 'max_batch': did you mean 'max_batches'"):
+    with pytest.raises(
+        ValueError,
+        match="unknown hyperparameter of protocol 'dynamic_sampling' 'max_batch': did you mean 'max_batches'",
+    ):
         make("dynamic_sampling", "protocol", max_batch=3)

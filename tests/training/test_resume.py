@@ -1,4 +1,5 @@
-"""A run that was stopped or killed goes on as if nothing had happened: the same parameters, prompts and samples, bit for bit."""
+"""A run that was stopped or killed goes on as if nothing had happened: the same parameters, prompts and samples."""
+
 import os
 import signal
 import subprocess
@@ -27,8 +28,9 @@ def finished(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def resumed(finished, tmp_path_factory):
-    """The same run in four parts, by name: it crashes while it saves checkpoint 2; goes on from checkpoint 0 until SIGTERM in iteration 3;
-    goes on to its end; and is asked to go on once more. ``lines``: metrics and samples after each part."""
+    """The same run in four parts, by name: it crashes while it saves checkpoint 2; goes on from checkpoint 0 until
+    SIGTERM in iteration 3; goes on to its end; and is asked to go on once more. ``lines``: metrics and samples after
+    each part."""
     directory = tmp_path_factory.mktemp("resumed") / "run"
     parts, patch = {"lines": {}}, pytest.MonkeyPatch()
 
@@ -43,10 +45,10 @@ def resumed(finished, tmp_path_factory):
             raise OSError("no space left on device")
         save(self, step, *args)
 
-    def terminated(workspace, protocol, tools, run, *args):
+    def terminated(session, run, key):
         if run.iteration == 2:
             signal.raise_signal(signal.SIGTERM)
-        return iterate(workspace, protocol, tools, run, *args)
+        return iterate(session, run, key)
 
     with patch.context() as p, pytest.raises(OSError, match="no space left"):
         p.setattr(Checkpoints, "save", crash)
@@ -70,12 +72,14 @@ def test_parameters_optimizer_and_objective_are_the_same_bit_for_bit(finished, r
 
 
 def test_prompts_come_in_the_same_order(finished, resumed):
-    assert resumed["terminated"].drawn == finished.drawn[:3]               # from checkpoint 0
+    assert resumed["terminated"].drawn == finished.drawn[:3]  # from checkpoint 0
     assert resumed["ended"].drawn == finished.drawn[3:]
 
 
 def test_each_iteration_is_in_the_metrics_once(finished, resumed):
-    steps = {name: [line["step"] for line in metrics if "loss" in line] for name, (metrics, _) in resumed["lines"].items()}
+    steps = {
+        name: [line["step"] for line in metrics if "loss" in line] for name, (metrics, _) in resumed["lines"].items()
+    }
     assert steps == {"crashed": [1, 2], "terminated": [1, 2, 3], "ended": [1, 2, 3, 4], "again": [1, 2, 3, 4]}
     assert [line for line in resumed["lines"]["ended"][0] if "loss" in line] == tiny.trained(finished.path)
 
@@ -129,12 +133,25 @@ def test_sigterm_while_steps_are_skipped_loses_nothing(finished, tmp_path, monke
     assert finished_steps(run.path / "checkpoints")[-1] == 1
 
 
-# ---- in processes of their own ------------------------------------------------------------------------------------------
+# ---- in processes of their own --------------------------------------------------------------------------------------
+
 
 def start(workdir, cache, *flags):
-    command = [sys.executable, "-m", "experiments.train_rl", f"--config={tiny.FILE}", f"--workdir={workdir}", f"--config.compilation_cache={cache}",
-               "--config.steps=150", "--config.evaluation.every=10", "--config.checkpoint.every=4", *flags]
-    return subprocess.Popen(command, cwd=tiny.ROOT, env=tiny.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.train_rl",
+        f"--config={tiny.FILE}",
+        f"--workdir={workdir}",
+        f"--config.compilation_cache={cache}",
+        "--config.steps=150",
+        "--config.evaluation.every=10",
+        "--config.checkpoint.every=4",
+        *flags,
+    ]
+    return subprocess.Popen(
+        command, cwd=tiny.ROOT, env=tiny.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def wait_for(process, workdir, step):
@@ -160,7 +177,7 @@ def end(process):
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path):
     whole, killed, cache = tmp_path / "whole", tmp_path / "killed", tmp_path / "cache"
     end(start(whole, cache))
-    for step in (-50, 3, 13, 42, 90):                                       # the first one in the warm start
+    for step in (-50, 3, 13, 42, 90):  # the first one in the warm start
         process = start(killed, cache, *(["--resume"] if killed.exists() else []))
         wait_for(process, killed, step)
         process.send_signal(signal.SIGKILL)

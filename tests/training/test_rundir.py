@@ -1,4 +1,5 @@
 """A run directory loses nothing, keeps each step once, and says what is wrong."""
+
 import io
 import json
 import sys
@@ -19,8 +20,8 @@ def test_metrics_are_written_at_once_and_read_as_columns(tmp_path):
     run = RunDirectory(tmp_path / "runs" / "a")
     run.write(0, {"loss": jnp.float32(0.5), "reward/mean": np.float64(0.25)})
     run.write(1, {"loss": float("nan"), "grad_norm": jnp.inf, "eval/greedy": 1})
-    run.write(1, {"eval/pass@8": True})                                   # of the same step: another line, the same row
-    written = lines(run.path / "metrics.jsonl")                           # before close: it is there when write returns
+    run.write(1, {"eval/pass@8": True})  # of the same step: another line, the same row
+    written = lines(run.path / "metrics.jsonl")  # before close: it is there when write returns
     assert list(written[0]) == ["step", "time", "loss", "reward/mean"]
     assert written[1]["loss"] is None and written[1]["grad_norm"] is None
     assert written[1]["nonfinite"] == ["loss", "grad_norm"] and "nonfinite" not in written[0]
@@ -47,8 +48,10 @@ def test_a_metric_is_one_number(tmp_path, value):
 def test_samples_and_json(tmp_path):
     run = RunDirectory(tmp_path / "run")
     run.samples(3, [{"prompt": "a→b", "reward": np.float32(0.5), "tokens": np.arange(2)}, {"reward": float("nan")}])
-    assert lines(run.path / "samples.jsonl") == [{"step": 3, "prompt": "a→b", "reward": 0.5, "tokens": [0, 1]},
-                                                {"step": 3, "reward": None, "nonfinite": ["reward"]}]
+    assert lines(run.path / "samples.jsonl") == [
+        {"step": 3, "prompt": "a→b", "reward": 0.5, "tokens": [0, 1]},
+        {"step": 3, "reward": None, "nonfinite": ["reward"]},
+    ]
     run.save_json("config.json", {"seed": 1, "path": tmp_path, "clip": float("inf")})
     with pytest.raises(TypeError, match="set is not JSON-able"):
         run.save_json("config.json", {"seed": {1}})
@@ -78,7 +81,7 @@ def test_resume_has_each_step_once(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"time": ', '"time": 10'))
     with open(metrics, "a") as file:
-        file.write('{"step": 3, "ti')                                     # as SIGKILL leaves it
+        file.write('{"step": 3, "ti')  # as SIGKILL leaves it
     assert read_metrics(tmp_path)["step"].tolist() == [0, 1, 2, 3, 4, 5]
 
     run = RunDirectory(tmp_path, resume_step=3)
@@ -88,7 +91,7 @@ def test_resume_has_each_step_once(tmp_path):
     run.close()
     columns = read_metrics(tmp_path)
     assert columns["step"].tolist() == [0, 1, 2, 3, 4] and columns["loss"].tolist() == [0, 1, 2, 3, -4]
-    assert columns["time"][-1] >= columns["time"][-2] >= 10                # the clock goes on where it stopped
+    assert columns["time"][-1] >= columns["time"][-2] >= 10  # the clock goes on where it stopped
     assert [line["text"] for line in lines(tmp_path / "samples.jsonl")][-3:] == ["3a", "3b", "4c"]
 
     metrics.write_text('{"step": 0, "time": 0.0}\n{"st\n{"step": 2, "time": 0.0}\n')
@@ -113,7 +116,7 @@ def test_tensorboard_events(tmp_path):
 @pytest.mark.parametrize(("option", "extra"), [({"tensorboard": True}, "tensorboard"), ({"wandb": {}}, "wandb")])
 def test_missing_extras_are_named(tmp_path, monkeypatch, option, extra):
     for module in ("tensorboardX", "wandb"):
-        monkeypatch.setitem(sys.modules, module, None)                    # what importing something absent sees
+        monkeypatch.setitem(sys.modules, module, None)  # what importing something absent sees
     with pytest.raises(ModuleNotFoundError, match=rf"pip install 'jaxpo\[{extra}\]'"):
         RunDirectory(tmp_path / "run", **option)
     assert not (tmp_path / "run").exists()
@@ -121,8 +124,9 @@ def test_missing_extras_are_named(tmp_path, monkeypatch, option, extra):
 
 def test_wandb_continues_its_run(tmp_path, monkeypatch):
     calls = []
-    run = types.SimpleNamespace(id="r1", log=lambda values, step: calls.append((step, values)),
-                                finish=lambda: calls.append("finish"))
+    run = types.SimpleNamespace(
+        id="r1", log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finish")
+    )
     wandb = types.ModuleType("wandb")
     wandb.init = lambda **options: calls.append(options) or run
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -132,8 +136,12 @@ def test_wandb_continues_its_run(tmp_path, monkeypatch):
         directory.close()
     path = str(tmp_path / "run")
     rest = [(0, {"loss": 1.0}), "finish"]
-    assert calls == [{"dir": path, "resume": "allow", "project": "p"}, *rest,
-                     {"dir": path, "resume": "allow", "project": "p", "id": "r1"}, *rest]
+    assert calls == [
+        {"dir": path, "resume": "allow", "project": "p"},
+        *rest,
+        {"dir": path, "resume": "allow", "project": "p", "id": "r1"},
+        *rest,
+    ]
 
 
 class Terminal(io.StringIO):

@@ -1,4 +1,5 @@
 """A run that takes seconds, shared by the tests of the loop, of resuming and of the command line; a config file too."""
+
 import contextlib
 import functools
 import io
@@ -49,13 +50,20 @@ get_config = config
 
 
 def warm(finished: "Finished", changes: Mapping[str, Any] | None = None) -> ConfigDict:
-    """One optimizer step from the parameters that ``finished`` ended with: no warm start, and greedy evaluation only."""
-    one = {"steps": 1, "training.epochs": 1, "training.minibatches": 1, "evaluation.pass_at": (), "evaluation.every": 100}
+    """One optimizer step from the parameters that ``finished`` ended with: no warm start, greedy evaluation only."""
+    one = {
+        "steps": 1,
+        "training.epochs": 1,
+        "training.minibatches": 1,
+        "evaluation.pass_at": (),
+        "evaluation.every": 100,
+    }
     return config({"init_from": str(finished.path), "warm_start.steps": 0} | one | dict(changes or {}))
 
 
 class Finished(NamedTuple):
     """A run: its directory, what `train_rl` returned and printed (both streams), and the prompts that it drew."""
+
     path: Path
     result: loop.Result
     printed: str
@@ -71,7 +79,11 @@ def run(changed: ConfigDict, workdir: Path, **options: Any) -> Finished:
         drawn.append(prompt_order(*args).tolist())
         return np.array(drawn[-1])
 
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+    ):
         patch.setattr(loop, "prompt_order", recorded)
         result = loop.train_rl(changed, str(workdir), **options)
     return Finished(workdir, result, printed.getvalue(), drawn)
@@ -79,7 +91,8 @@ def run(changed: ConfigDict, workdir: Path, **options: Any) -> Finished:
 
 @functools.cache
 def finished(directory: Path) -> Finished:
-    """The tiny run in a new folder of ``directory``, once a session: `tmp_path_factory.getbasetemp()` is the same for all."""
+    """The tiny run in a new folder of ``directory``, once a session: `tmp_path_factory.getbasetemp()` is one for
+    all."""
     with quick():
         return run(config(), directory / "tiny" / "run")
 
@@ -87,7 +100,11 @@ def finished(directory: Path) -> Finished:
 @contextlib.contextmanager
 def quick(devices: int = 1) -> Iterator[None]:
     """Few devices, and programs that compile in half the time and run slower; jax's options are put back."""
-    names = ("jax_disable_most_optimizations", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    names = (
+        "jax_disable_most_optimizations",
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+    )
     before = {name: jax.config.values[name] for name in names}
     jax.config.update(names[0], True)
     try:
@@ -106,7 +123,9 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def untimed(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file without what differs from machine to machine."""
-    return [{k: v for k, v in line.items() if not k.startswith("time") and k != "sft/tokens_per_s"} for line in lines(path)]
+    return [
+        {k: v for k, v in line.items() if not k.startswith("time") and k != "sft/tokens_per_s"} for line in lines(path)
+    ]
 
 
 def trained(path: Path) -> list[dict[str, Any]]:
