@@ -15,7 +15,7 @@ from jaxpo.tasks.tokenizers import from_json
 from jaxpo.training.checkpoint import Checkpoints, finished_steps, restore_params
 from jaxpo.training.config import default
 from jaxpo.training.protocols import Run, advance
-from jaxpo.training.workspace import Workspace, setup
+from jaxpo.training.workspace import Workspace, prepare_process, setup
 
 
 def checkpoint_of(run: Run, seed: int) -> tuple[dict[str, Any], dict[str, int]]:
@@ -73,6 +73,7 @@ def open_finished(workdir: str, step: int | None = None, **changes: Any) -> tupl
         config.warm_start.steps = 0
         for path, value in changes.items():
             config.update_from_flattened_dict({path: value})
+    prepare_process(config.compilation_cache)
     tokenizer = from_json(json.loads((folder / "tokenizer.json").read_text()))
     steps = finished_steps(f"{workdir}/checkpoints")
     if not steps or (step is not None and step not in steps):
