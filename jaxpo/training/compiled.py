@@ -6,13 +6,25 @@ from typing import Any
 
 import jax
 
+_compilations = [0]  # of this process, by the backend or from its cache
+
+
+def _listen(event: str, duration: float, **_: Any) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        _compilations[0] += 1
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
 
 class Compiled:
     """``jax.jit(f, **options)`` under a name.
 
     Attributes:
-      name: what the messages call it. traces: times it was traced (one per combination of shapes and static arguments).
-      seconds: spent in calls that traced, i.e. tracing and compiling.
+      name: what the messages call it. compilations: calls that compiled: one per combination of shapes, static
+        arguments and *placements* (the same shapes placed otherwise on the devices are compiled anew, which tracing
+        alone would not show).
+      seconds: spent in calls that compiled.
     """
 
     def __init__(
@@ -24,24 +36,19 @@ class Compiled:
         expected: int = 1,
         **options: Any,
     ):
-        self.name, self.traces, self.seconds, self._report, self._expected = name, 0, 0.0, report, expected
-
-        def traced(*args: Any, **kwargs: Any) -> Any:
-            self.traces += 1
-            return f(*args, **kwargs)
-
-        self._jit = jax.jit(traced, **options)
+        self.name, self.compilations, self.seconds = name, 0, 0.0
+        self._jit, self._report, self._expected = jax.jit(f, **options), report, expected
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        before, start = self.traces, time.perf_counter()
+        before, start = _compilations[0], time.perf_counter()
         out = self._jit(*args, **kwargs)
-        if self.traces > before:
+        if _compilations[0] > before:
             seconds = time.perf_counter() - start
-            self.seconds += seconds
+            self.compilations, self.seconds = self.compilations + 1, self.seconds + seconds
             again = (
                 ""
-                if self.traces <= self._expected
-                else f" AGAIN ({self.traces} times now, {self._expected} expected): {shapes(args)}"
+                if self.compilations <= self._expected
+                else f" AGAIN ({self.compilations} times now, {self._expected} expected): {shapes(args)}"
             )
             self._report(f"compiled {self.name} in {seconds:.1f} s{again}")
         return out

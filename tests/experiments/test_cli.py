@@ -4,10 +4,13 @@ import json
 import re
 import shutil
 
+import jax
 import pytest
 
 from experiments import evaluate, sample, train_rl, train_sft
+from jaxpo.training import loop
 from jaxpo.training.checkpoint import finished_steps
+from jaxpo.training.protocols import NothingLeft
 from tests.training import tiny
 
 
@@ -161,20 +164,18 @@ def test_sample_errors(finished, flags, message):
 # ---- train ----------------------------------------------------------------------------------------------------------
 
 
-def flags(finished, workdir):
+def flags(workdir):
     """A tiny run whose programs are kept where those of the other tests are."""
-    cache = json.loads((finished.path / "config.json").read_text())["compilation_cache"]
+    cache = jax.config.jax_compilation_cache_dir
     return [f"--config={tiny.FILE}", f"--workdir={workdir}", f"--config.compilation_cache={cache}"]
 
 
 def test_train_sft_then_train_rl_from_it(finished, tmp_path, capsys):
-    train_sft.main(flags(finished, tmp_path / "sft"))
+    train_sft.main(flags(tmp_path / "sft"))
     assert finished_steps(tmp_path / "sft" / "checkpoints") == [0]
     lines = tiny.untimed(tmp_path / "sft" / "metrics.jsonl")
     assert lines == tiny.untimed(finished.path / "metrics.jsonl")[: len(lines)] and "eval/pass@4" in lines[-1]
-    train_rl.main(
-        [*flags(finished, tmp_path / "rl"), f"--config.init_from={tmp_path / 'sft'}", "--config.warm_start.steps=0"]
-    )
+    train_rl.main([*flags(tmp_path / "rl"), f"--config.init_from={tmp_path / 'sft'}", "--config.warm_start.steps=0"])
     assert tiny.trained(tmp_path / "rl") == tiny.trained(finished.path)  # as if it had begun with the warm start itself
     assert "before and after 4 iterations" in capsys.readouterr().out
 
@@ -195,11 +196,6 @@ def test_train_sft_then_train_rl_from_it(finished, tmp_path, capsys):
             ["--config.task.name=jsonl", "--config.task.path=/nowhere.jsonl", "--config.task.test_size=3"],
             "/nowhere.jsonl",
         ),
-        (
-            train_rl.main,
-            ["--config.warm_start.optimizer.learning_rate=1e30"],
-            "lower config.warm_start.optimizer.learning_rate",
-        ),
         (train_sft.main, ["--workdir="], "--workdir=DIRECTORY is required"),
         (train_sft.main, ["--config.warm_start.steps=0"], "config.warm_start.steps is 0: there is nothing to train"),
         (train_sft.main, ["--workdir={run}"], "is not empty"),
@@ -211,7 +207,31 @@ def test_train_sft_then_train_rl_from_it(finished, tmp_path, capsys):
     ),
 )
 def test_training_errors(finished, tmp_path, main, more, message):
-    fails(main, [*flags(finished, tmp_path / "run"), *[flag.format(run=finished.path) for flag in more]], message)
+    fails(main, [*flags(tmp_path / "run"), *[flag.format(run=finished.path) for flag in more]], message)
+
+
+@pytest.mark.parametrize(
+    ("main", "error"),
+    (
+        (train_rl.main, loop.Diverged("diverged")),
+        (train_rl.main, NothingLeft("solved")),
+        (train_rl.main, FloatingPointError("the warm start")),
+        (train_rl.main, ModuleNotFoundError("wandb: not installed")),
+        (train_sft.main, FloatingPointError("the warm start")),
+    ),
+)
+def test_what_stops_a_run_is_one_line(tmp_path, monkeypatch, main, error):
+    def train(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(loop, "train_rl", train)
+    fails(main, flags(tmp_path / "run"), str(error))
+
+
+@pytest.mark.slow
+def test_a_warm_start_that_blows_up_is_one_line(tmp_path):
+    more = ["--config.warm_start.optimizer.learning_rate=1e30"]
+    fails(train_rl.main, [*flags(tmp_path / "run"), *more], "lower config.warm_start.optimizer.learning_rate")
 
 
 @pytest.mark.parametrize(
@@ -226,5 +246,5 @@ def test_resuming_with_a_config_that_does_not_fit_leaves_the_run_as_it_was(finis
     run = tmp_path / "run"
     shutil.copytree(finished.path, run)
     before = {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
-    fails(train_rl.main, [*flags(finished, run), "--resume", change], message)
+    fails(train_rl.main, [*flags(run), "--resume", change], message)
     assert {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()} == before

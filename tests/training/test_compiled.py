@@ -1,9 +1,10 @@
-"""`Compiled` counts what jit traces, and says so when it compiles again."""
+"""`Compiled` counts what jit compiles, and says so when it compiles again."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxpo.training.compiled import Compiled, shapes
 
@@ -13,10 +14,10 @@ def test_a_second_shape_is_announced():
     f = Compiled("square", lambda x: x * x, report=said.append)
     assert f(jnp.arange(3.0)).tolist() == [0, 1, 4]
     f(jnp.ones(3))
-    assert f.traces == 1 and len(said) == 1 and said[0].startswith("compiled square in ") and "AGAIN" not in said[0]
+    assert f.compilations == 1 and len(said) == 1 and said[0].startswith("compiled square in ") and "AGAIN" not in said[0]
     seconds = f.seconds
     f(jnp.ones((2, 2)))
-    assert f.traces == 2 and f.seconds > seconds > 0
+    assert f.compilations == 2 and f.seconds > seconds > 0
     assert said[1].endswith("AGAIN (2 times now, 1 expected): float32[2, 2]")
 
 
@@ -25,9 +26,17 @@ def test_as_many_as_expected_are_no_news():
     f = Compiled("double", lambda x, *, fast: 2 * x, report=said.append, expected=2, static_argnames="fast")
     for fast in (True, False, True, False):
         f(jnp.ones(2), fast=fast)
-    assert f.traces == 2 and not any("AGAIN" in text for text in said)
+    assert f.compilations == 2 and not any("AGAIN" in text for text in said)
     f(jnp.ones(2, jnp.int32), fast=True)
-    assert f.traces == 3 and "3 times now, 2 expected" in said[2]
+    assert f.compilations == 3 and "3 times now, 2 expected" in said[2]
+
+
+def test_the_same_shapes_placed_otherwise_are_announced():
+    said, mesh = [], jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    f = Compiled("half", lambda x: x / 2, report=said.append)
+    for spec in (PartitionSpec(), PartitionSpec("data"), PartitionSpec("data")):
+        f(jax.device_put(jnp.ones(4), NamedSharding(mesh, spec)))
+    assert f.compilations == 2 and "AGAIN" in said[1]
 
 
 def test_options_go_to_jit():
@@ -35,7 +44,7 @@ def test_options_go_to_jit():
     x = jnp.ones(3)
     f(x)
     assert x.is_deleted()
-    assert "stablehlo" in f.lower(jnp.ones(3)).as_text() and f.traces == 1
+    assert "stablehlo" in f.lower(jnp.ones(3)).as_text() and f.compilations == 1
 
 
 def test_an_error_while_tracing_comes_through():

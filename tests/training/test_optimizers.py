@@ -16,7 +16,7 @@ from jaxpo.training.optimizers import (
 )
 
 CONSTANT = {"name": "constant", "warmup_steps": 0}
-PARAMS = {"matrix": jnp.full((3, 4), 0.5), "stack": jnp.full((2, 3, 4), -0.5), "vector": jnp.ones(5)}
+PARAMS = {"up": jnp.full((3, 4), 0.5), "down": jnp.full((3, 4), -0.5)}
 
 
 def config(name="sgd", learning_rate=0.1, clip_norm=None, schedule=CONSTANT, **arguments):

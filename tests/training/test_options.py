@@ -158,13 +158,9 @@ def update_of(config):
 
 UPDATE = {
     "policy_temperature": 0.5,
-    "rollout.responses": 2,
     "objective.beta": 0.1,
-    "objective.dual_clip": 3.0,
     "optimizer.b1": 0.5,
     "optimizer.clip_norm": 1.0,
-    "optimizer.schedule.warmup_steps": 3,
-    "training.minibatches": 4,
     "training.microbatches": 2,
     "policy.remat": "full",
     "policy.scan_layers": False,

@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,8 +72,7 @@ class Finished(NamedTuple):
 
 
 def run(changed: ConfigDict, workdir: Path, **options: Any) -> Finished:
-    """`train_rl`, with compiled programs kept where the other tests keep theirs."""
-    changed.compilation_cache = jax.config.jax_compilation_cache_dir or str(workdir.parent / "compiled")
+    """`train_rl` in a process whose settings are those of the tests."""
     drawn, printed, prompt_order = [], io.StringIO(), loop.prompt_order
 
     def recorded(*args: Any) -> np.ndarray:
@@ -84,6 +84,7 @@ def run(changed: ConfigDict, workdir: Path, **options: Any) -> Finished:
         contextlib.redirect_stdout(printed),
         contextlib.redirect_stderr(printed),
     ):
+        patch.setattr(loop, "prepare_process", lambda cache: None)
         patch.setattr(loop, "prompt_order", recorded)
         result = loop.train_rl(changed, str(workdir), **options)
     return Finished(workdir, result, printed.getvalue(), drawn)
@@ -91,8 +92,7 @@ def run(changed: ConfigDict, workdir: Path, **options: Any) -> Finished:
 
 @functools.cache
 def finished(directory: Path) -> Finished:
-    """The tiny run in a new folder of ``directory``, once a session: `tmp_path_factory.getbasetemp()` is one for
-    all."""
+    """The tiny run, once a session if ``directory`` is the session's (`tmp_path_factory.getbasetemp()`)."""
     with quick():
         return run(config(), directory / "tiny" / "run")
 
@@ -100,20 +100,18 @@ def finished(directory: Path) -> Finished:
 @contextlib.contextmanager
 def quick(devices: int = 1) -> Iterator[None]:
     """Few devices, and programs that compile in half the time and run slower; jax's options are put back."""
-    names = (
-        "jax_disable_most_optimizations",
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-    )
-    before = {name: jax.config.values[name] for name in names}
-    jax.config.update(names[0], True)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
+    cache = jax.config.jax_compilation_cache_dir
+    options = {"jax_disable_most_optimizations": True, "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: jax.config.values[name] for name in (*options, "jax_compilation_cache_dir")}
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as own:
+        try:
+            for name, value in (options | {"jax_compilation_cache_dir": cache or own}).items():
+                jax.config.update(name, value)
             patch.setattr(jax, "devices", lambda *_: DEVICES[:devices])
             yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -1,12 +1,14 @@
 """jaxpo's side of the step benchmark: the compiled functions of the training loop on the common job
 (`..record.Job`)."""
 
+from functools import partial
+
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.benchmarks import record
-from jaxpo.parallel import make_mesh
+from jaxpo.parallel import make_mesh, shardings
 from jaxpo.parallel.host import keep_freed_memory
 from jaxpo.policy import transformer
 from jaxpo.rollout import SamplingOptions
@@ -36,7 +38,9 @@ def main() -> None:
     model = transformer.build(transformer.TransformerConfig(vocab_size=job.vocab, **config.policy))
     objective, options = config_lib.objective_of(config), SamplingOptions(max_new_tokens=job.new_tokens)
     functions = compile_functions(config, mesh, model, objective, record.PAD, report=lambda text: None)
-    params = jax.jit(lambda key: transformer.init(model.config, key))(jax.random.key(0))
+    init = partial(transformer.init, model.config)
+    where = shardings(jax.eval_shape(init, jax.random.key(0)), mesh)  # or the second step would be compiled anew
+    params = jax.jit(init, out_shardings=where)(jax.random.key(0))
     reference = jax.tree.map(lambda x: x.copy(), params)
     state = init_state(params, optimizer_of(config), objective, mesh)
     rows = np.arange(job.rows, dtype=np.int32)
