@@ -14,7 +14,9 @@ def test_a_second_shape_is_announced():
     f = Compiled("square", lambda x: x * x, report=said.append)
     assert f(jnp.arange(3.0)).tolist() == [0, 1, 4]
     f(jnp.ones(3))
-    assert f.compilations == 1 and len(said) == 1 and said[0].startswith("compiled square in ") and "AGAIN" not in said[0]
+    assert (
+        f.compilations == 1 and len(said) == 1 and said[0].startswith("compiled square in ") and "AGAIN" not in said[0]
+    )
     seconds = f.seconds
     f(jnp.ones((2, 2)))
     assert f.compilations == 2 and f.seconds > seconds > 0
