@@ -38,7 +38,8 @@ class MissingField(ValueError):
 class TokenStats:
     """What a policy says of a batch. ``logp`` always; the rest only when asked for.
 
-    logp, entropy, value: [B, T]; score: [B]; embed: [B, D]; logits: [B, T, V] (per slice only, never stored).
+    logp, entropy, value: [B, T]; score: [B]; embed: [B, D]; logits: [B, T, V] (per slice only, never stored); derived:
+    [B, T] by name, what an objective computes from the logits (`Objective.derived`).
     """
 
     logp: Array | None = None
@@ -48,6 +49,7 @@ class TokenStats:
     embed: Array | None = None
     logits: Array | None = None
     topk: Any = None
+    derived: dict[str, Array] = struct.field(default_factory=dict)
 
 
 @struct.dataclass

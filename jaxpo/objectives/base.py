@@ -5,11 +5,13 @@ A loss is ``sum_k coef_k sum(weight_k * value_k)``: ``weigh`` fixes every weight
 adds. Losses of any split into slices therefore add up to the loss, exactly, whatever the aggregation.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array, lax
 
@@ -19,6 +21,8 @@ from jaxpo.primitives import aggregation, grouping, ratios, regularizers
 from jaxpo.primitives.numerics import promote, ratio_or_zero
 
 Policy = Callable[[Rollouts], TokenStats]
+Statistic = Callable[[Array, Array], Array]  # (logits [N, V] at the policy's temperature, tokens [N]) -> [N]
+NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 @struct.dataclass
@@ -34,7 +38,16 @@ class State:
 
 
 class Objective(NamedTuple):
-    """What is minimised: pure, jittable, vmappable functions."""
+    """What is minimised: pure, jittable, vmappable functions.
+
+    needs: fields of the batch that must be there. wants: statistics of the policy under gradient; peeks: of the current
+      policy on the whole optimizer batch, without gradient, for ``weigh``.
+    coupling: what one call of ``loss`` must see together. layout: roles of the consecutive rows of a unit.
+    protocol, protocol_options: how its data is gathered.
+    derived: statistics that the policy computes from its logits slice by slice, and that ``wants``, ``peeks`` or (of
+      the old policy, as ``logp_<name>``) ``needs`` may name: nothing of the size of the vocabulary is ever stored.
+    rewards: the range in which rewards must lie; None = any number.
+    """
 
     init: Callable[[], State]
     prepare: Callable[[Rollouts, State], tuple[Rollouts, State]]
@@ -47,6 +60,9 @@ class Objective(NamedTuple):
     coupling: Literal["row", "group"] = "row"
     layout: tuple[str, ...] = ()
     protocol: str = "on_policy"
+    protocol_options: Mapping[str, Any] = NONE
+    derived: Mapping[str, Statistic] = NONE
+    rewards: tuple[float, float] | None = None
 
 
 class Protocol(NamedTuple):
@@ -90,16 +106,36 @@ class Term(NamedTuple):
 
 
 class Part(NamedTuple):
-    """An interchangeable part of an objective: a function of the batch, and what it asks for."""
+    """An interchangeable part of a policy gradient: a function of the batch, what it asks for, and its hooks.
+
+    fn: what the kind of part says (see `policy_gradient`). needs, wants, peeks, derived, rewards: as in `Objective`.
+    per: whether a ratio (or correction) has one value a token or a row.
+    prepare: (batch, state) -> batch, once per rollout batch, after filters and shaping: writes what the part keeps.
+    weigh: (batch, state, peek) -> batch, once per optimizer batch: bounds and selections.
+    current: (adv, stats, batch, state) -> adv, of an advantage that hangs on the current policy, row by row (detached).
+    tokens: (batch, state) -> [B, T] tokens (shares in [0, 1]) that stay in the denominator of the policy term.
+    clipped: of a surrogate, ``fn``'s arguments -> which tokens lose their gradient.
+    aggregate: of a regularizer; None = as the policy term.
+    memory, update, metrics: its entries of ``State.memory``, how they move after a step, and what it reports.
+    """
 
     fn: Callable[..., Any]
     needs: frozenset[str] = frozenset()
     wants: frozenset[str] = frozenset()
     peeks: frozenset[str] = frozenset()
     per: Literal["token", "row"] = "token"
-    clipped: Callable[..., Array] | None = None  # surrogates: which tokens lose their gradient
-    aggregate: aggregation.Aggregation | None = None  # regularizers: None = as the policy term
+    clipped: Callable[..., Array] | None = None
+    aggregate: aggregation.Aggregation | None = None
     name: str = ""
+    prepare: Callable[[Rollouts, State], Rollouts] | None = None
+    weigh: Callable[[Rollouts, State, TokenStats | None], Rollouts] | None = None
+    current: Callable[..., Array] | None = None
+    tokens: Callable[[Rollouts, State], Array] | None = None
+    memory: Mapping[str, Any] = NONE
+    update: Callable[[State, Rollouts, Metrics], State] | None = None
+    metrics: Callable[[TokenStats, Rollouts, State], Metrics] | None = None
+    derived: Mapping[str, Statistic] = NONE
+    rewards: tuple[float, float] | None = None
 
 
 def is_off(coef: Any) -> bool:
@@ -131,6 +167,9 @@ def from_terms(
     coupling: Literal["row", "group"] = "row",
     layout: tuple[str, ...] = (),
     protocol: str = "on_policy",
+    protocol_options: Mapping[str, Any] = NONE,
+    derived: Mapping[str, Statistic] = NONE,
+    rewards: tuple[float, float] | None = None,
 ) -> Objective:
     """Derive an `Objective` from its terms.
 
@@ -139,6 +178,7 @@ def from_terms(
       prepare, weigh, update, metrics: hooks that run before the derived ones (``weigh`` before the weights are
         computed).
       memory: initial ``State.memory``.
+      needs, wants, peeks, coupling, layout, protocol, protocol_options, derived, rewards: as in `Objective`.
 
     Raises:
       ValueError: no terms, two of one name, or a value per row with an aggregation over tokens.
@@ -163,6 +203,7 @@ def from_terms(
     def prepare_batch(batch: Rollouts, state: State) -> tuple[Rollouts, State]:
         for name in sorted(frozenset(needs)):  # before `complete`, which would fill in some of them
             batch.get(name)
+        check_rewards(rewards, batch)
         batch, state = complete(batch), state.replace(iteration=state.iteration + 1)
         if layout and batch.layout != layout:
             raise ValueError(f"Rollouts.layout is {batch.layout}; this objective needs units of rows {layout}")
@@ -173,12 +214,14 @@ def from_terms(
             raise ValueError(
                 f"this objective peeks at {sorted(set(peeks))} of the current policy before its weights are fixed"
             )
-        batch = weigh(batch, state, peek) if weigh else batch
+        clean = batch
+        if peek is not None:
+            peek, clean = _sanitise(peek, batch)
+        batch = weigh(clean, state, peek) if weigh else batch
         weights = {t.name: _weight(t, batch, state) for t in terms}
         for t in terms:
             if t.outer:
-                stats, clean = _sanitise(peek, batch)
-                center = _weighted_sum(t.value(stats, clean, state), weights[t.name])
+                center = _weighted_sum(t.value(peek, clean, state), weights[t.name])
                 weights[f"{t.name}/center"] = jnp.full(batch.rows, center)
                 weights[f"{t.name}/total"] = jnp.full(batch.rows, weights[t.name].sum())
         return lax.stop_gradient(batch.replace(weights={**batch.weights, **weights}))
@@ -211,7 +254,26 @@ def from_terms(
         coupling,
         layout,
         protocol,
+        protocol_options,
+        derived,
+        rewards,
     )
+
+
+def check_rewards(allowed: tuple[float, float] | None, batch: Rollouts) -> None:
+    """Raise ``ValueError`` for a reward outside the range that an objective is defined for. Traced rewards pass: the
+    training loop looks at them before."""
+    for reward in (batch.reward, batch.extras.get("rewards_multi")):
+        if allowed is None or reward is None or isinstance(reward, jax.core.Tracer):
+            continue
+        low, high = allowed
+        counted = np.ones(reward.shape[0], bool) if batch.count is None else np.asarray(batch.count) > 0
+        bad = (lambda x: x[~((x >= low) & (x <= high))])(np.asarray(reward)[counted])
+        if bad.size:
+            raise ValueError(
+                f"a reward of {bad[0]:g} is outside [{low:g}, {high:g}], the range this objective is defined for: "
+                "scale the rewards, or say the range if the objective takes one"
+            )
 
 
 def _weight(t: Term, batch: Rollouts, state: State) -> Array:
@@ -256,7 +318,10 @@ def _sanitise(stats: TokenStats, batch: Rollouts) -> tuple[TokenStats, Rollouts]
     def clean(x: Array | None) -> Array | None:
         return None if x is None else jnp.where(counts, promote(x), 0)
 
-    stats = stats.replace(**{f: clean(getattr(stats, f)) for f in ("logp", "entropy", "value")})
+    stats = stats.replace(
+        **{f: clean(getattr(stats, f)) for f in ("logp", "entropy", "value")},
+        derived={name: clean(x) for name, x in stats.derived.items()},
+    )
     old = clean(batch.logp_old) if batch.logp_old is not None else lax.stop_gradient(stats.logp)
     batch = batch.replace(
         logp_old=old,
@@ -315,24 +380,46 @@ def policy_gradient(
     regularizers: Sequence[tuple[Any, Part]] = (),
     filters: Sequence[Part] = (),
     shaping: Sequence[Part] = (),
+    selections: Sequence[Part] = (),
+    corrections: Sequence[Part] = (),
+    scale: float | Array = 1.0,
     **options: Any,
 ) -> Objective:
     """Compose a policy-gradient objective: *advantage x ratio x surrogate x regularizers x aggregation*.
 
     Args:
       advantage: ``fn(batch, state) -> [B] or [B, T]``.
-      surrogate: ``fn(ratio, adv, stats, batch, state) -> value``; ``clipped`` of the same arguments says which
+      surrogate: ``fn(log_ratio, adv, stats, batch, state) -> value``; ``clipped`` of the same arguments says which
         tokens are cut.
       ratio: ``fn(stats, batch) -> log-ratio`` [B, T], or [B] when ``per`` is "row".
       aggregate: weights of the policy term, and of regularizers that do not bring their own.
       regularizers: pairs (coefficient, part with ``fn(stats, batch, state) -> [B, T]``); a Python 0 removes its
         term and its needs.
-      filters: ``fn(batch, state) -> [B]`` bool, rows to keep; the others get count 0. They see the unshaped reward.
+      filters: ``fn(batch, state) -> [B]`` share of each row to keep (0 leaves every denominator). They see the
+        unshaped reward.
       shaping: ``fn(batch, state) -> reward`` [B], applied in turn after the filters.
+      selections: filters that see the advantage (``batch.adv``); it is not computed anew.
+      corrections: ``fn(batch, state) -> [B, T] or [B]`` constant factors of the policy term, for the gap between the
+        sampler and ``logp_old``; their ``tokens`` leave the denominator.
+      scale: factor of the policy term.
       options: passed on to `from_terms`.
+
+    Raises:
+      ValueError: parts that do not go together, with the reason.
     """
     regularizers = [(coef, part) for coef, part in regularizers if not is_off(coef)]
-    parts = [advantage, surrogate, ratio, *filters, *shaping, *[p for _, p in regularizers]]
+    parts = [advantage, surrogate, ratio, *filters, *shaping, *selections, *corrections, *[p for _, p in regularizers]]
+    hooks = {name: [f for p in parts if (f := getattr(p, name))] for name in ("prepare", "weigh", "tokens", "metrics")}
+    updates = [p.update for p in parts if p.update]
+    if ratio.per == "row" and hooks["tokens"]:
+        raise ValueError(
+            "a part that leaves out tokens needs a ratio per token; for a ratio of whole sequences take sequence_token"
+        )
+    if ratio.per == "row" and any(c.per == "token" for c in corrections):
+        raise ValueError(
+            "a correction per token needs a ratio per token; for a ratio of whole sequences take one of level sequence "
+            "or geometric"
+        )
 
     def prepare(batch: Rollouts, state: State) -> tuple[Rollouts, State]:
         if batch.reward is not None:
@@ -342,41 +429,78 @@ def policy_gradient(
             batch = batch.replace(count=batch.count * keep.fn(batch, state))
         for shape in shaping:
             batch = batch.replace(reward=shape.fn(batch, state))
+        for write in hooks["prepare"]:
+            batch = write(batch, state)
         adv = promote(advantage.fn(batch, state))
-        counts = batch.count > 0 if adv.ndim == 1 else batch.count[:, None] > 0
-        return batch.replace(adv=jnp.where(counts, adv, 0)), state
+        batch = batch.replace(adv=jnp.where(batch.count > 0 if adv.ndim == 1 else batch.count[:, None] > 0, adv, 0))
+        for select in selections:
+            batch = batch.replace(count=batch.count * select.fn(batch, state))
+        return batch, state
+
+    def weigh(batch: Rollouts, state: State, peek: TokenStats | None) -> Rollouts:
+        for write in hooks["weigh"]:
+            batch = write(batch, state, peek)
+        return batch
 
     def arguments(stats: TokenStats, batch: Rollouts, state: State) -> tuple[Any, ...]:
-        log_ratio = ratio.fn(stats, batch)
-        adv = per_token(batch.adv) if log_ratio.ndim == 2 else batch.adv
+        log_ratio, adv = ratio.fn(stats, batch), batch.adv
+        if advantage.current:
+            adv = lax.stop_gradient(advantage.current(adv, stats, batch, state))
+        adv = per_token(adv) if log_ratio.ndim == 2 else adv
         if adv.ndim != log_ratio.ndim:
             raise ValueError(
                 "a ratio per sequence needs an advantage per row [B]; this advantage gives one per token [B, T]"
             )
-        return jnp.exp(log_ratio), jnp.broadcast_to(adv, log_ratio.shape), stats, batch, state
+        return log_ratio, jnp.broadcast_to(adv, log_ratio.shape), stats, batch, state
 
-    def clip_metric(stats: TokenStats, batch: Rollouts, state: State) -> Metrics:
+    def value(stats: TokenStats, batch: Rollouts, state: State) -> Array:
+        out = surrogate.fn(*arguments(stats, batch, state))
+        for correct in corrections:
+            factor = lax.stop_gradient(correct.fn(batch, state))
+            out = out * (per_token(factor) if out.ndim == 2 else factor)
+        return out
+
+    def kept_tokens(batch: Rollouts, state: State) -> Array:
+        kept = promote(batch.mask > 0)
+        for tokens in hooks["tokens"]:
+            kept = kept * tokens(batch, state)
+        return kept
+
+    def metrics(stats: TokenStats, batch: Rollouts, state: State) -> Metrics:
         count, weight = promote(batch.count), promote(batch.mask)
         weight = weight * count[:, None] if ratio.per == "token" else count * (weight.sum(-1) > 0)
-        cut = surrogate.clipped(*arguments(stats, batch, state)) if surrogate.clipped else jnp.zeros_like(weight)
-        return {"ratio/clip_frac": Mean.of(cut, weight)}
+        log_ratio, adv, *rest = arguments(stats, batch, state)
+        cut = surrogate.clipped(log_ratio, adv, *rest) if surrogate.clipped else jnp.zeros_like(weight)
+        out = {
+            "ratio/clip_frac": Mean.of(cut, weight),
+            "surrogate": Mean.of(jnp.exp(log_ratio) * adv, weight),  # the losses of detached weights mean nothing
+        }
+        for report in hooks["metrics"]:
+            out |= report(stats, batch, state)
+        return out
+
+    def update(state: State, batch: Rollouts, report: Metrics) -> State:
+        for move in updates:
+            state = move(state, batch, report)
+        return state
 
     terms = [
-        Term(
-            "policy",
-            lambda stats, batch, state: surrogate.fn(*arguments(stats, batch, state)),
-            aggregate,
-            per=ratio.per,
-        )
+        Term("policy", value, aggregate, tokens=kept_tokens if hooks["tokens"] else None, coef=scale, per=ratio.per)
     ]
     terms += [Term(p.name, p.fn, p.aggregate or aggregate, coef=coef) for coef, p in regularizers]
+    ranges = {p.rewards for p in parts if p.rewards}
     return from_terms(
         terms,
         prepare=prepare,
-        metrics=clip_metric,
+        weigh=weigh if hooks["weigh"] else None,
+        update=update if updates else None,
+        metrics=metrics,
+        memory={name: x for p in parts for name, x in p.memory.items()},
         needs=frozenset().union(*[p.needs for p in parts]),
         wants=frozenset({"logp"}).union(*[p.wants for p in parts]),
         peeks=frozenset().union(*[p.peeks for p in parts]),
+        derived={name: f for p in parts for name, f in p.derived.items()},
+        rewards=(max(r[0] for r in ranges), min(r[1] for r in ranges)) if ranges else None,
         **options,
     )
 

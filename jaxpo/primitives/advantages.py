@@ -4,9 +4,20 @@ from typing import Literal
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ops import segment_max
+from jax.scipy.special import betaln, xlogy
 
-from jaxpo.primitives.grouping import group_constant, group_mean, group_size, group_std, weighted_std
+from jaxpo.primitives.grouping import (
+    group_constant,
+    group_mean,
+    group_size,
+    group_std,
+    group_sum,
+    segments,
+    weighted_std,
+)
 from jaxpo.primitives.numerics import promote, ratio_or_zero
+from jaxpo.primitives.selection import before_in_group
 
 Singleton = Literal["zero", "raw"]
 Scale = Literal["group", "batch", "none"]
@@ -77,3 +88,142 @@ def batch_standardized(adv: Array, count: Array, *, adv_eps: float = 1e-4, ddof:
     """``(A - mean) / (std + adv_eps)`` over the counted rows of the batch [B]; 0 when all are the same."""
     std = weighted_std(adv, count, ddof)
     return lax.stop_gradient(jnp.where(std == 0, 0, ratio_or_zero(batch_centered(adv, count), std + adv_eps)))
+
+
+def log_average_exp(reward: Array, group: Array, count: Array, *, tau: float = 1.0) -> Array:
+    """``tau log mean_j exp(reward_j / tau)`` over the row's group [B] (Kimi k1.5, arXiv:2501.12599); the mean as tau grows.
+
+    Exactly the reward in a constant group.
+    """
+    reward = promote(reward)
+    ids = segments(group)
+    top = segment_max(jnp.where(count > 0, reward, -jnp.inf), ids, num_segments=ids.shape[0])[ids]
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    average = group_mean(jnp.exp(jnp.minimum(reward - top, 0) / tau), group, count)
+    out = top + tau * jnp.log(jnp.where(average > 0, average, 1))
+    return lax.stop_gradient(jnp.where(group_constant(reward, group, count), reward, out))
+
+
+def beta_normalized(
+    reward: Array, group: Array, count: Array, *, min: float = 0.0, max: float = 1.0, singleton: Singleton = "zero"
+) -> Array:
+    """``A = w_g (u - p_g)`` [B] with ``w_g = min(1 / BetaPDF(p_g; alpha, beta), 1e6)`` (BNPO, arXiv:2506.02864).
+
+    ``u = (reward - min)/(max - min)``, ``p_g`` its group mean. Over groups, each once: ``m``, ``v`` mean and sample variance
+    of p; ``c = m(1-m)/max(v, 1e-8) - 1``; ``alpha = max(1 + c m/3, 1)``, ``beta = max(1 + c(1-m)/3, 1)``. One group: w = 1.
+    """
+    u = (promote(reward) - min) / (max - min)
+    p = jnp.clip(group_mean(u, group, count), 0, 1)
+    each = once(group, count)
+    groups = each.sum()
+    m = ratio_or_zero(jnp.sum(each * p), groups)
+    v = ratio_or_zero(jnp.sum(each * jnp.square(p - m)), jnp.maximum(groups - 1, 0))
+    c = m * (1 - m) / jnp.maximum(v, 1e-8) - 1
+    c = jnp.where(groups > 1, c, 0)
+    alpha, beta = jnp.maximum(1 + c * m / 3, 1), jnp.maximum(1 + c * (1 - m) / 3, 1)
+    log_density = xlogy(alpha - 1, p) + xlogy(beta - 1, 1 - p) - betaln(alpha, beta)
+    w = jnp.exp(jnp.minimum(-log_density, jnp.log(1e6)))
+    adv = w * group_centered(u, group, count)
+    if singleton == "raw":
+        adv = jnp.where(group_size(group, count) == 1, promote(reward), adv)
+    return lax.stop_gradient(adv)
+
+
+def asymmetric(
+    adv: Array, reward: Array, group: Array, count: Array, *, alpha: float = 1.0, easy_form: str = "paper"
+) -> Array:
+    """A-GRAE's re-weighting of GRPO advantages [B] (arXiv:2602.05548).
+
+    ``A1 = omega/2 A/sqrt(p) + (1-omega)/2 A/sqrt(1-p)`` for ``0 < p < 1`` (p the group mean, omega the mean of the group means),
+    else A; then ``A1 min(1, omega/alpha)`` where ``A1 > 0``.
+
+    Args:
+      easy_form: "official" divides the easy term by ``1 - sqrt(p) + 1e-6``, as the released code does.
+    """
+    choice("easy_form", easy_form, ("paper", "official"))
+    p = group_mean(reward, group, count)
+    each = once(group, count)
+    omega = ratio_or_zero(jnp.sum(each * p), each.sum())
+    inside = (p > 0) & (p < 1)
+    q = jnp.where(inside, p, 0.5)
+    easy = jnp.sqrt(1 - q) if easy_form == "paper" else 1 - jnp.sqrt(q) + 1e-6
+    weighted = omega / 2 * adv / jnp.sqrt(q) + (1 - omega) / 2 * adv / easy
+    weighted = jnp.where(inside, weighted, adv)
+    return lax.stop_gradient(jnp.where(weighted > 0, weighted * jnp.minimum(1, omega / alpha), weighted))
+
+
+def length_trend(
+    reward: Array,
+    length: Array,
+    group: Array,
+    count: Array,
+    *,
+    rule: str = "llm",
+    correct_score: float = 0.5,
+    max_len: float,
+) -> Array:
+    """[B] bool: the row's group shows the wanted trend (ADORA, arXiv:2602.10019): its longest correct answer is longer than
+    the mean of its incorrect answers that were not truncated (``length < max_len``).
+
+    rule "llm": without a correct or without an incorrect answer the maximum or the mean is -inf. "vlm": without a correct
+    answer it holds, and the mean over nothing is +inf.
+    """
+    choice("rule", rule, ("llm", "vlm"))
+    ids, length, counted = segments(group), promote(length), count > 0
+    correct = counted & (reward > correct_score)
+    wrong = counted & (reward <= correct_score) & (length < max_len)
+    longest = segment_max(jnp.where(correct, length, -jnp.inf), ids, num_segments=ids.shape[0])[ids]
+    n_wrong = group_sum(jnp.where(wrong, promote(count), 0), group)
+    mean = ratio_or_zero(group_sum(jnp.where(wrong, length * count, 0), group), n_wrong)
+    if rule == "llm":
+        return longest > jnp.where(n_wrong > 0, mean, -jnp.inf)
+    return (longest == -jnp.inf) | (longest > jnp.where(n_wrong > 0, mean, jnp.inf))
+
+
+def half_against_half(
+    reward: Array,
+    metric: Array,
+    group: Array,
+    count: Array,
+    *,
+    mu: float | Array = 1.0,
+    alpha: float = 1.0,
+    damp: Literal["upper", "lower"] = "lower",
+    singleton: Singleton = "zero",
+) -> Array:
+    """CANON (arXiv:2509.23962) [B]: the group is cut by ``metric`` into its lower ``K//2`` rows and the rest;
+    ``A = mu (reward - mean of the other half) + (1 - mu) (reward - mean of the own half)``.
+
+    ``alpha`` multiplies what belongs to the damped half in the first bracket. Ties of the metric go by row order. A row
+    drawn several times may fall into both halves; it then has the mean of its copies' advantages.
+    """
+    reward, count = promote(reward), promote(count)
+    before, size = before_in_group(metric, group, count), group_size(group, count)
+    n_low = jnp.floor(size / 2)
+    low = jnp.clip(n_low - before, 0, count)  # copies in the lower half
+    up = count - low
+    m_low = ratio_or_zero(group_sum(low * jnp.where(count > 0, reward, 0), group), n_low)
+    m_up = ratio_or_zero(group_sum(up * jnp.where(count > 0, reward, 0), group), size - n_low)
+    if damp == "upper":
+        inter_low, inter_up = reward - alpha * m_up, alpha * reward - m_low
+    else:
+        inter_low, inter_up = alpha * reward - m_up, reward - alpha * m_low
+    of_low = mu * inter_low + (1 - mu) * (reward - m_low)
+    of_up = mu * inter_up + (1 - mu) * (reward - m_up)
+    adv = ratio_or_zero(low * of_low + up * of_up, count)
+    return lax.stop_gradient(jnp.where(size == 1, reward if singleton == "raw" else 0, adv))
+
+
+def drop_excess_negatives(reward: Array, group: Array, count: Array, priority: Array) -> Array:
+    """[B] bool: rows that RED-Drop keeps (arXiv:2509.24203): where a group has more negatives (reward below its mean) than
+    positives, the negatives of smallest ``priority`` go until there are as many."""
+    negative = ~group_constant(reward, group, count) & (promote(reward) < group_mean(reward, group, count))
+    n_negative = group_sum(jnp.where(negative, promote(count), 0), group)
+    excess = n_negative - (group_size(group, count) - n_negative)
+    before = before_in_group(jnp.where(negative, promote(priority), jnp.inf), group, count)
+    return ~(negative & (before < excess))
+
+
+def once(group: Array, count: Array) -> Array:
+    """[B] weights that sum to 1 over the counted rows of each group: a sum over rows becomes a sum over groups."""
+    return ratio_or_zero(promote(count), group_size(group, count))

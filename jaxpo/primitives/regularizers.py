@@ -1,6 +1,7 @@
 """Penalties per token. For a KL term the *value* and the *gradient* are chosen apart: they are not the same
 question."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -47,3 +48,50 @@ def kl_penalty(
         straight_through = kl_estimate(logp, logp_ref, gradient)
         penalty = straight_through - lax.stop_gradient(straight_through) + lax.stop_gradient(penalty)
     return penalty if ratio is None else ratio * penalty
+
+
+def ratio_variance(log_ratio: Array, delta: float) -> Array:
+    """``(r - 1)^2 - delta`` [B, T]: how far the variance of the ratio (around its mean 1) exceeds what is allowed (R2VPO,
+    arXiv:2601.03320)."""
+    return jnp.square(jnp.exp(log_ratio) - 1) - delta
+
+
+def proximal(log_ratio: Array) -> Array:
+    """``r - 1 - log r`` [B, T], a non-negative sample of ``KL(pi_old || pi)``; its gradient in logp is ``r - 1``."""
+    return jnp.expm1(log_ratio) - log_ratio
+
+
+def toward(logp: Array, target: Array, *, clip: float = 10.0) -> Array:
+    """``exp(y - logp) - (y - logp) - 1`` [B, T] with a constant target ``y``, itself clamped to ``±clip`` (Lp-Reg,
+    arXiv:2510.03222, as released). 0 where the target is -inf."""
+    known = jnp.isfinite(target)
+    gap = jnp.where(known, lax.stop_gradient(target) - promote(logp), 0)
+    return jnp.clip(jnp.where(known, jnp.expm1(jnp.minimum(gap, 80.0)) - gap, 0), -clip, clip)
+
+
+def min_p_log_proxy(logits: Array, tokens: Array, *, kappa: float) -> Array:
+    """[N] log-prob of ``tokens`` under the policy restricted to tokens with ``pi > kappa max pi`` and renormalised; -inf for a
+    token that is cut (Lp-Reg, arXiv:2510.03222).
+
+    Args:
+      logits: [N, V].
+    """
+    kept = logits > logits.max(-1, keepdims=True) + jnp.log(promote(kappa))
+    inside = jnp.where(kept, logits, -jnp.inf)
+    own = jnp.take_along_axis(inside, tokens[:, None], -1)[:, 0]
+    return lax.stop_gradient(own - jax.nn.logsumexp(inside, -1))
+
+
+def forward_kl_to_proxy(logits: Array, tokens: Array, *, kappa: float) -> Array:
+    """[N] ``KL(proxy || pi)`` over the whole vocabulary, the proxy of `min_p_log_proxy` being constant: with
+    ``Z = sum_{kept} pi``, its value is ``-log Z`` and its gradient ``pi - proxy`` in the logits. NaN-free for any kappa < 1."""
+    logp = jax.nn.log_softmax(logits)
+    kept = logits > logits.max(-1, keepdims=True) + jnp.log(promote(kappa))
+    inside = lax.stop_gradient(jnp.where(kept, logp, -jnp.inf))
+    log_proxy = inside - jax.nn.logsumexp(inside, -1, keepdims=True)
+    return jnp.sum(jnp.where(kept, jnp.exp(log_proxy) * (jnp.where(kept, log_proxy, 0) - logp), 0), -1)
+
+
+def log_prob_at(logits: Array, tokens: Array, *, temperature: float) -> Array:
+    """[N] log-prob of ``tokens`` under ``softmax(logits / temperature)``."""
+    return jnp.take_along_axis(jax.nn.log_softmax(logits / temperature), tokens[:, None], -1)[:, 0]

@@ -1,9 +1,9 @@
 """Surrogate losses per token (or per row): their gradient is the policy-gradient step that a paper takes."""
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
-from jaxpo.primitives.numerics import promote
+from jaxpo.primitives.numerics import promote, ratio_or_zero
 
 
 def log_prob(logp: Array, adv: Array) -> Array:
@@ -28,3 +28,124 @@ def is_clipped(ratio: Array, adv: Array, low: Array | float, high: Array | float
     """Bool: the token's gradient is cut by `clipped`."""
     cut = ((adv > 0) & (ratio > high)) | ((adv < 0) & (ratio < low))
     return cut if dual is None else cut | ((adv < 0) & (ratio > dual))
+
+
+def linear(ratio: Array, adv: Array) -> Array:
+    """``-r A``: the unclipped ratio surrogate."""
+    return -ratio * adv
+
+
+def capped(ratio: Array, adv: Array, cap: Array | float) -> Array:
+    """``-min(r, cap) A``: no gradient above the cap whatever the sign of A (Lp-Reg, arXiv:2510.03222)."""
+    return -jnp.minimum(ratio, cap) * adv
+
+
+def detached_weight(weight: Array, adv: Array, logp: Array) -> Array:
+    """``-sg(weight A) logp``: REINFORCE with a constant weight (CISPO, arXiv:2506.13585, eq. 4; REC, arXiv:2509.24203).
+
+    The value holds raw log-probs and is no loss to compare; no token loses its gradient but by a weight of 0.
+    """
+    return -lax.stop_gradient(weight * adv) * promote(logp)
+
+
+CLIP_MODES = ("none", "one-side", "two-side", "ring")
+
+
+def clip_mask(
+    ratio: Array,
+    adv: Array,
+    mode: str,
+    *,
+    eps_low: float = 0.2,
+    eps_high: float = 0.2,
+    ring_low: float = 0.6,
+    ring_high: float = 2.0,
+) -> Array:
+    """Bool: the tokens that a mask of REC keeps (arXiv:2509.24203).
+
+    "two-side": ``1 - eps_low <= r <= 1 + eps_high``; "one-side": ``(A >= 0 and r <= 1 + eps_high) or (A <= 0 and r >= 1 - eps_low)``,
+    the tokens of which PPO keeps the gradient; "ring": two-side, or ``(A >= 0 and r <= 1 - ring_low) or (A <= 0 and r >= 1 +
+    ring_high)``: also what is so far off that its gradient leads back.
+    """
+    low, high = ratio >= 1 - eps_low, ratio <= 1 + eps_high
+    match mode:
+        case "none":
+            return jnp.ones(ratio.shape, bool)
+        case "two-side":
+            return low & high
+        case "one-side":
+            return ((adv >= 0) & high) | ((adv <= 0) & low)
+        case "ring":
+            return (low & high) | ((adv >= 0) & (ratio <= 1 - ring_low)) | ((adv <= 0) & (ratio >= 1 + ring_high))
+    raise ValueError(f"unknown clip mode {mode!r}: known: {', '.join(CLIP_MODES)}")
+
+
+def hazard(log_ratio: Array, *, k_pos: float, lam_pos: float, k_neg: float, lam_neg: float) -> Array:
+    """``zeta = (softplus(psi)/lam_pos)^k_pos + (softplus(-psi)/lam_neg)^k_neg`` of a bounded log-ratio psi: the cumulative
+    Weibull hazard of drifting up and down (MHPO, arXiv:2603.16929). No gradient."""
+    psi = lax.stop_gradient(log_ratio)
+    return (jnp.logaddexp(psi, 0) / lam_pos) ** k_pos + (jnp.logaddexp(-psi, 0) / lam_neg) ** k_neg
+
+
+def squared_residual(log_ratio: Array, adv: Array, tau: float) -> Array:
+    """``(A - tau Delta)^2`` of log-ratios ``Delta`` of whole rows: the residual of mirror descent's optimality condition
+    (Kimi k1.5, arXiv:2501.12599)."""
+    return jnp.square(adv - tau * log_ratio)
+
+
+def covariance(logp: Array, adv: Array, weight: Array) -> Array:
+    """``(A - mean A)(logp - mean logp)`` [B, T], means over the tokens of ``weight`` (arXiv:2505.22617, eq. 10). No gradient."""
+    logp, weight, n = promote(logp), promote(weight), jnp.maximum(promote(weight).sum(), 1)
+
+    def centered(x: Array) -> Array:
+        x = jnp.broadcast_to(x, weight.shape)
+        constant = jnp.max(jnp.where(weight > 0, x, -jnp.inf)) <= jnp.min(jnp.where(weight > 0, x, jnp.inf))
+        return jnp.where(constant, 0, x - jnp.sum(jnp.where(weight > 0, x, 0) * weight) / n)
+
+    return lax.stop_gradient(jnp.where(weight > 0, centered(adv) * centered(logp), 0))
+
+
+def balanced_bounds(
+    ratio: Array,
+    adv: Array,
+    weight: Array,
+    *,
+    target: float,
+    low: tuple[float, float, float],
+    high: tuple[float, float, float],
+    low_first: bool,
+    share: bool,
+) -> tuple[Array, Array]:
+    """BAPO's clip bounds (arXiv:2510.18927), found by raising them step by step until positives carry enough weight.
+
+    ``P(ch) = sum_{A >= 0} weight min(r, ch) A`` and ``N(cl) = sum_{A < 0} weight max(r, cl) |A|``; the search stops when
+    ``P/(N + 1e-8)`` (``share``: ``P/(P+N)``) reaches ``target``.
+
+    Args:
+      low, high: (start, maximum, step) of the two bounds. low_first: which is raised first; the other one follows.
+      share: the paper's measure, in which a step beyond the maximum is not taken; the released code's last step is cut.
+
+    Returns:
+      scalars (low bound, high bound).
+    """
+    positive, negative = jnp.where(adv >= 0, weight * adv, 0), jnp.where(adv < 0, -weight * adv, 0)
+
+    def steps(bound: tuple[float, float, float]) -> Array:
+        start, top, step = bound
+        n = (jnp.asarray(top, ratio.dtype) - start) / step
+        return (jnp.floor(n + 1e-4) if share else jnp.ceil(n - 1e-4)).astype(jnp.int32)
+
+    def bounds(i: Array) -> tuple[Array, Array]:
+        first, second = (low, high) if low_first else (high, low)
+        n = jnp.minimum(i, steps(first)), jnp.maximum(i - steps(first), 0)
+        at = [jnp.minimum(b[0] + k * b[2], b[1]).astype(ratio.dtype) for b, k in zip((first, second), n, strict=True)]
+        return (at[0], at[1]) if low_first else (at[1], at[0])
+
+    def enough(i: Array) -> Array:
+        cl, ch = bounds(i)
+        p, n = jnp.sum(positive * jnp.minimum(ratio, ch)), jnp.sum(negative * jnp.maximum(ratio, cl))
+        return jnp.where(n + p > 0, ratio_or_zero(p, n + p) >= target, True) if share else p / (n + 1e-8) >= target
+
+    last = steps(low) + steps(high)
+    i = lax.while_loop(lambda i: (i < last) & ~enough(i), lambda i: i + 1, jnp.zeros((), jnp.int32))
+    return tuple(lax.stop_gradient(b) for b in bounds(i))

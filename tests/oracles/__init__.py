@@ -6,7 +6,7 @@ oracles run on the list of rows with row b written w times; the gradients of the
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -26,6 +26,10 @@ class Case:
     correct: np.ndarray
     group: np.ndarray
     count: np.ndarray
+    tokens: np.ndarray  # [B, T] completion ids
+    entropy: np.ndarray  # [B, T] of the current policy
+    entropy_old: np.ndarray  # [B, T] of the rollout
+    extra: dict[str, np.ndarray] = field(default_factory=dict)  # what single objectives ask for besides, [B, ...]
 
     def replace(self, **changes) -> "Case":
         return replace(self, **changes)
@@ -39,7 +43,8 @@ class Case:
 
     def take(self, index) -> "Case":
         """The rows of ``index``, in that order."""
-        return Case(*[np.asarray(x)[index] for x in vars(self).values()])
+        fields = {name: np.asarray(x)[index] for name, x in vars(self).items() if name != "extra"}
+        return Case(**fields, extra={name: np.asarray(x)[index] for name, x in self.extra.items()})
 
 
 def aggregate(case: Case, agg: str, term: TokenTerm, L_const: float | None = None) -> Gradient:

@@ -50,12 +50,35 @@ def make_case(seed: int, sizes=UNEQUAL, *, rewards="real", stale=0.3, extreme=Fa
     if extreme:
         ref = np.where(rng.random((b, WIDTH)) < 0.2, logp + rng.choice([-40.0, 40.0], (b, WIDTH)), ref)
     count = rng.integers(0, 3, b).astype(float) if counts else np.ones(b)
+    more = np.random.default_rng((seed, 1))
     case = Case(
-        mask=mask, logp=logp, logp_old=logp_old, ref=ref, reward=reward, correct=correct, group=group, count=count
+        mask=mask,
+        logp=logp,
+        logp_old=logp_old,
+        ref=ref,
+        reward=reward,
+        correct=correct,
+        group=group,
+        count=count,
+        tokens=more.integers(0, 3, (b, WIDTH)),  # so few that answers agree at many positions
+        entropy=more.exponential(0.7, (b, WIDTH)),
+        entropy_old=more.exponential(0.7, (b, WIDTH)),
+        extra={
+            "rewards_multi": more.random((b, 3)).round(1),
+            "tracker_value": more.random(b),
+            "mc_value": more.random((b, WIDTH)),
+            "logp_old_hot": logp_old + 0.2 * more.normal(size=(b, WIDTH)),
+            "logp_old_cold": logp_old + 0.2 * more.normal(size=(b, WIDTH)),
+            "log_proxy": np.where(more.random((b, WIDTH)) < 0.2, -np.inf, logp + more.exponential(0.5, (b, WIDTH))),
+            "edge_adv": more.normal(size=b),
+            "seed": more.integers(0, 2**32, b, dtype=np.uint32),
+        },
     )
     case = case.take(rng.permutation(b))
-    hidden = {name: np.where(case.mask, getattr(case, name), np.nan) for name in ("logp", "logp_old", "ref")}
-    return case.replace(**hidden)
+    hidden = ("logp", "logp_old", "ref", "entropy", "entropy_old")
+    case = case.replace(**{name: np.where(case.mask, getattr(case, name), np.nan) for name in hidden})
+    per_token = {k: np.where(case.mask, x, np.nan) for k, x in case.extra.items() if x.shape == mask.shape}
+    return case.replace(extra={**case.extra, **per_token})
 
 
 CASES = {
