@@ -109,7 +109,7 @@ class Part(NamedTuple):
     """An interchangeable part of a policy gradient: a function of the batch, what it asks for, and its hooks.
 
     fn: what the kind of part says (see `policy_gradient`). needs, wants, peeks, derived, rewards: as in `Objective`.
-    per: whether a ratio (or correction) has one value a token or a row.
+    per: whether a ratio, correction or filter that sees the advantage has one value a token or a row.
     prepare: (batch, state) -> batch, once per rollout batch, after filters and shaping: writes what the part keeps.
     weigh: (batch, state, peek) -> batch, once per optimizer batch: bounds and selections.
     current: (adv, stats, batch, state) -> adv, of an advantage that hangs on the current policy, row by row (detached).
@@ -136,6 +136,7 @@ class Part(NamedTuple):
     metrics: Callable[[TokenStats, Rollouts, State], Metrics] | None = None
     derived: Mapping[str, Statistic] = NONE
     rewards: tuple[float, float] | None = None
+    sees_advantage: bool = False
 
 
 def is_off(coef: Any) -> bool:
@@ -380,9 +381,9 @@ def policy_gradient(
     regularizers: Sequence[tuple[Any, Part]] = (),
     filters: Sequence[Part] = (),
     shaping: Sequence[Part] = (),
-    selections: Sequence[Part] = (),
     corrections: Sequence[Part] = (),
     scale: float | Array = 1.0,
+    needs: Sequence[str] = (),
     **options: Any,
 ) -> Objective:
     """Compose a policy-gradient objective: *advantage x ratio x surrogate x regularizers x aggregation*.
@@ -396,21 +397,25 @@ def policy_gradient(
       regularizers: pairs (coefficient, part with ``fn(stats, batch, state) -> [B, T]``); a Python 0 removes its
         term and its needs.
       filters: ``fn(batch, state) -> [B]`` share of each row to keep (0 leaves every denominator). They see the
-        unshaped reward.
+        unshaped reward; those with ``sees_advantage`` come after the advantage, which is not computed anew, and give
+        shares of tokens [B, T], which leave the policy term's denominator, if ``per`` is "token".
       shaping: ``fn(batch, state) -> reward`` [B], applied in turn after the filters.
-      selections: filters that see the advantage (``batch.adv``); it is not computed anew.
       corrections: ``fn(batch, state) -> [B, T] or [B]`` constant factors of the policy term, for the gap between the
         sampler and ``logp_old``; their ``tokens`` leave the denominator.
-      scale: factor of the policy term.
+      scale: factor of the policy term. needs: fields besides those of the parts.
       options: passed on to `from_terms`.
 
     Raises:
       ValueError: parts that do not go together, with the reason.
     """
     regularizers = [(coef, part) for coef, part in regularizers if not is_off(coef)]
-    parts = [advantage, surrogate, ratio, *filters, *shaping, *selections, *corrections, *[p for _, p in regularizers]]
+    parts = [advantage, surrogate, ratio, *filters, *shaping, *corrections, *[p for _, p in regularizers]]
     hooks = {name: [f for p in parts if (f := getattr(p, name))] for name in ("prepare", "weigh", "tokens", "metrics")}
     updates = [p.update for p in parts if p.update]
+    selections = [p for p in filters if p.sees_advantage]
+    filters = [p for p in filters if not p.sees_advantage]
+    if any(p.per == "token" for p in selections):
+        hooks["tokens"].append(lambda batch, state: batch.token_extras["selected"])
     if ratio.per == "row" and hooks["tokens"]:
         raise ValueError(
             "a part that leaves out tokens needs a ratio per token; for a ratio of whole sequences take sequence_token"
@@ -432,9 +437,14 @@ def policy_gradient(
         for write in hooks["prepare"]:
             batch = write(batch, state)
         adv = promote(advantage.fn(batch, state))
-        batch = batch.replace(adv=jnp.where(batch.count > 0 if adv.ndim == 1 else batch.count[:, None] > 0, adv, 0))
+        counts = batch.count > 0 if adv.ndim == 1 else (batch.mask > 0) & (batch.count > 0)[:, None]
+        batch = batch.replace(adv=jnp.where(counts, adv, 0))
         for select in selections:
-            batch = batch.replace(count=batch.count * select.fn(batch, state))
+            kept = select.fn(batch, state)
+            if select.per == "token":
+                batch = batch.replace(token_extras={**batch.token_extras, "selected": kept})
+            else:
+                batch = batch.replace(count=batch.count * kept)
         return batch, state
 
     def weigh(batch: Rollouts, state: State, peek: TokenStats | None) -> Rollouts:
@@ -496,7 +506,7 @@ def policy_gradient(
         update=update if updates else None,
         metrics=metrics,
         memory={name: x for p in parts for name, x in p.memory.items()},
-        needs=frozenset().union(*[p.needs for p in parts]),
+        needs=frozenset(needs).union(*[p.needs for p in parts]),
         wants=frozenset({"logp"}).union(*[p.wants for p in parts]),
         peeks=frozenset().union(*[p.peeks for p in parts]),
         derived={name: f for p in parts for name, f in p.derived.items()},

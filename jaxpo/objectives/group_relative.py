@@ -1,18 +1,12 @@
 """Critic-free policy gradients: objectives whose advantage compares the responses to one prompt."""
 
-from jaxpo.objectives import parts
+from typing import Any
+
 from jaxpo.objectives.base import Objective, is_off, policy_gradient
+from jaxpo.objectives.common import clipped_tokens, eps_pair
+from jaxpo.objectives.parts import advantages, aggregation_of, batches, ratios, regularizers, surrogates
 from jaxpo.primitives import aggregation
 from jaxpo.registry import register
-
-
-def _eps(eps: float | None, eps_low: float, eps_high: float, default: tuple[float, float]) -> tuple[float, float]:
-    """``eps`` sets both clip ranges; together with one of them it would hide a contradiction."""
-    if eps is None:
-        return eps_low, eps_high
-    if (eps_low, eps_high) != default:
-        raise ValueError("give either eps (both sides) or eps_low and eps_high, not both")
-    return eps, eps
 
 
 @register(source="Williams 1992, Machine Learning 8")
@@ -27,10 +21,10 @@ def reinforce(baseline: str = "none", agg: str = "token_mean") -> Objective:
         by length).
     """
     return policy_gradient(
-        advantage=parts.reward(baseline),
-        ratio=parts.token(),
-        surrogate=parts.log_prob(),
-        aggregate=parts.aggregation_of(agg),
+        advantage=advantages.reward(baseline),
+        ratio=ratios.token(),
+        surrogate=surrogates.log_prob(),
+        aggregate=aggregation_of(agg),
     )
 
 
@@ -57,24 +51,66 @@ def rloo(
       eps_low, eps_high, eps, log_ratio_clip: of form "ppo" only.
       normalize: standardise advantages over the batch. singleton: see `advantages.leave_one_out`.
     """
-    shaping = [] if is_off(beta) else [parts.kl_in_reward(beta)]
-    common = dict(advantage=parts.leave_one_out(singleton, normalize), shaping=shaping)
+    shaping = [] if is_off(beta) else [batches.kl_in_reward(beta)]
+    common = dict(advantage=advantages.leave_one_out(singleton, normalize), shaping=shaping)
     if form == "reinforce":
         if (eps_low, eps_high, eps, log_ratio_clip) != (0.2, 0.2, None, 20.0):
             raise ValueError(
                 "eps_low, eps_high, eps and log_ratio_clip have no effect with form='reinforce'; they belong "
                 "to form='ppo'"
             )
-        return policy_gradient(ratio=parts.token(), surrogate=parts.log_prob(), aggregate=aggregation.seq_sum, **common)
-    if form == "ppo":
-        low, high = _eps(eps, eps_low, eps_high, (0.2, 0.2))
         return policy_gradient(
-            ratio=parts.sequence_sum(log_ratio_clip),
-            surrogate=parts.clipped(low, high),
+            ratio=ratios.token(), surrogate=surrogates.log_prob(), aggregate=aggregation.seq_sum, **common
+        )
+    if form == "ppo":
+        return policy_gradient(
+            ratio=ratios.sequence_sum(log_ratio_clip),
+            surrogate=surrogates.clipped(*eps_pair(eps, eps_low, eps_high, (0.2, 0.2))),
             aggregate=aggregation.seq_mean,
             **common,
         )
     raise ValueError(f"form must be reinforce or ppo, not {form!r}")
+
+
+@register(source="REINFORCE++, arXiv:2501.03262; verl reinforce_plus_plus")
+def reinforce_pp(
+    variant: str = "standard",
+    gamma: float = 1.0,
+    kl_coef: float = 0.01,
+    kl_estimator: str = "k2",
+    eps_low: float = 0.2,
+    eps_high: float = 0.2,
+    eps: float | None = None,
+    singleton: str = "zero",
+    log_ratio_clip: float = 20.0,
+) -> Objective:
+    """REINFORCE++: returns-to-go with a KL per token in the reward, whitened over all tokens of the batch; PPO clip,
+    token mean.
+
+    ``rho_t = -kl_coef (logp_old - logp_ref)``, plus the reward at the last token; ``G_t = sum_{s>=t} gamma^(s-t)
+    rho_s``; ``A`` is
+    G whitened. Shapes: logp [B, T], reward [B].
+
+    Args:
+      variant: "standard", or "baseline": the reward less its group's mean, and the KL a term of the loss.
+      kl_coef: a Python 0 removes the need for ``logp_ref``. kl_estimator: "k2" or "k3", of variant "baseline" only.
+      singleton: of variant "baseline": what a group of one row gets ("zero", "raw").
+    """
+    if variant not in ("standard", "baseline"):
+        raise ValueError(f"variant must be standard or baseline, not {variant!r}")
+    baseline = variant == "baseline"
+    if kl_estimator not in ("k2", "k3"):
+        raise ValueError(f"kl_estimator must be k2 or k3, not {kl_estimator!r}")
+    if not baseline and (kl_estimator, singleton) != ("k2", "zero"):
+        raise ValueError("kl_estimator and singleton have no effect with variant='standard'")
+    kl = [(kl_coef, regularizers.kl_to_reference(kl_estimator))] if baseline else []
+    return policy_gradient(
+        advantage=advantages.reinforce_pp(gamma, 0.0 if baseline else kl_coef, baseline, singleton),
+        ratio=ratios.token(log_ratio_clip),
+        surrogate=surrogates.clipped(*eps_pair(eps, eps_low, eps_high, (0.2, 0.2))),
+        regularizers=kl,
+        aggregate=aggregation.token_mean,
+    )
 
 
 @register(source="DeepSeekMath, arXiv:2402.03300, eq. 3-4")
@@ -104,23 +140,24 @@ def grpo(
         ``logp_ref``.
       agg, L_const: aggregation; ``L_const`` only with the ``*_const`` ones.
     """
-    low, high = _eps(eps, eps_low, eps_high, (0.2, 0.2))
+    if kl_is and is_off(beta):
+        raise ValueError("kl_is has no effect with beta=0")
     return policy_gradient(
-        advantage=parts.group_normalized(adv_eps, scale, singleton=singleton),
-        ratio=parts.token(log_ratio_clip),
-        surrogate=parts.clipped(low, high, dual_clip),
-        regularizers=[(beta, parts.kl_to_reference("k3", is_weighted=kl_is, log_ratio_clip=log_ratio_clip))],
-        aggregate=parts.aggregation_of(agg, L_const),
+        advantage=advantages.group_normalized(adv_eps, scale, singleton=singleton),
+        ratio=ratios.token(log_ratio_clip),
+        surrogate=surrogates.clipped(*eps_pair(eps, eps_low, eps_high, (0.2, 0.2)), dual_clip),
+        regularizers=[(beta, regularizers.kl_to_reference("k3", is_weighted=kl_is, log_ratio_clip=log_ratio_clip))],
+        aggregate=aggregation_of(agg, L_const),
     )
 
 
 @register(source="Understanding R1-Zero-Like Training, arXiv:2503.20783", budget={"L_const": 1.0})
 def dr_grpo(
-    L_const: float,
+    L_const: float,  # noqa: N803
     eps_low: float = 0.2,
     eps_high: float = 0.2,
     eps: float | None = None,
-    singleton: str = "zero",  # noqa: N803
+    singleton: str = "zero",
     log_ratio_clip: float = 20.0,
 ) -> Objective:
     """GRPO Done Right: ``A_i = reward_i - group mean``, token-level clip, sums over tokens divided by the constant
@@ -129,12 +166,12 @@ def dr_grpo(
     Shapes: logp [B, T], reward [B]. ``L_const`` is the generation budget, the same for all steps; never the padded
       width.
     """
-    low, high = _eps(eps, eps_low, eps_high, (0.2, 0.2))
-    return policy_gradient(
-        advantage=parts.group_normalized(scale="none", singleton=singleton),
-        ratio=parts.token(log_ratio_clip),
-        surrogate=parts.clipped(low, high),
-        aggregate=aggregation.seq_sum_const(L_const),
+    return clipped_tokens(
+        advantages.group_normalized(scale="none", singleton=singleton),
+        eps_pair(eps, eps_low, eps_high, (0.2, 0.2)),
+        agg="seq_sum_const",
+        L_const=L_const,
+        log_ratio_clip=log_ratio_clip,
     )
 
 
@@ -162,14 +199,173 @@ def dapo(
         ``penalty`` removes the shaping.
       dual_clip: the released recipe uses 10, the paper none.
     """
-    low, high = _eps(eps, eps_low, eps_high, (0.2, 0.28))
-    shaping = [] if is_off(penalty) else [parts.overlong(max_len, buffer, penalty)]
-    return policy_gradient(
-        advantage=parts.group_normalized(adv_eps, singleton=singleton),
-        ratio=parts.token(log_ratio_clip),
-        surrogate=parts.clipped(low, high, dual_clip),
-        filters=[parts.mixed_groups()],
-        shaping=shaping,
-        aggregate=aggregation.token_mean,
-        protocol="dynamic_sampling",
+    return clipped_tokens(
+        advantages.group_normalized(adv_eps, singleton=singleton),
+        eps_pair(eps, eps_low, eps_high, (0.2, 0.28)),
+        agg="token_mean",
+        dual_clip=dual_clip,
+        log_ratio_clip=log_ratio_clip,
+        filters=[batches.mixed_groups()],
+        shaping=[] if is_off(penalty) else [batches.overlong(max_len, buffer, penalty)],
+        protocol="dapo",
+    )
+
+
+@register(source="Lite PPO, in Part I: Tricks or Traps?, arXiv:2508.08221")
+def lite_ppo(
+    eps_low: float = 0.2,
+    eps_high: float = 0.2,
+    eps: float | None = None,
+    adv_eps: float = 1e-6,
+    singleton: str = "zero",
+    log_ratio_clip: float = 20.0,
+) -> Objective:
+    """Lite PPO: ``A = (reward - group mean) / (std of all rewards of the batch + adv_eps)``, PPO clip, token mean; no
+    critic, no KL.
+
+    Shapes: logp [B, T], reward [B].
+    """
+    return clipped_tokens(
+        advantages.lite_ppo(adv_eps, singleton),
+        eps_pair(eps, eps_low, eps_high, (0.2, 0.2)),
+        agg="token_mean",
+        log_ratio_clip=log_ratio_clip,
+    )
+
+
+@register(source="BNPO, arXiv:2506.02864; code of changyi7231/BNPO")
+def bnpo(
+    min: float = 0.0,
+    max: float = 1.0,
+    eps_low: float = 0.2,
+    eps_high: float = 0.28,
+    eps: float | None = None,
+    dual_clip: float = 10.0,
+    components: bool = False,
+    singleton: str = "zero",
+    log_ratio_clip: float = 20.0,
+) -> Objective:
+    """Beta Normalization: each prompt weighs 1 over the density, at its success rate, of a Beta distribution fitted
+    to the
+    batch's success rates; PPO clip, dual clip, sequence sums. Not what TRL calls "bnpo".
+
+    Shapes: logp [B, T], reward [B] (or ``rewards_multi`` [B, R]).
+
+    Args:
+      min, max: range of the rewards; one outside is an error. components: average the advantages of ``rewards_multi``.
+    """
+    return clipped_tokens(
+        advantages.bnpo(min, max, components, singleton),
+        eps_pair(eps, eps_low, eps_high, (0.2, 0.28)),
+        agg="seq_sum",
+        dual_clip=dual_clip,
+        log_ratio_clip=log_ratio_clip,
+    )
+
+
+@register(source="A-GRAE, arXiv:2602.05548; code of Yu7-code/A-GRAE")
+def a_grae(
+    alpha: float = 1.0,
+    easy_form: str = "paper",
+    eps_low: float = 0.2,
+    eps_high: float = 0.2,
+    eps: float | None = None,
+    adv_eps: float = 1e-6,
+    singleton: str = "zero",
+    dual_clip: float | None = None,
+    agg: str = "seq_mean",
+    L_const: float | None = None,  # noqa: N803
+    log_ratio_clip: float = 20.0,
+) -> Objective:
+    """Asymmetric Group Relative Advantage Estimation: hard questions weigh more early and easy ones late, positive
+    advantages
+    are damped by ``min(1, omega / alpha)`` while the mean success rate omega is low; GRPO's loss without a KL.
+
+    Shapes: logp [B, T], reward [B] in [0, 1].
+
+    Args:
+      alpha: 1 for mathematics in text, 0.5 for geometry and medicine. easy_form: "paper" (``sqrt(1-p)``) or "official".
+    """
+    return clipped_tokens(
+        advantages.a_grae(alpha, easy_form, adv_eps, singleton),
+        eps_pair(eps, eps_low, eps_high, (0.2, 0.2)),
+        agg=agg,
+        L_const=L_const,
+        dual_clip=dual_clip,
+        log_ratio_clip=log_ratio_clip,
+    )
+
+
+@register(source="ADORA, arXiv:2602.10019; code of ShadeCloak/ADORA", budget={"max_len": 1.0})
+def adora(
+    max_len: float,
+    lam: float = 0.1,
+    rule: Any = "llm",
+    correct_score: float = 0.5,
+    beta: float = 0.001,
+    eps_low: float = 0.2,
+    eps_high: float = 0.2,
+    eps: float | None = None,
+    adv_eps: float = 1e-6,
+    singleton: str = "zero",
+    dual_clip: float | None = None,
+    agg: str = "seq_mean",
+    L_const: float | None = None,  # noqa: N803
+    log_ratio_clip: float = 20.0,
+) -> Objective:
+    """Advantage Dynamics via Online Rollout Adaptation: GRPO whose advantage counts ``lam`` in groups where the
+    longest right
+    answer is not longer than the wrong ones are on average.
+
+    Shapes: logp [B, T], reward [B].
+
+    Args:
+      max_len: wrong answers as long are truncated and left out of the comparison (a run takes its generation budget).
+      rule: "llm", "vlm" (how one-sided groups count), or a function batch -> [B] bool.
+      correct_score: rewards above it are right (the released 1.01 belongs to another reward).
+    """
+    return clipped_tokens(
+        advantages.adora(max_len, lam, rule, correct_score, adv_eps, singleton),
+        eps_pair(eps, eps_low, eps_high, (0.2, 0.2)),
+        agg=agg,
+        L_const=L_const,
+        dual_clip=dual_clip,
+        beta=beta,
+        log_ratio_clip=log_ratio_clip,
+    )
+
+
+@register(source="CANON, arXiv:2509.23962; code of biuboomc/CANON")
+def canon(
+    metric: str = "entropy",
+    mu: float = 1.0,
+    mu_schedule: str = "constant",
+    mu_period: int | None = None,
+    alpha: float = 1.0,
+    eps_low: float = 0.2,
+    eps_high: float = 0.28,
+    eps: float | None = None,
+    dual_clip: float = 3.0,
+    L_const: float = 8192.0,  # noqa: N803
+    singleton: str = "zero",
+    log_ratio_clip: float = 20.0,
+) -> Objective:
+    """Conditional Advantage Estimation: the group is split by entropy or length, and ``A = mu (reward - mean of the
+    other half) +
+    (1 - mu) (reward - mean of the own half)``; PPO clip, dual clip, sequence sums over ``L_const``.
+
+    Shapes: logp [B, T], reward [B], entropy_old [B, T] (metric "entropy"). ``mu = 1/2`` with even groups is Dr. GRPO.
+
+    Args:
+      mu_schedule: "constant", "accuracy", "inverse_accuracy" (of the batch), or "cosine" with restarts each
+        ``mu_period`` iterations.
+      alpha: damps the long (metric "length") or the low-entropy half of the first bracket.
+    """
+    return clipped_tokens(
+        advantages.canon(metric, mu, mu_schedule, mu_period, alpha, singleton),
+        eps_pair(eps, eps_low, eps_high, (0.2, 0.28)),
+        agg="seq_sum_const",
+        L_const=L_const,
+        dual_clip=dual_clip,
+        log_ratio_clip=log_ratio_clip,
     )

@@ -1,7 +1,7 @@
 """Objectives that learn from demonstrations, alone or mixed with reinforcement learning."""
 
-from jaxpo.objectives import parts
 from jaxpo.objectives.base import Objective, Term, from_terms
+from jaxpo.objectives.parts import aggregation_of
 from jaxpo.registry import register
 
 
@@ -14,4 +14,4 @@ def sft(agg: str = "token_mean", L_const: float | None = None) -> Objective:  # 
     Args:
       agg, L_const: "token_mean" (default), "seq_mean", or "seq_sum_const" with its constant.
     """
-    return from_terms([Term("nll", lambda stats, batch, state: -stats.logp, parts.aggregation_of(agg, L_const))])
+    return from_terms([Term("nll", lambda stats, batch, state: -stats.logp, aggregation_of(agg, L_const))])

@@ -91,7 +91,8 @@ def batch_standardized(adv: Array, count: Array, *, adv_eps: float = 1e-4, ddof:
 
 
 def log_average_exp(reward: Array, group: Array, count: Array, *, tau: float = 1.0) -> Array:
-    """``tau log mean_j exp(reward_j / tau)`` over the row's group [B] (Kimi k1.5, arXiv:2501.12599); the mean as tau grows.
+    """``tau log mean_j exp(reward_j / tau)`` over the row's group [B] (Kimi k1.5, arXiv:2501.12599); the mean as tau
+    grows.
 
     Exactly the reward in a constant group.
     """
@@ -109,8 +110,10 @@ def beta_normalized(
 ) -> Array:
     """``A = w_g (u - p_g)`` [B] with ``w_g = min(1 / BetaPDF(p_g; alpha, beta), 1e6)`` (BNPO, arXiv:2506.02864).
 
-    ``u = (reward - min)/(max - min)``, ``p_g`` its group mean. Over groups, each once: ``m``, ``v`` mean and sample variance
-    of p; ``c = m(1-m)/max(v, 1e-8) - 1``; ``alpha = max(1 + c m/3, 1)``, ``beta = max(1 + c(1-m)/3, 1)``. One group: w = 1.
+    ``u = (reward - min)/(max - min)``, ``p_g`` its group mean. Over groups, each once: ``m``, ``v`` mean and sample
+    variance
+    of p; ``c = m(1-m)/max(v, 1e-8) - 1``; ``alpha = max(1 + c m/3, 1)``, ``beta = max(1 + c(1-m)/3, 1)``. One group:
+    w = 1.
     """
     u = (promote(reward) - min) / (max - min)
     p = jnp.clip(group_mean(u, group, count), 0, 1)
@@ -134,7 +137,8 @@ def asymmetric(
 ) -> Array:
     """A-GRAE's re-weighting of GRPO advantages [B] (arXiv:2602.05548).
 
-    ``A1 = omega/2 A/sqrt(p) + (1-omega)/2 A/sqrt(1-p)`` for ``0 < p < 1`` (p the group mean, omega the mean of the group means),
+    ``A1 = omega/2 A/sqrt(p) + (1-omega)/2 A/sqrt(1-p)`` for ``0 < p < 1`` (p the group mean, omega the mean of the
+    group means),
     else A; then ``A1 min(1, omega/alpha)`` where ``A1 > 0``.
 
     Args:
@@ -162,10 +166,12 @@ def length_trend(
     correct_score: float = 0.5,
     max_len: float,
 ) -> Array:
-    """[B] bool: the row's group shows the wanted trend (ADORA, arXiv:2602.10019): its longest correct answer is longer than
+    """[B] bool: the row's group shows the wanted trend (ADORA, arXiv:2602.10019): its longest correct answer is
+    longer than
     the mean of its incorrect answers that were not truncated (``length < max_len``).
 
-    rule "llm": without a correct or without an incorrect answer the maximum or the mean is -inf. "vlm": without a correct
+    rule "llm": without a correct or without an incorrect answer the maximum or the mean is -inf. "vlm": without a
+    correct
     answer it holds, and the mean over nothing is +inf.
     """
     choice("rule", rule, ("llm", "vlm"))
@@ -215,7 +221,8 @@ def half_against_half(
 
 
 def drop_excess_negatives(reward: Array, group: Array, count: Array, priority: Array) -> Array:
-    """[B] bool: rows that RED-Drop keeps (arXiv:2509.24203): where a group has more negatives (reward below its mean) than
+    """[B] bool: rows that RED-Drop keeps (arXiv:2509.24203): where a group has more negatives (reward below its mean)
+    than
     positives, the negatives of smallest ``priority`` go until there are as many."""
     negative = ~group_constant(reward, group, count) & (promote(reward) < group_mean(reward, group, count))
     n_negative = group_sum(jnp.where(negative, promote(count), 0), group)

@@ -51,7 +51,8 @@ def kl_penalty(
 
 
 def ratio_variance(log_ratio: Array, delta: float) -> Array:
-    """``(r - 1)^2 - delta`` [B, T]: how far the variance of the ratio (around its mean 1) exceeds what is allowed (R2VPO,
+    """``(r - 1)^2 - delta`` [B, T]: how far the variance of the ratio (around its mean 1) exceeds what is allowed
+    (R2VPO,
     arXiv:2601.03320)."""
     return jnp.square(jnp.exp(log_ratio) - 1) - delta
 
@@ -70,7 +71,8 @@ def toward(logp: Array, target: Array, *, clip: float = 10.0) -> Array:
 
 
 def min_p_log_proxy(logits: Array, tokens: Array, *, kappa: float) -> Array:
-    """[N] log-prob of ``tokens`` under the policy restricted to tokens with ``pi > kappa max pi`` and renormalised; -inf for a
+    """[N] log-prob of ``tokens`` under the policy restricted to tokens with ``pi > kappa max pi`` and renormalised;
+    -inf for a
     token that is cut (Lp-Reg, arXiv:2510.03222).
 
     Args:
@@ -84,7 +86,8 @@ def min_p_log_proxy(logits: Array, tokens: Array, *, kappa: float) -> Array:
 
 def forward_kl_to_proxy(logits: Array, tokens: Array, *, kappa: float) -> Array:
     """[N] ``KL(proxy || pi)`` over the whole vocabulary, the proxy of `min_p_log_proxy` being constant: with
-    ``Z = sum_{kept} pi``, its value is ``-log Z`` and its gradient ``pi - proxy`` in the logits. NaN-free for any kappa < 1."""
+    ``Z = sum_{kept} pi``, its value is ``-log Z`` and its gradient ``pi - proxy`` in the logits. NaN-free for any
+    kappa < 1."""
     logp = jax.nn.log_softmax(logits)
     kept = logits > logits.max(-1, keepdims=True) + jnp.log(promote(kappa))
     inside = lax.stop_gradient(jnp.where(kept, logp, -jnp.inf))

@@ -63,8 +63,10 @@ def clip_mask(
 ) -> Array:
     """Bool: the tokens that a mask of REC keeps (arXiv:2509.24203).
 
-    "two-side": ``1 - eps_low <= r <= 1 + eps_high``; "one-side": ``(A >= 0 and r <= 1 + eps_high) or (A <= 0 and r >= 1 - eps_low)``,
-    the tokens of which PPO keeps the gradient; "ring": two-side, or ``(A >= 0 and r <= 1 - ring_low) or (A <= 0 and r >= 1 +
+    "two-side": ``1 - eps_low <= r <= 1 + eps_high``; "one-side": ``(A >= 0 and r <= 1 + eps_high) or (A <= 0 and r >=
+    1 - eps_low)``,
+    the tokens of which PPO keeps the gradient; "ring": two-side, or ``(A >= 0 and r <= 1 - ring_low) or (A <= 0 and r
+    >= 1 +
     ring_high)``: also what is so far off that its gradient leads back.
     """
     low, high = ratio >= 1 - eps_low, ratio <= 1 + eps_high
@@ -81,20 +83,23 @@ def clip_mask(
 
 
 def hazard(log_ratio: Array, *, k_pos: float, lam_pos: float, k_neg: float, lam_neg: float) -> Array:
-    """``zeta = (softplus(psi)/lam_pos)^k_pos + (softplus(-psi)/lam_neg)^k_neg`` of a bounded log-ratio psi: the cumulative
+    """``zeta = (softplus(psi)/lam_pos)^k_pos + (softplus(-psi)/lam_neg)^k_neg`` of a bounded log-ratio psi: the
+    cumulative
     Weibull hazard of drifting up and down (MHPO, arXiv:2603.16929). No gradient."""
     psi = lax.stop_gradient(log_ratio)
     return (jnp.logaddexp(psi, 0) / lam_pos) ** k_pos + (jnp.logaddexp(-psi, 0) / lam_neg) ** k_neg
 
 
 def squared_residual(log_ratio: Array, adv: Array, tau: float) -> Array:
-    """``(A - tau Delta)^2`` of log-ratios ``Delta`` of whole rows: the residual of mirror descent's optimality condition
+    """``(A - tau Delta)^2`` of log-ratios ``Delta`` of whole rows: the residual of mirror descent's optimality
+    condition
     (Kimi k1.5, arXiv:2501.12599)."""
     return jnp.square(adv - tau * log_ratio)
 
 
 def covariance(logp: Array, adv: Array, weight: Array) -> Array:
-    """``(A - mean A)(logp - mean logp)`` [B, T], means over the tokens of ``weight`` (arXiv:2505.22617, eq. 10). No gradient."""
+    """``(A - mean A)(logp - mean logp)`` [B, T], means over the tokens of ``weight`` (arXiv:2505.22617, eq. 10). No
+    gradient."""
     logp, weight, n = promote(logp), promote(weight), jnp.maximum(promote(weight).sum(), 1)
 
     def centered(x: Array) -> Array:
@@ -118,7 +123,8 @@ def balanced_bounds(
 ) -> tuple[Array, Array]:
     """BAPO's clip bounds (arXiv:2510.18927), found by raising them step by step until positives carry enough weight.
 
-    ``P(ch) = sum_{A >= 0} weight min(r, ch) A`` and ``N(cl) = sum_{A < 0} weight max(r, cl) |A|``; the search stops when
+    ``P(ch) = sum_{A >= 0} weight min(r, ch) A`` and ``N(cl) = sum_{A < 0} weight max(r, cl) |A|``; the search stops
+    when
     ``P/(N + 1e-8)`` (``share``: ``P/(P+N)``) reaches ``target``.
 
     Args:

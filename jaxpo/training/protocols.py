@@ -63,6 +63,7 @@ class NothingLeft(RuntimeError):
     """Dynamic sampling found too few groups with mixed outcomes."""
 
 
+@register("protocol", id="dapo", source="DAPO, arXiv:2503.14476")
 @register("protocol", source="DAPO, arXiv:2503.14476")
 def dynamic_sampling(max_batches: int = 10) -> Protocol:
     """Generate until as many groups with mixed outcomes are there as an iteration trains on; the others are never

@@ -99,14 +99,24 @@ def on_policy(case: Case) -> Case:
 
 
 def rollouts(case: Case) -> jaxpo.Rollouts:
+    per_token = case.mask.shape
+    extra = {k: jnp.asarray(x) for k, x in case.extra.items()}
+    seed = extra.pop("seed", None)
+    slots = {k.removeprefix("logp_"): extra.pop(k) for k in list(extra) if k.startswith("logp_")}
+    extra.pop("log_proxy", None)
     return jaxpo.Rollouts(
+        tokens=jnp.asarray(case.tokens, jnp.int32),
         mask=jnp.asarray(case.mask),
         reward=jnp.asarray(case.reward),
         correct=jnp.asarray(case.correct),
         group=jnp.asarray(case.group, jnp.int32),
+        seed=None if seed is None else seed.astype(jnp.uint32),
         logp_old=jnp.asarray(case.logp_old),
-        slots={"ref": jnp.asarray(case.ref)},
+        entropy_old=jnp.asarray(case.entropy_old),
+        slots={"ref": jnp.asarray(case.ref), **slots},
         count=jnp.asarray(case.count),
+        extras={k: x for k, x in extra.items() if x.shape != per_token},
+        token_extras={k: x for k, x in extra.items() if x.shape == per_token},
     )
 
 
@@ -117,18 +127,25 @@ COMPILE_FAST = {"xla_backend_optimization_level": 0}  # tiny arrays: compiling i
 def _value_and_grad(name: str, hyperparameters: tuple):
     objective = jaxpo.make(name, **dict(hyperparameters))
 
-    def loss(logp, batch):
-        return jaxpo.evaluate(objective, lambda _: jaxpo.TokenStats(logp=logp), batch)[0]
+    def loss(logp, entropy, derived, batch, state):
+        stats = jaxpo.TokenStats(logp=logp, entropy=entropy, derived=derived)
+        return jaxpo.evaluate(objective, lambda _: stats, batch, state)[0]
 
-    return jax.jit(jax.value_and_grad(loss), compiler_options=COMPILE_FAST)
+    return objective, jax.jit(jax.value_and_grad(loss), compiler_options=COMPILE_FAST)
 
 
-def evaluate(name: str, case: Case, **hyperparameters) -> Gradient:
-    """Loss and gradient in log-prob of a registered objective, in float64."""
+def evaluate(name: str, case: Case, *, memory=None, iteration=0, **hyperparameters) -> Gradient:
+    """Loss and gradient in log-prob of a registered objective, in float64, in the given iteration of a run."""
     with jax.enable_x64(True):
-        loss, grad = _value_and_grad(name, tuple(sorted(hyperparameters.items())))(
-            jnp.asarray(case.logp), rollouts(case)
+        objective, value_and_grad = _value_and_grad(name, tuple(sorted(hyperparameters.items())))
+        state = objective.init()
+        new = {k: jnp.asarray(x, jnp.float64) for k, x in (memory or {}).items()}
+        state = state.replace(
+            iteration=jnp.asarray(iteration - 1, jnp.int32),
+            memory={**{k: x.astype(jnp.float64) for k, x in state.memory.items()}, **new},
         )
+        derived = {"log_proxy": jnp.asarray(case.extra["log_proxy"])} if "log_proxy" in case.extra else {}
+        loss, grad = value_and_grad(jnp.asarray(case.logp), jnp.asarray(case.entropy), derived, rollouts(case), state)
         assert loss.dtype == grad.dtype == jnp.float64
         return float(loss), np.asarray(grad)
 

@@ -1,0 +1,22 @@
+"""Aggregations by name: ``(mask, count, batch) -> weight``."""
+
+from jaxpo.primitives import aggregation
+from jaxpo.registry import make, names, register, unknown
+
+for _name, _fn in aggregation.PER_TOKEN.items():
+    register("aggregation", id=_name)((lambda fn: lambda: fn)(_fn))
+for _name, _fn in aggregation.WITH_CONSTANT.items():
+    register("aggregation", id=_name, budget={"L_const": 1.0})(_fn)
+
+
+def aggregation_of(agg: str, L_const: float | None = None) -> aggregation.Aggregation:  # noqa: N803
+    """The aggregation called ``agg``; ``L_const`` belongs to the ``*_const`` ones and is refused elsewhere."""
+    if agg not in names("aggregation"):
+        raise ValueError(unknown("aggregation", agg, names("aggregation")))
+    if agg in aggregation.WITH_CONSTANT:
+        return make(agg, "aggregation", L_const=L_const)
+    if L_const is not None:
+        raise ValueError(
+            f"L_const has no effect with agg={agg!r}; it belongs to {' and '.join(aggregation.WITH_CONSTANT)}"
+        )
+    return make(agg, "aggregation")

@@ -1,0 +1,185 @@
+"""Advantages of single tokens [B, T]: returns-to-go, segments, shared prefixes, entropy. Nothing here carries a
+gradient. Positions are ordinals among a row's masked tokens, so masks may have holes."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxpo.primitives.grouping import group_mean, group_size, group_std, group_sum, segments
+from jaxpo.primitives.numerics import promote, ratio_or_zero
+from jaxpo.primitives.selection import kth_smallest
+
+
+def ordinals(mask: Array) -> Array:
+    """[B, T] int: the place of each masked token among its row's masked tokens (of others: of the one before)."""
+    return jnp.cumsum(mask > 0, -1) - 1
+
+
+def last_token(mask: Array) -> Array:
+    """[B, T] bool: the row's last masked token."""
+    return (mask > 0) & (jnp.cumsum((mask > 0)[:, ::-1], -1)[:, ::-1] == 1)
+
+
+def next_at(x: Array, at: Array, end: Array) -> Array:
+    """[B, T] ``x`` at the nearest *later* position where ``at`` holds; ``end`` [B] after the last one."""
+    t = at.shape[1]
+    index = jnp.where(at, jnp.arange(t), t)
+    after = lax.cummin(jnp.pad(index[:, 1:], ((0, 0), (0, 1)), constant_values=t), axis=1, reverse=True)
+    return jnp.where(after < t, jnp.take_along_axis(x, jnp.minimum(after, t - 1), 1), end[:, None])
+
+
+def previous_at(x: Array, at: Array) -> tuple[Array, Array]:
+    """[B, T] ``x`` at the nearest position up to this one where ``at`` holds, and whether there is one."""
+    index = lax.cummax(jnp.where(at, jnp.arange(at.shape[1]), -1), axis=1)
+    return jnp.take_along_axis(x, jnp.maximum(index, 0), 1), index >= 0
+
+
+def returns_to_go(token_reward: Array, mask: Array, gamma: float | Array = 1.0) -> Array:
+    """``G_t = sum_{s >= t} gamma^(s-t) rho_s`` over masked positions [B, T]."""
+    on = mask > 0
+    decay = jnp.where(on, gamma, 1.0).astype(promote(token_reward).dtype)
+    reward = jnp.where(on, promote(token_reward), 0)
+
+    def later_first(late: tuple[Array, Array], early: tuple[Array, Array]) -> tuple[Array, Array]:
+        return early[0] * late[0], early[1] + early[0] * late[1]
+
+    return lax.associative_scan(later_first, (decay, reward), reverse=True, axis=1)[1]
+
+
+def token_whitened(x: Array, weight: Array, *, eps: float = 1e-8) -> Array:
+    """``(x - mean) / sqrt(var + eps)`` [B, T] over the tokens of ``weight`` [B, T] (their multiplicity), sample
+    variance.
+
+    Exactly 0 where all are the same, or there are fewer than two.
+    """
+    x, weight = promote(x), promote(weight)
+    n = weight.sum()
+    mean = ratio_or_zero(jnp.sum(jnp.where(weight > 0, x, 0) * weight), n)
+    square = jnp.where(weight > 0, jnp.square(x - mean), 0)
+    variance = ratio_or_zero(jnp.sum(square * weight), jnp.maximum(n - 1, 0))
+    constant = jnp.max(jnp.where(weight > 0, x, -jnp.inf)) <= jnp.min(jnp.where(weight > 0, x, jnp.inf))
+    return lax.stop_gradient(jnp.where(constant | (n < 2), 0, (x - mean) * lax.rsqrt(variance + eps)))
+
+
+def segment_advantage(
+    reward: Array, mc_value: Array, logp_old: Array, mask: Array, *, interval: int = 5, threshold: float = 0.9
+) -> Array:
+    """Monte-Carlo advantages of segments [B, T] (SPO-chain, arXiv:2505.23564).
+
+    Tokens with ``p = exp(logp_old) < threshold`` are low; every ``interval``-th of them, from the first, is a cutpoint;
+    a segment runs from a cutpoint to the next and has ``V(next) - V(own)``, the last one ``reward - V(own)``. Tokens
+    before the first cutpoint and tokens with ``p > threshold`` get 0.
+
+    Args:
+      mc_value: [B, T] value of the prefix *before* each token, read at cutpoints only (`cutpoints`).
+    """
+    cuts = cutpoints(logp_old, mask, interval=interval, threshold=threshold)
+    value = promote(mc_value)
+    here, inside = previous_at(value, cuts)
+    gain = next_at(value, cuts, promote(reward)) - here
+    sure = jnp.exp(promote(logp_old)) > threshold
+    return lax.stop_gradient(jnp.where(inside & ~sure & (mask > 0), gain, 0))
+
+
+def cutpoints(logp_old: Array, mask: Array, *, interval: int = 5, threshold: float = 0.9) -> Array:
+    """[B, T] bool: every ``interval``-th token with ``exp(logp_old) < threshold``, beginning with the first."""
+    low = (jnp.exp(promote(logp_old)) < threshold) & (mask > 0)
+    return low & (ordinals(low) % interval == 0)
+
+
+def _shared(tokens: Array, place: Array, on: Array, group: Array, positive: Array, negative: Array) -> Array:
+    """[B, T] bool: some positive and some negative row of the group have this very token at this place."""
+    b, t = tokens.shape
+    ids = segments(group)
+    rows = jnp.arange(b)[:, None]
+    at = jnp.full((b, t), -1, tokens.dtype).at[rows, jnp.where(on, place, t)].set(tokens, mode="drop")
+    index = jnp.broadcast_to(jnp.arange(b, dtype=jnp.int32), (t, b))
+    owner = jnp.where(at.T >= 0, ids[None], b).astype(jnp.int32)  # absent tokens are nobody's
+    owner, token, index = lax.sort((owner, at.T, index), dimension=1, num_keys=2)
+    new = jnp.pad((owner[:, 1:] != owner[:, :-1]) | (token[:, 1:] != token[:, :-1]), ((0, 0), (1, 0)))
+    run = jnp.cumsum(new, -1) + b * jnp.arange(t)[:, None]
+
+    def any_of(x: Array) -> Array:
+        return jax.ops.segment_max(x[index].reshape(-1).astype(jnp.int32), run.reshape(-1), num_segments=b * t) > 0
+
+    both = (any_of(positive) & any_of(negative))[run] & (owner < b)
+    unsorted = jnp.zeros((t, b), bool).at[jnp.arange(t)[:, None], index].set(both)
+    return jnp.take_along_axis(unsorted.T, jnp.clip(place, 0, t - 1), 1) & on
+
+
+def shared_runs(tokens: Array, mask: Array, group: Array, adv: Array) -> tuple[Array, Array]:
+    """[B, T] bool twice: the row's forward run and its backward run (GTPO, arXiv:2508.03772).
+
+    A (place, token) is in conflict when some row of the group with A > 0 and some row with A < 0 hold it; the forward
+    run
+    is the longest prefix of conflicts, the backward run the longest suffix with places counted from each row's own end.
+    """
+    on = mask > 0
+    forward = ordinals(mask)
+    backward = on.sum(-1, keepdims=True) - 1 - forward
+    positive, negative = adv > 0, adv < 0
+    ahead = _shared(tokens, forward, on, group, positive, negative)
+    behind = _shared(tokens, backward, on, group, positive, negative)
+    prefix = jnp.cumprod(jnp.where(on, ahead, True), -1).astype(bool) & on
+    suffix = lax.cumprod(jnp.where(on, behind, True).astype(jnp.int32), axis=1, reverse=True).astype(bool) & on
+    return prefix, suffix
+
+
+def conflict_weight(
+    tokens: Array, mask: Array, group: Array, adv: Array, *, w_pos: float = 2.0, normalize: bool = True
+) -> Array:
+    """``lambda_t / n_i`` [B, T] of GTPO: each run multiplies its tokens by ``w_pos`` (A > 0) or 0 (A < 0), and
+    ``n_i`` is
+    the longer run (at least 1; 1 with ``normalize=False``). Rows with A = 0 have weight 1."""
+    prefix, suffix = shared_runs(tokens, mask, group, adv)
+    factor = jnp.where(adv > 0, w_pos, jnp.where(adv < 0, 0.0, 1.0))[:, None]
+    weight = jnp.where(prefix, factor, 1.0) * jnp.where(suffix, factor, 1.0)
+    if not normalize:
+        return weight
+    longest = jnp.maximum(jnp.maximum(prefix.sum(-1), suffix.sum(-1)), 1).astype(weight.dtype)
+    return weight / jnp.where(adv != 0, longest, 1)[:, None]
+
+
+def token_group_normalized(
+    reward: Array, mask: Array, group: Array, count: Array, fallback: Array, *, guard: float = 5.0
+) -> Array:
+    """[B] ``(reward - mean) / (std + 1e-6)`` with mean and population std over all *tokens* of the group (HAPO,
+    arXiv:2509.16591); a group with some |A| >= ``guard`` has ``fallback`` [B] instead."""
+    tokens = promote((mask > 0).sum(-1)) * promote(count)
+    mean = group_mean(reward, group, tokens)
+    std = group_std(reward, group, tokens, 0)
+    adv = jnp.where(std > 0, (promote(reward) - mean) / (std + 1e-6), 0)
+    too_large = group_sum(jnp.where(tokens > 0, jnp.abs(adv) >= guard, False).astype(adv.dtype), group) > 0
+    alone = group_size(group, count) == 1
+    return lax.stop_gradient(jnp.where(too_large | alone | (jnp.asarray(guard) <= 0), fallback, adv))
+
+
+def entropy_signal(
+    entropy: Array, weight: Array, *, rho: float = 0.8, official: bool = False
+) -> tuple[Array, dict[str, Array]]:
+    """HAPO's ``h`` [B, T] and the four numbers that define it.
+
+    ``l = log max(H, 1e-8)``; ``q`` its rho-quantile by nearest index over the tokens of ``weight``; ``s`` the RMS
+    distance
+    to it; ``z = (l - q)/s``; ``h = z / max positive z`` above, ``z / |min z|`` below (``official``: divided by ``min
+    z``,
+    which makes it positive too).
+    """
+    level = jnp.log(jnp.maximum(promote(entropy), 1e-8))
+    weight = promote(weight)
+    n = weight.sum()
+    q = kth_smallest(level, weight, jnp.round(rho * (n - 1)) + 1)
+    q = jnp.where(n > 0, q, 0)
+    s = jnp.sqrt(ratio_or_zero(jnp.sum(jnp.where(weight > 0, jnp.square(level - q), 0) * weight), n))
+    z = ratio_or_zero(level - q, s)
+    high = jnp.maximum(jnp.max(jnp.where(weight > 0, z, 0)), 1e-8)
+    low = jnp.maximum(jnp.max(jnp.where(weight > 0, -z, 0)), 1e-8)
+    numbers = dict(q=q, s=s, high=high, low=low)
+    h = entropy_position(entropy, numbers, official=official)
+    return lax.stop_gradient(jnp.where(weight > 0, h, 0)), lax.stop_gradient(numbers)
+
+
+def entropy_position(entropy: Array, numbers: dict[str, Array], *, official: bool = False) -> Array:
+    """``h`` of any entropies, by the numbers of an earlier `entropy_signal`."""
+    z = ratio_or_zero(jnp.log(jnp.maximum(promote(entropy), 1e-8)) - numbers["q"], numbers["s"])
+    return jnp.where(z > 0, z / numbers["high"], (-z if official else z) / numbers["low"])
