@@ -10,7 +10,7 @@ is broken, and returns one line on what it compared. ``padding_invariance(case("
 import dataclasses
 import inspect
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -80,7 +80,9 @@ class Case:
     @cached_property
     def stats(self) -> TokenStats:
         """What `bigram` says of the batch, as plain arrays."""
-        return _jit(partial(bigram, self.objective.wants | self.objective.peeks))(self.params, self.batch)
+        return _jit(partial(bigram, self.objective, self.objective.wants | self.objective.peeks))(
+            self.params, self.batch
+        )
 
     @cached_property
     def direct(self) -> Callable[[TokenStats, Rollouts], Outcome]:
@@ -140,7 +142,7 @@ def case(objective: Subject, batch: Rollouts | None = None, /, **hyperparameters
     row = next((r for r in rows if objective in (r.id, r.factory)), None)
     name, factory = (row.id, row.factory) if row else (objective.__name__, objective)
     if row:
-        budget = {key: share * WIDTH for key, share in row.budget.items()}
+        budget = {key: 10 if share == "steps" else share * WIDTH for key, share in row.budget.items()}
         hyperparameters = {**budget, **hyperparameters}
     registry.check_arguments(f"objective {name!r}", hyperparameters, inspect.signature(factory).parameters)
     built = factory(**hyperparameters)
@@ -163,7 +165,13 @@ def example(objective: Objective) -> Rollouts:
     def logp() -> np.ndarray:
         return rng.normal(-2, 0.5, (b, WIDTH)).astype(np.float32)
 
-    known = {"logp", *Rollouts.__dataclass_fields__}
+    extras = {
+        "rewards_multi": rng.uniform(size=(b, 3)),
+        "tracker_value": rng.uniform(size=b),
+        "edge_adv": rng.normal(size=b),
+        "mc_value": rng.uniform(size=(b, WIDTH)),
+    }
+    known = {"logp", *Rollouts.__dataclass_fields__, *extras}
     strange = sorted(n for n in objective.needs if n not in known and not n.startswith("logp_"))
     if strange:
         raise ValueError(f"no example of {strange[0]!r}, which this objective needs: give check a batch that has it")
@@ -178,26 +186,31 @@ def example(objective: Objective) -> Rollouts:
         role=np.resize(roles, b).astype(np.int32),
         prompt=group,
         seed=rng.integers(0, 2**32, b, dtype=np.uint32),
-        reward=rng.normal(size=b).astype(np.float32),
+        reward=_allowed(objective, rng.normal(size=b).astype(np.float32)),
         correct=np.resize([0, 1, 1, 0], b).astype(np.float32),
         truncated=(lengths == WIDTH).astype(np.float32),
         entropy_old=rng.uniform(0, 1, (b, WIDTH)).astype(np.float32),
         value_old=logp(),
         layout=objective.layout,
     )
+    # The first row, which `count_is_multiplicity` doubles, is at the end of its group's order.
+    batch.entropy_old[:] *= np.resize([0.1, 1, 0.4, 0.7], b)[:, None]
     batch = jax.tree.map(jnp.asarray, batch)
     slots = {n.removeprefix("logp_") for n in objective.needs if n.startswith("logp_")} - {"old", "beh"}
-    said = bigram(frozenset({"logp"}), parameters(), batch).logp
+    said = bigram(objective, frozenset({"logp"}), parameters(), batch).logp
 
     def near(x: Array, scale: float) -> Array:
         return x + jnp.asarray(rng.normal(0, scale, x.shape), jnp.float32)
 
     old = near(said, 0.3)  # some ratios are clipped and some are not
+    asked = {n: jnp.asarray(x, jnp.float32) for n, x in extras.items() if n in objective.needs}
+    per_token = {n: x for n, x in asked.items() if x.shape == batch.mask.shape}
     return complete(
         batch.replace(
             logp_old=old,
             logp_beh=near(old, 0.01),
-            token_extras={"logp_sampler": near(old, 0.01)},
+            extras={n: x for n, x in asked.items() if n not in per_token},
+            token_extras={"logp_sampler": near(old, 0.01), **per_token},
             slots={name: near(said, 0.5) for name in sorted(slots | {"ref"})},
         )
     )
@@ -207,11 +220,21 @@ def parameters() -> dict[str, Array]:
     """Parameters of the policy `bigram`."""
     rng = np.random.default_rng(1)
     shapes = {"table": (VOCABULARY, VOCABULARY), "head": (VOCABULARY,)}
-    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    scale = {"table": 6, "head": 1}  # some tokens are all but certain and some all but impossible
+    return {name: jnp.asarray(scale[name] * rng.normal(size=x), jnp.float32) for name, x in shapes.items()}
 
 
-def bigram(wants: frozenset[str], params: dict[str, Array], batch: Rollouts) -> TokenStats:
-    """A policy of two small tables: logits of a token given the one before it. Gives the statistics in ``wants``."""
+def _allowed(objective: Objective, reward: Array) -> Array:
+    """The rewards, squeezed in their order into the range that the objective is defined for."""
+    if objective.rewards is None:
+        return reward
+    low, high = objective.rewards
+    return low + (high - low) / (1 + np.exp(-np.asarray(reward)))
+
+
+def bigram(objective: Objective, wants: frozenset[str], params: dict[str, Array], batch: Rollouts) -> TokenStats:
+    """A policy of two small tables: logits of a token given the one before it. Gives the statistics in ``wants``, also
+    those that the objective derives from logits."""
     before = batch.tokens[:, batch.prompt_width - 1 : -1]
     logits = params["table"][before]
     logps = jax.nn.log_softmax(logits)
@@ -224,19 +247,21 @@ def bigram(wants: frozenset[str], params: dict[str, Array], batch: Rollouts) -> 
         "score": jnp.sum(value * (batch.mask > 0), -1),
         "embed": jnp.sum(logits * (batch.mask > 0)[..., None], 1),
     }
-    return TokenStats(**{name: said[name] for name in wants})
+    flat = logits.reshape(-1, VOCABULARY), batch.completions.reshape(-1)
+    derived = {n: f(*flat).reshape(batch.mask.shape) for n, f in objective.derived.items() if n in wants}
+    return TokenStats(**{name: said[name] for name in wants - set(derived)}, derived=derived)
 
 
 # ---- the two ways to evaluate --------------------------------------------------------------------------------------
 
 
-def direct(objective: Objective, stats: TokenStats, batch: Rollouts) -> Outcome:
+def direct(objective: Objective, stats: TokenStats, batch: Rollouts, state: Any = None) -> Outcome:
     """`evaluate` of plain arrays; ``grads`` is (gradient into them, gradient into every float of the batch)."""
     floats = jax.tree.map(lambda x: x if _is_float(x) else None, batch)
 
     def loss(stats: TokenStats, floats: Rollouts) -> tuple[Array, dict[str, Array]]:
         whole = jax.tree.map(lambda x, y: y if x is None else x, floats, batch, is_leaf=lambda x: x is None)
-        value, report = evaluate(objective, lambda _: stats, whole)
+        value, report = evaluate(objective, lambda _: stats, whole, state)
         return value, results(report)
 
     (value, report), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(stats, floats)
@@ -248,9 +273,9 @@ def train(objective: Objective, params: dict[str, Array], batch: Rollouts, micro
     batch, state = objective.prepare(batch, objective.init())
     peek = None
     if objective.peeks:
-        peek = score(partial(bigram, objective.peeks), params, batch, microbatches=microbatches)
+        peek = score(partial(bigram, objective, objective.peeks), params, batch, microbatches=microbatches)
     batch = objective.weigh(batch, state, peek)
-    apply = partial(bigram, objective.wants)
+    apply = partial(bigram, objective, objective.wants)
     value, grads, report = accumulate(objective, apply, params, batch, state, microbatches=microbatches)
     return Outcome(value, grads, results(report))
 
@@ -347,8 +372,8 @@ def _hostile(case: Case) -> Iterator[tuple[str, TokenStats, Rollouts]]:
         "no row counts": {"count": 0 * ones},
         "groups of one unit": {"group": (index // case.unit).astype(batch.group.dtype)},
         "one group": {"group": jnp.zeros_like(batch.group)},
-        "groups without variance": {"reward": group_number},
-        "equal rewards": {"reward": ones / 3},
+        "groups without variance": {"reward": _allowed(case.objective, group_number)},
+        "equal rewards": {"reward": _allowed(case.objective, ones / 3)},
         "all correct": {"correct": ones},
         "none correct": {"correct": 0 * ones},
         "all truncated": {"truncated": ones},
@@ -445,7 +470,8 @@ def independent_replicas(case: Case) -> str:
     n, f = 2 * devices, partial(train, case.objective)
     params = [jax.tree.map(lambda x, i=i: x * (1 + i / 10), case.params) for i in range(n)]
     batches = [take(case.batch, case.rows(np.roll(np.arange(case.units), i))) for i in range(n)]
-    batches = [b if b.reward is None else b.replace(reward=b.reward * (i + 1)) for i, b in enumerate(batches)]
+    factor = [1 / (i + 1) if case.objective.rewards else i + 1 for i in range(n)]
+    batches = [b if b.reward is None else b.replace(reward=b.reward * x) for b, x in zip(batches, factor, strict=True)]
     expected = _stack([case.train(p, b) for p, b in zip(params, batches, strict=True)])
     mesh = jax.make_mesh((devices,), ("replica",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
     spec = PartitionSpec("replica")
@@ -570,10 +596,15 @@ def needs_is_exact(case: Case) -> str:
     prepared, _ = objective.prepare(batch, objective.init())
     standard = results(standard_metrics(case.stats, prepared.replace(logp_old=case.stats.logp)))
 
+    later = _stepped(case)[1]
+
     def effects(batch: Rollouts) -> dict[str, np.ndarray]:
-        out = case.direct(case.stats, batch)
-        own = {name: x for name, x in out.metrics.items() if name not in standard}  # every objective reports the others
-        return _leaves(out._replace(grads=out.grads[0], metrics=own))
+        """Of the first iteration and of the second, in which the objective may remember the first."""
+        outs = []
+        for out in (case.direct(case.stats, batch), case.direct(case.stats, batch, later)):
+            own = {name: x for name, x in out.metrics.items() if name not in standard}  # which every objective reports
+            outs.append(out._replace(grads=out.grads[0], metrics=own))
+        return _leaves(outs)
 
     before = effects(batch)
     for name in sorted(objective.needs):
@@ -597,14 +628,23 @@ def _without(batch: Rollouts, name: str) -> Rollouts:
     return _replaced(batch, name, None)
 
 
+def _stepped(case: Case) -> tuple[Any, Any]:
+    """The objective's state after ``prepare``, and after the first optimizer step."""
+    objective, stats = case.objective, case.stats
+
+    def step(batch: Rollouts) -> tuple[Any, Any]:
+        batch, state = objective.prepare(batch, objective.init())
+        batch = objective.weigh(batch, state, stats if objective.peeks else None)
+        return state, objective.update(state, batch, objective.loss(lambda _: stats, batch, state)[1])
+
+    return _jit(step)(case.batch)
+
+
 def state_survives_a_checkpoint(case: Case) -> str:
     """State is a pytree of arrays of one form, counts iterations and steps, and comes back from disk bit for bit."""
     objective = case.objective
     begin = objective.init()
-    batch, prepared = objective.prepare(case.batch, begin)
-    stats = case.stats
-    report = jax.eval_shape(lambda b: evaluate(objective, lambda _: stats, b)[1], case.batch)
-    stepped = objective.update(prepared, batch, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), report))
+    prepared, stepped = _stepped(case)
     clock = [(int(s.iteration), int(s.step)) for s in (begin, prepared, stepped)]
     expected = [(-1, 0), (0, 0), (0, 1)]
     assert clock == expected, f"(iteration, step) after init, prepare, update is {clock} instead of {expected}"
@@ -657,17 +697,25 @@ CONTRACTS: tuple[Callable[[Case], str], ...] = (
 )
 
 
-def check(objective: Subject, batch: Rollouts | None = None, /, **hyperparameters: Any) -> Report:
-    """Run every contract on a registered objective, or on a user's own.
+def check(
+    objective: Subject,
+    batch: Rollouts | None = None,
+    /,
+    *,
+    contracts: Sequence[Callable[[Case], str]] | None = None,
+    **hyperparameters: Any,
+) -> Report:
+    """Run every contract (or those of ``contracts``) on a registered objective, or on a user's own.
 
-    Args: as `case`. With 8 devices (``jax_num_cpu_devices``) the mesh is checked too.
+    Other arguments: as `case`. With 8 devices (``jax_num_cpu_devices``) the mesh is checked too.
 
     Raises:
       AssertionError: listing every contract that is broken, with the numbers.
     """
     subject = case(objective, batch, **hyperparameters)
     checked, skipped, broken = {}, {}, {}
-    for contract in CONTRACTS:
+    contracts = CONTRACTS if contracts is None else contracts
+    for contract in contracts:
         try:
             checked[contract.__name__] = contract(subject)
         except NotChecked as reason:
@@ -677,5 +725,5 @@ def check(objective: Subject, batch: Rollouts | None = None, /, **hyperparameter
             broken[contract.__name__] = line if isinstance(error, AssertionError) else f"{type(error).__name__}: {line}"
     if broken:
         lines = "".join(f"\n  {name}: {why}" for name, why in broken.items())
-        raise AssertionError(f"{subject.name} breaks {len(broken)} of {len(CONTRACTS)} contracts:{lines}")
+        raise AssertionError(f"{subject.name} breaks {len(broken)} of {len(contracts)} contracts:{lines}")
     return Report(subject.name, checked, skipped)

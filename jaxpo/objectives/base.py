@@ -74,6 +74,7 @@ class Protocol(NamedTuple):
     before(run, tools, rollouts) -> (run, rollouts): scored, no gradient yet. after(run, tools, rollouts) -> run: last
     optimizer step done.
     sampler(state) -> SamplingOptions, or None = the configured ones.
+    provides: fields of the batch that it adds.
     """
 
     init: Callable[[Any], Any]
@@ -81,6 +82,7 @@ class Protocol(NamedTuple):
     before: Callable[[Any, Any, Rollouts], tuple[Any, Rollouts]]
     after: Callable[[Any, Any, Rollouts], Any]
     sampler: Callable[[State], Any]
+    provides: frozenset[str] = frozenset()
 
 
 class Term(NamedTuple):

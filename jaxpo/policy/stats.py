@@ -1,6 +1,8 @@
 """What the policy says of a batch: hidden states of the completion positions, reduced to `TokenStats`."""
 
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from jaxpo.policy.transformer import Attend, Model, Params
 from jaxpo.registry import unknown
 
 AVAILABLE = ("logp", "entropy")
+Statistic = Callable[[Array, Array], Array]  # (logits [n, V], tokens [n]) -> [n]
 
 
 def prompt_mask(prompt_length: Array | None, rows: int, width: int) -> Array:
@@ -88,25 +91,63 @@ def token_stats(
     batch: Rollouts,
     *,
     wants: frozenset[str] = frozenset({"logp", "entropy"}),
+    derived: Mapping[str, Statistic] = MappingProxyType({}),
     temperature: float = 1.0,
 ) -> TokenStats:
     """`TokenStats` of the completion tokens; logp and entropy [B, T] of ``softmax(logits / temperature)``, in float32.
+
+    Args:
+      derived: name -> function of (logits [n, V], tokens [n]); those in ``wants`` are computed for a few tokens at
+        a time,
+        and again in the backward pass.
 
     Raises:
       ValueError: ``wants`` holds a statistic that this policy does not give.
     """
     for name in wants:
-        if name not in AVAILABLE:
-            raise ValueError(unknown("policy statistic", name, AVAILABLE))
+        if name not in AVAILABLE and name not in derived:
+            raise ValueError(unknown("policy statistic", name, (*AVAILABLE, *derived)))
     hidden = completion_hidden(model, params, batch)
-    out = token_logprob(
-        hidden.reshape(-1, hidden.shape[-1]),
-        model.unembed(params).T,
-        batch.completions.reshape(-1),
-        temperature=temperature,
-    )
+    hidden, tokens = hidden.reshape(-1, hidden.shape[-1]), batch.completions.reshape(-1)
+    out = token_logprob(hidden, model.unembed(params).T, tokens, temperature=temperature)
     shape = batch.rows, batch.width
-    return TokenStats(logp=out.logp.reshape(shape), entropy=out.entropy.reshape(shape))
+    asked = {name: f for name, f in derived.items() if name in wants}
+    more = derived_stats(model, params, hidden, tokens, asked, temperature=temperature) if asked else {}
+    return TokenStats(
+        logp=out.logp.reshape(shape),
+        entropy=out.entropy.reshape(shape),
+        derived={name: x.reshape(shape) for name, x in more.items()},
+    )
+
+
+def derived_stats(
+    model: Model,
+    params: Params,
+    hidden: Array,
+    tokens: Array,
+    derived: Mapping[str, Statistic],
+    *,
+    temperature: float = 1.0,
+    logits_at_once: int = 2**22,
+) -> dict[str, Array]:
+    """Statistics of logits [N] by name, from hidden states [N, D], for so many tokens at a time that
+    ``logits_at_once`` numbers
+    are held."""
+    n = hidden.shape[0]
+    size = min(n, max(1, logits_at_once // model.config.vocab_size))
+    blocks = -(-n // size)
+    grow = blocks * size - n
+    parts = (
+        jnp.pad(hidden, ((0, grow), (0, 0))).reshape(blocks, size, -1),
+        jnp.pad(tokens, (0, grow)).reshape(blocks, size),
+    )
+
+    @jax.checkpoint
+    def block(part: tuple[Array, Array]) -> dict[str, Array]:
+        logits = model.logits(params, part[0]) / temperature
+        return {name: f(logits, part[1]) for name, f in derived.items()}
+
+    return {name: x.reshape(-1)[:n] for name, x in jax.lax.map(block, parts).items()}
 
 
 def policy_of(model: Model, **options: object) -> partial:

@@ -33,7 +33,8 @@ def _kth(keys: Array, weight: Array, k: Array) -> Array:
         trial = low | (jnp.array(1, keys.dtype) << (bits - 1 - i).astype(keys.dtype))
         return jnp.where(jnp.sum(jnp.where(keys < trial, weight, 0)) < k, trial, low)
 
-    return lax.fori_loop(0, bits, try_bit, jnp.zeros((), keys.dtype))
+    start = jnp.min(keys) & 0  # varies over a mesh as the keys do
+    return lax.fori_loop(0, bits, try_bit, start)
 
 
 def kth_smallest(x: Array, weight: Array, k: Array) -> Array:
@@ -98,7 +99,7 @@ def max_variance(x: Array, group: Array, count: Array, n: Array) -> Array:
         value = variance(k.astype(x.dtype))
         return jnp.where(value > best[0], value, best[0]), jnp.where(value > best[0], k.astype(x.dtype), best[1])
 
-    start = jnp.full(b, -jnp.inf, x.dtype), jnp.zeros(b, x.dtype)
+    start = 0 * x - jnp.inf, 0 * x
     _, k = lax.fori_loop(0, b + 1, better, start)
     units = sum(shares(k))
     in_tie = jnp.where(tied, units[None], 0).sum(1)  # the subset's share of equal values, dealt out from the first

@@ -21,13 +21,14 @@ from ml_collections import ConfigDict, config_dict
 from ml_collections.config_flags import config_flags
 
 from jaxpo import registry
-from jaxpo.objectives import Objective, make
+from jaxpo.objectives import Objective, Protocol, make
 from jaxpo.parallel.mesh import mesh_shape
 from jaxpo.policy.transformer import TransformerConfig
 from jaxpo.registry import unknown
 from jaxpo.rollout.sampling import SamplingOptions
 from jaxpo.rollout.sampling import validate as validate_sampling
 from jaxpo.tasks.base import task_arguments
+from jaxpo.training import protocols  # noqa: F401 (imported for its registrations)
 from jaxpo.training.optimizers import make_optimizer, optimizer_arguments, schedule_arguments
 
 EMPTY = inspect.Parameter.empty
@@ -130,7 +131,7 @@ def default() -> ConfigDict:
             ),  # completions per prompt for pass@k
             checkpoint=dict(every=50, keep=2),
             mesh=dict(data=-1, fsdp=1, tensor=1),
-            dynamic_sampling=dict(max_batches=10),  # generation batches at most, for objectives whose protocol refills
+            protocol=dict(name=optional(str)),  # how data is gathered; None = as the objective says
             logging=dict(tensorboard=False, wandb_project=optional(str), samples=8, plot_seconds=20.0),
             nonfinite_patience=5,  # consecutive skipped steps before the run stops
             compilation_cache=optional(str),
@@ -165,7 +166,7 @@ def _check_fields(config: ConfigDict, known: ConfigDict, path: str = "") -> None
     for field, value in config.items():
         if field not in known:
             raise ValueError(unknown(f"field of config{path}", field, known))
-        if isinstance(value, ConfigDict) and f"{path}.{field}"[1:] not in NAMED:
+        if isinstance(value, ConfigDict) and f"{path}.{field}"[1:] not in (*NAMED, "protocol"):
             _check_fields(value, known[field], f"{path}.{field}")
 
 
@@ -192,11 +193,40 @@ def fill(config: ConfigDict) -> ConfigDict:
             budget = registry.entry(block.name).budget if path == "objective" else {}
             for name, parameter in parameters.items():
                 if name in budget and block.get(name) is None:
-                    share = budget[name] * config.sampling.max_new_tokens
+                    share = budget[name]
+                    share = config.steps if share == "steps" else share * config.sampling.max_new_tokens
                     block[name] = max(1, round(share)) if parameter.annotation is int else share
                 elif name not in block:
                     block[name] = _value(parameter)
+        _fill_protocol(config)
     return config
+
+
+def _fill_protocol(config: ConfigDict) -> None:
+    """The protocol's own options; those that the objective's hyperparameters set are not asked for again."""
+    block, objective = config.protocol, objective_of(config)
+    name = block.name or objective.protocol
+    parameters = registry.entry(name, "protocol").parameters
+    taken = objective.protocol_options if name == objective.protocol else {}
+    for field in block:
+        if field in taken:
+            raise ValueError(f"config.protocol.{field} is set by config.objective.{field} ({config.objective.name})")
+        if field != "name" and field not in parameters:
+            raise ValueError(unknown(f"field of config.protocol ({name})", field, ["name", *parameters]))
+    for field, parameter in parameters.items():
+        if field not in block and field not in taken:
+            block[field] = _value(parameter)
+
+
+def protocol_of(config: ConfigDict) -> Protocol:
+    """The protocol of a filled config: its own options, and those that the objective sets."""
+    objective = objective_of(config)
+    name = config.protocol.name or objective.protocol
+    parameters = registry.entry(name, "protocol").parameters
+    taken = dict(objective.protocol_options) if name == objective.protocol else {}
+    given = arguments_of(config.protocol, parameters)
+    registry.check_arguments(f"protocol {name!r}", given, parameters)
+    return make(name, "protocol", **{**given, **taken})
 
 
 def arguments_of(block: ConfigDict, parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
@@ -283,12 +313,18 @@ def parse(
             block = path.rsplit(".", 1)[0]
             if path.endswith(".name") and block in NAMED and _block(config, block).name != value:
                 with config.unlocked():
+                    if block == "objective":  # it brings its own protocol
+                        config.protocol = ConfigDict(dict(name=config_dict.placeholder(str)))
                     for field in [f for f in _block(config, block) if f not in ("name", *OWN.get(block, ()))]:
                         del _block(config, block)[field]
                     _block(config, block).name = value
         for path, value in overrides:  # the generation budget decides defaults
             if path == "sampling.max_new_tokens" and value.isdigit():
                 config.sampling.max_new_tokens = int(value)
+            if path == "steps" and value.isdigit():
+                config.steps = int(value)
+            if path == "protocol.name":
+                config.protocol.name = value
         fill(config)
         _check_paths(config, [path for path, _ in overrides])
         argv = [a for a in argv if not a.startswith("--config=")]
@@ -344,7 +380,6 @@ def validate(config: ConfigDict, devices: int) -> ConfigDict:
         "warm_start.microbatches",
         "sampling.max_new_tokens",
         "nonfinite_patience",
-        "dynamic_sampling.max_batches",
     )
     for path in ("steps", "warm_start.steps"):
         if _block(config, path) < 0:
@@ -358,6 +393,7 @@ def validate(config: ConfigDict, devices: int) -> ConfigDict:
         raise ValueError(f"config.evaluation.pass_at holds k of at least 1, not {config.evaluation.pass_at}")
     fill(config)
     objective = objective_of(config)
+    protocol_of(config)
     sampling_of(config)
     TransformerConfig(vocab_size=1, **config.policy)
     make_optimizer(config.optimizer.to_dict(), max(config.steps, 1))

@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 
 from jaxpo.batch import Rollouts
 from jaxpo.objectives import Protocol
+from jaxpo.objectives.base import check_rewards
 from jaxpo.policy.transformer import Params, parameter_count
-from jaxpo.registry import check_arguments, entry, make
 from jaxpo.training import evaluation
 from jaxpo.training.checkpoint import Checkpoints, check
 from jaxpo.training.plots import plot_curves
@@ -164,7 +164,7 @@ def score_companions(workspace: Workspace, run: Run, batch: Rollouts) -> Rollout
     scored = batch.replace(slots={name: workspace.score(params, batch).logp for name, params in run.slots.items()})
     if workspace.optimizer_steps() > 1 or must_score(workspace.objective, scored, run.state.objective):
         old = workspace.score(run.state.params, batch)
-        scored = scored.replace(logp_old=old.logp, entropy_old=old.entropy)
+        scored = scored.replace(logp_old=old.logp, entropy_old=old.entropy, slots={**scored.slots, **old.derived})
     return scored
 
 
@@ -203,6 +203,7 @@ def iterate(session: Session, run: Run, key: Array) -> tuple[Run, dict[str, floa
     """One iteration: gather, score, prepare, update."""
     workspace, protocol, tools = session.workspace, session.protocol, session.tools
     run, rollouts = protocol.collect(run, tools, jax.random.fold_in(key, 0))
+    check_rewards(workspace.objective.rewards, rollouts)
     with session.clock.phase("score"):
         batch = score_companions(workspace, run, workspace.put(rollouts))
         run, batch = protocol.before(run, tools, batch)
@@ -220,14 +221,6 @@ def iterate(session: Session, run: Run, key: Array) -> tuple[Run, dict[str, floa
 
 
 # ---- the run
-
-
-def make_protocol(config: ConfigDict, workspace: Workspace) -> Protocol:
-    """The objective's protocol, with the fields of the config block that bears its name."""
-    name = workspace.objective.protocol
-    fields = config[name].to_dict() if name in config else {}
-    check_arguments(f"protocol {name!r}", fields, entry(name, "protocol").parameters)
-    return make(name, "protocol", **fields)
 
 
 def train_rl(config: ConfigDict, workdir: str, *, resume: bool = False, profile_steps: int = 0) -> Result:
@@ -264,9 +257,7 @@ def train_rl(config: ConfigDict, workdir: str, *, resume: bool = False, profile_
     )
     checkpoints = Checkpoints(f"{workdir}/checkpoints", keep=config.checkpoint.keep)
     tools = make_tools(workspace, clock, notes)
-    session = Session(
-        workspace, make_protocol(config, workspace), tools, keys_of(config.seed), clock, notes, log, checkpoints
-    )
+    session = Session(workspace, workspace.protocol, tools, keys_of(config.seed), clock, notes, log, checkpoints)
     try:
         with Interrupt() as interrupt:
             run = begin(session, lambda text: say(text), restoring=done is not None)
@@ -327,7 +318,7 @@ def begin(session: Session, report: Callable[[str], None], *, restoring: bool) -
     if config.warm_start.steps and not restoring:
         with session.clock.phase("warm start"):
             params = warm_start(workspace, params, session.log, report=report)
-    slots = {name: jax.tree.map(jnp.copy, params) for name in slots_of(workspace.objective)}
+    slots = {name: jax.tree.map(jnp.copy, params) for name in slots_of(workspace.objective, workspace.protocol)}
     return session.protocol.init(Run(workspace.init_state(params), slots))
 
 
@@ -440,7 +431,7 @@ def check_fits(workspace: Workspace, workdir: str, step: int) -> None:
 
     def whole(key: Array) -> Any:
         params = workspace.init_params(key)
-        slots = {name: params for name in slots_of(workspace.objective)}
+        slots = {name: params for name in slots_of(workspace.objective, workspace.protocol)}
         state = TrainState(params, optimizer_of(workspace.config).init(params), workspace.objective.init())
         return dict(params=params, opt_state=state.opt_state, objective=state.objective, slots=slots, tables={})
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,12 @@ from jax import Array
 from jaxpo.batch import Rollouts, concatenate, take
 from jaxpo.objectives import Protocol
 from jaxpo.policy.transformer import Params
+from jaxpo.primitives.aggregation import positive
 from jaxpo.primitives.shaping import mixed_groups
 from jaxpo.registry import register
-from jaxpo.training.workspace import TrainState
+
+if TYPE_CHECKING:
+    from jaxpo.training.workspace import TrainState
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Run:
     iteration: finished ones. position: prompts drawn so far.
     """
 
-    state: TrainState
+    state: "TrainState"
     slots: dict[str, Params] = field(default_factory=dict)
     tables: dict[str, Any] = field(default_factory=dict)
     iteration: int = 0
@@ -74,6 +77,7 @@ def dynamic_sampling(max_batches: int = 10) -> Protocol:
     Raises:
       NothingLeft: (from ``collect``) not enough after ``max_batches`` batches, with the number found.
     """
+    positive("config.protocol.max_batches", max_batches)
 
     def collect(run: Run, tools: Tools, key: Array) -> tuple[Run, Rollouts]:
         kept, found = [], 0
@@ -93,7 +97,7 @@ def dynamic_sampling(max_batches: int = 10) -> Protocol:
         raise NothingLeft(
             f"dynamic sampling found {found} of {tools.prompts} groups with mixed outcomes in {max_batches} "
             "batches: the task is (nearly) "
-            "solved or unsolved; stop here, take harder prompts, or raise config.dynamic_sampling.max_batches"
+            "solved or unsolved; stop here, take harder prompts, or raise config.protocol.max_batches"
         )
 
     return on_policy()._replace(collect=collect)
@@ -102,3 +106,9 @@ def dynamic_sampling(max_batches: int = 10) -> Protocol:
 def advance(run: Run, **changes: Any) -> Run:
     """``run`` with some of its fields changed."""
     return replace(run, **changes)
+
+
+@register("protocol", source="arXiv:2603.06009")
+def ppo_outer_loop() -> Protocol:
+    """TODO"""
+    return on_policy()

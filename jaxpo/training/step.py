@@ -90,6 +90,7 @@ def optimizer_step(
     *,
     microbatches: int = 1,
     fresh: bool = False,
+    look: Apply | None = None,
 ) -> tuple[Params, Any, State, dict[str, Array]]:
     """``weigh -> accumulate -> optimizer -> update`` on one optimizer batch (already prepared).
 
@@ -100,16 +101,16 @@ def optimizer_step(
     Args:
       fresh: the parameters are those that scored ``logp_old``: the peek is free, and what the policy gives measures
         the gap to the sampler.
+      look: what gives the statistics that the objective peeks at; None = ``apply``.
     """
     peek = None
     if objective.peeks:
-        free = (
-            fresh and batch.logp_old is not None and (batch.entropy_old is not None or "entropy" not in objective.peeks)
-        )
+        known = {"logp": batch.logp_old, "entropy": batch.entropy_old}
+        free = fresh and all(known.get(name) is not None for name in objective.peeks)
         peek = (
             TokenStats(logp=batch.logp_old, entropy=batch.entropy_old)
             if free
-            else score(apply, params, batch, microbatches=microbatches)
+            else score(look or apply, params, batch, microbatches=microbatches)
         )
     batch = objective.weigh(batch, state, peek)
     value, grads, report = accumulate(objective, apply, params, batch, state, microbatches=microbatches)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxpo.batch import MissingField, Rollouts, take
-from jaxpo.objectives import Objective, State
+from jaxpo.objectives import Objective, Protocol, State
 from jaxpo.parallel import batch_shards, constrain_rows, make_mesh, replicated, rows_over_mesh, shardings
 from jaxpo.parallel.host import keep_freed_memory
 from jaxpo.policy import stats, transformer
@@ -65,6 +65,7 @@ class Workspace:
     mesh: Mesh
     model: Model
     objective: Objective
+    protocol: Protocol
     sampling: SamplingOptions
     train: Prompts
     test: Prompts
@@ -164,8 +165,8 @@ def setup(
         needs this loop cannot meet.
     """
     config_lib.validate(config, len(jax.devices()))
-    objective = config_lib.objective_of(config)
-    slots_of(objective)
+    objective, protocol = config_lib.objective_of(config), config_lib.protocol_of(config)
+    slots_of(objective, protocol)
     if objective.layout:
         raise ValueError(
             f"objective {config.objective.name!r} learns from units {objective.layout}, which rollouts of "
@@ -194,6 +195,7 @@ def setup(
         mesh=mesh,
         model=model,
         objective=objective,
+        protocol=protocol,
         sampling=config_lib.sampling_of(config, tokenizer.eos_ids, table),
         train=pad_prompts(train, train_ids, width, tokenizer.pad_id),
         test=pad_prompts(test, test_ids, width, tokenizer.pad_id),
@@ -207,6 +209,8 @@ def compile_functions(
 ) -> dict[str, Compiled]:
     """The four compiled functions of the loop."""
     apply, training = policy_of(model, config, objective), config.training
+    look = policy_of(model, config, objective, objective.peeks) if objective.peeks else None
+    recall = policy_of(model, config, objective, derived_needs(objective))
     slices, steps = training.minibatches * training.microbatches, training.epochs * training.minibatches
 
     def run_generate(
@@ -230,7 +234,7 @@ def compile_functions(
     return dict(
         # training rollouts and greedy evaluation differ in shape and in what is compiled
         generate=Compiled("generate", run_generate, report=report, expected=2, static_argnames="responses"),
-        score=Compiled("score", lambda params, batch: score(apply, params, batch, microbatches=slices), report=report),
+        score=Compiled("score", lambda params, batch: score(recall, params, batch, microbatches=slices), report=report),
         prepare=Compiled("prepare", objective.prepare, report=report),
         step=make_step(
             objective,
@@ -238,16 +242,24 @@ def compile_functions(
             optimizer_of(config),
             mesh,
             microbatches=training.microbatches,
+            look=look,
             report=report,
             expected=2 if objective.peeks and steps > 1 else 1,
         ),
     )
 
 
-def policy_of(model: Model, config: ConfigDict, objective: Objective) -> Apply:
-    """``(params, batch) -> TokenStats`` with what the objective wants, and the entropy for the metrics (it costs
-    nothing more)."""
-    return stats.policy_of(model, wants=objective.wants | {"entropy"}, temperature=config.policy_temperature)
+def policy_of(model: Model, config: ConfigDict, objective: Objective, asked: frozenset[str] | None = None) -> Apply:
+    """``(params, batch) -> TokenStats`` with what is asked (None = what the objective wants), and the entropy for the
+    metrics
+    (it costs nothing more)."""
+    wants = (objective.wants if asked is None else asked) | {"entropy"}
+    return stats.policy_of(model, wants=wants, derived=objective.derived, temperature=config.policy_temperature)
+
+
+def derived_needs(objective: Objective) -> frozenset[str]:
+    """Derived statistics that the objective needs of the old policy, as ``logp_<name>``."""
+    return frozenset(name for name in objective.derived if f"logp_{name}" in objective.needs)
 
 
 def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
@@ -270,6 +282,7 @@ def make_step(
     mesh: Mesh,
     *,
     microbatches: int = 1,
+    look: Apply | None = None,
     name: str = "update",
     report: Callable[[str], None] = print,
     expected: int = 1,
@@ -291,6 +304,7 @@ def make_step(
             batch,
             microbatches=microbatches,
             fresh=fresh,
+            look=look,
         )
         where = TrainState(shardings(params, mesh), shardings(opt_state, mesh), replicated(mesh))
         return jax.lax.with_sharding_constraint(TrainState(params, opt_state, memory), where), out
@@ -320,20 +334,21 @@ PROVIDED = frozenset(
 SLOTS = ("ref",)
 
 
-def slots_of(objective: Objective) -> list[str]:
+def slots_of(objective: Objective, protocol: Protocol) -> list[str]:
     """Frozen companions that the objective needs (``ref`` = the policy at the start of the run).
 
     Raises:
-      ValueError: it needs something that this loop does not provide; the message says what it does.
+      ValueError: it needs something that neither this loop nor its protocol provides; the message says what they do.
     """
-    wanted = sorted(n[len("logp_") :] for n in objective.needs - PROVIDED if n.startswith("logp_"))
-    other = sorted(n for n in objective.needs - PROVIDED if not n.startswith("logp_")) + [
+    provided = PROVIDED | {f"logp_{name}" for name in objective.derived} | protocol.provides
+    wanted = sorted(n[len("logp_") :] for n in objective.needs - provided if n.startswith("logp_"))
+    other = sorted(n for n in objective.needs - provided if not n.startswith("logp_")) + [
         f"logp_{s}" for s in wanted if s not in SLOTS
     ]
     if other:
         raise ValueError(
             f"the objective needs {', '.join(other)}; the training loop provides "
-            f"{', '.join(sorted(PROVIDED))} and {', '.join(f'logp_{s}' for s in SLOTS)}"
+            f"{', '.join(sorted(provided))} and {', '.join(f'logp_{s}' for s in SLOTS)}"
         )
     return wanted
 
@@ -346,7 +361,7 @@ def must_score(objective: Objective, batch: Rollouts, state: State) -> bool:
     try:
         jax.eval_shape(lambda b, s: objective.weigh(*objective.prepare(b, s), None), batch, state)
     except MissingField as missing:
-        if missing.field not in ("logp_old", "entropy_old"):
+        if missing.field not in ("logp_old", "entropy_old", *(f"logp_{name}" for name in objective.derived)):
             raise
         return True
     return False

@@ -23,7 +23,26 @@ OPTIONAL = {
 }
 
 
-@pytest.mark.parametrize("name", jaxpo.names())
+# What compiles most is left to the slow tests, but for a few objectives.
+COSTLY = {
+    testing.jit_equals_eager,
+    testing.vmap_over_hyperparameters,
+    testing.independent_replicas,
+    testing.mesh_invariance,
+}
+IN_FULL = ("grpo", "dapo", "sft")
+
+
+@pytest.mark.parametrize("name", sorted(set(jaxpo.names()) - set(IN_FULL)))
+def test_registered_quickly(name):
+    contracts = [c for c in testing.CONTRACTS if c not in COSTLY]
+    report = testing.check(name, contracts=contracts)
+    assert len(report.checked) == len(contracts) and not report.skipped
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in IN_FULL else pytest.param(n, marks=pytest.mark.slow) for n in jaxpo.names()]
+)
 def test_registered(name):
     report = testing.check(name)
     assert report.objective == name and len(report.checked) == len(testing.CONTRACTS) and not report.skipped

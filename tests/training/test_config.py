@@ -239,7 +239,6 @@ def test_a_misspelt_field_of_a_config_file():
         ("sampling.topk", "top_k"),
         ("stepss", "steps"),
         ("warm_start.stepps", "steps"),
-        ("dynamic_sampling.max_batch", "max_batches"),
     ),
 )
 def test_a_misspelt_plain_field_of_a_config_file(path, nearest):
@@ -335,7 +334,6 @@ COUNTS = (
     "warm_start.microbatches",
     "sampling.max_new_tokens",
     "nonfinite_patience",
-    "dynamic_sampling.max_batches",
 )
 
 

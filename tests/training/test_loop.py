@@ -318,10 +318,12 @@ def test_a_learning_rate_that_blows_up(finished, tmp_path):
 
 
 def test_dynamic_sampling_says_when_nothing_is_left(finished, tmp_path):
-    config = tiny.warm(finished, {"init_from": None, "objective": {"name": "dapo"}, "dynamic_sampling.max_batches": 1})
+    config = tiny.warm(
+        finished, {"init_from": None, "objective": {"name": "dapo"}, "protocol": {"name": None, "max_batches": 1}}
+    )
     with pytest.raises(
         loop.NothingLeft,
-        match=r"iteration 0: .*found \d of 8 groups.* in 1 batches.*config.dynamic_sampling.max_batches.*checkpoints/0",
+        match=r"iteration 0: .*found \d of 8 groups.* in 1 batches.*config.protocol.max_batches.*checkpoints/0",
     ):
         tiny.run(config, tmp_path / "run")
 

@@ -39,7 +39,7 @@ def sources():
 
 
 SOURCES = sources()
-WHOLE = {"policy", "sampling", "mesh", "dynamic_sampling", "schedule"}  # blocks that are handed on whole
+WHOLE = {"policy", "sampling", "mesh", "protocol", "schedule"}  # blocks that are handed on whole
 
 
 @pytest.mark.parametrize("path", [p for p in leaves(default()) if not WHOLE & set(p.split("."))])
@@ -94,9 +94,8 @@ def test_every_axis_of_the_mesh(field, sizes):
 
 
 def test_a_protocols_fields_reach_it():
-    workspace = setup(tiny.config({"objective": {"name": "dapo"}, "dynamic_sampling.max_batches": 3}))
-    collect = loop.make_protocol(workspace.config, workspace).collect
-    assert inspect.getclosurevars(collect).nonlocals["max_batches"] == 3
+    workspace = setup(tiny.config({"objective": {"name": "dapo"}, "protocol": {"name": None, "max_batches": 3}}))
+    assert inspect.getclosurevars(workspace.protocol.collect).nonlocals["max_batches"] == 3
 
 
 def data_of(config):

@@ -58,7 +58,7 @@ def outcomes(mixed):
 
 
 def test_names():
-    assert names("protocol") == ["dynamic_sampling", "on_policy"]
+    assert {"dynamic_sampling", "dapo", "on_policy"} <= set(names("protocol"))
     assert make("on_policy", "protocol").sampler(None) is None
 
 
@@ -103,7 +103,7 @@ def test_dynamic_sampling_gives_up(mixed):
     recorder = Recorder(outcomes(mixed))
     with pytest.raises(
         NothingLeft,
-        match=rf"found {len(mixed)} of 4 groups with mixed outcomes in 2 batches.*config.dynamic_sampling.max_batches",
+        match=rf"found {len(mixed)} of 4 groups with mixed outcomes in 2 batches.*config.protocol.max_batches",
     ):
         collect(make("dynamic_sampling", "protocol", max_batches=2), recorder)
     assert recorder.calls == 2
