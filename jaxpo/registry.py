@@ -1,12 +1,11 @@
 """One table of everything that is chosen by name: objectives, and the parts they are made of.
 
 ``register`` puts a factory in the table under its function name and a kind; ``make`` calls it with hyperparameters.
-Names and
-hyperparameters that do not exist fail with the nearest ones that do, so that a misspelt config never trains something
-else.
-"""
+Names and hyperparameters that do not exist fail with the nearest ones that do, so that a misspelt config never trains
+something else."""
 
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -30,17 +29,18 @@ KINDS = (
     "schedule",
     "task",
 )
+PARTS = ("advantage", "ratio", "surrogate", "regularizer", "reward", "filter", "correction")
 
 
 class Entry(NamedTuple):
     """A row of the table. ``budget`` maps hyperparameters to the share of the generation budget that a run gives
-    them."""
+    them, or to "steps": its number of iterations."""
 
     kind: str
     id: str
     factory: Callable[..., Any]
     source: str
-    budget: Mapping[str, float]
+    budget: Mapping[str, float | str]
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -64,7 +64,7 @@ def unknown(what: str, name: str, choices: Iterable[str]) -> str:
 
 
 def register(
-    kind: str = "objective", *, id: str | None = None, source: str = "", budget: Mapping[str, float] | None = None
+    kind: str = "objective", *, id: str | None = None, source: str = "", budget: Mapping[str, float | str] | None = None
 ) -> Callable[[Callable], Callable]:
     """Decorator: enter a factory in the table.
 
@@ -72,11 +72,11 @@ def register(
       kind: one of ``KINDS``.
       id: the name users type; the function's own name by default.
       source: paper and arXiv id, printed by ``describe`` and the docs.
-      budget: hyperparameters whose default in a *run* is a share of the generation budget (``{"L_const": 1.0}``).
+      budget: hyperparameters whose default in a *run* is a share of the generation budget (``{"L_const": 1.0}``) or
+        its number of iterations (``{"total": "steps"}``).
 
     Raises:
-      ValueError: unknown kind, or a name that is taken by another factory.
-    """
+      ValueError: unknown kind, or a name that is taken by another factory."""
     if kind not in KINDS:
         raise ValueError(unknown("kind", kind, KINDS))
 
@@ -91,10 +91,24 @@ def register(
             raise ValueError(
                 f"{kind} {name!r} is already registered by {taken.factory.__module__}.{taken.factory.__qualname__}"
             )
+        if kind in PARTS and not hasattr(factory, "stamped"):
+            factory = _stamped(factory)
         _TABLE[kind, name] = Entry(kind, name, factory, source, dict(budget or {}))
         return factory
 
     return enter
+
+
+def _stamped(factory: Callable) -> Callable:
+    """The factory of a part, whose parts bear its name: what is composed of them can say what it is made of."""
+
+    @functools.wraps(factory)
+    def stamped(*args: Any, **kwargs: Any) -> Any:
+        part = factory(*args, **kwargs)
+        return part._replace(id=factory.__name__) if hasattr(part, "_replace") else part
+
+    stamped.stamped = True
+    return stamped
 
 
 def names(kind: str = "objective") -> list[str]:
@@ -102,6 +116,11 @@ def names(kind: str = "objective") -> list[str]:
     if kind not in KINDS:
         raise ValueError(unknown("kind", kind, KINDS))
     return sorted(name for k, name in _TABLE if k == kind)
+
+
+def kinds_of(name: str) -> list[str]:
+    """The kinds under which ``name`` is registered."""
+    return [kind for kind in KINDS if (kind, name) in _TABLE]
 
 
 def entry(name: str, kind: str = "objective") -> Entry:

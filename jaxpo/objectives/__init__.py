@@ -1,6 +1,6 @@
 """Published objectives as short compositions of primitives, in one registry."""
 
-from jaxpo.objectives import credit, entropy, group_relative, hybrid, off_policy, parts, trust_region  # noqa: F401 (imported for their registrations)
+from jaxpo.objectives import credit, entropy, grammar, group_relative, hybrid, off_policy, parts, trust_region  # noqa: F401 (imported for their registrations)
 from jaxpo.objectives.base import (
     Objective,
     Part,

@@ -1,9 +1,8 @@
 """What an objective is (`Objective`), how data is gathered for it (`Protocol`), and how one is composed of terms.
 
 A loss is ``sum_k coef_k sum(weight_k * value_k)``: ``weigh`` fixes every weight once on the whole optimizer batch,
-``loss`` only multiplies and
-adds. Losses of any split into slices therefore add up to the loss, exactly, whatever the aggregation.
-"""
+``loss`` only multiplies and adds. Losses of any split into slices therefore add up to the loss, exactly, whatever the
+aggregation."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -47,7 +46,7 @@ class Objective(NamedTuple):
     derived: statistics that the policy computes from its logits slice by slice, and that ``wants``, ``peeks`` or (of
       the old policy, as ``logp_<name>``) ``needs`` may name: nothing of the size of the vocabulary is ever stored.
     rewards: the range in which rewards must lie; None = any number.
-    """
+    slots: what it is composed of, by kind of part (`policy_gradient` says it)."""
 
     init: Callable[[], State]
     prepare: Callable[[Rollouts, State], tuple[Rollouts, State]]
@@ -63,26 +62,33 @@ class Objective(NamedTuple):
     protocol_options: Mapping[str, Any] = NONE
     derived: Mapping[str, Statistic] = NONE
     rewards: tuple[float, float] | None = None
+    slots: Mapping[str, tuple[str, ...]] = NONE
 
 
 class Protocol(NamedTuple):
     """How data is gathered and weights are moved: host-side hooks of the training loop, which owns ``Run`` and
-    ``Tools``.
+    ``Tools``. None = nothing to do.
 
-    init(run) -> run: frozen slots, tables, buffers. collect(run, tools, key) -> (run, rollouts): any number of
-    generate/score calls, fixed shapes.
+    collect(run, tools, key) -> (run, rollouts): any number of generate/score calls, fixed shapes.
     before(run, tools, rollouts) -> (run, rollouts): scored, no gradient yet. after(run, tools, rollouts) -> run: last
-    optimizer step done.
-    sampler(state) -> SamplingOptions, or None = the configured ones.
-    provides: fields of the batch that it adds.
+    optimizer step done, rollouts as prepared.
+    tables(tools) -> NumPy arrays by name: its memory at the start (``run.tables``), checkpointed. init(run, tools, key)
+    -> run: fills it; not called when a run is resumed.
+    sampler(options, state) -> SamplingOptions: the configured ones, changed by what the objective remembers.
+    check(config): ``ValueError`` for a config that it cannot run with, before anything is compiled.
+    provides: fields of the batch that it adds. compiles: shapes, beyond those of every run, that it calls compiled
+    functions with, by function.
     """
 
-    init: Callable[[Any], Any]
     collect: Callable[[Any, Any, Array], tuple[Any, Rollouts]]
-    before: Callable[[Any, Any, Rollouts], tuple[Any, Rollouts]]
-    after: Callable[[Any, Any, Rollouts], Any]
-    sampler: Callable[[State], Any]
+    before: Callable[[Any, Any, Rollouts], tuple[Any, Rollouts]] | None = None
+    after: Callable[[Any, Any, Rollouts], Any] | None = None
+    tables: Callable[[Any], dict[str, Any]] | None = None
+    init: Callable[[Any, Any, Array], Any] | None = None
+    sampler: Callable[[Any, State], Any] | None = None
+    check: Callable[[Any], None] | None = None
     provides: frozenset[str] = frozenset()
+    compiles: Mapping[str, int] = NONE
 
 
 class Term(NamedTuple):
@@ -94,8 +100,7 @@ class Term(NamedTuple):
     rows: (batch, state) -> [B], tokens: (batch, state) -> [B, T]: what counts in this term's denominators besides
       mask and count.
     coef: number, traced scalar or function of the state; multiplies in ``loss``, never inside the weight.
-    outer: set by `linearized`.
-    """
+    outer: set by `linearized`."""
 
     name: str
     value: Callable[[TokenStats, Rollouts, State], Array]
@@ -111,13 +116,16 @@ class Part(NamedTuple):
     """An interchangeable part of a policy gradient: a function of the batch, what it asks for, and its hooks.
 
     fn: what the kind of part says (see `policy_gradient`). needs, wants, peeks, derived, rewards: as in `Objective`.
-    per: whether a ratio, correction or filter that sees the advantage has one value a token or a row.
+    per: whether it has (a surrogate: needs) one value a "token" or a "row"; None = it does not matter, or is not known.
     prepare: (batch, state) -> batch, once per rollout batch, after filters and shaping: writes what the part keeps.
     weigh: (batch, state, peek) -> batch, once per optimizer batch: bounds and selections.
     current: (adv, stats, batch, state) -> adv, of an advantage that hangs on the current policy, row by row (detached).
     tokens: (batch, state) -> [B, T] tokens (shares in [0, 1]) that stay in the denominator of the policy term.
     clipped: of a surrogate, ``fn``'s arguments -> which tokens lose their gradient.
     aggregate: of a regularizer; None = as the policy term.
+    sees_advantage: of a filter. uses_ratio: of a surrogate. requires: id of a regularizer that it does not work
+      without.
+    id: its name in the registry.
     memory, update, metrics: its entries of ``State.memory``, how they move after a step, and what it reports.
     """
 
@@ -125,7 +133,7 @@ class Part(NamedTuple):
     needs: frozenset[str] = frozenset()
     wants: frozenset[str] = frozenset()
     peeks: frozenset[str] = frozenset()
-    per: Literal["token", "row"] = "token"
+    per: Literal["token", "row"] | None = None
     clipped: Callable[..., Array] | None = None
     aggregate: aggregation.Aggregation | None = None
     name: str = ""
@@ -139,6 +147,9 @@ class Part(NamedTuple):
     derived: Mapping[str, Statistic] = NONE
     rewards: tuple[float, float] | None = None
     sees_advantage: bool = False
+    uses_ratio: bool = True
+    requires: str | None = None
+    id: str = ""
 
 
 def is_off(coef: Any) -> bool:
@@ -151,8 +162,7 @@ def linearized(term: Term, f: Callable[[Array], Array]) -> Term:
 
     ``S`` is peeked at before the pass (detached); then ``(f(S_peek) - f'(S_peek) S_peek) / sum(weight) + f'(S_peek)
     value`` per token has the exact value and gradient of ``f(S)`` and still is a sum over slices, whatever the
-    aggregation and however many rows are empty.
-    """
+    aggregation and however many rows are empty."""
     return term._replace(outer=f)
 
 
@@ -173,6 +183,7 @@ def from_terms(
     protocol_options: Mapping[str, Any] = NONE,
     derived: Mapping[str, Statistic] = NONE,
     rewards: tuple[float, float] | None = None,
+    slots: Mapping[str, tuple[str, ...]] = NONE,
 ) -> Objective:
     """Derive an `Objective` from its terms.
 
@@ -181,7 +192,7 @@ def from_terms(
       prepare, weigh, update, metrics: hooks that run before the derived ones (``weigh`` before the weights are
         computed).
       memory: initial ``State.memory``.
-      needs, wants, peeks, coupling, layout, protocol, protocol_options, derived, rewards: as in `Objective`.
+      needs, wants, peeks, coupling, layout, protocol, protocol_options, derived, rewards, slots: as in `Objective`.
 
     Raises:
       ValueError: no terms, two of one name, or a value per row with an aggregation over tokens.
@@ -260,6 +271,7 @@ def from_terms(
         protocol_options,
         derived,
         rewards,
+        slots,
     )
 
 
@@ -408,8 +420,7 @@ def policy_gradient(
       options: passed on to `from_terms`.
 
     Raises:
-      ValueError: parts that do not go together, with the reason.
-    """
+      ValueError: parts that do not go together, with the reason."""
     regularizers = [(coef, part) for coef, part in regularizers if not is_off(coef)]
     parts = [advantage, surrogate, ratio, *filters, *shaping, *corrections, *[p for _, p in regularizers]]
     hooks = {name: [f for p in parts if (f := getattr(p, name))] for name in ("prepare", "weigh", "tokens", "metrics")}
@@ -418,15 +429,8 @@ def policy_gradient(
     filters = [p for p in filters if not p.sees_advantage]
     if any(p.per == "token" for p in selections):
         hooks["tokens"].append(lambda batch, state: batch.token_extras["selected"])
-    if ratio.per == "row" and hooks["tokens"]:
-        raise ValueError(
-            "a part that leaves out tokens needs a ratio per token; for a ratio of whole sequences take sequence_token"
-        )
-    if ratio.per == "row" and any(c.per == "token" for c in corrections):
-        raise ValueError(
-            "a correction per token needs a ratio per token; for a ratio of whole sequences take one of level sequence "
-            "or geometric"
-        )
+    per_row = ratio.per == "row"
+    _check_parts(advantage, ratio, surrogate, corrections, regularizers, bool(hooks["tokens"]))
 
     def prepare(batch: Rollouts, state: State) -> tuple[Rollouts, State]:
         if batch.reward is not None:
@@ -480,7 +484,7 @@ def policy_gradient(
 
     def metrics(stats: TokenStats, batch: Rollouts, state: State) -> Metrics:
         count, weight = promote(batch.count), promote(batch.mask)
-        weight = weight * count[:, None] if ratio.per == "token" else count * (weight.sum(-1) > 0)
+        weight = count * (weight.sum(-1) > 0) if per_row else weight * count[:, None]
         log_ratio, adv, *rest = arguments(stats, batch, state)
         cut = surrogate.clipped(log_ratio, adv, *rest) if surrogate.clipped else jnp.zeros_like(weight)
         out = {
@@ -497,7 +501,14 @@ def policy_gradient(
         return state
 
     terms = [
-        Term("policy", value, aggregate, tokens=kept_tokens if hooks["tokens"] else None, coef=scale, per=ratio.per)
+        Term(
+            "policy",
+            value,
+            aggregate,
+            tokens=kept_tokens if hooks["tokens"] else None,
+            coef=scale,
+            per="row" if per_row else "token",
+        )
     ]
     terms += [Term(p.name, p.fn, p.aggregate or aggregate, coef=coef) for coef, p in regularizers]
     ranges = {p.rewards for p in parts if p.rewards}
@@ -513,8 +524,48 @@ def policy_gradient(
         peeks=frozenset().union(*[p.peeks for p in parts]),
         derived={name: f for p in parts for name, f in p.derived.items()},
         rewards=(max(r[0] for r in ranges), min(r[1] for r in ranges)) if ranges else None,
+        slots=dict(
+            advantage=(advantage.id,),
+            ratio=(ratio.id,) if surrogate.uses_ratio else (),
+            surrogate=(surrogate.id,),
+            regularizer=tuple(p.id for _, p in regularizers),
+            aggregation=(aggregate.__name__,),
+            filter=tuple(p.id for p in [*filters, *selections]),
+            reward=tuple(p.id for p in shaping),
+            correction=tuple(p.id for p in corrections),
+        ),
         **options,
     )
+
+
+def _check_parts(
+    advantage: Part,
+    ratio: Part,
+    surrogate: Part,
+    corrections: Sequence[Part],
+    regularizers: Sequence[tuple[Any, Part]],
+    leaves_tokens: bool,
+) -> None:
+    """Raise ``ValueError`` for parts that mean nothing together, with the reason."""
+    if ratio.per == "row":
+        whole = f"the ratio {ratio.id or 'given'} has one value a row"
+        if advantage.per == "token":
+            raise ValueError(f"{whole}, and the advantage {advantage.id} one a token: take the ratio sequence_token")
+        if surrogate.per == "token":
+            raise ValueError(
+                f"{whole}, and the surrogate {surrogate.id} works on tokens: take the ratio sequence_token"
+            )
+        if leaves_tokens:
+            raise ValueError(f"{whole}, so no token can be left out of it: take the ratio sequence_token")
+        for part in corrections:
+            if part.per == "token":
+                raise ValueError(f"{whole}, and the correction {part.id} one a token: take level sequence or geometric")
+    elif surrogate.per == "row":
+        raise ValueError(f"the surrogate {surrogate.id} is one number a row: take the ratio sequence_sum")
+    if surrogate.requires and surrogate.requires not in [p.id for _, p in regularizers]:
+        raise ValueError(
+            f"the surrogate {surrogate.id} spares the tokens that the regularizer {surrogate.requires} picks: add it"
+        )
 
 
 def preference(
@@ -534,8 +585,7 @@ def preference(
     Args:
       link: ``(margin [N], batch) -> loss [N]``, e.g. ``-log_sigmoid`` for DPO (arXiv:2305.18290, eq. 7).
       layout: roles of a unit's rows; must hold "chosen" and "rejected".
-      options: passed on to `from_terms`.
-    """
+      options: passed on to `from_terms`."""
     chosen, rejected = layout.index("chosen"), layout.index("rejected")
 
     def margin(stats: TokenStats, batch: Rollouts) -> Array:

@@ -17,13 +17,10 @@ def spo_single_stream(
     log_ratio_clip: float = 20.0,
 ) -> Objective:
     """Single-stream Policy Optimization: one response a prompt against a value tracked for the prompt, ``A = reward -
-    v``
-    standardised over the batch; clip-higher, dual clip, token mean.
+    v`` standardised over the batch; clip-higher, dual clip, token mean.
 
     Shapes: logp [B, T], reward [B] in [0, 1], tracker_value [B]. The protocol of the same name keeps the tracker,
-      draws prompts
-    by ``sqrt(v (1 - v)) + 0.05`` and measures how far the policy has moved since it last saw them.
-    """
+      draws prompts by ``sqrt(v (1 - v)) + 0.05`` and measures how far the policy has moved since it last saw them."""
     return clipped_tokens(
         advantages.spo_single_stream(adv_eps),
         eps_pair(eps, eps_low, eps_high, (0.2, 0.28)),
@@ -46,8 +43,7 @@ def spo_segment(
     log_ratio_clip: float = 10.0,
 ) -> Objective:
     """Segment Policy Optimization: a segment's advantage is the gain in value from its first token to the next
-    segment's, values by
-    extra rollouts; PPO clip over the tokens of probability below ``threshold`` only.
+    segment's, values by extra rollouts; PPO clip over the tokens of probability below ``threshold`` only.
 
     Shapes: logp, logp_old [B, T], reward [B]; "chain": mc_value [B, T], the value of the prefix before each
       cutpoint; "tree": edge_adv [B].
@@ -55,14 +51,13 @@ def spo_segment(
     Args:
       form: "chain": cutpoints at every ``interval``-th token of low probability; "tree": rows are the edges of a
         tree of rollouts.
-      beta: k3 to the reference over all tokens; a Python 0 removes it.
-    """
+      beta: k3 to the reference over all tokens; a Python 0 removes it."""
     return policy_gradient(
         advantage=advantages.spo_segment(form, interval, threshold),
         ratio=ratios.token(log_ratio_clip),
         surrogate=surrogates.clipped(*eps_pair(eps, eps_low, eps_high, (0.2, 0.2))),
         regularizers=[(beta, regularizers.kl_to_reference("k3"))],
         aggregate=aggregation.token_mean,
-        protocol=f"spo_{form}",
-        protocol_options=dict(interval=interval, threshold=threshold) if form == "chain" else {},
+        protocol="spo_segment",
+        protocol_options=dict(form=form, interval=interval, threshold=threshold),
     )

@@ -24,9 +24,7 @@ def clip_cov(
     """Clip-Cov: a few tokens of high covariance ``(A - mean A)(logp - mean logp)`` lose their gradient, at random.
 
     Shapes: logp [B, T], reward [B], seed [B]. Of the N tokens ``max(int(ratio N), 1)`` with ``lb < cov < ub`` have
-      loss 0 and stay in
-    the token mean; the others have PPO's clip, wide open by default (``r`` in [0, 2]).
-    """
+      loss 0 and stay in the token mean; the others have PPO's clip, wide open by default (``r`` in [0, 2])."""
     return policy_gradient(
         advantage=advantages.group_normalized(adv_eps, singleton=singleton),
         ratio=ratios.token(log_ratio_clip),
@@ -47,8 +45,7 @@ def kl_cov(
     Shapes: logp [B, T], reward [B]. Inert while ``logp == logp_old``, so it needs several optimizer steps an iteration.
 
     Args:
-      ratio: 2e-3 for 7B models, 2e-4 for 32B.
-    """
+      ratio: 2e-3 for 7B models, 2e-4 for 32B."""
     return policy_gradient(
         advantage=advantages.group_normalized(adv_eps, singleton=singleton),
         ratio=ratios.token(log_ratio_clip),
@@ -73,17 +70,15 @@ def lp_reg(
     log_ratio_clip: float = 20.0,
 ) -> Objective:
     """Low-probability Regularization: improbable tokens of failed answers are held near a proxy, the policy without
-    its noise
-    (tokens with ``pi <= kappa max pi``); token mean.
+    its noise (tokens with ``pi <= kappa max pi``); token mean.
 
     Shapes: logp [B, T], reward [B]; the proxy comes from the logits, slice by slice.
 
     Args:
-      form: "released": the ``int(rho n)`` least probable of the tokens with A < 0, if less probable than their
-        proxy, have
-        ``-r A + beta k3`` by the sampled token, the others PPO's clip. "paper": ``-min(r, U) A``, and the full
-        ``KL(proxy || pi)`` at the
-        surviving ones among the ``rho`` least probable of all tokens with A < 0; the proxy is the current policy's.
+      form: "released": the ``int(rho n)`` least probable of the tokens with A < 0, if less probable than their proxy,
+        have ``-r A + beta k3`` by the sampled token, the others PPO's clip. "paper": ``-min(r, U) A``, and the full
+        ``KL(proxy || pi)`` at the surviving ones among the ``rho`` least probable of all tokens with A < 0; the proxy
+        is the current policy's.
       rho: 0.01 for 14B models, 0.005 for 32B. U: of "paper"; eps_low, eps_high: of "released".
     """
     choice("form", form, ("released", "paper"))
@@ -117,12 +112,10 @@ def gtpo(
     singleton: str = "zero",
 ) -> Objective:
     """Group-relative Trajectory-based Policy Optimization: tokens that right and wrong answers share at their
-    beginning or end are
-    spared in the wrong ones; answers of high entropy are left out; no KL, no old policy.
+    beginning or end are spared in the wrong ones; answers of high entropy are left out; no KL, no old policy.
 
     Shapes: logp [B, T], reward [B], tokens, entropy of the current policy [B, T]. Per token ``-exp(logp - sg(logp))
-      A' lambda / n``,
-    mean over rows (the released code sums them).
+      A' lambda / n``, mean over rows (the released code sums them).
 
     Args:
       entropy_threshold, entropy_scale: ``A' = A - entropy_scale H_i`` where the row's mean entropy is within the
@@ -158,18 +151,16 @@ def hapo(
     log_ratio_clip: float = 20.0,
 ) -> Objective:
     """Heterogeneous Adaptive Policy Optimization: the entropy of each token drives its temperature, advantage and
-    clip bounds, on
-    top of DAPO (filter, overlong penalty, token mean).
+    clip bounds, on top of DAPO (filter, overlong penalty, token mean).
 
     Shapes: logp [B, T], reward, correct [B], entropy_old [B, T].
 
     Args:
       rho: quantile of log-entropy that separates high from low. tau, T0: the sampler's ``T = T0 (1 + tau h)`` per
-        token (0.05 in the
-        code, 0.1 in the paper), by the numbers of the previous step. guard: groups with an |A| as large have GRPO's A.
+        token (0.05 in the code, 0.1 in the paper), by the numbers of the previous step. guard: groups with an |A| as
+        large have GRPO's A.
       redistribution, clip_strength: how much ``h`` moves advantages and bounds. sign: "official" reproduces the
-        release.
-    """
+        release."""
     return policy_gradient(
         advantage=advantages.hapo(guard, adv_eps, singleton),
         ratio=ratios.token(log_ratio_clip),
@@ -200,8 +191,7 @@ def dcpo_distribution(
     log_ratio_clip: float = 20.0,
 ) -> Objective:
     """Distribution-Centric Policy Optimization: right answers are pulled towards the policy at a higher temperature
-    while entropy is
-    below ``H0``, at a lower one above; GRPO's clip, dual clip, token mean.
+    while entropy is below ``H0``, at a lower one above; GRPO's clip, dual clip, token mean.
 
     Shapes: logp, logp_old, logp_old_hot, logp_old_cold [B, T] (the old policy at ``T_hot`` and ``T_cold``), reward [B].
     ``A' = (1 - w) A + w 1[reward > threshold] exp(logp_old^T - logp_old)``.
@@ -234,8 +224,7 @@ def d3s(
     log_ratio_clip: float | None = None,
 ) -> Objective:
     """Dynamic Dual-level Down-Sampling: train on the rows whose advantages vary most and on their tokens of largest
-    ``|A| H``; both
-    shares grow to 1 over training. The mean is over kept tokens.
+    ``|A| H``; both shares grow to 1 over training. The mean is over kept tokens.
 
     Shapes: logp [B, T], reward [B], entropy_old [B, T]. Defaults of shares, ties and the mean over kept tokens are
       assumed.

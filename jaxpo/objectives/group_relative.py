@@ -17,9 +17,8 @@ def reinforce(baseline: str = "none", agg: str = "token_mean") -> Objective:
 
     Args:
       baseline: m = 0 ("none") or the batch mean of rewards ("batch_mean").
-      agg: "token_mean", "seq_mean", or "seq_sum" (the gradient of the expected sequence reward; the others reweigh
-        by length).
-    """
+      agg: "token_mean", "seq_mean", or "seq_sum" (the gradient of the expected sequence reward; the others reweigh by
+        length)."""
     return policy_gradient(
         advantage=advantages.reward(baseline),
         ratio=ratios.token(),
@@ -88,8 +87,7 @@ def reinforce_pp(
     token mean.
 
     ``rho_t = -kl_coef (logp_old - logp_ref)``, plus the reward at the last token; ``G_t = sum_{s>=t} gamma^(s-t)
-    rho_s``; ``A`` is
-    G whitened. Shapes: logp [B, T], reward [B].
+    rho_s``; ``A`` is G whitened. Shapes: logp [B, T], reward [B].
 
     Args:
       variant: "standard", or "baseline": the reward less its group's mean, and the KL a term of the loss.
@@ -138,8 +136,7 @@ def grpo(
       scale: std of the "group", the "batch", or "none". dual_clip: bound for A < 0 (verl: 3).
       kl_is: multiply k3 by the ratio (unbiased KL gradient off-policy). beta: a Python 0 removes the need for
         ``logp_ref``.
-      agg, L_const: aggregation; ``L_const`` only with the ``*_const`` ones.
-    """
+      agg, L_const: aggregation; ``L_const`` only with the ``*_const`` ones."""
     if kl_is and is_off(beta):
         raise ValueError("kl_is has no effect with beta=0")
     return policy_gradient(
@@ -164,8 +161,7 @@ def dr_grpo(
     ``L_const``.
 
     Shapes: logp [B, T], reward [B]. ``L_const`` is the generation budget, the same for all steps; never the padded
-      width.
-    """
+      width."""
     return clipped_tokens(
         advantages.group_normalized(scale="none", singleton=singleton),
         eps_pair(eps, eps_low, eps_high, (0.2, 0.2)),
@@ -197,8 +193,7 @@ def dapo(
     Args:
       max_len, buffer: tokens; ``p`` falls from 0 at ``max_len - buffer`` to ``-penalty`` at ``max_len``. A Python 0
         ``penalty`` removes the shaping.
-      dual_clip: the released recipe uses 10, the paper none.
-    """
+      dual_clip: the released recipe uses 10, the paper none."""
     return clipped_tokens(
         advantages.group_normalized(adv_eps, singleton=singleton),
         eps_pair(eps, eps_low, eps_high, (0.2, 0.28)),
@@ -223,8 +218,7 @@ def lite_ppo(
     """Lite PPO: ``A = (reward - group mean) / (std of all rewards of the batch + adv_eps)``, PPO clip, token mean; no
     critic, no KL.
 
-    Shapes: logp [B, T], reward [B].
-    """
+    Shapes: logp [B, T], reward [B]."""
     return clipped_tokens(
         advantages.lite_ppo(adv_eps, singleton),
         eps_pair(eps, eps_low, eps_high, (0.2, 0.2)),
@@ -246,8 +240,7 @@ def bnpo(
     log_ratio_clip: float = 20.0,
 ) -> Objective:
     """Beta Normalization: each prompt weighs 1 over the density, at its success rate, of a Beta distribution fitted
-    to the
-    batch's success rates; PPO clip, dual clip, sequence sums. Not what TRL calls "bnpo".
+    to the batch's success rates; PPO clip, dual clip, sequence sums. Not what TRL calls "bnpo".
 
     Shapes: logp [B, T], reward [B] (or ``rewards_multi`` [B, R]).
 
@@ -278,8 +271,8 @@ def a_grae(
     log_ratio_clip: float = 20.0,
 ) -> Objective:
     """Asymmetric Group Relative Advantage Estimation: hard questions weigh more early and easy ones late, positive
-    advantages
-    are damped by ``min(1, omega / alpha)`` while the mean success rate omega is low; GRPO's loss without a KL.
+    advantages are damped by ``min(1, omega / alpha)`` while the mean success rate omega is low; GRPO's loss without a
+    KL.
 
     Shapes: logp [B, T], reward [B] in [0, 1].
 
@@ -314,8 +307,7 @@ def adora(
     log_ratio_clip: float = 20.0,
 ) -> Objective:
     """Advantage Dynamics via Online Rollout Adaptation: GRPO whose advantage counts ``lam`` in groups where the
-    longest right
-    answer is not longer than the wrong ones are on average.
+    longest right answer is not longer than the wrong ones are on average.
 
     Shapes: logp [B, T], reward [B].
 
@@ -351,8 +343,7 @@ def canon(
     log_ratio_clip: float = 20.0,
 ) -> Objective:
     """Conditional Advantage Estimation: the group is split by entropy or length, and ``A = mu (reward - mean of the
-    other half) +
-    (1 - mu) (reward - mean of the own half)``; PPO clip, dual clip, sequence sums over ``L_const``.
+    other half) + (1 - mu) (reward - mean of the own half)``; PPO clip, dual clip, sequence sums over ``L_const``.
 
     Shapes: logp [B, T], reward [B], entropy_old [B, T] (metric "entropy"). ``mu = 1/2`` with even groups is Dr. GRPO.
 

@@ -37,8 +37,7 @@ def rec(
 
     Args:
       clip_mode: "none", "one-side", "two-side", "ring", or "gspo-one-side" (the one-side test on the mean log-ratio
-        of the row,
-        averaged over rows).
+        of the row, averaged over rows).
       weight: "none", "importance_sampling" (r), or "advantage" (``exp(A / temp)``).
       ring_low, ring_high: the outer bounds of "ring". normalize: divide A by the population std + 1e-6.
       regularizer, coef: "k2": ``coef (logp - logp_old)^2``; "forward-kl": ``-coef logp``.
@@ -87,13 +86,10 @@ def opmd(
 
     Args:
       form: "simple": ``-token_mean(A logp) / (1 + tau)``; "kimi": ``mean_i (A_i - tau Delta_i)^2``; "pairwise":
-        ``mean over groups of
-        (1/K^2) sum_{i<j} ((R_i - tau Delta_i) - (R_j - tau Delta_j))^2 / (1 + tau)^2`` (normalising constants
-        assumed); "surrogate":
-        ``rec(clip_mode="none", regularizer="k2", coef=coef)``.
+        ``mean over groups of (1/K^2) sum_{i<j} ((R_i - tau Delta_i) - (R_j - tau Delta_j))^2 / (1 + tau)^2``
+        (normalising constants assumed); "surrogate": ``rec(clip_mode="none", regularizer="k2", coef=coef)``.
       baseline: "mean" or "logavgexp" (``tau log mean exp(R / tau)``) of the group; of "simple" and "kimi" only.
-      coef: of "surrogate" only; tau: of the others.
-    """
+      coef: of "surrogate" only; tau: of the others."""
     choice("form", form, ("simple", "kimi", "pairwise", "surrogate"))
     unused("coef", coef, 0.1, form == "surrogate", "form='surrogate'")
     unused("tau", tau, 1.0, form != "surrogate", "the other forms")
@@ -130,8 +126,8 @@ def opmd(
 
 def _pairwise_residual(tau: float) -> Part:
     """``(x_i - group mean of x)^2`` per row, ``x = R - tau Delta``: its mean over K rows is the sum over pairs over
-    K^2. The mean
-    needs no gradient (deviations from it sum to 0), which leaves a row without tokens a member of its pairs."""
+    K^2. The mean needs no gradient (deviations from it sum to 0), which leaves a row without tokens a member of its
+    pairs."""
 
     def fn(log_ratio: Array, adv: Array, stats: TokenStats, b: Rollouts, s: State) -> Array:
         drift = sequence_sum_log_ratio(stats.logp, b.logp_old, b.mask, log_ratio_clip=jnp.inf)
@@ -150,9 +146,8 @@ def asymre(shift: float = -0.1, tau: float = 0.0, singleton: str = "zero") -> Ob
       them out.
 
     Args:
-      shift: below 0; above it off-policy learning collapses. tau: 0 is the plain form; Trinity's default of 1
-        halves the loss.
-    """
+      shift: below 0; above it off-policy learning collapses. tau: 0 is the plain form; Trinity's default of 1 halves
+        the loss."""
     return policy_gradient(
         advantage=advantages.asymre(shift, singleton),
         ratio=ratios.token(),

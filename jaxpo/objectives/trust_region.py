@@ -111,13 +111,10 @@ def bapo(
     Shapes: logp [B, T], reward [B]. Bounds are ratio values: ``ppo(r, A; cl, ch, dual_clip)``, token mean.
 
     Args:
-      mode: "official" (``P/(N + 1e-8)``, the lower bound first; in the end it is ``low0`` or ``low_max``) or
-        "paper" (``P/(P+N)``
-        weighted by the old probabilities, the upper bound first).
-      target, low0, ..., high_step: None = the mode's own: official 1.0, 0.6→0.8 by 0.05, 1.2→2.0 by 0.05; paper 0.4,
-      0.6→0.9 by
-        0.02, 1.2→3.0 by 0.05.
-    """
+      mode: "official" (``P/(N + 1e-8)``, the lower bound first; in the end it is ``low0`` or ``low_max``) or "paper"
+        (``P/(P+N)`` weighted by the old probabilities, the upper bound first). target, low0, ..., high_step: None =
+        the mode's own: official 1.0, 0.6→0.8 by 0.05, 1.2→2.0 by 0.05; paper 0.4, 0.6→0.9 by 0.02, 1.2→3.0 by
+        0.05."""
     return policy_gradient(
         advantage=advantages.group_normalized(adv_eps, singleton=singleton),
         ratio=ratios.token(log_ratio_clip),
@@ -140,8 +137,7 @@ def mhpo(
     singleton: str = "zero",
 ) -> Objective:
     """Modulated Hazard-aware Policy Optimization: ``-exp(psi - sg(zeta)) A``, ``psi = c tanh((logp - logp_old)/c)``,
-    zeta a Weibull
-    hazard of drifting; no clip, no KL.
+    zeta a Weibull hazard of drifting; no clip, no KL.
 
     Shapes: logp [B, T], reward [B]. Even on-policy the step is damped, by 0.27 with the defaults.
 
@@ -172,8 +168,7 @@ def r2vpo(
 
     Args:
       lam0: first multiplier (state ``lam``); delta: allowed variance; lr_dual: its step.
-      log_ratio_clip: tight, since ``(r - 1)^2`` explodes on stale data.
-    """
+      log_ratio_clip: tight, since ``(r - 1)^2`` explodes on stale data."""
     return policy_gradient(
         advantage=advantages.group_normalized(adv_eps, singleton=singleton),
         ratio=ratios.token(log_ratio_clip),
@@ -191,10 +186,8 @@ def ppo_outer_loop(
     clip.
 
     Shapes: logp [B, T], reward [B]. The second term is the sample form of ``KL(pi_old || pi)``; ``eta``, the outer
-      step size,
-    is what to lower when learning stagnates, or draw more rollouts with minibatch, learning rate and epochs as they
-    are.
-    """
+      step size, is what to lower when learning stagnates, or draw more rollouts with minibatch, learning rate and
+      epochs as they are."""
     aggregation.positive("eta", eta)
     return policy_gradient(
         advantage=advantages.group_normalized(adv_eps, singleton=singleton),

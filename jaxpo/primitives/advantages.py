@@ -39,9 +39,8 @@ def group_centered(reward: Array, group: Array, count: Array, *, singleton: Sing
     """``A_i = reward_i - mean of its group`` [B]; exactly 0 in a constant group.
 
     Args:
-      singleton: what a group of one row gets: "zero" (consistent with centring) or "raw" (the reward itself, as
-        verl does).
-    """
+      singleton: what a group of one row gets: "zero" (consistent with centring) or "raw" (the reward itself, as verl
+        does)."""
     choice("singleton", singleton, ("zero", "raw"))
     reward = promote(reward)
     centered = jnp.where(group_constant(reward, group, count), 0, reward - group_mean(reward, group, count))
@@ -65,8 +64,7 @@ def group_normalized(
     Args:
       scale: the std of the row's "group", of the whole "batch" (Lite PPO), or "none" (Dr. GRPO).
       ddof: 1 = sample std, 0 = population std.
-      singleton: "zero", or "raw" = the undivided reward of a group of one row.
-    """
+      singleton: "zero", or "raw" = the undivided reward of a group of one row."""
     choice("scale", scale, ("group", "batch", "none"))
     centered = group_centered(reward, group, count, singleton=singleton)
     if scale == "none":
@@ -94,8 +92,7 @@ def log_average_exp(reward: Array, group: Array, count: Array, *, tau: float = 1
     """``tau log mean_j exp(reward_j / tau)`` over the row's group [B] (Kimi k1.5, arXiv:2501.12599); the mean as tau
     grows.
 
-    Exactly the reward in a constant group.
-    """
+    Exactly the reward in a constant group."""
     reward = promote(reward)
     ids = segments(group)
     top = segment_max(jnp.where(count > 0, reward, -jnp.inf), ids, num_segments=ids.shape[0])[ids]
@@ -111,10 +108,8 @@ def beta_normalized(
     """``A = w_g (u - p_g)`` [B] with ``w_g = min(1 / BetaPDF(p_g; alpha, beta), 1e6)`` (BNPO, arXiv:2506.02864).
 
     ``u = (reward - min)/(max - min)``, ``p_g`` its group mean. Over groups, each once: ``m``, ``v`` mean and sample
-    variance
-    of p; ``c = m(1-m)/max(v, 1e-8) - 1``; ``alpha = max(1 + c m/3, 1)``, ``beta = max(1 + c(1-m)/3, 1)``. One group:
-    w = 1.
-    """
+    variance of p; ``c = m(1-m)/max(v, 1e-8) - 1``; ``alpha = max(1 + c m/3, 1)``, ``beta = max(1 + c(1-m)/3, 1)``.
+    One group: w = 1."""
     u = (promote(reward) - min) / (max - min)
     p = jnp.clip(group_mean(u, group, count), 0, 1)
     each = once(group, count)
@@ -138,8 +133,7 @@ def asymmetric(
     """A-GRAE's re-weighting of GRPO advantages [B] (arXiv:2602.05548).
 
     ``A1 = omega/2 A/sqrt(p) + (1-omega)/2 A/sqrt(1-p)`` for ``0 < p < 1`` (p the group mean, omega the mean of the
-    group means),
-    else A; then ``A1 min(1, omega/alpha)`` where ``A1 > 0``.
+    group means), else A; then ``A1 min(1, omega/alpha)`` where ``A1 > 0``.
 
     Args:
       easy_form: "official" divides the easy term by ``1 - sqrt(p) + 1e-6``, as the released code does.
@@ -167,13 +161,10 @@ def length_trend(
     max_len: float,
 ) -> Array:
     """[B] bool: the row's group shows the wanted trend (ADORA, arXiv:2602.10019): its longest correct answer is
-    longer than
-    the mean of its incorrect answers that were not truncated (``length < max_len``).
+    longer than the mean of its incorrect answers that were not truncated (``length < max_len``).
 
     rule "llm": without a correct or without an incorrect answer the maximum or the mean is -inf. "vlm": without a
-    correct
-    answer it holds, and the mean over nothing is +inf.
-    """
+    correct answer it holds, and the mean over nothing is +inf."""
     choice("rule", rule, ("llm", "vlm"))
     ids, length, counted = segments(group), promote(length), count > 0
     correct = counted & (reward > correct_score)
@@ -222,8 +213,7 @@ def half_against_half(
 
 def drop_excess_negatives(reward: Array, group: Array, count: Array, priority: Array) -> Array:
     """[B] bool: rows that RED-Drop keeps (arXiv:2509.24203): where a group has more negatives (reward below its mean)
-    than
-    positives, the negatives of smallest ``priority`` go until there are as many."""
+    than positives, the negatives of smallest ``priority`` go until there are as many."""
     negative = ~group_constant(reward, group, count) & (promote(reward) < group_mean(reward, group, count))
     n_negative = group_sum(jnp.where(negative, promote(count), 0), group)
     excess = n_negative - (group_size(group, count) - n_negative)

@@ -1,12 +1,10 @@
 """How token losses become one number: each aggregation turns (mask, count, batch) into the *weight* of every token.
 
 The loss is ``sum(weight * value)``. The weight is computed once on the whole optimizer batch, so losses of
-microbatches add up and no mean of
-means can exist. Notation: ``mask`` [B, T] tokens that count, ``count`` [B] multiplicity of rows, ``length_i`` their
-masked tokens.
-A row without tokens contributes 0 and still counts among the rows; a row with count 0 leaves the denominator.
-``batch`` gives what some of them need besides (``group``, ``layout``). For a value per row, mask is [B, 1].
-"""
+microbatches add up and no mean of means can exist. Notation: ``mask`` [B, T] tokens that count, ``count`` [B]
+multiplicity of rows, ``length_i`` their masked tokens. A row without tokens contributes 0 and still counts among the
+rows; a row with count 0 leaves the denominator. ``batch`` gives what some of them need besides (``group``,
+``layout``). For a value per row, mask is [B, 1]."""
 
 from collections.abc import Callable
 from typing import Any
@@ -41,13 +39,21 @@ def seq_sum(mask: Array, count: Array, batch: Any) -> Array:
 def seq_sum_const(L_const: float) -> Aggregation:  # noqa: N803 (the cards' name)
     """`seq_sum` divided by the constant ``L_const`` (the generation budget, never the padded width)."""
     constant = positive("L_const", L_const)
-    return lambda mask, count, batch: seq_sum(mask, count, batch) / constant
+
+    def seq_sum_const(mask: Array, count: Array, batch: Any) -> Array:
+        return seq_sum(mask, count, batch) / constant
+
+    return seq_sum_const
 
 
 def sum_const(L_const: float) -> Aggregation:  # noqa: N803
     """``mask count / L_const``: not divided by the number of rows."""
     constant = positive("L_const", L_const)
-    return lambda mask, count, batch: promote(mask) * promote(count)[:, None] / constant
+
+    def sum_const(mask: Array, count: Array, batch: Any) -> Array:
+        return promote(mask) * promote(count)[:, None] / constant
+
+    return sum_const
 
 
 def group_mean(mask: Array, count: Array, batch: Any) -> Array:

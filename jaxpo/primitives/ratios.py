@@ -33,8 +33,7 @@ def sequence_mean_log_ratio(logp: Array, logp_old: Array, mask: Array, *, log_ra
 
 def sequence_token_log_ratio(logp: Array, logp_old: Array, mask: Array, *, log_ratio_clip: float = 10.0) -> Array:
     """``sg(s_i) + logp - sg(logp)`` [B, T], ``s_i`` of `sequence_mean_log_ratio`: the row's value, with the gradient
-    of the
-    token's own log-prob (GSPO-token, arXiv:2507.18071, eq. 14)."""
+    of the token's own log-prob (GSPO-token, arXiv:2507.18071, eq. 14)."""
     row = sequence_mean_log_ratio(logp, logp_old, mask, log_ratio_clip=log_ratio_clip)
     return lax.stop_gradient(row)[:, None] + own_gradient(logp, mask)
 

@@ -14,11 +14,8 @@ def kl_estimate(logp: Array, logp_ref: Array, estimator: str, *, exponent_clip: 
     """Estimate of KL(pi || ref) from a token sampled from pi, with ``d = logp - logp_ref`` (Schulman, 2020).
 
     k1 = d; k2 = d^2/2; k3 = exp(-d) + d - 1 (>= 0); abs = |d|. As a loss, E[grad k1] = 0, E[grad k2] = grad
-    KL(pi||ref),
-    E[grad k3] = grad KL(ref||pi). k3 clamps d to ``±exponent_clip`` as a whole (as verl does): were only the exponent
-    clamped, the
-    rest would have a gradient that drives the policy away from the reference.
-    """
+    KL(pi||ref), E[grad k3] = grad KL(ref||pi). k3 clamps d to ``±exponent_clip`` as a whole (as verl does): were only
+    the exponent clamped, the rest would have a gradient that drives the policy away from the reference."""
     d = promote(logp) - promote(logp_ref)
     match estimator:
         case "k1":
@@ -52,8 +49,7 @@ def kl_penalty(
 
 def ratio_variance(log_ratio: Array, delta: float) -> Array:
     """``(r - 1)^2 - delta`` [B, T]: how far the variance of the ratio (around its mean 1) exceeds what is allowed
-    (R2VPO,
-    arXiv:2601.03320)."""
+    (R2VPO, arXiv:2601.03320)."""
     return jnp.square(jnp.exp(log_ratio) - 1) - delta
 
 
@@ -72,12 +68,10 @@ def toward(logp: Array, target: Array, *, clip: float = 10.0) -> Array:
 
 def min_p_log_proxy(logits: Array, tokens: Array, *, kappa: float) -> Array:
     """[N] log-prob of ``tokens`` under the policy restricted to tokens with ``pi > kappa max pi`` and renormalised;
-    -inf for a
-    token that is cut (Lp-Reg, arXiv:2510.03222).
+    -inf for a token that is cut (Lp-Reg, arXiv:2510.03222).
 
     Args:
-      logits: [N, V].
-    """
+      logits: [N, V]."""
     kept = logits > logits.max(-1, keepdims=True) + jnp.log(promote(kappa))
     inside = jnp.where(kept, logits, -jnp.inf)
     own = jnp.take_along_axis(inside, tokens[:, None], -1)[:, 0]

@@ -1,9 +1,7 @@
 """Choosing some of many: the k smallest of a batch of numbers, and what is built on it. No gradient, no sort.
 
 A number counts ``weight`` times, so ``k`` is in units of weight and the answer is a *share* of each weight; the
-copies of
-a row that was drawn twice may be chosen one by one. Ties go to the lowest index.
-"""
+copies of a row that was drawn twice may be chosen one by one. Ties go to the lowest index."""
 
 import jax
 import jax.numpy as jnp
@@ -72,9 +70,8 @@ def max_variance(x: Array, group: Array, count: Array, n: Array) -> Array:
     """[B] how much of each row's count belongs to the subset of ``n`` [B] (the same within a group) rows of its group
     whose ``x`` varies most (D3S, arXiv:2509.22115).
 
-    Such a subset is always the k largest and the n - k smallest values, so every k from 0 to n is tried. Ties: of equal
-    values the lowest indices are taken. At most B rows of a group are chosen.
-    """
+    Such a subset is always the k largest and the n - k smallest values, so every k from 0 to n is tried. Ties: of
+    equal values the lowest indices are taken. At most B rows of a group are chosen."""
     x, count = promote(x), promote(count)
     b = x.shape[0]
     same = group[None] == group[:, None]
@@ -109,8 +106,7 @@ def max_variance(x: Array, group: Array, count: Array, n: Array) -> Array:
 def row_uniform(seed: Array, shape: tuple[int, ...] = (), *, stream: int) -> Array:
     """[B, ...] uniforms that hang on the row's ``seed`` alone (not on its place in the batch, nor on padding).
 
-    ``stream`` keeps the draws of different purposes apart.
-    """
+    ``stream`` keeps the draws of different purposes apart."""
 
     def draw(s: Array) -> Array:
         return jax.random.uniform(jax.random.fold_in(jax.random.key(s), stream), shape)

@@ -64,11 +64,8 @@ def clip_mask(
     """Bool: the tokens that a mask of REC keeps (arXiv:2509.24203).
 
     "two-side": ``1 - eps_low <= r <= 1 + eps_high``; "one-side": ``(A >= 0 and r <= 1 + eps_high) or (A <= 0 and r >=
-    1 - eps_low)``,
-    the tokens of which PPO keeps the gradient; "ring": two-side, or ``(A >= 0 and r <= 1 - ring_low) or (A <= 0 and r
-    >= 1 +
-    ring_high)``: also what is so far off that its gradient leads back.
-    """
+    1 - eps_low)``, the tokens of which PPO keeps the gradient; "ring": two-side, or ``(A >= 0 and r <= 1 - ring_low)
+    or (A <= 0 and r >= 1 + ring_high)``: also what is so far off that its gradient leads back."""
     low, high = ratio >= 1 - eps_low, ratio <= 1 + eps_high
     match mode:
         case "none":
@@ -84,16 +81,14 @@ def clip_mask(
 
 def hazard(log_ratio: Array, *, k_pos: float, lam_pos: float, k_neg: float, lam_neg: float) -> Array:
     """``zeta = (softplus(psi)/lam_pos)^k_pos + (softplus(-psi)/lam_neg)^k_neg`` of a bounded log-ratio psi: the
-    cumulative
-    Weibull hazard of drifting up and down (MHPO, arXiv:2603.16929). No gradient."""
+    cumulative Weibull hazard of drifting up and down (MHPO, arXiv:2603.16929). No gradient."""
     psi = lax.stop_gradient(log_ratio)
     return (jnp.logaddexp(psi, 0) / lam_pos) ** k_pos + (jnp.logaddexp(-psi, 0) / lam_neg) ** k_neg
 
 
 def squared_residual(log_ratio: Array, adv: Array, tau: float) -> Array:
     """``(A - tau Delta)^2`` of log-ratios ``Delta`` of whole rows: the residual of mirror descent's optimality
-    condition
-    (Kimi k1.5, arXiv:2501.12599)."""
+    condition (Kimi k1.5, arXiv:2501.12599)."""
     return jnp.square(adv - tau * log_ratio)
 
 
@@ -124,8 +119,7 @@ def balanced_bounds(
     """BAPO's clip bounds (arXiv:2510.18927), found by raising them step by step until positives carry enough weight.
 
     ``P(ch) = sum_{A >= 0} weight min(r, ch) A`` and ``N(cl) = sum_{A < 0} weight max(r, cl) |A|``; the search stops
-    when
-    ``P/(N + 1e-8)`` (``share``: ``P/(P+N)``) reaches ``target``.
+    when ``P/(N + 1e-8)`` (``share``: ``P/(P+N)``) reaches ``target``.
 
     Args:
       low, high: (start, maximum, step) of the two bounds. low_first: which is raised first; the other one follows.

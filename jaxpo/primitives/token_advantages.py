@@ -50,8 +50,7 @@ def token_whitened(x: Array, weight: Array, *, eps: float = 1e-8) -> Array:
     """``(x - mean) / sqrt(var + eps)`` [B, T] over the tokens of ``weight`` [B, T] (their multiplicity), sample
     variance.
 
-    Exactly 0 where all are the same, or there are fewer than two.
-    """
+    Exactly 0 where all are the same, or there are fewer than two."""
     x, weight = promote(x), promote(weight)
     n = weight.sum()
     mean = ratio_or_zero(jnp.sum(jnp.where(weight > 0, x, 0) * weight), n)
@@ -111,9 +110,8 @@ def shared_runs(tokens: Array, mask: Array, group: Array, adv: Array) -> tuple[A
     """[B, T] bool twice: the row's forward run and its backward run (GTPO, arXiv:2508.03772).
 
     A (place, token) is in conflict when some row of the group with A > 0 and some row with A < 0 hold it; the forward
-    run
-    is the longest prefix of conflicts, the backward run the longest suffix with places counted from each row's own end.
-    """
+    run is the longest prefix of conflicts, the backward run the longest suffix with places counted from each row's
+    own end."""
     on = mask > 0
     forward = ordinals(mask)
     backward = on.sum(-1, keepdims=True) - 1 - forward
@@ -129,8 +127,7 @@ def conflict_weight(
     tokens: Array, mask: Array, group: Array, adv: Array, *, w_pos: float = 2.0, normalize: bool = True
 ) -> Array:
     """``lambda_t / n_i`` [B, T] of GTPO: each run multiplies its tokens by ``w_pos`` (A > 0) or 0 (A < 0), and
-    ``n_i`` is
-    the longer run (at least 1; 1 with ``normalize=False``). Rows with A = 0 have weight 1."""
+    ``n_i`` is the longer run (at least 1; 1 with ``normalize=False``). Rows with A = 0 have weight 1."""
     prefix, suffix = shared_runs(tokens, mask, group, adv)
     factor = jnp.where(adv > 0, w_pos, jnp.where(adv < 0, 0.0, 1.0))[:, None]
     weight = jnp.where(prefix, factor, 1.0) * jnp.where(suffix, factor, 1.0)
@@ -160,11 +157,8 @@ def entropy_signal(
     """HAPO's ``h`` [B, T] and the four numbers that define it.
 
     ``l = log max(H, 1e-8)``; ``q`` its rho-quantile by nearest index over the tokens of ``weight``; ``s`` the RMS
-    distance
-    to it; ``z = (l - q)/s``; ``h = z / max positive z`` above, ``z / |min z|`` below (``official``: divided by ``min
-    z``,
-    which makes it positive too).
-    """
+    distance to it; ``z = (l - q)/s``; ``h = z / max positive z`` above, ``z / |min z|`` below (``official``: divided
+    by ``min z``, which makes it positive too)."""
     level = jnp.log(jnp.maximum(promote(entropy), 1e-8))
     weight = promote(weight)
     n = weight.sum()

@@ -9,8 +9,7 @@ from jaxpo.primitives.numerics import promote
 
 def tracker_init(successes: Array, samples: float | Array, *, rho_min: float = 0.875) -> tuple[Array, Array]:
     """``alpha = N0 (s + 0.5)/(n0 + 1)``, ``beta = N0 (n0 - s + 0.5)/(n0 + 1)``, ``N0 = 1/(1 - rho_min)``, from ``s``
-    successes
-    among ``n0`` offline samples; ``n0 = 0``: 0.5 each."""
+    successes among ``n0`` offline samples; ``n0 = 0``: 0.5 each."""
     successes, samples = promote(successes), promote(samples)
     size = jnp.where(samples > 0, 1 / (1 - rho_min), 1.0)
     return size * (successes + 0.5) / (samples + 1), size * (samples - successes + 0.5) / (samples + 1)

@@ -34,8 +34,7 @@ def group_normalized(adv_eps: float = 1e-6, scale: str = "group", ddof: int = 1,
 
     Args:
       scale: the std of the "group", of the whole "batch", or "none". ddof: 1 = sample std, 0 = population std.
-      singleton: a group of one row gets "zero", or "raw" = its reward.
-    """
+      singleton: a group of one row gets "zero", or "raw" = its reward."""
     choice("scale", scale, ("group", "batch", "none"))
     choice("singleton", singleton, ("zero", "raw"))
     return Part(
@@ -89,7 +88,7 @@ def reinforce_pp(gamma: float = 1.0, kl_coef: float = 0.01, baseline: bool = Fal
         return token_advantages.token_whitened(returns, promote(b.mask) * promote(b.count)[:, None])
 
     needs = REWARD | (frozenset({"group"}) if baseline else frozenset())
-    return Part(fn, needs if is_off(kl_coef) else needs | {"logp_old", "logp_ref"})
+    return Part(fn, needs if is_off(kl_coef) else needs | {"logp_old", "logp_ref"}, per="token")
 
 
 @register("advantage", source="REC, arXiv:2509.24203")
@@ -134,8 +133,7 @@ def opmd(baseline: str = "mean", tau: float = 1.0, singleton: str = "zero") -> P
 @register("advantage", source="Asymmetric REINFORCE, arXiv:2506.20520")
 def asymre(shift: float = -0.1, singleton: str = "zero") -> Part:
     """``reward - (group mean + shift)``: with a negative shift every sampled token is pushed up a little, also in
-    solved
-    groups; filtering those out would remove the push."""
+    solved groups; filtering those out would remove the push."""
     choice("singleton", singleton, ("zero", "raw"))
     return Part(lambda b, s: advantages.group_centered(b.reward, b.group, b.count, singleton=singleton) - shift, GROUPS)
 
@@ -175,9 +173,8 @@ def gtpo(
     singleton: str = "zero",
 ) -> Part:
     """GRPO's A, less ``entropy_scale H_i`` (H_i the row's mean entropy under the current policy), 0 where ``H_i``
-    exceeds
-    the threshold; tokens of prefixes and suffixes that answers of both signs share are spared in failed answers and
-    count ``w_pos`` times in the others.
+    exceeds the threshold; tokens of prefixes and suffixes that answers of both signs share are spared in failed
+    answers and count ``w_pos`` times in the others.
 
     Args:
       conflict_norm: "max" divides a row by its longer run, as the released code does; "none" does not.
@@ -199,7 +196,7 @@ def gtpo(
         return damped[:, None] * b.token_extras["conflict_weight"]
 
     wants = frozenset({"entropy"})
-    return Part(normalized.fn, GROUPS | {"tokens"}, wants, prepare=prepare, current=current)
+    return Part(normalized.fn, GROUPS | {"tokens"}, wants, per="token", prepare=prepare, current=current)
 
 
 @register("advantage", source="SPO (Tencent), arXiv:2509.13232")
@@ -221,9 +218,7 @@ def spo_segment(form: str = "chain", interval: int = 5, threshold: float = 0.9) 
 
     Args:
       form: "chain": values of prefixes ``mc_value`` [B, T] at cutpoints, every ``interval``-th token of low
-        probability;
-        "tree": one advantage a row, ``edge_adv`` [B], of an edge of the tree.
-    """
+        probability; "tree": one advantage a row, ``edge_adv`` [B], of an edge of the tree."""
     choice("form", form, ("chain", "tree"))
     if form == "tree" and interval != 5:
         raise ValueError("interval has no effect with form='tree'")
@@ -245,7 +240,7 @@ def spo_segment(form: str = "chain", interval: int = 5, threshold: float = 0.9) 
         return token_advantages.token_whitened(adv, jnp.where(jnp.any(weight > 0), weight, everything))
 
     needs = {"logp_old", "reward", "mc_value"} if form == "chain" else {"logp_old", "edge_adv"}
-    return Part(fn, frozenset(needs), tokens=low)
+    return Part(fn, frozenset(needs), per="token", tokens=low)
 
 
 @register("advantage", source="A-GRAE, arXiv:2602.05548")
@@ -273,9 +268,8 @@ def adora(
     """GRPO's A, times ``lam`` in groups that do not show the wanted trend.
 
     Args:
-      rule: "llm" or "vlm" (`jaxpo.primitives.advantages.length_trend`), or a function batch -> [B] bool, constant
-        in a group.
-    """
+      rule: "llm" or "vlm" (`jaxpo.primitives.advantages.length_trend`), or a function batch -> [B] bool, constant in
+        a group."""
     normalized = group_normalized(adv_eps, singleton=singleton)
     if not callable(rule):
         choice("rule", rule, ("llm", "vlm"))
@@ -303,9 +297,8 @@ def canon(
 
     Args:
       metric: "entropy" (of the rollout) or "length". alpha: damps the long, or the low-entropy, half.
-      mu_schedule: "constant"; "accuracy" or "inverse_accuracy": the mean reward of the batch, or 1 minus it; "cosine":
-        from ``mu`` to 0 over ``mu_period`` iterations, then again.
-    """
+      mu_schedule: "constant"; "accuracy" or "inverse_accuracy": the mean reward of the batch, or 1 minus it;
+        "cosine": from ``mu`` to 0 over ``mu_period`` iterations, then again."""
     choice("metric", metric, ("entropy", "length"))
     choice("mu_schedule", mu_schedule, ("constant", "accuracy", "inverse_accuracy", "cosine"))
     choice("singleton", singleton, ("zero", "raw"))
@@ -361,14 +354,11 @@ def dcpo_distribution(
     singleton: str = "zero",
 ) -> Part:
     """``(1 - w) A + w c rho`` [B, T]: GRPO's A mixed with a positive REINFORCE term on right answers (``c``: reward
-    above
-    ``threshold``), importance-weighted towards the policy at another temperature, hot while the entropy is below
-    ``H0``.
+    above ``threshold``), importance-weighted towards the policy at another temperature, hot while the entropy is
+    below ``H0``.
 
     ``rho = exp(logp_old^T - logp_old)``, ``a = min(|H0 - H|, cap) / mean(c)``, ``w = a/(1 + a)``; H is the previous
-    step's mean of
-    ``-logp``, remembered in the state (0 at first).
-    """
+    step's mean of ``-logp``, remembered in the state (0 at first)."""
     normalized = group_normalized(adv_eps, singleton=singleton)
 
     def fn(b: Rollouts, s: State) -> Array:
@@ -393,6 +383,7 @@ def dcpo_distribution(
     return Part(
         fn,
         GROUPS | {"logp_old", "logp_old_hot", "logp_old_cold"},
+        per="token",
         memory={"entropy": jnp.float32(0)},
         metrics=metrics,
         update=update,

@@ -1,10 +1,25 @@
 """Aggregations by name: ``(mask, count, batch) -> weight``."""
 
+import functools
+from collections.abc import Callable
+
 from jaxpo.primitives import aggregation
 from jaxpo.registry import make, names, register, unknown
 
+
+def _constant(fn: aggregation.Aggregation) -> Callable[[], aggregation.Aggregation]:
+    """A factory without options, documented as what it gives."""
+
+    @functools.wraps(fn)
+    def factory() -> aggregation.Aggregation:
+        return fn
+
+    del factory.__wrapped__  # its signature is its own
+    return factory
+
+
 for _name, _fn in aggregation.PER_TOKEN.items():
-    register("aggregation", id=_name)((lambda fn: lambda: fn)(_fn))
+    register("aggregation", id=_name)(_constant(_fn))
 for _name, _fn in aggregation.WITH_CONSTANT.items():
     register("aggregation", id=_name, budget={"L_const": 1.0})(_fn)
 

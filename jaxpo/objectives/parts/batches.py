@@ -84,8 +84,8 @@ def random_rows(keep: float = 0.5) -> Part:
 @register("filter")
 def rejection(estimator: str = "k1", level: str = "geometric", bound: float = 0.1, low: float | None = None) -> Part:
     """Leave out rows on which sampler and trainer disagree: keep those whose ``logp_beh`` and ``logp_old`` have a k1,
-    k2 or k3
-    estimate of at most ``bound`` (and at least ``low``), by sum ("sequence") or mean ("geometric") over the row."""
+    k2 or k3 estimate of at most ``bound`` (and at least ``low``), by sum ("sequence") or mean ("geometric") over the
+    row."""
     check_estimators(estimator)
     choice("level", level, ("sequence", "geometric"))
 
@@ -104,8 +104,7 @@ def d3s_rows(first: float = 0.5, last: float = 1.0, total: int = 1, level: str =
     - 1``.
 
     Args:
-      level: "cross": one choice over the batch; "within": in each group.
-    """
+      level: "cross": one choice over the batch; "within": in each group."""
     share("first", first), share("last", last)
     choice("level", level, ("cross", "within"))
 
@@ -120,8 +119,7 @@ def d3s_rows(first: float = 0.5, last: float = 1.0, total: int = 1, level: str =
 @register("filter", id="d3s", source="D3S, arXiv:2509.22115 (reconstructed from secondary summaries)")
 def d3s_tokens(first: float = 0.2, last: float = 1.0, total: int = 1) -> Part:
     """Keep the tokens of largest ``|A| H`` (``entropy_old``) among those that are left: a share that goes from
-    ``first`` to
-    ``last``."""
+    ``first`` to ``last``."""
     share("first", first), share("last", last)
 
     def fn(b: Rollouts, s: State) -> Array:
@@ -130,7 +128,7 @@ def d3s_tokens(first: float = 0.2, last: float = 1.0, total: int = 1) -> Part:
         k = jnp.maximum(jnp.round(scheduled(first, last, total, s) * weight.sum()), 1)
         return ratio_or_zero(selection.largest(score, weight, k), weight)
 
-    return Part(fn, frozenset({"entropy_old"}), sees_advantage=True)
+    return Part(fn, frozenset({"entropy_old"}), per="token", sees_advantage=True)
 
 
 def scheduled(first: float, last: float, total: int, state: State) -> Array:
@@ -177,11 +175,10 @@ def masked_weight(level: str = "token", low: float = 0.5, high: float = 2.0) -> 
 @register("correction")
 def token_rejection(estimator: str = "k1", bound: float = 0.5, low: float | None = None) -> Part:
     """Leave out tokens on which sampler and trainer disagree (they leave the denominator): keep those whose k1, k2 or
-    k3
-    estimate is at most ``bound`` (and at least ``low``)."""
+    k3 estimate is at most ``bound`` (and at least ``low``)."""
     check_estimators(estimator)
 
     def kept(b: Rollouts, s: State) -> Array:
         return promote(mismatch.kept(b.get("logp_old"), b.get("logp_beh"), b.mask, estimator, "token", bound, low))
 
-    return Part(lambda b, s: jnp.ones_like(promote(b.mask)), BOTH, tokens=kept)
+    return Part(lambda b, s: jnp.ones_like(promote(b.mask)), BOTH, per="token", tokens=kept)

@@ -30,8 +30,7 @@ def kl_to_reference(
 
     Args:
       is_weighted: multiply by the differentiable ratio to ``logp_old`` (with k3: the exact reverse-KL gradient
-        off-policy).
-    """
+        off-policy)."""
     check_estimators(estimator, gradient)
 
     def fn(stats: TokenStats, b: Rollouts, s: State) -> Array:
@@ -79,8 +78,7 @@ def forward_kl() -> Part:
 @register("regularizer", source="R2VPO, arXiv:2601.03320 (reconstructed from the abstract)")
 def r2vpo(lam0: float = 0.1, delta: float = 0.02, lr_dual: float = 0.1, log_ratio_clip: float = 5.0) -> Part:
     """``lam ((r - 1)^2 - delta)``; after each step ``lam <- max(0, lam + lr_dual (mean (r-1)^2 - delta))``,
-    remembered in the
-    state. Token level, around 1, projected ascent and all defaults are assumed."""
+    remembered in the state. Token level, around 1, projected ascent and all defaults are assumed."""
     for name, value in (("lam0", lam0), ("lr_dual", lr_dual)):
         if isinstance(value, int | float) and value < 0:
             raise ValueError(f"{name} must not be negative, not {value}")
@@ -111,8 +109,7 @@ def r2vpo(lam0: float = 0.1, delta: float = 0.02, lr_dual: float = 0.1, log_rati
 @register("regularizer", source="arXiv:2505.22617; verl kl_cov")
 def kl_cov(ratio: float = 2e-3) -> Part:
     """``|logp - logp_old|`` at the ``max(1, int(ratio N))`` tokens of largest covariance between A and ``logp``, mean
-    over all
-    tokens."""
+    over all tokens."""
 
     def weigh(b: Rollouts, s: State, peek: TokenStats) -> Rollouts:
         weight = tokens_of(b)
@@ -131,13 +128,10 @@ def lp_reg(form: str = "released", rho: float = 0.01, kappa: float = 0.02) -> Pa
     """Keeps alive the improbable tokens of failed answers that are no noise: those that survive ``pi > kappa max pi``.
 
     Args:
-      form: "released": of the tokens with A < 0 the ``int(rho n)`` least probable (none if that is 1 or less) which are
-        less probable than their proxy get k3 to the proxy, by the sampled token, clamped to ±10. "paper": of *all*
-        tokens
-        the ``max(1, int(rho N))`` least probable, if A < 0 and they survive, get the full ``KL(proxy || pi)``; the
-        proxy is that
-        of the current policy, the paper's on-policy case.
-    """
+      form: "released": of the tokens with A < 0 the ``int(rho n)`` least probable (none if that is 1 or less) which
+        are less probable than their proxy get k3 to the proxy, by the sampled token, clamped to ±10. "paper": of
+        *all* tokens the ``max(1, int(rho N))`` least probable, if A < 0 and they survive, get the full ``KL(proxy ||
+        pi)``; the proxy is that of the current policy, the paper's on-policy case."""
     choice("form", form, ("released", "paper"))
     positive("rho", rho), positive("kappa", kappa)
     paper = form == "paper"

@@ -46,7 +46,7 @@ def linear() -> Part:
 @register("surrogate", source="Williams 1992")
 def log_prob() -> Part:
     """``-A logp`` per token: REINFORCE, without a ratio."""
-    return Part(lambda x, adv, stats, b, s: surrogates.log_prob(stats.logp, adv))
+    return Part(lambda x, adv, stats, b, s: surrogates.log_prob(stats.logp, adv), per="token", uses_ratio=False)
 
 
 @register("surrogate", source="MiniMax-M1, arXiv:2506.13585")
@@ -55,7 +55,8 @@ def cispo(eps_low: float = 1.0, eps_high: float = 4.0) -> Part:
     ratio at 5."""
     low, high = ranges(eps_low, eps_high)
     return Part(
-        lambda x, adv, stats, b, s: surrogates.detached_weight(jnp.clip(jnp.exp(x), low, high), adv, stats.logp)
+        lambda x, adv, stats, b, s: surrogates.detached_weight(jnp.clip(jnp.exp(x), low, high), adv, stats.logp),
+        per="token",
     )
 
 
@@ -72,9 +73,8 @@ def rec(
     """``-sg(A w M) logp``: REINFORCE under a binary mask M and a weight w, both constant.
 
     Args:
-      clip_mode: "none", "one-side", "two-side", "ring" (`jaxpo.primitives.surrogates.clip_mask`), or
-        "gspo-one-side": the
-        one-side test on the ratio of the row's mean.
+      clip_mode: "none", "one-side", "two-side", "ring" (`jaxpo.primitives.surrogates.clip_mask`), or "gspo-one-side":
+        the one-side test on the ratio of the row's mean.
       weight: "none", "importance_sampling" (r) or "advantage" (``exp(A / temp)``).
     """
     modes = (*surrogates.CLIP_MODES, "gspo-one-side")
@@ -105,7 +105,8 @@ def rec(
         }[weight]()
         return surrogates.detached_weight(w * mask(x, adv, b, stats), adv, stats.logp)
 
-    return Part(fn, clipped=lambda x, adv, stats, b, s: ~mask(x, adv, b, stats))
+    looks = clip_mode not in ("none", "gspo-one-side") or weight == "importance_sampling"
+    return Part(fn, per="token", uses_ratio=looks, clipped=lambda x, adv, stats, b, s: ~mask(x, adv, b, stats))
 
 
 @register("surrogate", source="MHPO, arXiv:2603.16929")
@@ -124,12 +125,10 @@ def squared_residual(tau: float = 1.0) -> Part:
     positive("tau", tau)
 
     def fn(x: Array, adv: Array, stats: TokenStats, b: Rollouts, s: State) -> Array:
-        if x.ndim != 1:
-            raise ValueError("the squared residual is one number a row: take the ratio sequence_sum")
         drift = ratios.sequence_sum_log_ratio(stats.logp, b.logp_old, b.mask, log_ratio_clip=jnp.inf)
         return surrogates.squared_residual(drift, adv, tau)
 
-    return Part(fn)
+    return Part(fn, per="row")
 
 
 @register("surrogate", source="BAPO, arXiv:2510.18927; code of WooooDyy/BAPO")
@@ -146,15 +145,12 @@ def bapo(
     log_ratio_clip: float = 20.0,
 ) -> Part:
     """The clipped surrogate with bounds (ratio values) searched anew for every optimizer batch, so that tokens of
-    positive
-    advantage carry ``target`` of the weight.
+    positive advantage carry ``target`` of the weight.
 
     Args:
-      mode: "official": ``P/N >= target``, the lower bound is raised first; "paper": ``P/(P+N) >= target`` weighted
-        by the
-        old probabilities, the upper bound first. None elsewhere = the mode's own number: official 1.0, 0.6→0.8 by 0.05,
-        1.2→2.0 by 0.05; paper 0.4, 0.6→0.9 by 0.02, 1.2→3.0 by 0.05.
-    """
+      mode: "official": ``P/N >= target``, the lower bound is raised first; "paper": ``P/(P+N) >= target`` weighted by
+        the old probabilities, the upper bound first. None elsewhere = the mode's own number: official 1.0, 0.6→0.8 by
+        0.05, 1.2→2.0 by 0.05; paper 0.4, 0.6→0.9 by 0.02, 1.2→3.0 by 0.05."""
     choice("mode", mode, ("official", "paper"))
     paper = mode == "paper"
     defaults = (0.4, 0.6, 0.9, 0.02, 1.2, 3.0, 0.05) if paper else (1.0, 0.6, 0.8, 0.05, 1.2, 2.0, 0.05)
@@ -184,6 +180,7 @@ def bapo(
     return Part(
         lambda x, adv, stats, b, s: surrogates.clipped(jnp.exp(x), adv, *at(b), dual_clip),
         peeks=PEEK,
+        per="token",
         weigh=weigh,
         clipped=lambda x, adv, stats, b, s: surrogates.is_clipped(jnp.exp(x), adv, *at(b), dual_clip),
     )
@@ -207,8 +204,7 @@ def hapo(
 
     Args:
       rho: quantile of the log-entropy that separates high from low. sign: "official" reproduces the released code, in
-        which h is never negative.
-    """
+        which h is never negative."""
     ranges(eps_low, eps_high, dual_clip)
     choice("sign", sign, ("intended", "official"))
     names = ("q", "s", "high", "low")
@@ -243,6 +239,7 @@ def hapo(
     return Part(
         lambda x, adv, stats, b, s: apply(surrogates.clipped, x, adv, b),
         needs=frozenset({"entropy_old"}),
+        per="token",
         weigh=weigh,
         clipped=lambda x, adv, stats, b, s: apply(surrogates.is_clipped, x, adv, b),
         memory={n: jnp.float32(0) for n in names},
@@ -260,8 +257,8 @@ def clip_cov(
     log_ratio_clip: float = 20.0,
 ) -> Part:
     """The clipped surrogate, 0 at a few tokens of high covariance between A and ``logp``: of those with ``lb < cov <
-    ub`` that
-    are not clipped, ``max(int(ratio N), 1)`` drawn at random by the rows' seeds. They stay in the denominator."""
+    ub`` that are not clipped, ``max(int(ratio N), 1)`` drawn at random by the rows' seeds. They stay in the
+    denominator."""
     low, high = ranges(eps_low, eps_high)
 
     def weigh(b: Rollouts, s: State, peek: TokenStats) -> Rollouts:
@@ -282,7 +279,7 @@ def clip_cov(
     def cut(x: Array, adv: Array, stats: TokenStats, b: Rollouts, s: State) -> Array:
         return surrogates.is_clipped(jnp.exp(x), adv, low, high) | (b.token_extras["covariance_kept"] == 0)
 
-    return Part(fn, frozenset({"seed"}), peeks=PEEK, weigh=weigh, clipped=cut)
+    return Part(fn, frozenset({"seed"}), peeks=PEEK, per="token", weigh=weigh, clipped=cut)
 
 
 @register("surrogate", source="Lp-Reg, arXiv:2510.03222")
@@ -308,7 +305,7 @@ def clipped_but_protected(eps_low: float = 0.2, eps_high: float = 0.2) -> Part:
     def cut(x: Array, adv: Array, stats: TokenStats, b: Rollouts, s: State) -> Array:
         return surrogates.is_clipped(jnp.exp(x), adv, low, high) & (b.token_extras["protected"] == 0)
 
-    return Part(fn, clipped=cut)
+    return Part(fn, per="token", requires="lp_reg", clipped=cut)
 
 
 def unused(name: str, value: object, default: object, used: bool, where: str) -> None:
