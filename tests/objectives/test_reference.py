@@ -26,11 +26,12 @@ def test_everything_is_documented():
 
 def test_the_ids_of_the_cards_are_there():
     ids = """reinforce rloo reinforce_pp grpo dr_grpo dapo gspo gspo_token cispo rec opmd asymre bnpo gtpo bapo
-    spo_single_stream spo_segment a_grae adora canon hapo d3s clip_cov kl_cov mhpo r2vpo dcpo_distribution lp_reg lite_ppo
-    ppo_outer_loop""".split()
+    spo_single_stream spo_segment a_grae adora canon hapo d3s clip_cov kl_cov mhpo r2vpo dcpo_distribution lp_reg
+    lite_ppo ppo_outer_loop""".split()
     assert set(ids) <= set(names())
     slots = {
-        "advantage": "rloo reinforce_pp asymre bnpo gtpo spo_single_stream spo_segment a_grae adora canon hapo lite_ppo",
+        "advantage": "rloo reinforce_pp asymre bnpo gtpo spo_single_stream spo_segment a_grae adora canon hapo "
+        "lite_ppo dcpo_distribution",
         "ratio": "gspo gspo_token mhpo",
         "surrogate": "cispo bapo hapo clip_cov mhpo rec",
         "regularizer": "kl_estimators kl_cov r2vpo lp_reg ppo_outer_loop",
