@@ -23,13 +23,14 @@ from jaxpo.training.config import parse
 
 LIMIT = 3.0  # times grpo, above which a reason is due
 REASONS = {
-    "gtpo": "finds the tokens that answers share: two sorts of the batch by (group, token) at every place",
-    "d3s": "picks tokens by rank over the batch: 32 counting passes; rows by trying every split",
-    "hapo": "a quantile over all tokens: 32 counting passes, then bounds and advantages per token",
-    "clip_cov": "draws a priority per token and picks the smallest: a random number and 32 counting passes",
-    "kl_cov": "picks the largest covariances over the batch: 32 counting passes",
-    "lp_reg": "picks the least probable tokens over the batch: 32 counting passes",
-    "bapo": "searches its bounds: a pass over the batch for every step of them",
+    "gtpo": "compares every token with those of the other rows of its group, from both ends",
+    "d3s": "picks tokens by rank over the batch: 32 counting passes",
+    "hapo": "a quantile over all tokens: 32 counting passes; bounds and advantages per token",
+    "clip_cov": "a random number per token, and the smallest of them: 32 counting passes",
+    "kl_cov": "the largest covariances over the batch: 32 counting passes",
+    "lp_reg": "the least probable tokens over the batch: 32 counting passes",
+    "spo_segment": "looks along rows for the cutpoints before and after every token",
+    "reinforce_pp": "sums along rows, token after token",
 }
 
 

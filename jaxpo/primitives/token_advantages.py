@@ -1,11 +1,10 @@
 """Advantages of single tokens [B, T]: returns-to-go, segments, shared prefixes, entropy. Nothing here carries a
 gradient. Positions are ordinals among a row's masked tokens, so masks may have holes."""
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxpo.primitives.grouping import group_mean, group_size, group_std, group_sum, segments
+from jaxpo.primitives.grouping import group_mean, group_size, group_std, group_sum
 from jaxpo.primitives.numerics import promote, ratio_or_zero
 from jaxpo.primitives.selection import kth_smallest
 
@@ -37,13 +36,14 @@ def previous_at(x: Array, at: Array) -> tuple[Array, Array]:
 def returns_to_go(token_reward: Array, mask: Array, gamma: float | Array = 1.0) -> Array:
     """``G_t = sum_{s >= t} gamma^(s-t) rho_s`` over masked positions [B, T]."""
     on = mask > 0
-    decay = jnp.where(on, gamma, 1.0).astype(promote(token_reward).dtype)
     reward = jnp.where(on, promote(token_reward), 0)
+    decay = jnp.where(on, gamma, 1.0).astype(reward.dtype)
 
-    def later_first(late: tuple[Array, Array], early: tuple[Array, Array]) -> tuple[Array, Array]:
-        return early[0] * late[0], early[1] + early[0] * late[1]
+    def back(later: Array, here: tuple[Array, Array]) -> tuple[Array, Array]:
+        total = here[0] + here[1] * later
+        return total, total
 
-    return lax.associative_scan(later_first, (decay, reward), reverse=True, axis=1)[1]
+    return lax.scan(back, 0 * reward[:, 0], (reward.T, decay.T), reverse=True)[1].T
 
 
 def token_whitened(x: Array, weight: Array, *, eps: float = 1e-8) -> Array:
@@ -87,23 +87,37 @@ def cutpoints(logp_old: Array, mask: Array, *, interval: int = 5, threshold: flo
 
 
 def _shared(tokens: Array, place: Array, on: Array, group: Array, positive: Array, negative: Array) -> Array:
-    """[B, T] bool: some positive and some negative row of the group have this very token at this place."""
+    """[B, T] bool: some positive and some negative row of the group have this very token at this place.
+
+    Rows are ordered by group, and each is compared with the one d places away for d = 1, 2, ... up to the largest
+    group.
+    """
     b, t = tokens.shape
-    ids = segments(group)
-    rows = jnp.arange(b)[:, None]
-    at = jnp.full((b, t), -1, tokens.dtype).at[rows, jnp.where(on, place, t)].set(tokens, mode="drop")
-    index = jnp.broadcast_to(jnp.arange(b, dtype=jnp.int32), (t, b))
-    owner = jnp.where(at.T >= 0, ids[None], b).astype(jnp.int32)  # absent tokens are nobody's
-    owner, token, index = lax.sort((owner, at.T, index), dimension=1, num_keys=2)
-    new = jnp.pad((owner[:, 1:] != owner[:, :-1]) | (token[:, 1:] != token[:, :-1]), ((0, 0), (1, 0)))
-    run = jnp.cumsum(new, -1) + b * jnp.arange(t)[:, None]
+    at = jnp.full((b, t), -1, tokens.dtype).at[jnp.arange(b)[:, None], jnp.where(on, place, t)].set(tokens, mode="drop")
+    order = jnp.argsort(group, stable=True)
+    ids, at, positive, negative = (x[order] for x in (group, at, positive, negative))
+    index = jnp.arange(b)
 
-    def any_of(x: Array) -> Array:
-        return jax.ops.segment_max(x[index].reshape(-1).astype(jnp.int32), run.reshape(-1), num_segments=b * t) > 0
+    def pairs(d: Array, forward: bool) -> Array:
+        """[B] bool: the row ``d`` places before (after) is there and in the same group."""
+        there = index >= d if forward else index < b - d
+        return there & (jnp.roll(ids, d if forward else -d) == ids)
 
-    both = (any_of(positive) & any_of(negative))[run] & (owner < b)
-    unsorted = jnp.zeros((t, b), bool).at[jnp.arange(t)[:, None], index].set(both)
-    return jnp.take_along_axis(unsorted.T, jnp.clip(place, 0, t - 1), 1) & on
+    def compare(d: Array, flags: tuple[Array, Array]) -> tuple[Array, Array]:
+        for forward in (True, False):
+            shift = d if forward else -d
+            same = (at == jnp.roll(at, shift, 0)) & pairs(d, forward)[:, None]
+            flags = tuple(
+                f | (same & jnp.roll(x, shift)[:, None]) for f, x in zip(flags, (positive, negative), strict=True)
+            )
+        return flags
+
+    start = tuple(jnp.broadcast_to(x[:, None], (b, t)) & (at >= 0) for x in (positive, negative))
+    _, (some_positive, some_negative) = lax.while_loop(
+        lambda c: jnp.any(pairs(c[0], True)), lambda c: (c[0] + 1, compare(*c)), (jnp.ones((), index.dtype), start)
+    )
+    both = (some_positive & some_negative)[jnp.argsort(order)]
+    return jnp.take_along_axis(both, jnp.clip(place, 0, t - 1), 1) & on
 
 
 def shared_runs(tokens: Array, mask: Array, group: Array, adv: Array) -> tuple[Array, Array]:
