@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from jaxpo.objectives.base import Objective, Part, policy_gradient
+from jaxpo.objectives.base import Objective
+from jaxpo.objectives.composition import Part, policy_gradient
 from jaxpo.objectives.parts import aggregation_of, ratios, regularizers, surrogates
 
 

@@ -1,7 +1,8 @@
 """Objectives whose baseline is a value: of a prompt, tracked over training, or of a prefix, by Monte Carlo."""
 
-from jaxpo.objectives.base import Objective, policy_gradient
+from jaxpo.objectives.base import Objective
 from jaxpo.objectives.common import clipped_tokens, eps_pair
+from jaxpo.objectives.composition import policy_gradient
 from jaxpo.objectives.parts import advantages, ratios, regularizers, surrogates
 from jaxpo.primitives import aggregation
 from jaxpo.registry import register

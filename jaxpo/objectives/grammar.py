@@ -3,7 +3,8 @@
 import ast
 from typing import Any
 
-from jaxpo.objectives.base import Objective, Part, policy_gradient
+from jaxpo.objectives.base import Objective
+from jaxpo.objectives.composition import Part, policy_gradient
 from jaxpo.objectives.parts import aggregation_of
 from jaxpo.primitives import aggregation
 from jaxpo.registry import check_arguments, entry, make, register

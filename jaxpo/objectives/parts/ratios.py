@@ -1,6 +1,6 @@
 """Ratios: ``fn(stats, batch) -> log-ratio`` [B, T], or [B] when ``per`` is "row"."""
 
-from jaxpo.objectives.base import Part
+from jaxpo.objectives.composition import Part
 from jaxpo.primitives import aggregation, ratios
 from jaxpo.registry import register
 

@@ -5,7 +5,8 @@ from jax import Array
 
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.metrics import Mean, Metrics
-from jaxpo.objectives.base import Part, State, per_token
+from jaxpo.objectives.base import State, per_token
+from jaxpo.objectives.composition import Part
 from jaxpo.objectives.parts.surrogates import PEEK, tokens_of
 from jaxpo.primitives import ratios, regularizers, selection, surrogates
 from jaxpo.primitives.advantages import choice
