@@ -72,12 +72,13 @@ class Protocol(NamedTuple):
     collect(run, tools, key) -> (run, rollouts): any number of generate/score calls, fixed shapes.
     before(run, tools, rollouts) -> (run, rollouts): scored, no gradient yet. after(run, tools, rollouts) -> run: last
     optimizer step done, rollouts as prepared.
-    tables(tools) -> NumPy arrays by name: its memory at the start (``run.tables``), checkpointed. init(run, tools, key)
-    -> run: fills it; not called when a run is resumed.
+    tables(tools) -> pytrees of NumPy arrays by name: its memory at the start (``run.tables``), checkpointed.
+    init(run, tools, key) -> run: fills it; not called when a run is resumed.
     sampler(options, state) -> SamplingOptions: the configured ones, changed by what the objective remembers.
     check(config): ``ValueError`` for a config that it cannot run with, before anything is compiled.
     provides: fields of the batch that it adds. compiles: shapes, beyond those of every run, that it calls compiled
-    functions with, by function.
+    functions with, by function. stale: its batches hold rows of earlier policies too, so ``logp_old`` is always scored
+    and never taken for what the current policy says.
     """
 
     collect: Callable[[Any, Any, Array], tuple[Any, Rollouts]]
@@ -89,6 +90,7 @@ class Protocol(NamedTuple):
     check: Callable[[Any], None] | None = None
     provides: frozenset[str] = frozenset()
     compiles: Mapping[str, int] = NONE
+    stale: bool = False
 
 
 class Term(NamedTuple):

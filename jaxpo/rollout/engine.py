@@ -81,6 +81,7 @@ def generate(
     options: SamplingOptions,
     *,
     prompt_length: Array | None = None,
+    budget: Array | None = None,
     responses: int = 1,
     policy_temperature: float = 1.0,
     pad_id: int = 0,
@@ -89,6 +90,7 @@ def generate(
 
     Args:
       prompts: [G, P] ids, left-padded. prompt_length: [G] real tokens; None = all.
+      budget: [G] at most so many tokens of each completion, within ``options.max_new_tokens``; None = all of those.
       key: source of the uniforms (one per row and position).
       policy_temperature: the temperature at which the trainer scores.
 
@@ -106,13 +108,18 @@ def generate(
     uniform = jax.random.uniform(key, (width, b))
     start = jnp.repeat(ok.sum(-1), responses)
     eos = jnp.asarray(options.eos_ids, jnp.int32)
+    limit = None if budget is None else jnp.repeat(budget, responses)
     last_state = None if options.stop_table is None else options.stop_table.shape[0] - 1
+
+    def running(t: Array, state: dict[str, Any]) -> Array:
+        """[B] rows that get a token at position ``t``."""
+        return ~state["done"] if limit is None else ~state["done"] & (t < limit)
 
     def draw(t: Array, hidden: Array, state: dict[str, Any]) -> dict[str, Any]:
         """Sample position ``t`` of the rows that have not ended, and record it."""
         u = jax.lax.dynamic_index_in_dim(uniform, t, keepdims=False)
         token, logp, plain = sample(model.logits(params, hidden), u, options, policy_temperature=policy_temperature)
-        alive = ~state["done"]
+        alive = running(t, state)
         token = jnp.where(alive, token, pad_id).astype(jnp.int32)
         new = dict(
             tokens=token,
@@ -151,7 +158,7 @@ def generate(
         tuple(jnp.zeros((b, x.shape[1], max(width - 1, 1), x.shape[3]), x.dtype) for x in kv) for kv in prompt_cache
     ]
     _, state, _ = jax.lax.while_loop(
-        lambda c: (c[0] < width) & ~jnp.all(c[1]["done"]), step, (jnp.int32(1), state, cache)
+        lambda c: (c[0] < width) & jnp.any(running(c[0], c[1])), step, (jnp.int32(1), state, cache)
     )
     return Rollouts(
         tokens=jnp.concatenate([jnp.repeat(prompts, responses, 0), state["tokens"].T], 1),

@@ -6,6 +6,32 @@ from flax import struct
 from jax import Array
 
 from jaxpo.primitives.numerics import promote
+from jaxpo.primitives.token_advantages import entropy_position
+
+
+@struct.dataclass
+class EntropyTemperature:
+    """A temperature for each token, by the entropy of what may come next (HAPO, arXiv:2509.16591).
+
+    ``T = base (1 + slope clip(h, -1, 1))``, ``h`` the place of the entropy of ``softmax(logits / base)`` among those of
+    an earlier batch. Call it with logits [B, V]; it gives T [B].
+
+    Attributes:
+      numbers: q, s, high, low of `jaxpo.primitives.token_advantages.entropy_signal`; all 0 (no batch yet): T = base.
+      official: (static) the sign of the released code, in which h is never negative.
+    """
+
+    base: float | Array
+    slope: float | Array
+    numbers: dict[str, Array]
+    official: bool = struct.field(pytree_node=False, default=False)
+
+    def __call__(self, logits: Array) -> Array:
+        z = jax.nn.log_softmax(logits / self.base)
+        entropy = -jnp.sum(jnp.where(z > -jnp.inf, jnp.exp(z) * z, 0), -1)
+        scales = {name: jnp.maximum(self.numbers[name], 1e-8) for name in ("high", "low")}
+        h = entropy_position(entropy, {**self.numbers, **scales}, official=self.official)
+        return self.base * (1 + self.slope * jnp.clip(h, -1, 1))
 
 
 @struct.dataclass
@@ -20,6 +46,7 @@ class SamplingOptions:
       top_k: (static) keep the k most probable; ties go to the lowest ids.
       top_p: keep the smallest set of most probable tokens that holds this much probability.
       min_p: keep tokens at least this likely relative to the most probable one.
+      adaptive: the temperature of each token, from its logits, in place of ``temperature`` (which must be 1).
       stop_table: [S, V] transitions of the stop strings' automaton (`jaxpo.rollout.stopping`); a state >= its last
         row ends the row.
     """
@@ -31,13 +58,15 @@ class SamplingOptions:
     temperature: float | Array = 1.0
     top_p: float | Array | None = None
     min_p: float | Array | None = None
+    adaptive: EntropyTemperature | None = None
     stop_table: Array | None = None
 
     @property
     def plain(self) -> bool:
         """Whether what is sampled is the policy itself (as far as can be known before the values are)."""
         unit = isinstance(self.temperature, int | float) and self.temperature == 1
-        return unit and not self.greedy and self.top_k is None and self.top_p is None and self.min_p is None
+        cut = self.top_k is not None or self.top_p is not None or self.min_p is not None
+        return unit and not self.greedy and not cut and self.adaptive is None
 
 
 def validate(options: SamplingOptions) -> SamplingOptions:
@@ -64,6 +93,10 @@ def validate(options: SamplingOptions) -> SamplingOptions:
     if number(options.min_p) and not 0 <= options.min_p <= 1:
         raise ValueError(f"sampling.min_p must be in [0, 1], not {options.min_p}")
     unit = number(options.temperature) and options.temperature == 1
+    if options.adaptive is not None and (options.greedy or not unit):
+        raise ValueError(
+            "sampling.adaptive sets the temperature of each token: it excludes greedy and temperature != 1"
+        )
     if options.greedy and not (unit and options.top_k is None and options.top_p is None and options.min_p is None):
         raise ValueError(
             "sampling.greedy takes the most probable token: temperature, top_k, top_p and min_p have no effect with it"
@@ -136,7 +169,8 @@ def sample(
     if options.greedy:
         token = jnp.argmax(logits, -1)
         return token, jnp.zeros(token.shape, logits.dtype), _log_prob(logits / policy_temperature, token)
-    z = truncate(logits / options.temperature, options)
+    temperature = options.temperature if options.adaptive is None else options.adaptive(logits)[:, None]
+    z = truncate(logits / temperature, options)
     top = z.max(-1, keepdims=True)
     weight = jnp.exp(z - top)
     total = weight.sum(-1)

@@ -392,8 +392,9 @@ def validate(config: ConfigDict, devices: int) -> ConfigDict:
     if any(k < 1 for k in config.evaluation.pass_at):
         raise ValueError(f"config.evaluation.pass_at holds k of at least 1, not {config.evaluation.pass_at}")
     fill(config)
-    objective = objective_of(config)
-    protocol_of(config)
+    objective, protocol = objective_of(config), protocol_of(config)
+    if protocol.check:
+        protocol.check(config)
     sampling_of(config)
     TransformerConfig(vocab_size=1, **config.policy)
     make_optimizer(config.optimizer.to_dict(), max(config.steps, 1))

@@ -16,14 +16,16 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from jaxpo.batch import Rollouts
+from jaxpo.batch import Rollouts, TokenStats, take
 from jaxpo.objectives import Protocol
 from jaxpo.objectives.base import check_rewards
 from jaxpo.policy.transformer import Params, parameter_count
+from jaxpo.rollout.sampling import SamplingOptions
+from jaxpo.rollout.sampling import validate as validate_sampling
 from jaxpo.training import evaluation
 from jaxpo.training.checkpoint import Checkpoints, check
 from jaxpo.training.plots import plot_curves
-from jaxpo.training.protocols import NothingLeft, Run, Tools, advance
+from jaxpo.training.protocols import NothingLeft, Run, Tools, advance, stacked
 from jaxpo.training.restore import checkpoint_of, find_checkpoint, load_params, restore
 from jaxpo.training.rundir import Progress, RunDirectory, closing_table, read_metrics
 from jaxpo.training.supervised import demonstrations, warm_start
@@ -107,7 +109,7 @@ def keys_of(seed: int) -> dict[str, Array]:
     """Independent keys of a run; everything random is a function of them and the iteration."""
     return {
         name: jax.random.fold_in(jax.random.key(seed), i)
-        for i, name in enumerate(("params", "rollout", "evaluate", "update"))
+        for i, name in enumerate(("params", "rollout", "evaluate", "update", "protocol"))
     }
 
 
@@ -119,30 +121,64 @@ def prompt_order(seed: int, position: int, n: int, size: int) -> np.ndarray:
     return order[start : start + n]
 
 
-def make_tools(workspace: Workspace, clock: Clock, notes: dict[str, float]) -> Tools:
-    """The calls that a protocol may make; ``notes`` collects what they count."""
-    config, prompts = workspace.config, workspace.train
+def make_tools(workspace: Workspace, clock: Clock, notes: dict[str, float], say: Callable[[str], None]) -> Tools:
+    """The calls that a protocol may make; ``notes`` collects the metrics of an iteration."""
+    config, prompts, protocol = workspace.config, workspace.train, workspace.protocol
+    size = config.rollout.prompts
 
     def draw(run: Run, n: int) -> tuple[Run, np.ndarray]:
         return advance(run, position=run.position + n), prompt_order(config.seed, run.position, n, len(prompts))
 
-    def generate(params: Params, indices: np.ndarray, key: Array, options: Any = None) -> Rollouts:
+    def encoded(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return prompts.tokens[indices], prompts.length[indices]
+
+    def sampling(run: Run) -> SamplingOptions:
+        options = workspace.sampling
+        return validate_sampling(protocol.sampler(options, run.state.objective)) if protocol.sampler else options
+
+    def generate(params: Params, indices: np.ndarray, key: Array, options: SamplingOptions | None = None) -> Rollouts:
         with clock.phase("generate"):
             responses = config.rollout.responses
-            tokens, length = workspace.put((prompts.tokens[indices], prompts.length[indices]))
+            tokens, length = workspace.put(encoded(indices))
             draw_key, seed_key = jax.random.split(key)
             out = workspace.generate(
                 params, tokens, length, draw_key, options or workspace.sampling, responses=responses
             )
             seeds = np.asarray(jax.random.bits(seed_key, (out.rows,)))
-            return jax.block_until_ready(
-                out.replace(
-                    prompt=np.repeat(indices, responses).astype(np.int32),
-                    seed=seeds,
-                    role=np.zeros(out.rows, np.int32),
-                    count=np.ones(out.rows, np.float32),
-                )
-            )
+            return jax.block_until_ready(labelled(out, indices, seeds))
+
+    def complete(
+        params: Params,
+        tokens: np.ndarray,
+        length: np.ndarray,
+        budget: np.ndarray,
+        key: Array,
+        options: SamplingOptions,
+        responses: int,
+    ) -> Rollouts:
+        parts = []
+        with clock.phase("generate"):
+            for i, start in enumerate(range(0, len(tokens), size)):
+                kept = min(size, len(tokens) - start)
+                rows = start + np.minimum(np.arange(size), kept - 1)  # the last batch is filled up, then cut
+                left = np.where(np.arange(size) < kept, budget[rows], 0).astype(np.int32)
+                arrays = workspace.put((tokens[rows], length[rows], left))
+                out = workspace.complete(params, *arrays, jax.random.fold_in(key, i), options, responses=responses)
+                rows = np.arange(kept * responses)
+                parts.append(take(jax.tree.map(np.asarray, out), rows, shared_prompt=responses))
+        return stacked(parts)
+
+    def scored() -> Rollouts:
+        def whole(key: Array) -> Rollouts:
+            params, first = workspace.init_params(key), np.zeros(size, np.int32)
+            slots = {name: params for name in slots_of(workspace.objective, protocol)}
+            run = Run(TrainState(params, None, workspace.objective.init()), slots)
+            responses = config.rollout.responses
+            out = workspace.generate(params, *encoded(first), key, workspace.sampling, responses=responses)
+            out = labelled(out, first, jax.random.bits(key, (out.rows,)))
+            return score_companions(workspace, run, out.replace(reward=out.count, correct=out.count))
+
+        return jax.eval_shape(whole, jax.random.key(0))
 
     def reward(rollouts: Rollouts) -> Rollouts:
         with clock.phase("reward"):
@@ -156,14 +192,60 @@ def make_tools(workspace: Workspace, clock: Clock, notes: dict[str, float]) -> T
                 correct=np.array([s.correct for s in scores], np.float32),
             )
 
-    return Tools(config.rollout.prompts, draw, generate, reward)
+    def score(params: Params, rollouts: Rollouts) -> TokenStats:
+        with clock.phase("score"):
+            return jax.block_until_ready(workspace.score(params, workspace.put(as_scored(rollouts))))
+
+    def noise(run: Run, rollouts: Rollouts) -> dict[str, Array]:
+        groups = np.arange(rollouts.rows, dtype=np.int32).reshape(-1, rollouts.shared_prompt)
+        halves = np.stack([groups[::2].reshape(-1), groups[1::2].reshape(-1)])
+        with clock.phase("noise"):
+            return jax.block_until_ready(workspace.noise(run.state, rollouts, halves))
+
+    return Tools(
+        prompts=size,
+        responses=config.rollout.responses,
+        size=len(prompts),
+        prompt_width=prompts.tokens.shape[1],
+        width=config.sampling.max_new_tokens,
+        draw=draw,
+        encoded=encoded,
+        sampling=sampling,
+        generate=generate,
+        complete=complete,
+        scored=scored,
+        reward=reward,
+        score=score,
+        noise=noise,
+        note=notes.__setitem__,
+        say=say,
+    )
+
+
+def labelled(out: Rollouts, indices: np.ndarray, seeds: np.ndarray | Array) -> Rollouts:
+    """Generated rows with what the loop knows of them: the prompts' ``indices`` [n], a seed each."""
+    return out.replace(
+        prompt=np.repeat(indices, out.shared_prompt).astype(np.int32),
+        seed=seeds,
+        role=np.zeros(out.rows, np.int32),
+        count=np.ones(out.rows, np.float32),
+    )
+
+
+def as_scored(batch: Rollouts) -> Rollouts:
+    """What a policy reads of a batch, and nothing else: every scoring pass is one compiled function."""
+    return Rollouts(
+        tokens=batch.tokens, mask=batch.mask, prompt_length=batch.prompt_length, shared_prompt=batch.shared_prompt
+    )
 
 
 def score_companions(workspace: Workspace, run: Run, batch: Rollouts) -> Rollouts:
     """Attach ``logp_old`` (unless the first optimizer step is its own old policy) and ``logp_<slot>``."""
-    scored = batch.replace(slots={name: workspace.score(params, batch).logp for name, params in run.slots.items()})
-    if workspace.optimizer_steps() > 1 or must_score(workspace.objective, scored, run.state.objective):
-        old = workspace.score(run.state.params, batch)
+    seen = as_scored(batch)
+    scored = batch.replace(slots={name: workspace.score(params, seen).logp for name, params in run.slots.items()})
+    always = workspace.protocol.stale or workspace.optimizer_steps() > 1
+    if always or must_score(workspace.objective, scored, run.state.objective):
+        old = workspace.score(run.state.params, seen)
         scored = scored.replace(logp_old=old.logp, entropy_old=old.entropy, slots={**scored.slots, **old.derived})
     return scored
 
@@ -172,13 +254,14 @@ def update(workspace: Workspace, run: Run, batch: Rollouts, key: Array) -> tuple
     """All optimizer steps of an iteration; minibatches are made of whole groups."""
     config, responses, state, steps = workspace.config, batch.shared_prompt, run.state, []
     groups = batch.rows // responses
+    looks = bool(workspace.objective.peeks) and not workspace.protocol.stale
     for epoch in range(config.training.epochs):
         order = np.arange(groups)
         if config.training.minibatches > 1:
             order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), groups))
         for part in order.reshape(config.training.minibatches, -1):
             rows = (part[:, None] * responses + np.arange(responses)).reshape(-1).astype(np.int32)
-            state, out = workspace.step(state, batch, rows, fresh=not steps and bool(workspace.objective.peeks))
+            state, out = workspace.step(state, batch, rows, fresh=not steps and looks)
             steps.append(out)
     return advance(run, state=state), steps
 
@@ -206,18 +289,19 @@ def iterate(session: Session, run: Run, key: Array) -> tuple[Run, dict[str, floa
     check_rewards(workspace.objective.rewards, rollouts)
     with session.clock.phase("score"):
         batch = score_companions(workspace, run, workspace.put(rollouts))
+    if protocol.before:
         run, batch = protocol.before(run, tools, batch)
+        batch = workspace.put(batch)
+    with session.clock.phase("score"):
         batch, memory = workspace.prepare(batch, run.state.objective)
         run = advance(run, state=run.state.replace(objective=memory))
         jax.block_until_ready(batch)
     with session.clock.phase("update"):
         run, steps = update(workspace, run, batch, jax.random.fold_in(key, 1))
         jax.block_until_ready(run.state.params)
-    run = protocol.after(run, tools, batch)
-    metrics = merge_steps(steps)
-    if "generation_batches" in batch.extras:
-        metrics["dynamic_sampling/batches"] = float(batch.extras["generation_batches"][0])
-    return advance(run, iteration=run.iteration + 1), metrics
+    if protocol.after:
+        run = protocol.after(run, tools, batch)
+    return advance(run, iteration=run.iteration + 1), merge_steps(steps)
 
 
 # ---- the run
@@ -246,21 +330,22 @@ def train_rl(config: ConfigDict, workdir: str, *, resume: bool = False, profile_
         )
     say = print
     workspace = setup(config, report=lambda text: say(text))
+    clock, notes, started = Clock(), {}, time.perf_counter()
+    tools = make_tools(workspace, clock, notes, lambda text: say(text))
+    tables = workspace.protocol.tables(tools) if workspace.protocol.tables else {}
     if done is None:
         check_start(workspace)
     else:
-        check_fits(workspace, workdir, done)
-    clock, notes, started = Clock(), {}, time.perf_counter()
+        check_fits(workspace, tables, workdir, done)
     begun = Path(workdir).is_dir() and any(Path(workdir).iterdir())
     log = open_run(
         workdir, config, workspace, resume_step=(BEFORE_ALL if done is None else done) if resume and begun else None
     )
     checkpoints = Checkpoints(f"{workdir}/checkpoints", keep=config.checkpoint.keep)
-    tools = make_tools(workspace, clock, notes)
     session = Session(workspace, workspace.protocol, tools, keys_of(config.seed), clock, notes, log, checkpoints)
     try:
         with Interrupt() as interrupt:
-            run = begin(session, lambda text: say(text), restoring=done is not None)
+            run = begin(session, tables, lambda text: say(text), restoring=done is not None)
             if done is not None:
                 run = restore(checkpoints, run, config.seed)
                 print(f"resumed at iteration {run.iteration} from {workdir}/checkpoints/{done}")
@@ -307,7 +392,7 @@ def open_run(workdir: str, config: ConfigDict, workspace: Workspace, *, resume_s
     return log
 
 
-def begin(session: Session, report: Callable[[str], None], *, restoring: bool) -> Run:
+def begin(session: Session, tables: dict[str, Any], report: Callable[[str], None], *, restoring: bool) -> Run:
     """Parameters (random, loaded, or warm-started), frozen slots and protocol tables. A run that is restored only
     needs the shapes."""
     workspace = session.workspace
@@ -319,7 +404,10 @@ def begin(session: Session, report: Callable[[str], None], *, restoring: bool) -
         with session.clock.phase("warm start"):
             params = warm_start(workspace, params, session.log, report=report)
     slots = {name: jax.tree.map(jnp.copy, params) for name in slots_of(workspace.objective, workspace.protocol)}
-    return session.protocol.init(Run(workspace.init_state(params), slots))
+    run = Run(workspace.init_state(params), slots, tables)
+    if restoring or session.protocol.init is None:
+        return run
+    return session.protocol.init(run, session.tools, session.keys["protocol"])
 
 
 def evaluate_both(session: Session, run: Run) -> dict[str, float]:
@@ -426,16 +514,17 @@ def check_start(workspace: Workspace) -> None:
         demonstrations(workspace, np.arange(len(workspace.train)))
 
 
-def check_fits(workspace: Workspace, workdir: str, step: int) -> None:
+def check_fits(workspace: Workspace, tables: dict[str, Any], workdir: str, step: int) -> None:
     """The checkpoint to resume from is of a run like this one, before its records are touched."""
 
     def whole(key: Array) -> Any:
         params = workspace.init_params(key)
         slots = {name: params for name in slots_of(workspace.objective, workspace.protocol)}
         state = TrainState(params, optimizer_of(workspace.config).init(params), workspace.objective.init())
-        return dict(params=params, opt_state=state.opt_state, objective=state.objective, slots=slots, tables={})
+        return dict(params=params, opt_state=state.opt_state, objective=state.objective, slots=slots)
 
-    position = check(f"{workdir}/checkpoints", jax.eval_shape(whole, jax.random.key(0)), step)
+    shapes = {**jax.eval_shape(whole, jax.random.key(0)), "tables": tables}
+    position = check(f"{workdir}/checkpoints", shapes, step)
     if position["seed"] != workspace.config.seed:
         raise ValueError(
             f"config.seed is {workspace.config.seed}, but the run that is to be resumed has seed {position['seed']}"

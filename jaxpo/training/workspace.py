@@ -23,6 +23,7 @@ from jaxpo.parallel import batch_shards, constrain_rows, make_mesh, replicated, 
 from jaxpo.parallel.host import keep_freed_memory
 from jaxpo.policy import stats, transformer
 from jaxpo.policy.transformer import Model, Params
+from jaxpo.primitives.numerics import promote, ratio_or_zero
 from jaxpo.rollout import SamplingOptions, generate
 from jaxpo.rollout.stopping import stop_table
 from jaxpo.tasks import Example, Task, build
@@ -30,7 +31,7 @@ from jaxpo.tasks.tokenizers import CharTokenizer, IntegerTokenizer, PretrainedTo
 from jaxpo.training import config as config_lib
 from jaxpo.training.compiled import Compiled
 from jaxpo.training.optimizers import make_optimizer
-from jaxpo.training.step import Apply, optimizer_step, score
+from jaxpo.training.step import Apply, accumulate, optimizer_step, score
 
 
 @struct.dataclass
@@ -74,10 +75,15 @@ class Workspace:
     score: Compiled  # (params, batch) -> TokenStats
     prepare: Compiled  # (batch, state) -> (batch, state)
     step: Compiled  # (train state, batch, rows, fresh) -> (train state, metrics)
+    # of some protocols only:
+    complete: Compiled  # (params, tokens, length, budget, key, options, responses) -> Rollouts
+    noise: Compiled  # (train state, batch, halves) -> the gradients of two half-batches, as numbers
 
     @property
     def compiled(self) -> tuple[Compiled, ...]:
-        return self.generate, self.score, self.prepare, self.step
+        """The functions that this run has compiled."""
+        every = self.generate, self.score, self.prepare, self.step, self.complete, self.noise
+        return tuple(f for f in every if f.compilations)
 
     def optimizer_steps(self) -> int:
         """Optimizer steps of one iteration."""
@@ -200,42 +206,55 @@ def setup(
         train=pad_prompts(train, train_ids, width, tokenizer.pad_id),
         test=pad_prompts(test, test_ids, width, tokenizer.pad_id),
         report={**task.report, "prompts/dropped": float(dropped)},
-        **compile_functions(config, mesh, model, objective, tokenizer.pad_id, report),
+        **compile_functions(config, mesh, model, objective, protocol, tokenizer.pad_id, report),
     )
 
 
 def compile_functions(
-    config: ConfigDict, mesh: Mesh, model: Model, objective: Objective, pad_id: int, report: Callable[[str], None]
+    config: ConfigDict,
+    mesh: Mesh,
+    model: Model,
+    objective: Objective,
+    protocol: Protocol,
+    pad_id: int,
+    report: Callable[[str], None],
 ) -> dict[str, Compiled]:
-    """The four compiled functions of the loop."""
+    """The compiled functions of the loop; those that are never called cost nothing."""
     apply, training = policy_of(model, config, objective), config.training
     look = policy_of(model, config, objective, objective.peeks) if objective.peeks else None
     recall = policy_of(model, config, objective, derived_needs(objective))
+    noise = partial(gradient_noise, objective, apply, mesh, look=look, rows_at_once=rows_of(config))
     slices, steps = training.minibatches * training.microbatches, training.epochs * training.minibatches
+
+    def run_complete(
+        params: Params,
+        tokens: Array,
+        length: Array,
+        budget: Array | None,
+        key: Array,
+        options: SamplingOptions,
+        responses: int,
+    ) -> Rollouts:
+        lengths = dict(prompt_length=length, budget=budget, responses=responses)
+        temperature = config.policy_temperature
+        out = generate(model, params, tokens, key, options, **lengths, policy_temperature=temperature, pad_id=pad_id)
+        return constrain_rows(out, mesh)
 
     def run_generate(
         params: Params, tokens: Array, length: Array, key: Array, options: SamplingOptions, responses: int
     ) -> Rollouts:
-        return constrain_rows(
-            generate(
-                model,
-                params,
-                tokens,
-                key,
-                options,
-                prompt_length=length,
-                responses=responses,
-                policy_temperature=config.policy_temperature,
-                pad_id=pad_id,
-            ),
-            mesh,
-        )
+        return run_complete(params, tokens, length, None, key, options, responses)
+
+    def compiled(name: str, f: Callable[..., Any], shapes: int = 1, **options: Any) -> Compiled:
+        return Compiled(name, f, report=report, expected=shapes + protocol.compiles.get(name, 0), **options)
 
     return dict(
         # training rollouts and greedy evaluation differ in shape and in what is compiled
-        generate=Compiled("generate", run_generate, report=report, expected=2, static_argnames="responses"),
-        score=Compiled("score", lambda params, batch: score(recall, params, batch, microbatches=slices), report=report),
-        prepare=Compiled("prepare", objective.prepare, report=report),
+        generate=compiled("generate", run_generate, 2, static_argnames="responses"),
+        complete=compiled("complete", run_complete, static_argnames="responses"),
+        score=compiled("score", lambda params, batch: score(recall, params, batch, microbatches=slices)),
+        prepare=compiled("prepare", objective.prepare),
+        noise=compiled("noise", noise),
         step=make_step(
             objective,
             apply,
@@ -246,6 +265,57 @@ def compile_functions(
             report=report,
             expected=2 if objective.peeks and steps > 1 else 1,
         ),
+    )
+
+
+def rows_of(config: ConfigDict) -> int:
+    """Rows of a microbatch."""
+    rollout, training = config.rollout, config.training
+    return rollout.prompts * rollout.responses // (training.minibatches * training.microbatches)
+
+
+def gradient_noise(
+    objective: Objective,
+    apply: Apply,
+    mesh: Mesh,
+    state: TrainState,
+    batch: Rollouts,
+    halves: Array,
+    *,
+    look: Apply | None,
+    rows_at_once: int,
+) -> dict[str, Array]:
+    """The gradients g1, g2 of two half-batches, each prepared by itself, as numbers.
+
+    ``noise``: variance of the mean gradient over its square, ``|g1 - g2|^2 / |g1 + g2|^2`` (0 without gradients);
+    ``gradient_cosine``: of the angle between them.
+
+    Args:
+      halves: [2, B/2] rows. rows_at_once: of a microbatch; a half is cut into as few slices as keep to it.
+    """
+    size, shards = halves.shape[1], batch_shards(mesh)
+    whole = batch.shared_prompt if objective.coupling == "group" else 1
+    fitting = [n for n in range(1, size + 1) if size % n == 0 and size // n % shards == 0 and size // n % whole == 0]
+    if not fitting:
+        raise ValueError(f"a half-batch of {size} rows does not divide over {shards} devices: raise rollout.prompts")
+    n = next((n for n in fitting if size // n <= rows_at_once), fitting[-1])
+
+    def gradient(rows: Array) -> Params:
+        half = constrain_rows(take(batch, rows, shared_prompt=batch.shared_prompt), mesh)
+        half, memory = objective.prepare(half, state.objective)
+        peek = score(look or apply, state.params, half, microbatches=n) if objective.peeks else None
+        return accumulate(objective, apply, state.params, objective.weigh(half, memory, peek), memory, microbatches=n)[
+            1
+        ]
+
+    def dot(a: Params, b: Params) -> Array:
+        return optax.tree.vdot(jax.tree.map(promote, a), jax.tree.map(promote, b))
+
+    g1, g2 = gradient(halves[0]), gradient(halves[1])
+    square1, square2, product = dot(g1, g1), dot(g2, g2), dot(g1, g2)
+    return dict(
+        noise=ratio_or_zero(square1 + square2 - 2 * product, square1 + square2 + 2 * product),
+        gradient_cosine=ratio_or_zero(product, jnp.sqrt(square1 * square2)),
     )
 
 

@@ -53,7 +53,7 @@ def prompts(width=P, fill=7):
 
 
 @partial(jax.jit, static_argnames=("responses", "model"), compiler_options=COMPILE_FAST)
-def run(params, prompts, length, seed, options, policy_temperature=1.0, *, responses=K, model=MODEL):
+def run(params, prompts, length, seed, options, policy_temperature=1.0, *, budget=None, responses=K, model=MODEL):
     return generate(
         model,
         params,
@@ -61,6 +61,7 @@ def run(params, prompts, length, seed, options, policy_temperature=1.0, *, respo
         jax.random.key(seed),
         options,
         prompt_length=length,
+        budget=budget,
         responses=responses,
         policy_temperature=policy_temperature,
         pad_id=PAD,
@@ -279,3 +280,16 @@ def test_eight_devices_sample_what_one_samples():
     np.testing.assert_array_equal(out.tokens, one.tokens)
     np.testing.assert_allclose(out.logp_beh, one.logp_beh, atol=1e-5)
     np.testing.assert_array_equal(out.truncated, one.truncated)
+
+
+def test_a_budget_cuts_the_rows_of_each_prompt():
+    """With the same uniforms a row is the beginning of the row without a budget; it is truncated if that went on."""
+    budget = np.array([0, 1, 2, 3, 5, T, T + 3, 4], np.int32)
+    whole, cut = sample_rows(options=ANY), sample_rows(options=ANY, budget=budget)
+    kept = np.asarray(whole.mask) * (np.arange(T) < np.repeat(budget, K)[:, None])
+    np.testing.assert_array_equal(cut.mask, kept)
+    np.testing.assert_array_equal(cut.completions, np.where(kept > 0, whole.completions, PAD))
+    np.testing.assert_allclose(cut.logp_beh, whole.logp_beh * kept, atol=1e-6)
+    shorter = kept.sum(-1) < np.asarray(whole.mask).sum(-1)
+    np.testing.assert_array_equal(cut.truncated, np.maximum(whole.truncated, shorter))
+    assert 0 < shorter.sum() < len(shorter)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpo.rollout.sampling import SamplingOptions, inverse_cdf, sample, truncate, validate
+from jaxpo.rollout.sampling import EntropyTemperature, SamplingOptions, inverse_cdf, sample, truncate, validate
 from tests.oracles import sampling as oracle
 from tests.oracles.cases import COMPILE_FAST
 
@@ -269,3 +269,49 @@ def test_valid_options_pass():
     ):
         given = SamplingOptions(max_new_tokens=1, **options)
         assert validate(given) is given
+
+
+# --- a temperature for each token ------------------------------------------------------------------------------------
+
+
+def numbers(q=0.0, s=0.0, high=0.0, low=0.0):
+    return {name: np.float32(x) for name, x in dict(q=q, s=s, high=high, low=low).items()}
+
+
+def test_before_any_batch_every_token_has_the_base_temperature():
+    z = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
+    np.testing.assert_array_equal(EntropyTemperature(1.5, 0.1, numbers())(z), np.full(5, 1.5, np.float32))
+
+
+@pytest.mark.parametrize("official", (False, True))
+def test_the_temperature_follows_the_entropy(official):
+    rng = np.random.default_rng(1)
+    z = (rng.normal(size=(40, 9)) * rng.exponential(2, size=(40, 1))).astype(np.float32)
+    z[0, 3:] = -np.inf
+    base, slope, q, s, high, low = 1.3, 0.2, np.log(0.8), 0.7, 0.9, 1.5
+    got = EntropyTemperature(base, slope, numbers(q, s, high, low), official)(z)
+    for row, temperature in zip(z.astype(np.float64), np.asarray(got), strict=True):
+        logp = oracle.log_probs(row / base)
+        entropy = -sum(np.exp(x) * x for x in logp if np.isfinite(x))
+        place = (np.log(max(entropy, 1e-8)) - q) / s
+        h = place / high if place > 0 else (-place if official else place) / low
+        assert temperature == pytest.approx(base * (1 + slope * np.clip(h, -1, 1)), rel=1e-5)
+    assert np.ptp(np.asarray(got)) > base * slope / 2
+
+
+def test_what_is_recorded_is_the_distribution_that_was_sampled_from():
+    rng = np.random.default_rng(2)
+    z, u = rng.normal(size=(30, 9)).astype(np.float32) * 3, rng.random(30).astype(np.float32)
+    adaptive = EntropyTemperature(1.0, 0.5, numbers(np.log(0.8), 0.7, 0.9, 1.5))
+    options = SamplingOptions(1, adaptive=adaptive)
+    assert not options.plain
+    token, logp, plain = map(np.asarray, run_sample(z, u, options))
+    for row, i, sampled, policy, temperature in zip(z, token, logp, plain, np.asarray(adaptive(z)), strict=True):
+        assert sampled == pytest.approx(oracle.log_probs(row / temperature)[i], abs=2e-6)
+        assert policy == pytest.approx(oracle.log_probs(row)[i], abs=2e-6)
+
+
+@pytest.mark.parametrize("other", ({"greedy": True}, {"temperature": 0.5}))
+def test_it_excludes_other_temperatures(other):
+    with pytest.raises(ValueError, match="sampling.adaptive sets the temperature of each token: it excludes"):
+        validate(SamplingOptions(1, adaptive=EntropyTemperature(1.0, 0.1, numbers()), **other))

@@ -7,7 +7,11 @@ import pytest
 from jaxpo.batch import Rollouts
 from jaxpo.objectives import make
 from jaxpo.registry import names
-from jaxpo.training.protocols import NothingLeft, Run, Tools, advance
+from jaxpo.rollout.sampling import SamplingOptions
+from jaxpo.training.config import validate
+from jaxpo.training.protocols import NothingLeft, Run, advance
+from tests.training import tiny
+from tests.training.fake_tools import fake
 
 PROMPTS, RESPONSES = 4, 3
 
@@ -16,17 +20,24 @@ class Recorder:
     """Tools over 10 prompts; ``outcomes`` [prompt][response] are what the verifier says. Tokens: prompt and row."""
 
     def __init__(self, outcomes):
-        self.outcomes, self.keys, self.calls = np.asarray(outcomes, np.float32), [], 0
+        self.outcomes, self.keys, self.calls, self.notes = np.asarray(outcomes, np.float32), [], 0, {}
 
     @property
     def tools(self):
-        return Tools(PROMPTS, self.draw, self.generate, self.reward)
+        return fake(
+            prompts=PROMPTS,
+            draw=self.draw,
+            sampling=lambda run: "options",
+            generate=self.generate,
+            reward=self.reward,
+            note=self.notes.__setitem__,
+        )
 
     def draw(self, run, n):
         return advance(run, position=run.position + n), np.arange(run.position, run.position + n) % len(self.outcomes)
 
     def generate(self, params, indices, key, options=None):
-        assert params == "params" and options is None
+        assert params == "params" and options == "options"
         self.keys.append(tuple(jax.random.key_data(key).tolist()))
         self.calls += 1
         prompt = np.repeat(indices, RESPONSES).astype(np.int32)
@@ -58,8 +69,9 @@ def outcomes(mixed):
 
 
 def test_names():
-    assert {"dynamic_sampling", "dapo", "on_policy"} <= set(names("protocol"))
-    assert make("on_policy", "protocol").sampler(None) is None
+    assert {"dynamic_sampling", "dapo", "on_policy", "hapo", "spo_single_stream", "spo_segment"} <= set(
+        names("protocol")
+    )
 
 
 def test_on_policy_takes_one_batch():
@@ -67,9 +79,7 @@ def test_on_policy_takes_one_batch():
     run, batch = collect(make("on_policy", "protocol"), recorder)
     assert run.position == PROMPTS and recorder.calls == 1
     assert batch.prompt.tolist() == np.repeat(range(4), RESPONSES).tolist() and batch.reward is not None
-    protocol = make("on_policy", "protocol")
-    assert protocol.init(run) is run and protocol.after(run, recorder.tools, batch) is run
-    assert protocol.before(run, recorder.tools, batch) == (run, batch)
+    assert make("on_policy", "protocol")[1:7] == (None,) * 6  # no other hook
 
 
 def test_dynamic_sampling_keeps_mixed_groups_of_several_batches():
@@ -81,7 +91,7 @@ def test_dynamic_sampling_keeps_mixed_groups_of_several_batches():
     assert len(set(batch.group.tolist())) == PROMPTS  # groups of different batches stay apart
     assert all(len(set(batch.group.reshape(PROMPTS, RESPONSES)[i].tolist())) == 1 for i in range(PROMPTS))
     np.testing.assert_array_equal(batch.correct.reshape(PROMPTS, RESPONSES), [[1, 0, 0]] * PROMPTS)
-    assert set(batch.extras["generation_batches"].tolist()) == {3.0}
+    assert recorder.notes == {"dynamic_sampling/batches": 3}
 
 
 def test_groups_beyond_those_wanted_are_dropped():
@@ -124,3 +134,61 @@ def test_hyperparameters_are_checked():
         match="unknown hyperparameter of protocol 'dynamic_sampling' 'max_batch': did you mean 'max_batches'",
     ):
         make("dynamic_sampling", "protocol", max_batch=3)
+
+
+# ---- HAPO -----------------------------------------------------------------------------------------------------------
+
+
+def remembering(**memory):
+    return type("Remembered", (), {"memory": memory})()
+
+
+def test_hapo_samples_by_what_the_objective_remembers():
+    protocol = make("hapo", "protocol", tau=0.1, T0=1.2, official=True)
+    memory = dict(q=np.float32(-1), s=np.float32(2), high=np.float32(3), low=np.float32(4))
+    options = protocol.sampler(SamplingOptions(4, eos_ids=(1,)), remembering(**memory, lam=1.0))
+    assert options.max_new_tokens == 4 and options.eos_ids == (1,) and not options.plain
+    adaptive = options.adaptive
+    assert adaptive.base == np.float32(1.2) and adaptive.slope == np.float32(0.1) and adaptive.official
+    assert adaptive.numbers == memory
+    # what is compiled depends on the structure and the types of the leaves alone
+    other = protocol.sampler(SamplingOptions(4, eos_ids=(1,)), remembering(**{k: x + 1 for k, x in memory.items()}))
+    assert jax.tree.structure(options) == jax.tree.structure(other)
+    assert all(type(x) is np.float32 for x in jax.tree.leaves(adaptive))
+
+
+def test_hapo_is_dynamic_sampling():
+    recorder = Recorder(outcomes((1, 2, 5, 8)))
+    run, batch = collect(make("hapo", "protocol"), recorder)
+    assert recorder.calls == 3 and sorted(set(batch.prompt.tolist())) == [1, 2, 5, 8]
+
+
+def test_hapo_needs_the_memory_of_its_objective():
+    with pytest.raises(ValueError, match="protocol 'hapo' reads q, s, high, low from the objective's memory"):
+        make("hapo", "protocol").sampler(SamplingOptions(4), remembering())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    (
+        ({"sampling.temperature": 0.7}, "config.sampling.temperature must be 1 with protocol 'hapo', not 0.7"),
+        ({"objective": {"name": "hapo", "T0": 0.0}}, "T0 must be a positive number"),
+        ({"objective": {"name": "hapo", "tau": 1.0}}, r"tau must be in \[0, 1\)"),
+        ({"protocol": {"name": None, "tau": 0.1}}, "config.protocol.tau is set by config.objective.tau"),
+    ),
+)
+def test_hapo_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        validate(tiny.config({"objective": {"name": "hapo"}} | changes), 1)
+
+
+@pytest.mark.slow
+def test_hapo_runs(tmp_path):
+    with tiny.quick():
+        changes = {"objective": {"name": "hapo"}, "training.epochs": 1, "steps": 3, "evaluation.every": 100}
+        run = tiny.run(tiny.config(changes), tmp_path / "run")
+    assert {f.name: f.compilations for f in run.result.workspace.compiled}["generate"] == 3  # greedy, pass@k, adaptive
+    assert "AGAIN" not in run.printed
+    for line in tiny.trained(run.path):
+        assert line["dynamic_sampling/batches"] >= 1 and line["step/nonfinite"] == 0
+        assert line["mismatch/logp_abs_max"] < 1e-4  # of the plain policy
