@@ -48,7 +48,7 @@ test slow tpu_aot parity: export JAX_PLATFORMS := cpu
 gpu: export JAX_PLATFORMS := cuda
 
 test: $(VENV)/.installed-test  ## the fast tests: under 15 minutes on 2 cores
-	$(call tier,fast,$(VENV),--durations=10)
+	$(call tier,fast,$(VENV),--durations=10 -n auto --maxprocesses=4 --dist worksteal)
 
 slow: $(VENV)/.installed-test  ## whole runs, wheels, kill and resume
 	$(call tier,slow,$(VENV),-m slow --durations=0)

@@ -22,7 +22,15 @@ EXTRAS = {
     "parity": ["torch>=2.6", "trl>=1.0"],
     "bench": ["torch>=2.6", "trl>=1.0", "datasets>=4.7", "google-tunix>=0.1.7"],
 }
-EXTRAS["test"] = ["pytest>=8.3", "ruff>=0.9", "build>=1.2", "setuptools>=77", *EXTRAS["tensorboard"], *EXTRAS["math"]]
+EXTRAS["test"] = [
+    "pytest>=8.3",
+    "pytest-xdist>=3.6",
+    "ruff>=0.9",
+    "build>=1.2",
+    "setuptools>=77",
+    *EXTRAS["tensorboard"],
+    *EXTRAS["math"],
+]
 
 setup(
     name="jaxpo",
@@ -54,6 +62,7 @@ setup(
         "orbax-checkpoint>=0.12",
         "reasoning-gym~=0.1.25",  # a newer series may generate other items from the same seed
         "rich>=13.7",
+        "scipy>=1.13",
         "tensorstore>=0.1.84",
         "tokenizers>=0.22",
         "tqdm>=4.66",

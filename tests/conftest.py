@@ -1,6 +1,8 @@
 """Eight simulated CPU devices for every test, and compiled programs kept between runs."""
 
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the gpu tier sets its own
 
@@ -12,6 +14,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if hasattr(config, "cache"):  # absent with -p no:cacheprovider
-        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    if hasattr(config, "cache"):
+        worker = getattr(config, "workerinput", {}).get("workerid", "")  # writes of another are not atomic
+        kept = str(config.cache.mkdir(f"jax{worker}"))
+    else:  # -p no:cacheprovider
+        kept = tempfile.mkdtemp(prefix="jaxpo-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(kept, ignore_errors=True))
+    jax.config.update("jax_compilation_cache_dir", kept)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
