@@ -1,0 +1,358 @@
+"""A race: many objectives under one budget, from one warm start, over several seeds at once.
+
+All seeds of an objective train in one compiled update (``vmap``); sampler, scorer and warm start are compiled once for
+all objectives (`jaxpo.training.arena`). Seed i gives every objective the same start, prompts and uniforms, so that
+differences are differences of the objectives.
+
+>>> race({"mine": my_objective, "grpo": make("grpo", beta=0.0)}, seeds=3).show()
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from scipy.special import stdtrit
+
+from jaxpo import registry
+from jaxpo.batch import Rollouts, take
+from jaxpo.objectives import Objective, make
+from jaxpo.objectives.base import check_rewards
+from jaxpo.policy import stats
+from jaxpo.training.arena import QUICK, Arena, Rules, build_arena, draws, parse_calls, survey
+from jaxpo.training.optimizers import make_optimizer
+from jaxpo.training.plots import COLORS, INK, PALE
+from jaxpo.training.rundir import Progress, closing_table, write_atomically
+from jaxpo.training.step import optimizer_step, score
+from jaxpo.training.workspace import PROVIDED, SLOTS, TrainState, derived_needs
+
+RESULTS, CURVES = "results.json", "curves.png"
+NOTES = {
+    "dapo": "of its protocol only the filter: groups without mixed outcomes do not count, and none are drawn instead"
+}
+
+
+# ---- who races
+
+
+class Contender(NamedTuple):
+    """An objective under its label. note: what the race cannot give it. named: the label says all about it."""
+
+    label: str
+    objective: Objective
+    note: str = ""
+    named: bool = False
+
+
+def fill(name: str, given: Mapping[str, Any], steps: int, max_new_tokens: int) -> dict[str, Any]:
+    """``given``, and the hyperparameters that are a share of a run's budget."""
+    row, out = registry.entry(name), {}
+    for parameter, share in row.budget.items():
+        amount = steps if share == "steps" else share * max_new_tokens
+        out[parameter] = max(1, round(amount)) if row.parameters[parameter].annotation is int else amount
+    return {**out, **given}
+
+
+def unfit(objective: Objective) -> str:
+    """Why a race cannot run the objective; "" if it can."""
+    if objective.layout:
+        return f"learns from units of rows {objective.layout}, which single completions are not"
+    if not objective.needs & {"reward", "correct"}:
+        return "does not ask for rewards: it would imitate its own completions"
+    given = PROVIDED | {f"logp_{name}" for name in (*objective.derived, *SLOTS)}
+    if lacking := sorted(objective.needs - given):
+        return f"needs {', '.join(lacking)} of its protocol {objective.protocol!r}; a race samples plainly"
+    return ""
+
+
+def everybody(rules: Rules, max_new_tokens: int) -> tuple[list[Contender], dict[str, str]]:
+    """All registered objectives that can be made without hyperparameters, and the others with the reason."""
+    racing, left_out = [], {}
+    for name in registry.names():
+        try:
+            objective = make(name, **fill(name, {}, rules.steps, max_new_tokens))
+        except ValueError as error:
+            left_out[name] = str(error)
+            continue
+        racing.append(Contender(name, objective, named=True))
+    return racing, left_out
+
+
+def select(
+    contenders: str | Mapping[str, Objective], rules: Rules, max_new_tokens: int
+) -> tuple[list[Contender], dict[str, str]]:
+    """Who races, and who does not with the reason.
+
+    Args:
+      contenders: objectives by label, or registered ones as `parse_calls` reads them; ``all`` stands for every one.
+
+    Raises:
+      ValueError: an unknown name or hyperparameter, the same twice, or nobody left.
+    """
+    racing, left_out = [], {}
+    if not isinstance(contenders, str):
+        racing = [Contender(label, objective) for label, objective in contenders.items()]
+    for label, name, given in parse_calls(contenders) if isinstance(contenders, str) else ():
+        if label == "all":
+            more, left_out = everybody(rules, max_new_tokens)
+            racing += more
+        else:
+            filled = fill(name, given, rules.steps, max_new_tokens)
+            racing.append(Contender(label, make(name, **filled), named=True))
+    labels = [c.label for c in racing]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise ValueError(f"objectives: {twice[0]!r} is given twice")
+    left_out |= {c.label: why for c in racing if (why := unfit(c.objective))}
+    racing = [c._replace(note=_note(c.objective)) for c in racing if not unfit(c.objective)]
+    if not racing:
+        raise ValueError("objectives: none can race; " + "; ".join(f"{k}: {v}" for k, v in left_out.items()))
+    return racing, left_out
+
+
+def _note(objective: Objective) -> str:
+    if objective.protocol == "on_policy":
+        return ""
+    return NOTES.get(objective.protocol, f"sampled plainly, without its protocol {objective.protocol!r}")
+
+
+# ---- one contender
+
+
+def make_update(objective: Objective, arena: Arena, rules: Rules) -> tuple[TrainState, Callable[..., Any]]:
+    """The state of all seeds at the start, and ``(state, batch, rows) -> (state, steps skipped)``: the optimizer
+    steps of an iteration."""
+    model, derived = arena.model, objective.derived
+    apply = stats.policy_of(model, wants=objective.wants | {"entropy"}, derived=derived)
+    look = stats.policy_of(model, wants=objective.peeks | {"logp", "entropy"}, derived=derived)
+    recalled = derived_needs(objective)
+    recall = stats.policy_of(model, wants=recalled | {"logp"}, derived=derived)
+    adam = dict(name="adam", learning_rate=rules.learning_rate, clip_norm=1.0, schedule=dict(name="constant"))
+    optimizer = make_optimizer(adam, rules.steps * rules.epochs * rules.minibatches)
+
+    def iteration(state: TrainState, batch: Rollouts, rows: Array) -> tuple[TrainState, Array]:
+        if recalled:
+            batch = batch.replace(slots={**batch.slots, **score(recall, state.params, batch).derived})
+        batch, memory = objective.prepare(batch, state.objective)
+
+        def step(state: TrainState, rows: Array) -> tuple[TrainState, Array]:
+            part = take(batch, rows, shared_prompt=rules.responses)
+            before = state.params, state.opt_state, state.objective
+            *new, out = optimizer_step(objective, apply, optimizer, *before, part, look=look)
+            return TrainState(*new), out["step/nonfinite"]
+
+        state, skipped = lax.scan(step, state.replace(objective=memory), rows)
+        return state, skipped.sum()
+
+    memory = jax.tree.map(lambda x: jnp.broadcast_to(x, (rules.seeds, *jnp.shape(x))), objective.init())
+    state = TrainState(arena.start, jax.vmap(optimizer.init)(arena.start), memory)
+    return state, jax.jit(jax.vmap(iteration), compiler_options=QUICK)
+
+
+def run(contender: Contender, arena: Arena, rules: Rules, progress: Callable[[dict[str, float]], None]) -> dict:
+    """Train all seeds of one contender; what `Results.objectives` holds of it."""
+    objective, began = contender.objective, time.perf_counter()
+    state, update = make_update(objective, arena, rules)
+    curve, compiling, skipped = [], 0.0, jnp.zeros(rules.seeds)
+    for i in range(rules.steps + 1):
+        if i in rules.points:
+            curve.append(arena.accuracy(state.params).tolist())
+        if i == rules.steps:
+            break
+        random = draws(rules, arena.prompts, i)
+        batch = arena.collect(state.params, random)
+        check_rewards(objective.rewards, batch)
+        if i == 0:
+            compile_began = time.perf_counter()
+            update = update.lower(state, batch, random.rows).compile()
+            compiling = time.perf_counter() - compile_began
+        state, nonfinite = update(state, batch, random.rows)
+        skipped += nonfinite
+        progress({"accuracy": float(np.mean(curve[-1])), "reward": float(batch.reward.mean())})
+    points = np.asarray(rules.points)
+    area = np.trapezoid(curve, points, axis=0) / points[-1]
+    return dict(
+        final=curve[-1],
+        area=area.tolist(),
+        curve=curve,
+        seconds=time.perf_counter() - began,
+        compiling=compiling,
+        skipped=int(skipped.sum()),
+        note=contender.note,
+    )
+
+
+# ---- what comes of it
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """Mean over seeds and its 95% interval by Student's t, inside [0, 1]; NaN bounds for one seed."""
+    x, n = np.asarray(values, np.float64), len(values)
+    half = stdtrit(n - 1, 0.975) * x.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    low, high = (float(np.clip(x.mean() + sign * half, 0, 1)) for sign in (-1, 1))
+    return float(x.mean()), low, high
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a race came to, as ``results.json`` holds it.
+
+    rules: its `Rules`. points: iterations at which accuracy was measured. warm_start_seconds: shared by all.
+    objectives: label -> final, area: greedy accuracy at the end and its mean over the course (area under the learning
+      curve), one number a seed; curve [points][seeds]; seconds, compiling (part of seconds); skipped: optimizer steps
+      that were not finite; note.
+    left_out: label -> why it did not race.
+    """
+
+    rules: dict[str, Any]
+    points: list[int]
+    warm_start_seconds: float = 0.0
+    objectives: dict[str, dict[str, Any]] = None
+    left_out: dict[str, str] = None
+
+    def ranking(self) -> list[str]:
+        """Labels, the best mean final accuracy first, then the larger area."""
+        means = {k: (np.mean(r["final"]), np.mean(r["area"])) for k, r in self.objectives.items()}
+        return sorted(means, key=lambda label: means[label], reverse=True)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The cells of the table."""
+        out = []
+        for label in self.ranking():
+            result = self.objectives[label]
+            cells = []
+            for mean, low, high in (interval(result["final"]), interval(result["area"])):
+                cells += [f"{mean:.3f}", "–" if math.isnan(low) else f"{low:.3f}–{high:.3f}"]
+            out.append((label, *cells, f"{result['seconds']:.1f}", f"{result['compiling']:.1f}"))
+        return out
+
+    def show(self) -> None:
+        """Print the table, what the race could not give, and who did not race."""
+        rules, start = self.rules, interval(next(iter(self.objectives.values()))["curve"][0])[0]
+        closing_table(
+            f"{rules['task']}: greedy accuracy after {rules['steps']} iterations, {rules['seeds']} seeds, "
+            f"from {start:.3f} (95% intervals over seeds)",
+            self.rows(),
+            columns=("objective", "final", "95%", "area", "95%", "s", "compiling"),
+        )
+        for label, result in self.objectives.items():
+            lost = f"{result['skipped']} optimizer steps were not finite and were skipped" if result["skipped"] else ""
+            if text := "; ".join(filter(None, (result["note"], lost))):
+                print(f"{label}: {text}")
+        for label, why in self.left_out.items():
+            print(f"{label} did not race: {why}")
+
+    def figure(self) -> Figure:
+        """Small multiples in the order of the ranking: each objective's mean and range over seeds, all others grey."""
+        labels = self.ranking()
+        columns = min(6, math.ceil(math.sqrt(len(labels))))
+        rows = -(-len(labels) // columns)
+        figure = Figure(
+            figsize=(2.3 * columns + 0.6, 1.9 * rows + 0.5), dpi=110, facecolor="white", layout="constrained"
+        )
+        FigureCanvasAgg(figure)
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+        means = {label: np.mean(self.objectives[label]["curve"], axis=1) for label in labels}
+        for axes, label in zip(grid, labels, strict=False):
+            self._panel(axes, label, means)
+        for axes in grid[len(labels) :]:
+            axes.set_visible(False)
+        figure.supxlabel("iteration", fontsize=8.5, color=PALE)
+        figure.supylabel("greedy accuracy", fontsize=8.5, color=PALE)
+        return figure
+
+    def _panel(self, axes: Axes, label: str, means: Mapping[str, np.ndarray]) -> None:
+        for mean in means.values():
+            axes.plot(self.points, mean, color="#d9d9d9", linewidth=0.7)
+        curve, color = np.asarray(self.objectives[label]["curve"]), COLORS[0]
+        axes.fill_between(self.points, curve.min(1), curve.max(1), color=color, alpha=0.18, linewidth=0)
+        axes.plot(self.points, means[label], color=color, linewidth=1.8)
+        title = label if len(label) <= 30 else label[:29] + "…"
+        axes.set_title(f"{title}  {means[label][-1]:.2f}", loc="left", fontsize=8, color=INK)
+        axes.set_ylim(0, 1)
+        axes.margins(x=0.02)
+        axes.grid(axis="y", color="#e8e8e8", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color("#bdbdbd")
+        axes.tick_params(which="both", colors=PALE, labelcolor="#5c5c5c", labelsize=7, length=0)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write ``results.json`` and ``curves.png``; readers see the old files or the new ones."""
+        text = json.dumps(asdict(self), indent=1)
+        write_atomically(Path(folder) / RESULTS, lambda file: file.write(text.encode()))
+        write_atomically(Path(folder) / CURVES, lambda file: self.figure().savefig(file, format="png"))
+
+
+def earlier(folder: Path, rules: Rules) -> Results | None:
+    """The results in ``folder``, None if there are none.
+
+    Raises:
+      ValueError: they are of a race with other rules; the first that differs is named.
+    """
+    if not (folder / RESULTS).is_file():
+        return None
+    found = Results(**json.loads((folder / RESULTS).read_text()))
+    for name, value in asdict(rules).items():
+        if found.rules.get(name) != value:
+            raise ValueError(
+                f"{folder / RESULTS} is of a race with {name}={found.rules.get(name)}, and this one has "
+                f"{name}={value}: take the same or another folder"
+            )
+    return found
+
+
+def race(
+    contenders: str | Mapping[str, Objective],
+    rules: Rules | None = None,
+    *,
+    out: str | os.PathLike | None = None,
+    **changes: Any,
+) -> Results:
+    """Race objectives and return the `Results`.
+
+    Args:
+      contenders: label -> objective; or registered ones by name, ``"grpo,grpo(eps_high=0.3)"``, ``"all"``.
+        Hyperparameters that are a share of a run's budget are filled in for those given by name.
+      rules: what all get alike. changes: fields of it, as in ``race(..., seeds=3)``.
+      out: folder for ``results.json`` and ``curves.png``, written after each objective. What it already holds of a race
+        with the same rules is kept, and contenders given by name that it holds are not run again.
+
+    Raises:
+      ValueError: unknown names (with the nearest), rules that cannot be, or a folder with a race by other rules.
+    """
+    known = [f.name for f in fields(Rules)]
+    if odd := sorted(set(changes) - set(known)):
+        raise ValueError(registry.unknown("rule of a race", odd[0], known))
+    rules = replace(rules or Rules(), **changes)
+    racing, left_out = select(contenders, rules, survey(rules).max_new_tokens)
+    held = earlier(Path(out), rules) if out else None
+    results = held or Results(asdict(rules), rules.points, objectives={}, left_out={})
+    results.left_out.update(left_out)
+    todo = [c for c in racing if not (c.named and c.label in results.objectives)]
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    if not todo:
+        return results
+    with Progress(
+        len(todo) * rules.steps, metrics={"accuracy": "accuracy", "reward": "reward"}, every=rules.steps
+    ) as bar:
+        arena = build_arena(rules)
+        results = replace(results, warm_start_seconds=arena.seconds)
+        for contender in todo:
+            result = run(contender, arena, rules, bar.update)
+            results.objectives[contender.label] = result
+            bar.print(f"{contender.label}: {interval(result['final'])[0]:.3f} in {result['seconds']:.1f} s")
+            if out:
+                results.save(out)
+    return results
