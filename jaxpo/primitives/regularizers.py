@@ -27,7 +27,7 @@ def kl_estimate(logp: Array, logp_ref: Array, estimator: str, *, exponent_clip: 
             d = jnp.clip(d, -exponent_clip, exponent_clip)
             return jnp.expm1(-d) + d
         case "abs":
-            return jnp.abs(d)
+            return d * jnp.sign(d)  # jnp.abs has gradient 1 at 0, where this has none
     raise ValueError(f"unknown KL estimator {estimator!r}: known: {', '.join(KL_ESTIMATORS)}")
 
 

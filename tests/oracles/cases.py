@@ -134,20 +134,38 @@ def _value_and_grad(name: str, hyperparameters: tuple):
     return objective, jax.jit(jax.value_and_grad(loss), compiler_options=COMPILE_FAST)
 
 
+def _state(objective: jaxpo.Objective, memory: dict | None, iteration: int):
+    """Before the given iteration of a run, remembering ``memory``."""
+    state = objective.init()
+    new = {k: jnp.asarray(x, jnp.float64) for k, x in (memory or {}).items()}
+    return state.replace(
+        iteration=jnp.asarray(iteration - 1, jnp.int32),
+        memory={**{k: x.astype(jnp.float64) for k, x in state.memory.items()}, **new},
+    )
+
+
 def evaluate(name: str, case: Case, *, memory=None, iteration=0, **hyperparameters) -> Gradient:
     """Loss and gradient in log-prob of a registered objective, in float64, in the given iteration of a run."""
     with jax.enable_x64(True):
         objective, value_and_grad = _value_and_grad(name, tuple(sorted(hyperparameters.items())))
-        state = objective.init()
-        new = {k: jnp.asarray(x, jnp.float64) for k, x in (memory or {}).items()}
-        state = state.replace(
-            iteration=jnp.asarray(iteration - 1, jnp.int32),
-            memory={**{k: x.astype(jnp.float64) for k, x in state.memory.items()}, **new},
-        )
+        state = _state(objective, memory, iteration)
         derived = {"log_proxy": jnp.asarray(case.extra["log_proxy"])} if "log_proxy" in case.extra else {}
         loss, grad = value_and_grad(jnp.asarray(case.logp), jnp.asarray(case.entropy), derived, rollouts(case), state)
         assert loss.dtype == grad.dtype == jnp.float64
         return float(loss), np.asarray(grad)
+
+
+@functools.cache
+def _prepare(name: str, hyperparameters: tuple):
+    objective = jaxpo.make(name, **dict(hyperparameters))
+    return objective, jax.jit(objective.prepare, compiler_options=COMPILE_FAST)
+
+
+def prepared(name: str, case: Case, *, memory=None, iteration=0, **hyperparameters) -> jaxpo.Rollouts:
+    """What ``prepare`` of a registered objective makes of the batch, in float64 (numpy)."""
+    with jax.enable_x64(True):
+        objective, prepare = _prepare(name, tuple(sorted(hyperparameters.items())))
+        return jax.tree.map(np.asarray, prepare(rollouts(case), _state(objective, memory, iteration))[0])
 
 
 def assert_same(actual: Gradient, expected: Gradient, rtol: float = 1e-9, atol: float = 1e-12) -> None:
