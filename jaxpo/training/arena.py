@@ -20,7 +20,7 @@ from jaxpo.objectives import make
 from jaxpo.policy import stats, transformer
 from jaxpo.policy.transformer import Model, Params
 from jaxpo.rollout import SamplingOptions, generate
-from jaxpo.tasks import Task, build
+from jaxpo.tasks import Task, build, imperfect
 from jaxpo.tasks.base import task_arguments
 from jaxpo.tasks.tokenizers import CharTokenizer, Tokenizer
 from jaxpo.tasks.toy import ReverseDigits
@@ -42,7 +42,8 @@ class Rules:
     steps: iterations, each of ``prompts`` prompts with ``responses`` completions and ``epochs * minibatches`` optimizer
       steps.
     evaluations: points of the learning curve after the start.
-    warm_start: supervised steps before all, on ``warm_batch`` right answers each.
+    warm_start: supervised steps before all, on ``warm_batch`` demonstrations each, of which a share ``drop_last`` lacks
+      its last character: an imperfect demonstrator, as web data is.
     max_new_tokens: generation budget; 0 = the longest right answer and two more. width, layers: of the policy.
     """
 
@@ -53,10 +54,11 @@ class Rules:
     responses: int = 8
     epochs: int = 1
     minibatches: int = 4
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     evaluations: int = 12
-    warm_start: int = 100
+    warm_start: int = 120
     warm_batch: int = 64
+    drop_last: float = 0.6
     warm_learning_rate: float = 3e-3
     max_new_tokens: int = 0
     width: int = 32
@@ -67,8 +69,10 @@ class Rules:
             low = 0 if f.name in ("warm_start", "max_new_tokens") else 1
             if f.type is int and getattr(self, f.name) < low:
                 raise ValueError(f"{f.name} must be at least {low}, not {getattr(self, f.name)}")
-            if f.type is float and not getattr(self, f.name) > 0:
+            if f.name.endswith("learning_rate") and not getattr(self, f.name) > 0:
                 raise ValueError(f"{f.name} must be positive, not {getattr(self, f.name)}")
+        if not 0 <= self.drop_last <= 1:
+            raise ValueError(f"drop_last is a share in [0, 1], not {self.drop_last}")
         if self.prompts % self.minibatches:
             raise ValueError(f"minibatches {self.minibatches} does not divide prompts {self.prompts}")
 
@@ -92,7 +96,7 @@ class Arena(NamedTuple):
 
 
 class Surroundings(NamedTuple):
-    """Task and policy before anything is compiled. answers: token ids of the training examples' right answers, [] if
+    """Task and policy before anything is compiled. answers: token ids of the training examples' demonstrations, [] if
     the task has none. game: the task's rewards inside the graph, if it has them."""
 
     task: Task
@@ -148,8 +152,9 @@ def survey(rules: Rules) -> Surroundings:
     task, tokenizer, game = make_task(rules.task)
     answers, budget = [], rules.max_new_tokens
     if task.demonstrate is not None:
-        answers = [[*tokenizer.encode(task.demonstrate(e)), tokenizer.eos_ids[0]] for e in task.train]
-        longest = max(map(len, answers))
+        demonstrate = imperfect(task.demonstrate, rules.drop_last) if rules.drop_last else task.demonstrate
+        answers = [[*tokenizer.encode(demonstrate(e)), tokenizer.eos_ids[0]] for e in task.train]
+        longest = max(len(tokenizer.encode(task.demonstrate(e))) + 1 for e in task.train)
         budget = budget or longest + ROOM
         if longest > budget:
             raise ValueError(f"max_new_tokens {budget} is too short for answers of {longest} tokens")
