@@ -82,19 +82,6 @@ class Rules:
         return sorted({round(x) for x in np.linspace(0, self.steps, self.evaluations + 1)})
 
 
-class Arena(NamedTuple):
-    """collect: (params, draws) -> scored `Rollouts` [S, B, ...]. accuracy: params -> [S], greedy, on the test
-    prompts. seconds: of the warm start, compilation included."""
-
-    model: Model
-    max_new_tokens: int
-    prompts: int
-    start: Params
-    collect: Callable[[Params, "Draws"], Rollouts]
-    accuracy: Callable[[Params], np.ndarray]
-    seconds: float
-
-
 class Surroundings(NamedTuple):
     """Task and policy before anything is compiled. answers: token ids of the training examples' demonstrations, [] if
     the task has none. game: the task's rewards inside the graph, if it has them."""
@@ -107,6 +94,19 @@ class Surroundings(NamedTuple):
     answers: list[list[int]]
     model: Model
     max_new_tokens: int
+
+
+class Arena(NamedTuple):
+    """collect: (params, draws) -> `Rollouts` [S, B, ...] with rewards and scores. look: (params, rollouts [S, B, ...])
+    -> the same, scored under these parameters and the first ones. accuracy: params -> [S], greedy, on the test prompts.
+    start: parameters after the warm start. seconds: of the warm start, compilation included."""
+
+    where: Surroundings
+    start: Params
+    collect: Callable[[Params, "Draws"], Rollouts]
+    look: Callable[[Params, Rollouts], Rollouts]
+    accuracy: Callable[[Params], np.ndarray]
+    seconds: float
 
 
 def parse_calls(text: str) -> list[tuple[str, str, dict[str, Any]]]:
@@ -195,11 +195,10 @@ def build_arena(rules: Rules) -> Arena:
     draw = rated(where, jax.vmap(sample, (0, 0, None, None)), where.train)
     take_exam = rated(where, jax.vmap(answer, (0, None, None)), where.test)
     return Arena(
-        model,
-        budget,
-        len(where.train),
+        where,
         start,
         lambda params, draws: look(params, start, draw(params, draws, *questions)),
+        lambda params, batch: look(params, start, batch),
         lambda params: np.asarray(take_exam(params, *exam).correct.mean(-1)),
         time.perf_counter() - began,
     )
@@ -207,7 +206,7 @@ def build_arena(rules: Rules) -> Arena:
 
 def rated(where: Surroundings, sample: Callable[..., Rollouts], prompts: Prompts) -> Callable[..., Rollouts]:
     """``sample``, compiled, with ``reward`` and ``correct`` of what it gives: in the graph if the task allows it."""
-    game, task, tokenizer = where.game, where.task, where.tokenizer
+    game = where.game
 
     def in_graph(*arguments: Any) -> Rollouts:
         batch = sample(*arguments)
@@ -216,17 +215,17 @@ def rated(where: Surroundings, sample: Callable[..., Rollouts], prompts: Prompts
         return batch.replace(reward=reward, correct=(reward == 1).astype(jnp.float32))
 
     compiled = jax.jit(in_graph if game else sample, compiler_options=QUICK)
+    return compiled if game else lambda *arguments: judge(where, prompts, compiled(*arguments))
 
-    def on_host(*arguments: Any) -> Rollouts:
-        batch = compiled(*arguments)
-        shape, ids, mask = batch.mask.shape, np.asarray(batch.tokens), np.asarray(batch.mask) > 0
-        rows = zip(ids[..., -shape[-1] :].reshape(-1, shape[-1]), mask.reshape(-1, shape[-1]), strict=True)
-        texts = [tokenizer.decode(row[kept].tolist()) for row, kept in rows]
-        scores = task.score([prompts.examples[i] for i in np.asarray(batch.prompt).reshape(-1)], texts)
-        reward, correct = (np.array([getattr(s, k) for s in scores], np.float32) for k in ("reward", "correct"))
-        return batch.replace(reward=reward.reshape(shape[:-1]), correct=correct.reshape(shape[:-1]))
 
-    return compiled if game else on_host
+def judge(where: Surroundings, prompts: Prompts, batch: Rollouts) -> Rollouts:
+    """The batch [..., B] with ``reward`` and ``correct`` by the task's verifier, on the host."""
+    shape, ids, mask = batch.mask.shape, np.asarray(batch.tokens), np.asarray(batch.mask) > 0
+    rows = zip(ids[..., -shape[-1] :].reshape(-1, shape[-1]), mask.reshape(-1, shape[-1]), strict=True)
+    texts = [where.tokenizer.decode(row[kept].tolist()) for row, kept in rows]
+    scores = where.task.score([prompts.examples[i] for i in np.asarray(batch.prompt).reshape(-1)], texts)
+    reward, correct = (np.array([getattr(s, k) for s in scores], np.float32) for k in ("reward", "correct"))
+    return batch.replace(reward=reward.reshape(shape[:-1]), correct=correct.reshape(shape[:-1]))
 
 
 def warm_start(where: Surroundings, rules: Rules) -> Params:

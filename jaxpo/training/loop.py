@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from jaxpo.batch import Rollouts, TokenStats, take
+from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.objectives import Protocol
 from jaxpo.objectives.base import check_rewards
 from jaxpo.policy.transformer import Params, parameter_count
@@ -25,7 +25,8 @@ from jaxpo.rollout.sampling import validate as validate_sampling
 from jaxpo.training import evaluation
 from jaxpo.training.checkpoint import Checkpoints, check
 from jaxpo.training.plots import plot_curves
-from jaxpo.training.protocols import NothingLeft, Run, Tools, advance, stacked
+from jaxpo.training.protocols import NothingLeft, Run, Tools, advance
+from jaxpo.training.protocols.base import in_batches
 from jaxpo.training.restore import checkpoint_of, find_checkpoint, load_params, restore
 from jaxpo.training.rundir import Progress, RunDirectory, closing_table, read_metrics
 from jaxpo.training.supervised import demonstrations, warm_start
@@ -156,17 +157,12 @@ def make_tools(workspace: Workspace, clock: Clock, notes: dict[str, float], say:
         options: SamplingOptions,
         responses: int,
     ) -> Rollouts:
-        parts = []
+        def batch(i: int, *rows: np.ndarray) -> Rollouts:
+            draw_key = jax.random.fold_in(key, i)
+            return workspace.complete(params, *workspace.put(rows), draw_key, options, responses=responses)
+
         with clock.phase("generate"):
-            for i, start in enumerate(range(0, len(tokens), size)):
-                kept = min(size, len(tokens) - start)
-                rows = start + np.minimum(np.arange(size), kept - 1)  # the last batch is filled up, then cut
-                left = np.where(np.arange(size) < kept, budget[rows], 0).astype(np.int32)
-                arrays = workspace.put((tokens[rows], length[rows], left))
-                out = workspace.complete(params, *arrays, jax.random.fold_in(key, i), options, responses=responses)
-                rows = np.arange(kept * responses)
-                parts.append(take(jax.tree.map(np.asarray, out), rows, shared_prompt=responses))
-        return stacked(parts)
+            return in_batches(batch, size, responses, tokens, length, budget)
 
     def scored() -> Rollouts:
         def whole(key: Array) -> Rollouts:

@@ -2,7 +2,8 @@
 
 All seeds of an objective train in one compiled update (``vmap``); sampler, scorer and warm start are compiled once for
 all objectives (`jaxpo.training.arena`). Seed i gives every objective the same start, prompts and uniforms, so that
-differences are differences of the objectives.
+differences are differences of the objectives. Those with a protocol of their own gather by it, seed after seed
+(`jaxpo.training.gathering`); what they sample beyond the others is in the table.
 
 >>> race({"mine": my_objective, "grpo": make("grpo", beta=0.0)}, seeds=3).show()
 """
@@ -31,6 +32,7 @@ from jaxpo.objectives import Objective, make
 from jaxpo.objectives.base import check_rewards
 from jaxpo.policy import stats
 from jaxpo.training.arena import QUICK, Arena, Rules, build_arena, draws, parse_calls, survey
+from jaxpo.training.gathering import ByProtocol, Together, protocol_of, shape
 from jaxpo.training.optimizers import make_optimizer
 from jaxpo.training.plots import COLORS, INK, PALE
 from jaxpo.training.rundir import Progress, closing_table, write_atomically
@@ -38,20 +40,16 @@ from jaxpo.training.step import optimizer_step, score
 from jaxpo.training.workspace import PROVIDED, SLOTS, TrainState, derived_needs
 
 RESULTS, CURVES = "results.json", "curves.png"
-NOTES = {
-    "dapo": "of its protocol only the filter: groups without mixed outcomes do not count, and none are drawn instead"
-}
 
 
 # ---- who races
 
 
 class Contender(NamedTuple):
-    """An objective under its label. note: what the race cannot give it. named: the label says all about it."""
+    """An objective under its label. named: the label says all about it."""
 
     label: str
     objective: Objective
-    note: str = ""
     named: bool = False
 
 
@@ -64,15 +62,21 @@ def fill(name: str, given: Mapping[str, Any], steps: int, max_new_tokens: int) -
     return {**out, **given}
 
 
-def unfit(objective: Objective) -> str:
+def unfit(objective: Objective, rules: Rules) -> str:
     """Why a race cannot run the objective; "" if it can."""
     if objective.layout:
         return f"learns from units of rows {objective.layout}, which single completions are not"
     if not objective.needs & {"reward", "correct"}:
         return "does not ask for rewards: it would imitate its own completions"
+    try:
+        protocol = protocol_of(objective)
+        if protocol:
+            shape(protocol, rules)
+    except ValueError as error:
+        return str(error)
     given = PROVIDED | {f"logp_{name}" for name in (*objective.derived, *SLOTS)}
-    if lacking := sorted(objective.needs - given):
-        return f"needs {', '.join(lacking)} of its protocol {objective.protocol!r}; a race samples plainly"
+    if lacking := sorted(objective.needs - given - (protocol.provides if protocol else set())):
+        return f"needs {', '.join(lacking)}, which neither the race nor its protocol {objective.protocol!r} provides"
     return ""
 
 
@@ -113,17 +117,12 @@ def select(
     labels = [c.label for c in racing]
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise ValueError(f"objectives: {twice[0]!r} is given twice")
-    left_out |= {c.label: why for c in racing if (why := unfit(c.objective))}
-    racing = [c._replace(note=_note(c.objective)) for c in racing if not unfit(c.objective)]
+    reasons = {c.label: unfit(c.objective, rules) for c in racing}
+    left_out |= {label: why for label, why in reasons.items() if why}
+    racing = [c for c in racing if not reasons[c.label]]
     if not racing:
         raise ValueError("objectives: none can race; " + "; ".join(f"{k}: {v}" for k, v in left_out.items()))
     return racing, left_out
-
-
-def _note(objective: Objective) -> str:
-    if objective.protocol == "on_policy":
-        return ""
-    return NOTES.get(objective.protocol, f"sampled plainly, without its protocol {objective.protocol!r}")
 
 
 # ---- one contender
@@ -132,7 +131,7 @@ def _note(objective: Objective) -> str:
 def make_update(objective: Objective, arena: Arena, rules: Rules) -> tuple[TrainState, Callable[..., Any]]:
     """The state of all seeds at the start, and ``(state, batch, rows) -> (state, steps skipped)``: the optimizer
     steps of an iteration."""
-    model, derived = arena.model, objective.derived
+    model, derived = arena.where.model, objective.derived
     apply = stats.policy_of(model, wants=objective.wants | {"entropy"}, derived=derived)
     look = stats.policy_of(model, wants=objective.peeks | {"logp", "entropy"}, derived=derived)
     recalled = derived_needs(objective)
@@ -162,21 +161,25 @@ def make_update(objective: Objective, arena: Arena, rules: Rules) -> tuple[Train
 def run(contender: Contender, arena: Arena, rules: Rules, progress: Callable[[dict[str, float]], None]) -> dict:
     """Train all seeds of one contender; what `Results.objectives` holds of it."""
     objective, began = contender.objective, time.perf_counter()
+    protocol = protocol_of(objective)
+    rules = shape(protocol, rules) if protocol else rules
     state, update = make_update(objective, arena, rules)
+    gather = ByProtocol(protocol, arena, rules, state) if protocol else Together(arena, rules)
     curve, compiling, skipped = [], 0.0, jnp.zeros(rules.seeds)
     for i in range(rules.steps + 1):
         if i in rules.points:
             curve.append(arena.accuracy(state.params).tolist())
         if i == rules.steps:
             break
-        random = draws(rules, arena.prompts, i)
-        batch = arena.collect(state.params, random)
+        random = draws(rules, len(arena.where.train), i)
+        batch = gather.collect(state, random)
         check_rewards(objective.rewards, batch)
         if i == 0:
             compile_began = time.perf_counter()
             update = update.lower(state, batch, random.rows).compile()
             compiling = time.perf_counter() - compile_began
         state, nonfinite = update(state, batch, random.rows)
+        gather.after(state, batch)
         skipped += nonfinite
         progress({"accuracy": float(np.mean(curve[-1])), "reward": float(batch.reward.mean())})
     points = np.asarray(rules.points)
@@ -187,8 +190,9 @@ def run(contender: Contender, arena: Arena, rules: Rules, progress: Callable[[di
         curve=curve,
         seconds=time.perf_counter() - began,
         compiling=compiling,
+        sampled=gather.sampled / (rules.seeds * rules.steps),
         skipped=int(skipped.sum()),
-        note=contender.note,
+        idle=gather.idle,
     )
 
 
@@ -209,8 +213,9 @@ class Results:
 
     rules: its `Rules`. points: iterations at which accuracy was measured. warm_start_seconds: shared by all.
     objectives: label -> final, area: greedy accuracy at the end and its mean over the course (area under the learning
-      curve), one number a seed; curve [points][seeds]; seconds, compiling (part of seconds); skipped: optimizer steps
-      that were not finite; note.
+      curve), one number a seed; curve [points][seeds]; seconds, compiling (part of seconds); sampled: completions of a
+      seed in an iteration; skipped: optimizer steps that were not finite; idle: iterations of a seed in which its
+      protocol found nothing to train on.
     left_out: label -> why it did not race.
     """
 
@@ -232,23 +237,25 @@ class Results:
             result = self.objectives[label]
             cells = []
             for mean, low, high in (interval(result["final"]), interval(result["area"])):
-                cells += [f"{mean:.3f}", "–" if math.isnan(low) else f"{low:.3f}–{high:.3f}"]
-            out.append((label, *cells, f"{result['seconds']:.1f}", f"{result['compiling']:.1f}"))
+                cells += [f"{mean:.3f}", "–" if math.isnan(low) else f"{low:.2f}–{high:.2f}"]
+            more = f"{result['sampled']:.0f}", f"{result['seconds']:.0f}"
+            out.append((label, *cells, *more))
         return out
 
     def show(self) -> None:
-        """Print the table, what the race could not give, and who did not race."""
+        """Print the table, what was lost, and who did not race. samples: completions of a seed in an iteration."""
         rules, start = self.rules, interval(next(iter(self.objectives.values()))["curve"][0])[0]
         closing_table(
             f"{rules['task']}: greedy accuracy after {rules['steps']} iterations, {rules['seeds']} seeds, "
             f"from {start:.3f} (95% intervals over seeds)",
             self.rows(),
-            columns=("objective", "final", "95%", "area", "95%", "s", "compiling"),
+            columns=("objective", "final", "95%", "area", "95%", "samples", "s"),
         )
         for label, result in self.objectives.items():
-            lost = f"{result['skipped']} optimizer steps were not finite and were skipped" if result["skipped"] else ""
-            if text := "; ".join(filter(None, (result["note"], lost))):
-                print(f"{label}: {text}")
+            if result["skipped"]:
+                print(f"{label}: {result['skipped']} optimizer steps were not finite and were skipped")
+            if result["idle"]:
+                print(f"{label}: its protocol found nothing to train on in {result['idle']} iterations (of all seeds)")
         for label, why in self.left_out.items():
             print(f"{label} did not race: {why}")
 

@@ -304,15 +304,13 @@ def gradient_noise(
         half = constrain_rows(take(batch, rows, shared_prompt=batch.shared_prompt), mesh)
         half, memory = objective.prepare(half, state.objective)
         peek = score(look or apply, state.params, half, microbatches=n) if objective.peeks else None
-        return accumulate(objective, apply, state.params, objective.weigh(half, memory, peek), memory, microbatches=n)[
-            1
-        ]
+        half = objective.weigh(half, memory, peek)
+        return jax.tree.map(promote, accumulate(objective, apply, state.params, half, memory, microbatches=n)[1])
 
-    def dot(a: Params, b: Params) -> Array:
-        return optax.tree.vdot(jax.tree.map(promote, a), jax.tree.map(promote, b))
+    both = jax.lax.map(gradient, halves)  # in turn: one program, compiled once
 
-    g1, g2 = gradient(halves[0]), gradient(halves[1])
-    square1, square2, product = dot(g1, g1), dot(g2, g2), dot(g1, g2)
+    g1, g2 = (jax.tree.map(lambda x, i=i: x[i], both) for i in range(2))
+    square1, square2, product = (optax.tree.vdot(a, b) for a, b in ((g1, g1), (g2, g2), (g1, g2)))
     return dict(
         noise=ratio_or_zero(square1 + square2 - 2 * product, square1 + square2 + 2 * product),
         gradient_cosine=ratio_or_zero(product, jnp.sqrt(square1 * square2)),

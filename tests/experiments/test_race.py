@@ -10,6 +10,7 @@ from experiments.race import folder, main
 from jaxpo.objectives import make
 from jaxpo.training import race as racing
 from jaxpo.training.arena import Rules, draws, parse_calls
+from jaxpo.training.gathering import protocol_of, shape
 from jaxpo.training.race import fill, interval, race, select
 
 TINY = dict(
@@ -93,6 +94,30 @@ def test_rewards_by_a_verifier_on_the_host(capsys):
     assert np.shape(results.objectives["grpo"]["curve"]) == (2, 1)
     results.show()
     assert "grpo" in capsys.readouterr().out
+
+
+def test_as_many_completions_in_the_shape_that_a_protocol_accepts():
+    rules = Rules(**TINY)
+    protocol = protocol_of(make("spo_single_stream"))
+    assert (shape(protocol, rules).prompts, shape(protocol, rules).responses) == (16, 1)
+    assert shape(protocol_of(make("dapo")), rules) == rules
+    assert protocol_of(make("grpo")) is protocol_of(make("ppo_outer_loop")) is None  # plain sampling
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("dapo", "hapo", "spo_single_stream", "spo_segment"))
+def test_protocols_gather_for_each_seed(name):
+    results = race(name, **TINY, learning_rate=1e-3)
+    result = results.objectives[name]
+    assert np.shape(result["curve"]) == (3, 2) and result["sampled"] > 16  # refills, offline samples, cutpoints
+
+
+@pytest.mark.slow
+def test_a_seed_without_mixed_groups_trains_on_nothing():
+    """A policy that is always wrong: the protocol gives up, nothing is trained on, and the table says so."""
+    nothing = {**TINY, "seeds": 1, "warm_start": 0, "drop_last": 0.0}
+    result = race("dapo", **nothing).objectives["dapo"]
+    assert result["idle"] == 2 and result["skipped"] == 0
 
 
 def test_all_says_who_does_not_race_and_why():

@@ -92,6 +92,26 @@ def stacked(parts: Sequence[Rollouts]) -> Rollouts:
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
+def in_batches(
+    complete: Callable[..., Rollouts],
+    size: int,
+    responses: int,
+    tokens: np.ndarray,
+    length: np.ndarray,
+    budget: np.ndarray,
+) -> Rollouts:
+    """``responses`` completions of each of n rows, by ``complete(i, tokens, length, budget)`` of ``size`` rows at a
+    time: the last batch is filled up with rows of budget 0, and cut."""
+    parts = []
+    for i, start in enumerate(range(0, len(tokens), size)):
+        kept = min(size, len(tokens) - start)
+        rows = start + np.minimum(np.arange(size), kept - 1)
+        left = np.where(np.arange(size) < kept, budget[rows], 0).astype(np.int32)
+        out = jax.tree.map(np.asarray, complete(i, tokens[rows], length[rows], left))
+        parts.append(take(out, np.arange(kept * responses), shared_prompt=responses))
+    return stacked(parts)
+
+
 def sample_once(run: Run, tools: Tools, key: Array) -> tuple[Run, Rollouts]:
     """The next prompts of the epoch, completed and judged: a batch of the run's shape."""
     run, indices = tools.draw(run, tools.prompts)

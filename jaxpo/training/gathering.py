@@ -1,0 +1,208 @@
+"""How a race gathers rollouts: for all seeds at once, or seed after seed by an objective's own protocol."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+
+from jaxpo.batch import Rollouts, TokenStats
+from jaxpo.objectives import Objective, Protocol
+from jaxpo.policy import stats
+from jaxpo.policy.transformer import Params
+from jaxpo.registry import make
+from jaxpo.rollout import SamplingOptions, generate
+from jaxpo.training.arena import QUICK, Arena, Draws, Rules, judge
+from jaxpo.training.loop import as_scored
+from jaxpo.training.protocols import NothingLeft, Run, Tools, advance
+from jaxpo.training.protocols.base import in_batches, sample_once
+from jaxpo.training.step import score
+from jaxpo.training.workspace import TrainState
+
+
+class Together:
+    """All seeds sample at once from their policies, in the compiled sampler of the race."""
+
+    def __init__(self, arena: Arena, rules: Rules):
+        self.arena, self.rules, self.sampled, self.idle = arena, rules, 0, 0
+
+    def collect(self, state: TrainState, draws: Draws) -> Rollouts:
+        """Judged and scored rollouts [S, B, ...]."""
+        self.sampled += self.rules.seeds * self.rules.prompts * self.rules.responses
+        return self.arena.collect(state.params, draws)
+
+    def after(self, state: TrainState, batch: Rollouts) -> None:
+        """The optimizer steps of an iteration are done."""
+
+
+class ByProtocol:
+    """Each seed gathers by the protocol, with tools of its own; the updates are still those of all seeds at once.
+
+    sampled: completions so far, of all seeds. idle: iterations in which a seed found nothing to train on.
+    """
+
+    def __init__(self, protocol: Protocol, arena: Arena, rules: Rules, state: TrainState):
+        self.protocol, self.arena, self.rules = protocol, arena, rules
+        self.sampled = self.idle = 0
+        compiled = single(arena)
+        self.tools = [self._tools(seed, *compiled) for seed in range(rules.seeds)]
+        self.runs = []
+        for seed, tools in enumerate(self.tools):
+            run = Run(one(state, seed), tables=protocol.tables(tools) if protocol.tables else {})
+            self.runs.append(protocol.init(run, tools, self._key(seed, 0)) if protocol.init else run)
+
+    def _key(self, seed: int, iteration: int) -> Array:
+        return jax.random.fold_in(jax.random.key(seed), iteration)
+
+    def collect(self, state: TrainState, draws: Draws) -> Rollouts:
+        """As of `Together`."""
+        batches = []
+        for seed, tools in enumerate(self.tools):
+            run = advance(self.runs[seed], state=one(state, seed), iteration=self.runs[seed].iteration + 1)
+            key = self._key(seed, run.iteration)
+            try:
+                self.runs[seed], batch = self.protocol.collect(run, tools, key)
+            except NothingLeft:  # nothing to train on: the optimizer steps are skipped
+                self.idle += 1
+                self.runs[seed], batch = sample_once(run, tools, key)
+                batch = batch.replace(count=np.zeros(batch.rows, np.float32))
+            batches.append(jax.tree.map(np.asarray, batch))
+        batch = jax.tree.map(lambda *x: np.stack(x), *batches)
+        return self.arena.look(state.params, batch)
+
+    def after(self, state: TrainState, batch: Rollouts) -> None:
+        """As of `Together`."""
+        if self.protocol.after:
+            for seed, tools in enumerate(self.tools):
+                run = advance(self.runs[seed], state=one(state, seed))
+                self.runs[seed] = self.protocol.after(run, tools, one(batch, seed))
+
+    def _tools(self, seed: int, go_on: Callable[..., Rollouts], policy: Callable[..., TokenStats]) -> Tools:
+        where, rules, protocol = self.arena.where, self.rules, self.protocol
+        plain = SamplingOptions(where.max_new_tokens, tuple(where.tokenizer.eos_ids))
+        train = where.train
+
+        def draw(run: Run, n: int) -> tuple[Run, np.ndarray]:
+            rng = np.random.default_rng((seed, run.position))
+            return advance(run, position=run.position + n), rng.integers(len(train), size=n, dtype=np.int32)
+
+        def sampling(run: Run) -> SamplingOptions:
+            return protocol.sampler(plain, run.state.objective) if protocol.sampler else plain
+
+        def generate(
+            params: Params, indices: np.ndarray, key: Array, options: SamplingOptions | None = None
+        ) -> Rollouts:
+            draw_key, seed_key = jax.random.split(key)
+            tokens, length = train.tokens[indices], train.length[indices]
+            out = go_on(params, tokens, length, None, draw_key, options or plain, rules.responses)
+            self.sampled += out.rows
+            return out.replace(
+                prompt=np.repeat(indices, rules.responses).astype(np.int32),
+                seed=np.asarray(jax.random.bits(seed_key, (out.rows,))),
+                role=np.zeros(out.rows, np.int32),
+                count=np.ones(out.rows, np.float32),
+            )
+
+        def complete(
+            params: Params,
+            tokens: np.ndarray,
+            length: np.ndarray,
+            budget: np.ndarray,
+            key: Array,
+            options: SamplingOptions,
+            responses: int,
+        ) -> Rollouts:
+            def batch(i: int, *rows: np.ndarray) -> Rollouts:
+                return go_on(params, *rows, jax.random.fold_in(key, i), options, responses)
+
+            self.sampled += len(tokens) * responses
+            return in_batches(batch, rules.prompts, responses, tokens, length, budget)
+
+        def nothing(*_: Any) -> None:
+            """A race has no metrics but its own, and tells nothing else."""
+
+        def absent(*_: Any) -> Any:
+            raise NotImplementedError("a race does not measure gradients, and mixes no batches")
+
+        return Tools(
+            prompts=rules.prompts,
+            responses=rules.responses,
+            size=len(train),
+            prompt_width=train.tokens.shape[1],
+            width=where.max_new_tokens,
+            draw=draw,
+            encoded=lambda indices: (train.tokens[indices], train.length[indices]),
+            sampling=sampling,
+            generate=generate,
+            complete=complete,
+            reward=lambda rollouts: judge(where, train, rollouts),
+            score=policy,
+            noise=absent,
+            scored=absent,
+            note=nothing,
+            say=nothing,
+        )
+
+
+def one(tree: Any, seed: int) -> Any:
+    """The leaves of one seed."""
+    return jax.tree.map(lambda x: x[seed], tree)
+
+
+def single(arena: Arena) -> tuple[Callable[..., Rollouts], Callable[..., TokenStats]]:
+    """Sampler and scorer of one seed, compiled when they are first called."""
+    model, pad_id = arena.where.model, arena.where.tokenizer.pad_id
+    policy = stats.policy_of(model, wants=frozenset({"logp", "entropy"}))
+
+    @partial(jax.jit, static_argnames="responses", compiler_options=QUICK)
+    def go_on(
+        params: Params,
+        tokens: Array,
+        length: Array,
+        budget: Array | None,
+        key: Array,
+        options: SamplingOptions,
+        responses: int,
+    ) -> Rollouts:
+        lengths = dict(prompt_length=length, budget=budget, responses=responses)
+        return generate(model, params, tokens, key, options, **lengths, pad_id=pad_id)
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def say(params: Params, batch: Rollouts) -> TokenStats:
+        return score(policy, params, batch)
+
+    return go_on, lambda params, batch: say(params, as_scored(batch))
+
+
+def protocol_of(objective: Objective) -> Protocol | None:
+    """The protocol by which an objective gathers; None if that is plain sampling."""
+    protocol = make(objective.protocol, "protocol", **objective.protocol_options)
+    return None if protocol.collect is sample_once and not protocol.sampler else protocol
+
+
+def shape(protocol: Protocol, rules: Rules) -> Rules:
+    """The rules in the shape that the protocol accepts: as many completions, of one prompt each if it has to be.
+
+    Raises:
+      ValueError: it accepts neither.
+    """
+    alone = replace(rules, prompts=rules.prompts * rules.responses, responses=1)
+    reasons = [refusal(protocol, r) for r in (rules, alone)]
+    if all(reasons):
+        raise ValueError(reasons[0])
+    return alone if reasons[0] else rules
+
+
+def refusal(protocol: Protocol, rules: Rules) -> str:
+    """Why the protocol does not run by the rules; "" if it does."""
+    config = dict(rollout=dict(prompts=rules.prompts, responses=rules.responses), sampling=dict(temperature=1.0))
+    try:
+        if protocol.check:
+            protocol.check(ConfigDict(config))
+    except ValueError as error:
+        return str(error)
+    return ""
