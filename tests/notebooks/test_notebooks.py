@@ -1,0 +1,46 @@
+"""The notebooks run from top to bottom, and what is stored in them is of a run without errors."""
+
+import ast
+import json
+import linecache
+import warnings
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+
+
+def cells(path: Path) -> list[dict]:
+    """The code cells."""
+    return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+
+
+def test_there_are_notebooks():
+    assert [p.stem for p in NOTEBOOKS] == ["1_prototype_a_loss", "2_landscape"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_stored_outputs_are_of_one_run_in_order(path):
+    code = cells(path)
+    assert [c["execution_count"] for c in code] == list(range(1, len(code) + 1))
+    outputs = [output for c in code for output in c["outputs"]]
+    assert not [o for o in outputs if o["output_type"] == "error"]
+    assert [o for o in outputs if "image/png" in o.get("data", ())]
+    for cell in code:
+        ast.parse("".join(cell["source"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_runs_from_top_to_bottom(path):
+    matplotlib.use("Agg")
+    names = {"__name__": "__main__"}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "FigureCanvasAgg is non-interactive")
+        for number, cell in enumerate(cells(path), 1):
+            source, name = "".join(cell["source"]), f"<{path.stem}, cell {number}>"
+            linecache.cache[name] = (len(source), None, source.splitlines(True), name)  # for inspect and tracebacks
+            exec(compile(source, name, "exec"), names)
+    matplotlib.pyplot.close("all")
