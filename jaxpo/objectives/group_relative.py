@@ -140,11 +140,12 @@ def grpo(
       agg, L_const: aggregation; ``L_const`` only with the ``*_const`` ones."""
     if kl_is and is_off(beta):
         raise ValueError("kl_is has no effect with beta=0")
+    weighted = dict(is_weighted=True, log_ratio_clip=log_ratio_clip) if kl_is else {}
     return policy_gradient(
         advantage=advantages.group_normalized(adv_eps, scale, singleton=singleton),
         ratio=ratios.token(log_ratio_clip),
         surrogate=surrogates.clipped(*eps_pair(eps, eps_low, eps_high, (0.2, 0.2)), dual_clip),
-        regularizers=[(beta, regularizers.kl_to_reference("k3", is_weighted=kl_is, log_ratio_clip=log_ratio_clip))],
+        regularizers=[(beta, regularizers.kl_to_reference("k3", **weighted))],
         aggregate=aggregation_of(agg, L_const),
     )
 

@@ -166,6 +166,7 @@ def r2vpo(
     after each step.
 
     Shapes: logp [B, T], reward [B]. Token level, GRPO advantages, projected ascent and all defaults are assumed.
+      Protocol "replay" is its off-policy mode.
 
     Args:
       lam0: first multiplier (state ``lam``); delta: allowed variance; lr_dual: its step.

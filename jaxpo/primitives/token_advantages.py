@@ -152,14 +152,21 @@ def conflict_weight(
 
 
 def token_group_normalized(
-    reward: Array, mask: Array, group: Array, count: Array, fallback: Array, *, guard: float = 5.0
+    reward: Array,
+    mask: Array,
+    group: Array,
+    count: Array,
+    fallback: Array,
+    *,
+    guard: float = 5.0,
+    adv_eps: float = 1e-6,
 ) -> Array:
-    """[B] ``(reward - mean) / (std + 1e-6)`` with mean and population std over all *tokens* of the group (HAPO,
+    """[B] ``(reward - mean) / (std + adv_eps)`` with mean and population std over all *tokens* of the group (HAPO,
     arXiv:2509.16591); a group with some |A| >= ``guard`` has ``fallback`` [B] instead."""
     tokens = promote((mask > 0).sum(-1)) * promote(count)
     mean = group_mean(reward, group, tokens)
     std = group_std(reward, group, tokens, 0)
-    adv = jnp.where(std > 0, (promote(reward) - mean) / (std + 1e-6), 0)
+    adv = jnp.where(std > 0, (promote(reward) - mean) / (std + adv_eps), 0)
     too_large = group_sum(jnp.where(tokens > 0, jnp.abs(adv) >= guard, False).astype(adv.dtype), group) > 0
     alone = group_size(group, count) == 1
     return lax.stop_gradient(jnp.where(too_large | alone | (jnp.asarray(guard) <= 0), fallback, adv))

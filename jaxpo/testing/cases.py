@@ -61,9 +61,14 @@ class Case:
         )
 
     @cached_property
-    def direct(self) -> Callable[[TokenStats, Rollouts], Outcome]:
-        """Jitted `direct` of the objective."""
-        return quick_jit(partial(direct, self.objective))
+    def direct(self) -> Callable[..., Outcome]:
+        """Jitted `direct` of the objective: (stats, batch, state of the objective = the initial one) -> `Outcome`."""
+        compiled, begin = quick_jit(partial(direct, self.objective)), self.objective.init()
+
+        def call(stats: TokenStats, batch: Rollouts, state: Any = begin) -> Outcome:
+            return compiled(stats, batch, jax.tree.map(np.asarray, state))  # one program for states of one form
+
+        return call
 
     @cached_property
     def base(self) -> Outcome:
@@ -79,6 +84,18 @@ class Case:
     def trained(self) -> Outcome:
         """`train` on the example as it is."""
         return self.train(self.params, self.batch)
+
+    @cached_property
+    def stepped(self) -> tuple[Any, Any]:
+        """The objective's state after ``prepare``, and after the first optimizer step."""
+        objective, stats = self.objective, self.stats
+
+        def step(batch: Rollouts) -> tuple[Any, Any]:
+            batch, state = objective.prepare(batch, objective.init())
+            batch = objective.weigh(batch, state, stats if objective.peeks else None)
+            return state, objective.update(state, batch, objective.loss(lambda _: stats, batch, state)[1])
+
+        return quick_jit(step)(self.batch)
 
     @property
     def unit(self) -> int:

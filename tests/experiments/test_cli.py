@@ -44,7 +44,7 @@ def test_evaluate_prints_and_writes_what_the_run_measured(finished, tmp_path, ca
     evaluate.main([f"--run={finished.path}", "--k=1,4", "--samples=4", f"--json={tmp_path / 'numbers.json'}"])
     out = capsys.readouterr().out
     after = finished.result.after
-    assert "checkpoint 4, 5 test prompts, toy" in out and "95% interval" in out
+    assert "checkpoint 4, 5 test prompts, toy" in " ".join(out.split()) and "95% interval" in out
     rows = {line.split()[1]: line for line in out.splitlines() if line.startswith("│")}
     assert (
         f"{after['eval/greedy']:.4f}" in rows["greedy"]
@@ -61,7 +61,7 @@ def test_evaluate_prints_and_writes_what_the_run_measured(finished, tmp_path, ca
 def test_evaluate_another_checkpoint_and_fewer_prompts(finished, capsys):
     evaluate.main([f"--run={finished.path}", "--step=2", "--k=", "--prompts=3"])
     out = capsys.readouterr().out
-    assert "checkpoint 2, 3 test prompts" in out and "pass@" not in out
+    assert "checkpoint 2, 3 test prompts" in " ".join(out.split()) and "pass@" not in out
 
 
 def test_evaluate_draws_by_its_seed(finished, tmp_path, capsys):

@@ -104,3 +104,11 @@ def test_spo_segment_of_a_tree_of_depth_1_is_the_whitened_group_reward():
     plain = evaluate("reinforce_pp", CASE, variant="baseline", kl_coef=0.0, log_ratio_clip=10.0)
     assert np.abs(plain[1]).max() > 0.001
     assert_same(evaluate("spo_segment", tree, form="tree", threshold=1.1), plain)
+
+
+@pytest.mark.parametrize("p", (0.95, 1.0))
+def test_spo_segment_of_answers_without_an_improbable_token_is_exactly_zero(p):
+    sure = CASE.replace(logp_old=np.where(CASE.mask, np.log(p), np.nan))
+    assert (prepared("spo_segment", sure).adv == 0).all()
+    loss, grad = evaluate("spo_segment", sure)
+    assert loss == 0 and (grad == 0).all()

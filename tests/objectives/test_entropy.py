@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 import jaxpo
+from jaxpo.metrics import Mean
 from jaxpo.primitives import token_advantages
-from jaxpo.primitives.regularizers import forward_kl_to_proxy, min_p_log_proxy
+from jaxpo.primitives.regularizers import forward_kl_to_proxy, log_prob_at, min_p_log_proxy
 from jaxpo.primitives.selection import max_variance
 from jaxpo.primitives.surrogates import covariance
+from jaxpo.rollout.sampling import EntropyTemperature
 from tests.oracles import Case
-from tests.oracles.cases import CASES, ROWS, assert_same, evaluate, on_policy, prepared
+from tests.oracles.cases import CASES, COMPILE_FAST, ROWS, assert_same, evaluate, on_policy, prepared, rollouts
 
 CASE = CASES["unequal groups"]
 BINARY = CASES["K=8"]
@@ -140,6 +142,48 @@ def test_lp_reg_forward_kl_is_minus_log_of_the_kept_mass_with_gradient_policy_mi
         assert np.isneginf(log_proxy(PEAKED, PEAKED.argmin(-1), kappa=0.3)).all(), "the least probable are noise"
 
 
+def paper(logits: np.ndarray, case: Case, **hyperparameters) -> np.ndarray:
+    """Gradient of form "paper" in the logits [B, T, 3]."""
+    objective = jaxpo.make("lp_reg", form="paper", **hyperparameters)
+
+    def policy(logits, batch):
+        flat = logits.reshape(-1, 3), batch.tokens.reshape(-1)
+        derived = {name: f(*flat).reshape(batch.mask.shape) for name, f in objective.derived.items()}
+        return jaxpo.TokenStats(logp=log_prob_at(*flat, temperature=1.0).reshape(batch.mask.shape), derived=derived)
+
+    def loss(logits, batch):
+        return jaxpo.evaluate(objective, lambda b: policy(logits, b), batch)[0]
+
+    with jax.enable_x64(True):
+        return np.asarray(jax.jit(jax.grad(loss), compiler_options=COMPILE_FAST)(jnp.asarray(logits), rollouts(case)))
+
+
+LOGITS = 1.5 * np.random.default_rng(1).normal(size=(*CASE.mask.shape, 3))
+SAID = np.take_along_axis(np.log(np.exp(LOGITS) / np.exp(LOGITS).sum(-1, keepdims=True)), CASE.tokens[..., None], -1)
+SAID = CASE.replace(logp=SAID[..., 0], logp_old=SAID[..., 0] - (CASE.logp - CASE.logp_old))  # what LOGITS say
+
+
+def test_lp_reg_paper_regularizer_and_its_gradient_vanish_with_kappa():
+    plain = paper(LOGITS, SAID, beta=0.0)
+    assert np.abs(plain).max() > 1e-3
+    np.testing.assert_allclose(paper(LOGITS, SAID, beta=5.0, rho=0.5, kappa=1e-30), plain, atol=1e-12)
+
+
+@pytest.mark.parametrize("rho", (0.6, 1e-9))
+def test_lp_reg_paper_pulls_improbable_tokens_of_failed_answers_that_are_no_noise_to_the_proxy(rho):
+    """With gradient ``beta (pi - proxy) / N`` in their logits; at least one token is looked at."""
+    difference = paper(LOGITS, SAID, beta=0.7, rho=rho, kappa=0.1) - paper(LOGITS, SAID, beta=0.0)
+    p = np.exp(LOGITS) / np.exp(LOGITS).sum(-1, keepdims=True)
+    kept = p > 0.1 * p.max(-1, keepdims=True)
+    proxy = p * kept / (p * kept).sum(-1, keepdims=True)
+    n, said = CASE.mask.sum(), np.where(CASE.mask, SAID.logp, np.inf)
+    low = said <= np.sort(said, None)[max(1, int(rho * n)) - 1]
+    alive = np.take_along_axis(kept, CASE.tokens[..., None], -1)[..., 0]
+    touched = low & alive & (advantage(CASE) < 0)
+    assert rho < 0.1 or 3 < touched.sum() < low.sum()
+    np.testing.assert_allclose(difference, 0.7 / n * touched[..., None] * (p - proxy), atol=1e-12)
+
+
 # ---- gtpo ----------------------------------------------------------------------------------------
 
 PURE = dict(entropy_threshold=math.inf, entropy_scale=0.0, w_pos=1.0, conflict_norm="none")
@@ -167,6 +211,16 @@ def test_gtpo_takes_no_account_of_the_old_policy():
 def test_gtpo_with_a_negative_threshold_leaves_out_everything():
     loss, grad = evaluate("gtpo", BINARY, entropy_threshold=-1.0)
     assert loss == 0 and (grad == 0).all()
+
+
+def test_gtpo_conflicts_go_by_the_sign_before_the_entropy_penalty():
+    """A penalty that makes every row negative spares the same tokens."""
+    heavy = evaluate("gtpo", BINARY, **{**PURE, "entropy_scale": 100.0})[1]
+    spared = evaluate("gtpo", BINARY, **PURE)[1] == 0
+    assert (heavy[BINARY.mask & (advantage(BINARY) > 0)] > 0).all() and (advantage(BINARY) > 0).any()
+    active = BINARY.mask & (advantage(BINARY) != 0)
+    assert (spared & active).any()
+    np.testing.assert_array_equal((heavy == 0)[active], spared[active])
 
 
 def test_gtpo_entropy_penalty_makes_a_row_without_advantage_negative():
@@ -274,6 +328,14 @@ def test_hapo_signal_with_all_tokens_on_one_side_spans_one_side_only():
     assert np.asarray(h).tolist() == [[0, 0, 0]]
 
 
+def test_hapo_without_tau_samples_at_t0():
+    numbers = dict(q=0.1, s=0.7, high=0.9, low=1.5)
+    logits = np.random.default_rng(0).normal(size=(5, 7))
+    assert np.ptp(EntropyTemperature(1.3, 0.2, numbers)(logits)) > 0.02
+    np.testing.assert_allclose(EntropyTemperature(1.3, 0.0, numbers)(logits), 1.3, rtol=1e-6)
+    assert jaxpo.make("hapo", tau=0.0, T0=1.3, max_len=5, buffer=3).protocol_options["tau"] == 0.0
+
+
 # ---- dcpo_distribution ---------------------------------------------------------------------------
 
 MIXED = CASE.replace(reward=np.where(CASE.reward > 0, CASE.reward, 0.0))
@@ -313,6 +375,15 @@ def test_dcpo_at_temperature_1_has_weights_of_1():
 def test_dcpo_without_a_right_answer_has_no_loss():
     loss, grad = evaluate("dcpo_distribution", CASE.replace(reward=np.zeros(ROWS)), memory={"entropy": 0.2})
     assert loss == 0 and (grad == 0).all()
+
+
+def test_dcpo_remembers_the_entropy_of_the_tokens_of_the_step():
+    objective = jaxpo.make("dcpo_distribution")
+    report = {"entropy/sampled": Mean.of(jnp.array([1.0, 3.0, 9.0]), jnp.array([2.0, 1.0, 0.0]))}
+    state = objective.update(objective.init(), None, report)
+    assert float(state.memory["entropy"]) == pytest.approx(5 / 3)
+    nothing = {"entropy/sampled": Mean.of(jnp.zeros(1), jnp.zeros(1))}
+    assert float(objective.update(state, None, nothing).memory["entropy"]) == pytest.approx(5 / 3)
 
 
 # ---- d3s -----------------------------------------------------------------------------------------
@@ -372,3 +443,14 @@ def test_d3s_keeps_the_tokens_of_largest_advantage_times_entropy():
     score = np.abs(batch.adv[:, None]) * batch.entropy_old
     kept = live & (batch.token_extras["selected"] > 0)
     assert score[kept].min() >= score[live & ~kept].max()
+
+
+def test_d3s_keeps_at_least_one_row_and_one_token():
+    batch = prepared("d3s", CASES["K=4"], total=11, N_init=1e-6, K_init=1e-6)
+    assert batch.count.sum() == 1
+    assert (batch.token_extras["selected"] * batch.mask * batch.count[:, None]).sum() == 1
+
+
+def test_d3s_without_any_advantage_has_no_loss():
+    loss, grad = evaluate("d3s", CASE.replace(reward=np.ones(ROWS)), total=11, iteration=10)
+    assert loss == 0 and (grad == 0).all()

@@ -64,10 +64,14 @@ def expected_reward_gradient(reward) -> np.ndarray:
     return np.asarray(_expected_reward_gradient(jnp.asarray(LOGITS), jnp.asarray(reward)))
 
 
-def expected_step(name: str, k: int, reward, sampler=LOGITS, **hyperparameters) -> np.ndarray:
-    """Minus the expected gradient of the loss in the logits, over groups of ``k`` answers drawn from ``sampler``."""
+def expected_step(name: str, k: int, reward, sampler=LOGITS, old=None, **hyperparameters) -> np.ndarray:
+    """Minus the expected gradient of the loss in the logits, over groups of ``k`` answers drawn from ``sampler``.
+
+    Ratios are measured from ``old``, the sampler unless it is given.
+    """
     objective = jaxpo.make(name, **hyperparameters)
-    logp, logp_old, ref = [log_probs(jnp.asarray(x)) for x in (LOGITS, sampler, LOGITS_REF)]
+    old = sampler if old is None else old
+    logp, logp_old, logp_beh, ref = [log_probs(jnp.asarray(x)) for x in (LOGITS, old, sampler, LOGITS_REF)]
     mask, reward = jnp.asarray(MASK), jnp.asarray(reward)
 
     def gradient(drawn):  # [k] answers -> d loss / d logp [k, LENGTH]
@@ -77,6 +81,7 @@ def expected_step(name: str, k: int, reward, sampler=LOGITS, **hyperparameters) 
             correct=reward[drawn] > 0,
             group=jnp.zeros(k, jnp.int32),
             logp_old=logp_old[drawn],
+            logp_beh=logp_beh[drawn],
             slots={"ref": ref[drawn]},
         )
         return jax.grad(lambda x: jaxpo.evaluate(objective, lambda _: jaxpo.TokenStats(logp=x), batch)[0])(logp[drawn])
@@ -93,6 +98,11 @@ def expected_step(name: str, k: int, reward, sampler=LOGITS, **hyperparameters) 
 def same_direction(a: np.ndarray, b: np.ndarray) -> float:
     """Cosine."""
     return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
+
+
+def how_biased(step: np.ndarray, gradient: np.ndarray) -> tuple[float, float]:
+    """Cosine with the gradient of the expected reward, and by how much the step is longer."""
+    return same_direction(step, gradient), float(np.linalg.norm(step) / np.linalg.norm(gradient))
 
 
 # ---- policy gradients ----------------------------------------------------------------------------
@@ -174,6 +184,160 @@ def test_grpo_std_climbs_the_win_rate_of_real_rewards_with_two_answers():
     step = expected_step("grpo", 2, REAL, beta=0.0, adv_eps=0.0, agg="seq_sum")
     np.testing.assert_allclose(step, expected_reward_gradient(against) / math.sqrt(2), atol=1e-12)
     assert same_direction(step, expected_reward_gradient(REAL)) < 0.99
+
+
+# ---- advantages, on-policy: cosine and length of the expected step, seq_sum, four answers --------
+
+UNIT = 1 / (1 + np.exp(-REAL))
+
+ONE_GROUP = {  # the four answers are to one prompt
+    "leave one out": ("rloo", dict(beta=0.0), 1),
+    "less the group mean": ("dr_grpo", dict(L_const=1.0), 3 / 4),
+    "less the batch mean": ("reinforce", dict(baseline="batch_mean"), 3 / 4),
+    "asymre: a constant on top": ("asymre", {}, 3 / 4),
+    "bnpo: one weight": ("bnpo", {}, 3 / 4),
+    "canon: less the other half": ("canon", dict(mu=1.0), 1),
+    "canon: less the own half": ("canon", dict(mu=0.0), 1 / 2),
+    "grpo": ("grpo", dict(beta=0.0), (0.981, 4.393)),
+    "a_grae": ("a_grae", {}, (0.972, 2.108)),
+    "canon: halves by length": ("canon", dict(mu=1.0, metric="length"), (0.996, 1.202)),
+    "opmd: log of the mean of exp": ("opmd", dict(baseline="logavgexp", tau=0.2), (0.997, 0.700)),
+    "rec: negatives dropped": ("rec", dict(drop="balance", clip_mode="none"), (0.9997, 0.642)),
+}
+TWO_GROUPS = {  # two prompts with two answers each
+    "rloo": ("rloo", dict(beta=0.0), 1),
+    "dr_grpo": ("dr_grpo", dict(L_const=1.0), 1 / 2),
+    "grpo": ("grpo", dict(beta=0.0), (0.960, 2.227)),
+    "lite_ppo": ("lite_ppo", {}, (0.981, 2.929)),
+    "bnpo": ("bnpo", {}, (0.984, 0.179)),
+    "a_grae": ("a_grae", {}, (0.928, 1.025)),
+}
+
+
+def expected_directions(table: dict, groups: int, rewards: dict) -> dict[str, dict[str, np.ndarray]]:
+    """Of every advantage of a table: the expected step of REINFORCE with it, by kind of reward.
+
+    CANON's metric (entropy) is the answer's place, which says nothing of the answer: as good as random."""
+    drawn = np.array(list(itertools.product(range(len(ANSWERS)), repeat=4)))
+    weight = np.prod(np.asarray(probabilities(jnp.asarray(LOGITS)))[drawn], -1)
+    logp, mask = log_probs(jnp.asarray(LOGITS)), jnp.asarray(MASK)
+    objectives = {key: jaxpo.make(name, **options) for key, (name, options, _) in table.items()}
+
+    def advantages(drawn, reward):
+        batch = jaxpo.Rollouts(
+            mask=mask[drawn],
+            reward=reward[drawn],
+            group=jnp.arange(4) // (4 // groups),
+            logp_old=logp[drawn],
+            entropy_old=jnp.broadcast_to(jnp.arange(4.0)[:, None], (4, LENGTH)),
+            seed=jnp.arange(4, dtype=jnp.uint32),
+        )
+        return {key: x.prepare(batch, x.init())[0].adv for key, x in objectives.items()}
+
+    def direction(adv):
+        by_answer = np.zeros(len(ANSWERS))
+        np.add.at(by_answer, drawn, weight[:, None] * adv / 4)
+        return np.asarray(_pull_back(jnp.asarray(LOGITS), jnp.asarray(by_answer[:, None] * MASK)))
+
+    compiled = jax.jit(jax.vmap(advantages, (0, None)), compiler_options=COMPILE_FAST)
+    return {
+        kind: {key: direction(np.asarray(x)) for key, x in compiled(jnp.asarray(drawn), jnp.asarray(r)).items()}
+        for kind, r in rewards.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def steps() -> dict[int, dict[str, dict[str, np.ndarray]]]:
+    """By number of groups, kind of reward and advantage."""
+    with jax.enable_x64(True):
+        rewards = {"real": UNIT, "binary": BINARY}
+        return {n: expected_directions(table, n, rewards) for n, table in ((1, ONE_GROUP), (2, TWO_GROUPS))}
+
+
+IN_ALL = [(n, key, table[key][2]) for n, table in ((1, ONE_GROUP), (2, TWO_GROUPS)) for key in table]
+
+
+@pytest.mark.parametrize("kind", ("real", "binary"))
+@pytest.mark.parametrize(("groups", "key", "factor"), [x for x in IN_ALL if isinstance(x[2], int | float)])
+def test_advantage_is_unbiased_up_to_a_factor(steps, groups, key, factor, kind):
+    reward = {"real": UNIT, "binary": BINARY}[kind]
+    np.testing.assert_allclose(steps[groups][kind][key], factor * expected_reward_gradient(reward), atol=1e-12)
+
+
+@pytest.mark.parametrize(("groups", "key", "size"), [x for x in IN_ALL if isinstance(x[2], tuple)])
+def test_advantage_is_biased_by_so_much(steps, groups, key, size):
+    found = how_biased(steps[groups]["real"][key], expected_reward_gradient(UNIT))
+    assert found == pytest.approx(size, abs=6e-4) and found[0] < 0.9998
+
+
+@pytest.mark.parametrize(
+    ("groups", "key", "factor"),
+    (
+        (1, "grpo", 1.455),
+        (1, "a_grae", 0.397),
+        (1, "opmd: log of the mean of exp", 0.473),
+        (1, "rec: negatives dropped", 0.559),
+        (2, "grpo", 1 / math.sqrt(2)),
+        (2, "lite_ppo", 0.970),
+        (2, "bnpo", 0.372),
+        (2, "a_grae", 0.200),
+    ),
+)
+def test_on_binary_rewards_the_bias_is_one_of_length_alone(steps, groups, key, factor):
+    """What compares rows by nothing but their rewards can only stretch the gradient: one prompt against another."""
+    cosine, length = how_biased(steps[groups]["binary"][key], expected_reward_gradient(BINARY))
+    assert cosine == pytest.approx(1, abs=1e-12) and length == pytest.approx(factor, abs=6e-4)
+
+
+def test_canon_by_length_is_biased_on_binary_rewards_too(steps):
+    """Which half an answer is compared with hangs on the answer."""
+    found = how_biased(steps[1]["binary"]["canon: halves by length"], expected_reward_gradient(BINARY))
+    assert found == pytest.approx((0.992, 1.160), abs=6e-4)
+
+
+# ---- importance weights, off-policy: one answer, no baseline -------------------------------------
+
+ALONE = dict(advantage="reward")
+BY_TOKEN, BY_ROW = dict(ALONE, agg="seq_sum"), dict(ALONE, agg="seq_mean", ratio="sequence_sum")
+HALFWAY = (LOGITS + LOGITS_BEHAVIOUR) / 2
+
+
+def weighted(level: str, cap: float = 1e9) -> dict:
+    """REINFORCE with the weight ``policy / sampler``: the policy is the one that ratios are measured from."""
+    correction = f"truncated_weight(level='{level}', cap={cap})"
+    return dict(BY_TOKEN, surrogate="log_prob", old=LOGITS, corrections=correction)
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    (
+        dict(BY_ROW, surrogate="linear"),
+        weighted("sequence"),
+        dict(BY_ROW, surrogate="linear", old=HALFWAY, corrections="truncated_weight(level='sequence', cap=1e9)"),
+    ),
+    ids=("ratio of sequences", "weight of sequences", "decoupled: a weight to the old policy, a ratio from it"),
+)
+def test_off_policy_the_weight_of_the_whole_sequence_is_exact(spelled):
+    step = expected_step("policy_gradient", 1, REAL, LOGITS_BEHAVIOUR, **spelled)
+    np.testing.assert_allclose(step, expected_reward_gradient(REAL), atol=1e-12)
+
+
+OFF_POLICY = {
+    "none at all: REINFORCE": (dict(BY_TOKEN, surrogate="log_prob"), (0.773, 1.114)),
+    "ratio of tokens": (dict(BY_TOKEN, surrogate="linear"), (0.892, 1.122)),
+    "weight of tokens": (weighted("token"), (0.892, 1.122)),
+    "PPO": (dict(BY_TOKEN, surrogate="clipped"), (0.814, 1.117)),
+    "CISPO": (dict(BY_TOKEN, surrogate="cispo"), (0.891, 1.085)),
+    "GSPO, unclipped": (dict(BY_ROW, ratio="sequence", surrogate="linear"), (0.910, 0.703)),
+    "ratio of sequences, clipped": (dict(BY_ROW, surrogate="clipped"), (0.904, 0.614)),
+    "weight of sequences, truncated at 2": (weighted("sequence", 2.0), (0.959, 0.732)),
+}
+
+
+@pytest.mark.parametrize(("spelled", "size"), OFF_POLICY.values(), ids=OFF_POLICY)
+def test_off_policy_any_other_weight_is_biased_by_so_much(spelled, size):
+    step = expected_step("policy_gradient", 1, REAL, LOGITS_BEHAVIOUR, **spelled)
+    assert how_biased(step, expected_reward_gradient(REAL)) == pytest.approx(size, abs=6e-4)
 
 
 # ---- KL estimators: values and gradients ---------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxpo
-from jaxpo.primitives.advantages import asymmetric, beta_normalized, group_normalized, half_against_half, leave_one_out
+from jaxpo.primitives.advantages import asymmetric, beta_normalized, group_normalized, half_against_half
 from tests.oracles import Case
 from tests.oracles.cases import CASES, ROWS, assert_same, evaluate, on_policy, prepared, rollouts
 
@@ -107,6 +107,14 @@ def test_lite_ppo_ratio_of_two_advantages_does_not_depend_on_the_spreads_of_thei
     np.testing.assert_allclose(adv[moves] / centred[moves], 1 / (CASE.reward.std(ddof=1) + 1e-6), rtol=1e-9)
 
 
+def test_lite_ppo_learns_nothing_from_equal_rewards_or_from_solved_groups():
+    assert (prepared("lite_ppo", CASE.replace(reward=np.full(ROWS, 0.1))).adv == 0).all()
+    case = CASES["K=4"]
+    solved = np.array([np.ptp(case.reward[case.group == g]) == 0 for g in case.group])
+    adv = prepared("lite_ppo", case).adv
+    assert solved.any() and (adv[solved] == 0).all() and (adv[~solved] != 0).all()
+
+
 # ---- bnpo ----------------------------------------------------------------------------------------
 
 
@@ -154,6 +162,18 @@ def test_bnpo_of_equal_success_rates_is_finite():
     reward, group, count = successes(0.5, 0.5, 0.5)
     adv = np.asarray(beta_normalized(reward, group, count))
     assert np.isfinite(adv).all() and (adv != 0).all()
+
+
+def test_bnpo_weight_of_a_rate_that_the_batch_makes_all_but_impossible_is_capped_at_a_million():
+    reward = np.concatenate([[0, 1e-4], *[[0.5 - d, 0.5 + d] for d in (0.1, 0.2, 0.3)] * 6])
+    group = np.repeat(np.arange(19), 2)
+    adv = np.asarray(beta_normalized(reward, group, np.ones(38)))
+    np.testing.assert_allclose(adv[:2], [-50, 50], rtol=1e-9)  # 1e6 times what centring leaves
+
+
+def test_bnpo_of_components_is_the_mean_of_their_advantages():
+    one = [prepared("bnpo", CASE.replace(reward=CASE.extra["rewards_multi"][:, r])).adv for r in range(3)]
+    np.testing.assert_allclose(prepared("bnpo", CASE, components=True).adv, np.mean(one, 0), rtol=1e-6, atol=1e-9)
 
 
 def test_bnpo_refuses_rewards_outside_the_range_it_was_told():
@@ -222,12 +242,22 @@ def test_adora_with_lam_1_is_grpo():
 
 @pytest.mark.parametrize("rule", ("llm", "vlm"))
 def test_adora_weight_is_one_number_a_group(rule):
-    case = CASES["K=4"].replace(reward=CASES["K=4"].correct)
+    case = CASES["K=4"]
     adv, plain = prepared("adora", case, rule=rule, **SHORT).adv, prepared("grpo", case, beta=0.0).adv
     factor = np.divide(adv, plain, out=np.full(ROWS, np.nan), where=plain != 0)
     factors = {g: set(factor[(case.group == g) & (plain != 0)].round(9)) for g in case.group}
     assert {frozenset(f) for f in factors.values()} >= {frozenset({0.1}), frozenset({1.0})}
     assert all(len(f) <= 1 for f in factors.values())
+
+
+def even(batch):
+    """A rule of one's own."""
+    return batch.group % 2 == 0
+
+
+def test_adora_takes_a_rule_of_ones_own():
+    adv, plain = prepared("adora", CASE, rule=even, lam=0.25, **SHORT).adv, prepared("grpo", CASE, beta=0.0).adv
+    np.testing.assert_allclose(adv, plain * np.where(CASE.group % 2 == 0, 1, 0.25), atol=1e-12)
 
 
 def test_adora_keeps_the_ranking_within_a_group():
@@ -284,8 +314,21 @@ def test_canon_with_a_random_metric_leaves_half_of_the_others_out():
     """Averaged over all orders the baseline of mu = 1 is the mean of the other answers."""
     reward, group, count = np.array([0.0, 1.0, 5.0, 2.0]), np.zeros(4, int), np.ones(4)
     orders = [half_against_half(reward, np.array(p, float), group, count) for p in itertools.permutations(range(4))]
-    np.testing.assert_allclose(np.mean(orders, 0), leave_one_out(reward, group, count), atol=1e-12)
+    np.testing.assert_allclose(np.mean(orders, 0), reward - (reward.sum() - reward) / 3, atol=1e-12)
     assert len(np.unique(np.round(orders, 9)[:, 0])) == 3
+
+
+def test_canon_breaks_ties_of_the_metric_by_row_order():
+    reward = np.array([0.0, 1.0, 5.0, 2.0])
+    adv = half_against_half(reward, np.ones(4), np.zeros(4, int), np.ones(4), mu=1.0)
+    np.testing.assert_allclose(adv, [0 - 3.5, 1 - 3.5, 5 - 0.5, 2 - 0.5])
+
+
+@pytest.mark.parametrize("mu", (0.0, 0.5, 1.0))
+def test_canon_gives_a_row_alone_nothing_or_its_raw_reward(mu):
+    case = CASES["K=1"]
+    assert (prepared("canon", case, mu=mu).adv == 0).all()
+    np.testing.assert_array_equal(prepared("canon", case, mu=mu, singleton="raw").adv, case.reward)
 
 
 def test_canon_alpha_damps_the_long_half_or_the_one_of_low_entropy():

@@ -1,17 +1,20 @@
 """Identities of `rec`, `opmd` and `asymre`, one by one."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jaxpo
 from jaxpo.objectives.off_policy import REC_MEMBERS
 from jaxpo.primitives.advantages import drop_excess_negatives, log_average_exp
+from jaxpo.primitives.selection import row_uniform
 from jaxpo.primitives.surrogates import clip_mask
 from tests.oracles import Case
-from tests.oracles.cases import CASES, ROWS, assert_same, evaluate, on_policy, prepared
+from tests.oracles.cases import CASES, ROWS, assert_same, evaluate, make_case, on_policy, prepared
 
 CASE = CASES["unequal groups"]
+BOLD = make_case(11, (8, 4, 4, 4, 4), stale=1.2)  # ratios in and beyond every clip range
+BOLD = BOLD.replace(reward=np.exp(BOLD.reward))  # more negatives than positives
 PLAIN = dict(clip_mode="none")
 FULL = np.broadcast_to(True, CASE.mask.shape)
 
@@ -116,12 +119,64 @@ def test_rec_dropped_rows_still_count_in_the_token_denominator():
     np.testing.assert_allclose(grad, -adv[:, None] * case.mask / case.mask.sum(), atol=1e-12)
 
 
-def test_rec_members_by_name():
-    assert len({str(sorted(options.items())) for options in REC_MEMBERS.values()}) == len(REC_MEMBERS)
-    assert_same(evaluate("rec", CASE, **REC_MEMBERS["AsymRE"]), evaluate("asymre", CASE))
-    assert_same(evaluate("rec", CASE, **REC_MEMBERS["OPMD"]), evaluate("opmd", CASE, form="surrogate"))
-    for options in REC_MEMBERS.values():
-        jaxpo.make("rec", **options)
+def negatives_to_drop(case: Case) -> np.ndarray:
+    """[B] bool: of each group the negatives of smallest priority that outnumber its positives."""
+    with jax.enable_x64(True):
+        priority = np.asarray(row_uniform(jnp.asarray(case.extra["seed"], jnp.uint32), stream=1))
+    out = np.zeros(ROWS, bool)
+    for g in np.unique(case.group):
+        below = np.flatnonzero((case.group == g) & (centred(case)[:, 0] < -1e-12))
+        excess = max(0, 2 * len(below) - (case.group == g).sum())
+        out[below[np.argsort(priority[below])][:excess]] = True
+    return out
+
+
+def plain_member(name: str, case: Case) -> np.ndarray:
+    """Gradient of a named member, from its formula in the paper: ``-A w M / N`` per token, and the regularizer's."""
+    gap, A = np.where(case.mask, case.logp - case.logp_old, 0), centred(case)
+    r, up, down = np.exp(gap), A >= 0, A <= 0
+    two_side = (0.8 <= r) & (r <= 1.2)
+    ring = two_side | up & (r <= 0.4) | down & (r >= 3)
+    factor, slope = {
+        "REC-OneSide-NoIS": (up & (r <= 3) | down & (r >= 0.4), 0),
+        "REC-OneSide-IS": (r * (up & (r <= 1.2) | down & (r >= 0.8)), 0),
+        "REC-TwoSide-NoIS": (two_side, 0),
+        "REC-TwoSide-IS": (r * two_side, 0),
+        "REC-Ring-NoIS": (ring, 0),
+        "REC-Ring-IS": (r * ring, 0),
+        "OPMD": (1, 0.2 * gap),
+        "AsymRE": (1, -0.1),
+        "RED-Drop": (1, 0),
+        "RED-Weight": (np.exp(A), 0),
+    }[name]
+    if name == "RED-Drop":  # with the mean of the rows that stay
+        dropped = negatives_to_drop(case)
+        assert dropped.sum() > 3
+        rest = [case.reward[(case.group == g) & ~dropped].mean() for g in case.group]
+        A = np.where(dropped, 0, case.reward - rest)[:, None]
+    return (-A * factor + slope) * case.mask / case.mask.sum()
+
+
+@pytest.mark.parametrize("name", REC_MEMBERS)
+def test_rec_member_by_name_is_its_formula(name):
+    case = BOLD
+    expected = plain_member(name, case)
+    others = [plain_member(other, case) for other in REC_MEMBERS if other != name]
+    assert not any(np.allclose(expected, x, atol=1e-6) for x in others)
+    np.testing.assert_allclose(evaluate("rec", case, **REC_MEMBERS[name])[1], expected, atol=1e-12)
+
+
+def test_rec_members_that_are_objectives_of_their_own():
+    """And OneSide-IS is GRPO without std: above."""
+    assert_same(evaluate("rec", BOLD, **REC_MEMBERS["AsymRE"]), evaluate("asymre", BOLD))
+    assert_same(evaluate("rec", BOLD, **REC_MEMBERS["OPMD"]), evaluate("opmd", BOLD, form="surrogate"))
+    plain = evaluate("reinforce", on_policy(BOLD).replace(reward=centred(BOLD)[:, 0]))
+    assert np.abs(plain[1]).max() > 0.01
+    assert_same(evaluate("rec", on_policy(BOLD), **REC_MEMBERS["REC-OneSide-NoIS"]), plain)
+
+
+def test_rec_without_mask_and_weight_is_reinforce_with_the_group_mean():
+    assert_same(evaluate("rec", BOLD, **PLAIN), evaluate("reinforce", BOLD.replace(reward=centred(BOLD)[:, 0])))
 
 
 # ---- opmd ----------------------------------------------------------------------------------------

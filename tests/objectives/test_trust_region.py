@@ -13,7 +13,7 @@ from jaxpo.metrics import Mean
 from jaxpo.primitives.ratios import bounded_log_ratio
 from jaxpo.primitives.surrogates import balanced_bounds, hazard
 from tests.oracles import Case
-from tests.oracles.cases import CASES, ROWS, WIDTH, assert_same, evaluate, on_policy, prepared
+from tests.oracles.cases import CASES, ROWS, WIDTH, assert_same, evaluate, on_policy, prepared, rollouts
 
 CASE = CASES["unequal groups"]
 OPEN = dict(eps_low=1e6, eps_high=1e6)  # a clip that never bites
@@ -71,6 +71,17 @@ def test_gspo_token_clips_a_row_as_a_whole():
     assert {True} in touched and {False} in [t for t, a in zip(touched, advantage(CASE)[:, 0], strict=True) if a != 0]
 
 
+def test_gspo_token_takes_an_advantage_for_every_token():
+    """Here returns-to-go; the row's ratio multiplies each."""
+    spelled = dict(advantage="reinforce_pp(kl_coef=0.3)", ratio="sequence_token", surrogate="linear", agg="seq_mean")
+    A = prepared("reinforce_pp", CASE, kl_coef=0.3).adv
+    assert max(np.ptp(row[mask]) for row, mask in zip(A, CASE.mask, strict=True) if mask.any()) > 0.1
+    length = np.maximum(CASE.mask.sum(1, keepdims=True), 1)
+    s = np.exp(np.log(ratio(CASE)).sum(1, keepdims=True) / length)
+    _, grad = evaluate("policy_gradient", CASE, **spelled)
+    np.testing.assert_allclose(grad, -s * A * CASE.mask / (length * ROWS), atol=1e-12)
+
+
 def test_gspo_token_over_tokens_is_another_objective_of_which_it_warns():
     with pytest.warns(UserWarning, match="no longer GSPO"):
         jaxpo.make("gspo_token", agg="token_mean")
@@ -105,6 +116,16 @@ def test_cispo_on_policy_has_the_gradient_of_reinforce_with_the_same_advantages(
     reinforce = evaluate("reinforce", case.replace(reward=advantage(case)[:, 0]))[1]
     assert np.abs(reinforce).max() > 0.01
     np.testing.assert_allclose(evaluate("cispo", case)[1], reinforce, atol=1e-12)
+
+
+def test_cispo_reports_the_surrogate_apart_from_its_loss():
+    objective = jaxpo.make("cispo")
+    with jax.enable_x64(True):
+        stats = jaxpo.TokenStats(logp=jnp.asarray(CASE.logp))
+        loss, report = jax.jit(lambda batch: jaxpo.evaluate(objective, lambda _: stats, batch))(rollouts(CASE))
+        surrogate = float(report["surrogate"].total / report["surrogate"].weight)
+    assert surrogate == pytest.approx((ratio(CASE) * advantage(CASE) * CASE.mask).sum() / CASE.mask.sum(), rel=1e-5)
+    assert abs(float(loss) + surrogate) > 0.01
 
 
 # ---- bapo ----------------------------------------------------------------------------------------
@@ -190,7 +211,7 @@ def test_mhpo_multiplier_and_gradient_are_bounded_by_exp_c():
         psi = bounded_log_ratio(x, jnp.zeros(()), jnp.ones(()), c=1.5)
         return jnp.exp(psi - hazard(psi, k_pos=1.5, lam_pos=1.0, k_neg=2.0, lam_neg=0.8))
 
-    value, slope = jax.vmap(jax.value_and_grad(multiplier))(gap)
+    value, slope = jax.jit(jax.vmap(jax.value_and_grad(multiplier)))(gap)
     assert jnp.max(value) <= math.exp(1.5) and jnp.max(jnp.abs(slope)) <= math.exp(1.5)
     undamped = jnp.max(jnp.exp(bounded_log_ratio(gap, 0.0, jnp.ones(()), c=1.5)))
     assert undamped > 0.99 * math.exp(1.5), "the bound is tight without the hazard"

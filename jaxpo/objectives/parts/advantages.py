@@ -76,6 +76,7 @@ def reinforce_pp(gamma: float = 1.0, kl_coef: float = 0.01, baseline: bool = Fal
     """
     if not baseline and singleton != "zero":
         raise ValueError("singleton has no effect without baseline=True")
+    choice("singleton", singleton, ("zero", "raw"))
 
     def fn(b: Rollouts, s: State) -> Array:
         reward = promote(b.reward)
@@ -338,7 +339,7 @@ def hapo(guard: float = 5.0, adv_eps: float = 1e-6, singleton: str = "zero") -> 
 
     def fn(b: Rollouts, s: State) -> Array:
         return token_advantages.token_group_normalized(
-            b.reward, b.mask, b.group, b.count, normalized.fn(b, s), guard=guard
+            b.reward, b.mask, b.group, b.count, normalized.fn(b, s), guard=guard, adv_eps=adv_eps
         )
 
     return Part(fn, GROUPS)

@@ -99,7 +99,7 @@ def rejection(estimator: str = "k1", level: str = "geometric", bound: float = 0.
 # ---- filters that see the advantage (``batch.adv``): [B] of rows or [B, T] of tokens -------------------------------
 
 
-@register("filter", id="d3s_rows", source="D3S, arXiv:2509.22115 (reconstructed from secondary summaries)")
+@register("filter", source="D3S, arXiv:2509.22115 (reconstructed from secondary summaries)", budget={"total": "steps"})
 def d3s_rows(first: float = 0.5, last: float = 1.0, total: int = 1, level: str = "cross") -> Part:
     """Keep the rows whose advantages vary most: a share of ``first`` at iteration 0 that goes to ``last`` at ``total
     - 1``.
@@ -117,7 +117,12 @@ def d3s_rows(first: float = 0.5, last: float = 1.0, total: int = 1, level: str =
     return Part(fn, frozenset({"group"}) if level == "within" else frozenset(), per="row", sees_advantage=True)
 
 
-@register("filter", id="d3s", source="D3S, arXiv:2509.22115 (reconstructed from secondary summaries)")
+@register(
+    "filter",
+    id="d3s",
+    source="D3S, arXiv:2509.22115 (reconstructed from secondary summaries)",
+    budget={"total": "steps"},
+)
 def d3s_tokens(first: float = 0.2, last: float = 1.0, total: int = 1) -> Part:
     """Keep the tokens of largest ``|A| H`` (``entropy_old``) among those that are left: a share that goes from
     ``first`` to ``last``."""

@@ -7,7 +7,7 @@ from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.metrics import Mean, Metrics
 from jaxpo.objectives.base import State, per_token
 from jaxpo.objectives.composition import Part
-from jaxpo.objectives.parts.surrogates import PEEK, tokens_of
+from jaxpo.objectives.parts.surrogates import PEEK, tokens_of, unused
 from jaxpo.primitives import ratios, regularizers, selection, surrogates
 from jaxpo.primitives.advantages import choice
 from jaxpo.primitives.aggregation import positive, token_mean
@@ -33,6 +33,7 @@ def kl_to_reference(
       is_weighted: multiply by the differentiable ratio to ``logp_old`` (with k3: the exact reverse-KL gradient
         off-policy)."""
     check_estimators(estimator, gradient)
+    unused("log_ratio_clip", log_ratio_clip, 20.0, is_weighted, "is_weighted=True")
 
     def fn(stats: TokenStats, b: Rollouts, s: State) -> Array:
         r = None
