@@ -36,7 +36,9 @@ def test_the_ids_of_the_cards_are_there():
         "surrogate": "cispo bapo hapo clip_cov mhpo rec",
         "regularizer": "kl_estimators kl_cov r2vpo lp_reg ppo_outer_loop",
         "filter": "dapo d3s",
-        "protocol": "dapo ppo_outer_loop",
+        "sampler": "hapo spo_single_stream",
+        "protocol": "dapo ppo_outer_loop hapo spo_single_stream spo_segment",
+        "diagnostic": "ppo_outer_loop",
     }
     import jaxpo.training.protocols  # noqa: F401 (for its registrations)
 

@@ -167,6 +167,29 @@ def dynamic_sampling(max_batches: int = 10) -> Protocol:
 SIGNAL = ("q", "s", "high", "low")  # what the objective `hapo` remembers of a batch's entropies
 
 
+@register("sampler", id="hapo", source="HAPO, arXiv:2509.16591; code of starriver030515/HAPO")
+def entropy_temperature(
+    state: State,
+    tau: float = 0.05,
+    T0: float = 1.0,  # noqa: N803 (the card's name)
+    official: bool = False,
+) -> EntropyTemperature:
+    """A temperature for each token by what the objective `hapo` remembers of the previous batch's entropies.
+
+    Raises:
+      ValueError: ``state`` is that of another objective.
+    """
+    absent = [name for name in SIGNAL if name not in state.memory]
+    if absent:
+        raise ValueError(
+            f"protocol 'hapo' reads {', '.join(absent)} from the objective's memory, which is that of hapo: "
+            "set config.objective.name to hapo, or config.protocol.name to dapo"
+        )
+    # Host numbers, so that what is compiled does not hang on where the state lives.
+    numbers = {name: np.float32(state.memory[name]) for name in SIGNAL}
+    return EntropyTemperature(np.float32(T0), np.float32(tau), numbers, official)
+
+
 @register("protocol", source="HAPO, arXiv:2509.16591; code of starriver030515/HAPO")
 def hapo(tau: float = 0.05, T0: float = 1.0, official: bool = False, max_batches: int = 10) -> Protocol:  # noqa: N803 (the card's name)
     """Dynamic sampling at a temperature for each token, ``T = T0 (1 + tau clip(h, -1, 1))``: h is the place of the
@@ -182,15 +205,7 @@ def hapo(tau: float = 0.05, T0: float = 1.0, official: bool = False, max_batches
         raise ValueError(f"tau must be in [0, 1), or temperatures reach 0; it is {tau}")
 
     def sampler(options: SamplingOptions, state: State) -> SamplingOptions:
-        absent = [name for name in SIGNAL if name not in state.memory]
-        if absent:
-            raise ValueError(
-                f"protocol 'hapo' reads {', '.join(absent)} from the objective's memory, which is that of hapo: "
-                "set config.objective.name to hapo, or config.protocol.name to dapo"
-            )
-        # Host numbers, so that what is compiled does not hang on where the state lives.
-        numbers = {name: np.float32(state.memory[name]) for name in SIGNAL}
-        return options.replace(adaptive=EntropyTemperature(np.float32(T0), np.float32(tau), numbers, official))
+        return options.replace(adaptive=entropy_temperature(state, tau, T0, official))
 
     def check(config: ConfigDict) -> None:
         if config.sampling.temperature != 1:

@@ -16,6 +16,13 @@ from jaxpo.registry import register
 from jaxpo.training.protocols.base import Run, Tools, advance, with_rows
 
 
+@register("sampler", id="spo_single_stream", source="SPO (Tencent), arXiv:2509.13232")
+def prioritized(value: Array, n: int, key: Array, floor: float = 0.05) -> np.ndarray:
+    """``n`` prompts (indices) without replacement, by ``sqrt(v (1 - v)) + floor`` of their values v [N]."""
+    weight = trackers.prompt_weights(value, floor=floor)
+    return np.asarray(jax.random.choice(key, len(weight), (n,), replace=False, p=weight / weight.sum()), np.int32)
+
+
 @register("protocol", source="SPO (Tencent), arXiv:2509.13232; verl-recipe spo")
 def spo_single_stream(
     n0: int = 8, d_half: float = 0.06, rho_min: float = 0.875, rho_max: float = 0.96, floor: float = 0.05
@@ -72,11 +79,7 @@ def spo_single_stream(
     def collect(run: Run, tools: Tools, key: Array) -> tuple[Run, Rollouts]:
         draw_key, key = jax.random.split(key)
         value = trackers.tracker_value(run.tables["alpha"], run.tables["beta"])
-        weight = trackers.prompt_weights(value, floor=floor)
-        shape = (tools.prompts,)
-        indices = np.asarray(
-            jax.random.choice(draw_key, tools.size, shape, replace=False, p=weight / weight.sum()), np.int32
-        )
+        indices = prioritized(value, tools.prompts, draw_key, floor)
         rollouts = sample(run, tools, indices, key)
         extras = dict(tracker_value=np.asarray(value)[indices], tracker_reward=rollouts.reward)  # before any shaping
         return advance(run, position=run.position + tools.prompts), rollouts.replace(
