@@ -12,6 +12,7 @@ import pytest
 
 from jaxpo import registry
 from jaxpo.objectives import make
+from jaxpo.registry import names
 from jaxpo.training import loop
 from jaxpo.training.checkpoint import finished_steps, restore_params
 from jaxpo.training.rundir import read_metrics
@@ -201,6 +202,18 @@ def test_objectives_run(finished, ran, name):
         assert line["dynamic_sampling/batches"] >= 1 and line["group/degenerate_frac"] == 0
     before, _ = restore_params(run.path / "checkpoints", 0)
     tiny.assert_same_params(before, restore_params(finished.path / "checkpoints")[0])  # init_from
+    assert not np.array_equal(before["embedding"], run.result.params["embedding"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(names()) - {"reinforce", "rloo", "grpo", "dr_grpo", "dapo", "sft"}))
+def test_every_other_objective_runs_with_its_protocol(finished, tmp_path, name):
+    alone = {"rollout.responses": 1, "rollout.prompts": 16} if name == "spo_single_stream" else {}
+    run = tiny.run(tiny.warm(finished, {"objective": {"name": name}, **alone}), tmp_path / "run")
+    (line,) = tiny.trained(run.path)
+    assert line["mismatch/logp_abs_max"] < 1e-4 and line["grad_norm"] > 0
+    assert line["step/nonfinite"] == line["step/empty"] == 0
+    before, _ = restore_params(run.path / "checkpoints", 0)
     assert not np.array_equal(before["embedding"], run.result.params["embedding"])
 
 
