@@ -274,6 +274,8 @@ class Results:
             self._panel(axes, label, means)
         for axes in grid[len(labels) :]:
             axes.set_visible(False)
+        for axes in grid[max(len(labels) - columns, 0) : len(labels)]:  # the lowest of each column
+            axes.tick_params(labelbottom=True)
         figure.supxlabel("iteration", fontsize=8.5, color=PALE)
         figure.supylabel("greedy accuracy", fontsize=8.5, color=PALE)
         return figure
