@@ -1,6 +1,6 @@
 """Kernels, imported as ``jaxpo.kernels``: each a folder with the function (api), a naive reference and one file per
 implementation."""
 
-from jaxpo.kernels.token_logprob.api import LogProbStats, token_logprob
+from jaxpo.kernels.token_logprob.api import TokenLogProb, token_logprob, token_logprob_grad
 
-__all__ = ["LogProbStats", "token_logprob"]
+__all__ = ["TokenLogProb", "token_logprob", "token_logprob_grad"]

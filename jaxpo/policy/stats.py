@@ -7,13 +7,16 @@ from types import MappingProxyType
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.kernels import token_logprob
 from jaxpo.policy.transformer import Attend, Model, Params
 from jaxpo.registry import unknown
 
-AVAILABLE = ("logp", "entropy")
+# Statistics of the pass that gives the log-probs. Besides the first two they are found in `TokenStats.derived`, "top1"
+# as top1_id and top1_logp.
+AVAILABLE = ("logp", "entropy", "logsumexp", "sum_p2", "top1", "logp_at_temperature")
 Statistic = Callable[[Array, Array], Array]  # (logits [n, V], tokens [n]) -> [n]
 
 
@@ -93,31 +96,43 @@ def token_stats(
     wants: frozenset[str] = frozenset({"logp", "entropy"}),
     derived: Mapping[str, Statistic] = MappingProxyType({}),
     temperature: float = 1.0,
+    second_temperature: float | None = None,
+    mesh: Mesh | None = None,
 ) -> TokenStats:
     """`TokenStats` of the completion tokens; logp and entropy [B, T] of ``softmax(logits / temperature)``, in float32.
 
     Args:
+      wants: what to compute besides logp: of ``AVAILABLE`` and the names in ``derived``.
       derived: name -> function of (logits [n, V], tokens [n]); those in ``wants`` are computed for a few tokens at
         a time,
         and again in the backward pass.
+      second_temperature: of "logp_at_temperature".
+      mesh: a head that is spread over its axis "tensor" is used where it lies: each device reduces its part of the
+        vocabulary, and a few floats a token are exchanged. None = the partitioner decides.
 
     Raises:
-      ValueError: ``wants`` holds a statistic that this policy does not give.
+      ValueError: ``wants`` holds a statistic that this policy does not give, or "logp_at_temperature" and
+        ``second_temperature`` are not given together.
     """
     for name in wants:
         if name not in AVAILABLE and name not in derived:
             raise ValueError(unknown("policy statistic", name, (*AVAILABLE, *derived)))
     hidden = completion_hidden(model, params, batch)
     hidden, tokens = hidden.reshape(-1, hidden.shape[-1]), batch.completions.reshape(-1)
-    out = token_logprob(hidden, model.unembed(params).T, tokens, temperature=temperature)
-    shape = batch.rows, batch.width
+    out = token_logprob(
+        hidden,
+        model.unembed(params).T,
+        tokens,
+        temperature=temperature,
+        want=[name for name in AVAILABLE if name == "logp" or name in wants and name not in derived],
+        second_temperature=second_temperature,
+        mesh=mesh,
+    )
     asked = {name: f for name, f in derived.items() if name in wants}
     more = derived_stats(model, params, hidden, tokens, asked, temperature=temperature) if asked else {}
-    return TokenStats(
-        logp=out.logp.reshape(shape),
-        entropy=out.entropy.reshape(shape),
-        derived={name: x.reshape(shape) for name, x in more.items()},
-    )
+    given = {name: x for name, x in out._asdict().items() if x is not None} | more
+    given = {name: x.reshape(batch.rows, batch.width) for name, x in given.items()}
+    return TokenStats(logp=given.pop("logp"), entropy=given.pop("entropy", None), derived=given)
 
 
 def derived_stats(

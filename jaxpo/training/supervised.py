@@ -54,7 +54,7 @@ def warm_start(
     """
     config, mesh, objective = workspace.config.warm_start, workspace.mesh, make("sft")
     optimizer = make_optimizer(config.optimizer.to_dict(), config.steps)
-    apply = policy_of(workspace.model, workspace.config, objective)
+    apply = policy_of(workspace.model, workspace.config, objective, mesh=workspace.mesh)
     slices = config.microbatches
     step = make_step(objective, apply, optimizer, mesh, microbatches=slices, name="supervised update", report=report)
     state = init_state(params, optimizer, objective, mesh)

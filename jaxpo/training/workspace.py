@@ -220,9 +220,9 @@ def compile_functions(
     report: Callable[[str], None],
 ) -> dict[str, Compiled]:
     """The compiled functions of the loop; those that are never called cost nothing."""
-    apply, training = policy_of(model, config, objective), config.training
-    look = policy_of(model, config, objective, objective.peeks) if objective.peeks else None
-    recall = policy_of(model, config, objective, derived_needs(objective))
+    apply, training = policy_of(model, config, objective, mesh=mesh), config.training
+    look = policy_of(model, config, objective, objective.peeks, mesh=mesh) if objective.peeks else None
+    recall = policy_of(model, config, objective, derived_needs(objective), mesh=mesh)
     noise = partial(gradient_noise, objective, apply, mesh, look=look, rows_at_once=rows_of(config))
     slices, steps = training.minibatches * training.microbatches, training.epochs * training.minibatches
 
@@ -317,12 +317,19 @@ def gradient_noise(
     )
 
 
-def policy_of(model: Model, config: ConfigDict, objective: Objective, asked: frozenset[str] | None = None) -> Apply:
+def policy_of(
+    model: Model,
+    config: ConfigDict,
+    objective: Objective,
+    asked: frozenset[str] | None = None,
+    mesh: Mesh | None = None,
+) -> Apply:
     """``(params, batch) -> TokenStats`` with what is asked (None = what the objective wants), and the entropy for the
-    metrics
-    (it costs nothing more)."""
+    metrics (it costs nothing more). With a ``mesh`` of several devices the head is used where it lies."""
     wants = (objective.wants if asked is None else asked) | {"entropy"}
-    return stats.policy_of(model, wants=wants, derived=objective.derived, temperature=config.policy_temperature)
+    mesh = mesh if mesh is not None and mesh.size > 1 else None
+    options = dict(derived=objective.derived, temperature=config.policy_temperature, mesh=mesh)
+    return stats.policy_of(model, wants=wants, **options)
 
 
 def derived_needs(objective: Objective) -> frozenset[str]:

@@ -1,21 +1,46 @@
 """`token_logprob`: the one entry point; implementations are chosen by name."""
 
-from typing import Literal, NamedTuple
+import dataclasses
+import difflib
+import importlib
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
-from jaxpo.kernels.token_logprob import reference, xla
+from jaxpo.kernels.token_logprob import reference, sharded, xla
+from jaxpo.kernels.token_logprob.core import (
+    WANTS,
+    Implementation,
+    Other,
+    Problem,
+    Statics,
+    TokenLogProb,
+    accumulator,
+    evaluate,
+)
+
+Impl = Literal["auto", "reference", "xla", "pallas_tpu"]
+# Modules with an `IMPLEMENTATION`, imported when they are chosen: Pallas takes a second to import.
+MODULES = {name: f"jaxpo.kernels.token_logprob.{name}" for name in ("xla", "pallas_tpu")}
+IMPLS = ("auto", "reference", *MODULES)
+BY_PLATFORM = {"tpu": "pallas_tpu"}  # what "auto" tries before xla
 
 
-class LogProbStats(NamedTuple):
-    """[N] float32 each. Entropy and logsumexp are of the tempered, soft-capped distribution that ``logp`` is of."""
+class LogProbGradients(NamedTuple):
+    """Of ``sum_n g_logp_n logp_n``: hidden [N, D], unembed [D, V] and bias [V]; None = not computed."""
 
-    logp: Array
-    entropy: Array
-    logsumexp: Array
+    hidden: Array
+    unembed: Array | None
+    bias: Array | None
 
 
-Implementation = Literal["auto", "xla", "reference"]
+log = logging.getLogger(__name__)
 
 
 def token_logprob(
@@ -23,31 +48,214 @@ def token_logprob(
     unembed: Array,
     targets: Array,
     *,
+    bias: Array | None = None,
     temperature: float | Array = 1.0,
     softcap: float | None = None,
-    impl: Implementation = "auto",
-    block_vocab: int | None = None,
-) -> LogProbStats:
-    """``logp_n = log_softmax(z_n)[target_n]``, ``H_n = -sum_v p log p``, with ``z = cap(hidden @ unembed) /
-    temperature``.
+    vocab_mask: Array | None = None,
+    want: Sequence[str] = ("logp", "entropy"),
+    second_temperature: float | Array | None = None,
+    kl_to: tuple[Array, Array] | tuple[Array, Array, Array] | None = None,
+    impl: Impl = "auto",
+    block_sizes: tuple[int, int] | None = None,
+    mesh: Mesh | None = None,
+    grad_filter_eps: float = 0.0,
+    interpret: bool = False,
+) -> TokenLogProb:
+    """Statistics of ``softmax(z / temperature)``, ``z = cap(hidden @ unembed + bias)``, without the logits [N, V] in
+    memory; ``cap(x) = softcap * tanh(x / softcap)``.
 
-    ``cap(x) = softcap * tanh(x / softcap)``. Differentiable in hidden and unembed for any cotangent of the three
-    outputs
-    (``dz_v = g_logp (1[v = target] - p_v) - g_H p_v (log p_v + H) + g_lse p_v``); logits are recomputed in the
-    backward pass, block by block.
+    ======================  ================================================================  ====================
+    want                    field of the result, [N]                                          dz of its cotangent g
+    ======================  ================================================================  ====================
+    "logp"                  logp = log p[target]                                              g (1[v = target] - p)
+    "entropy"               entropy = H = -sum p log p                                        -g p (log p + H)
+    "logsumexp"             logsumexp = log sum exp(z / temperature)                          g p
+    "sum_p2"                sum_p2 = sum p^2                                                  2 g p (p - sum_p2)
+    "top1"                  top1_id (int32), top1_logp: the most probable entry               none
+    "logp_at_temperature"   logp_at_temperature = log p2[target],                             g (1[v = target] - p2)
+                            p2 = softmax(z / second_temperature)
+    "kl_to"                 kl = sum p (log p - log q), q = softmax(z' / temperature)         g p (log p - log q - kl)
+                            of the pair ``kl_to``
+    ======================  ================================================================  ====================
+
+    (dz is in units of the tempered logits.) Differentiable in hidden, unembed and bias; the logits are recomputed in
+    the backward pass, 8 N D V operations in all. Only what is differentiated is computed: with
+    ``jax.lax.stop_gradient(unembed)``, or without asking for its gradient, 6 N D V; and 4 N D V if besides "logp" (and
+    "top1") nothing is wanted, since then one pass gives the statistics and dlogp_n/dhidden_n.
 
     Args:
-      hidden: [N, D] float. unembed: [D, V] float. targets: [N] int in [0, V).
-      temperature: positive scalar. softcap: positive, or None for none.
-      impl: "xla" (blocks of the vocabulary, no [N, V] array), "reference" (naive), or "auto" (= "xla").
-      block_vocab: columns per block; None = from a budget of 8 MiB for one block of logits.
+      hidden: [N, D] float. unembed: [D, V] float. bias: [V], finite. targets: [N] int in [0, V). A target outside, or
+        one that ``vocab_mask`` excludes, has logp -inf and no gradient; concrete targets outside are refused.
+      temperature, second_temperature: positive scalars. softcap: positive, or None for none.
+      vocab_mask: [V] bool, False = the entry has probability 0. At least one entry must be True.
+      want: what to compute; the other fields of the result are None.
+      second_temperature: with "logp_at_temperature". kl_to: with "kl_to", (hidden' [N, D'], unembed' [D', V]) and
+        perhaps a bias [V]: a constant, under the same softcap, vocab_mask and temperature.
+      impl: "xla" (blocks in plain XLA), "pallas_tpu", "reference" (naive, makes the logits), or "auto":
+        the Pallas form of the platform where there is one that takes this problem, else "xla" (the reason is logged).
+      block_sizes: (tokens, entries of the vocabulary) whose logits are held at a time; None = chosen by platform.
+      mesh: spread the vocabulary over its axis "tensor" and the tokens over "data" and "fsdp" (see `sharded`).
+      grad_filter_eps: blocks whose largest |dz| is below it may be left out of the gradients (Pallas only).
+      interpret: run Pallas kernels interpreted, to test them where there is no such chip.
 
     Returns:
-      `LogProbStats`; maxima, sums and logits are float32 whatever the inputs are (float64 for float64).
+      `TokenLogProb`; maxima, sums and logits are float32 whatever the inputs are (float64 for float64).
 
     Raises:
-      ValueError: shapes that do not fit, an option out of range, or an unknown implementation.
+      ValueError: shapes that do not fit, an option out of range or without effect, concrete targets out of range, or
+        an implementation that is unknown or does not take this problem.
     """
+    problem = problem_of(hidden, unembed, targets, bias, temperature, vocab_mask, want, second_temperature, kl_to)
+    tokens, vocab = (None, None) if block_sizes is None else block_sizes
+    for name, value in (("softcap", softcap), ("block_sizes", tokens), ("block_sizes", vocab)):
+        positive(name, value)
+    statics = Statics(
+        want=frozenset(want),
+        softcap=softcap,
+        block_tokens=tokens,
+        block_vocab=vocab,
+        grad_filter_eps=grad_filter_eps,
+        interpret=interpret,
+    )
+    if impl == "reference":
+        for name, given in (("block_sizes", block_sizes), ("mesh", mesh)):
+            if given is not None:
+                raise ValueError(
+                    f"token_logprob: {name} has no effect with impl='reference', which makes all logits at once"
+                )
+        return reference.token_logprob(statics, problem)
+    implementation = choose(impl, statics, problem)
+    if implementation is xla.IMPLEMENTATION and (grad_filter_eps or interpret):
+        name = "grad_filter_eps" if grad_filter_eps else "interpret"
+        raise ValueError(f"token_logprob: {name} has no effect with impl='xla'; it is an option of the Pallas forms")
+    if mesh is not None:
+        implementation = sharded.over(implementation, mesh)
+    return evaluate(implementation, statics, problem)
+
+
+def token_logprob_grad(
+    hidden: Array,
+    unembed: Array,
+    targets: Array,
+    g_logp: Array,
+    *,
+    bias: Array | None = None,
+    temperature: float | Array = 1.0,
+    softcap: float | None = None,
+    vocab_mask: Array | None = None,
+    want: Sequence[str] = ("logp", "entropy"),
+    frozen: bool = False,
+    block_tokens: int | None = None,
+) -> tuple[TokenLogProb, LogProbGradients]:
+    """The statistics ``want``, and the gradients of ``sum_n g_logp_n logp_n``, from one pass over the logits.
+
+    For a cotangent that is known before the pass, as in a first on-policy step, where
+    ``d loss / d logp = -A / normalizer``: 6 N D V operations where `token_logprob` and its derivative take 8. All of
+    the vocabulary is held for ``block_tokens`` tokens at a time. With ``frozen``, unembed and bias are constants: only
+    the gradient in hidden is computed, 4 N D V operations.
+
+    Args:
+      g_logp: [N] float, the cotangent of logp; the others are zero. Other arguments as of `token_logprob`; "kl_to"
+        and "logp_at_temperature" are not wanted here.
+
+    Returns:
+      `TokenLogProb`, and the gradients, of the dtypes of their arrays.
+
+    Raises:
+      ValueError: as `token_logprob`.
+    """
+    for name in ("logp_at_temperature", "kl_to"):
+        if name in want:
+            raise ValueError(f"token_logprob_grad: {name!r} cannot be wanted; use token_logprob")
+    problem = problem_of(hidden, unembed, targets, bias, temperature, vocab_mask, want, None, None)
+    positive("softcap", softcap)
+    positive("block_tokens", block_tokens)
+    if g_logp.shape != targets.shape:
+        raise ValueError(f"token_logprob_grad: g_logp {g_logp.shape} must have the shape of targets {targets.shape}")
+    statics = Statics(want=frozenset(want), softcap=softcap, block_tokens=block_tokens)
+    names = {"hidden"} if frozen else {"hidden", "table", "bias"} - ({"bias"} if bias is None else set())
+    out, grads = xla.one_pass(dataclasses.replace(statics, grads=frozenset(names)), problem, g_logp)
+    return out, LogProbGradients(
+        hidden=grads.hidden.astype(hidden.dtype),
+        unembed=None if grads.table is None else grads.table.astype(unembed.dtype).T,
+        bias=None if grads.bias is None else grads.bias.astype(bias.dtype),
+    )
+
+
+def positive(name: str, value: Any) -> None:
+    """Refuse a concrete number that is not positive."""
+    if isinstance(value, int | float) and not value > 0:
+        raise ValueError(f"token_logprob: {name} must be positive, not {value}")
+
+
+def nearest(what: str, name: str, choices: Sequence[str]) -> str:
+    """The message for a ``name`` that is none of the ``choices``."""
+    near = difflib.get_close_matches(name, choices, 1)
+    hint = f": did you mean {near[0]!r}?" if near else ";"
+    return f"unknown {what} {name!r} of token_logprob{hint} known: {', '.join(choices)}"
+
+
+def choose(impl: str, statics: Statics, problem: Problem) -> Implementation:
+    """The implementation called ``impl``; for "auto", the best of this platform that takes the problem."""
+    if impl not in IMPLS:
+        raise ValueError(nearest("implementation", impl, IMPLS))
+    name = BY_PLATFORM.get(jax.default_backend(), "xla") if impl == "auto" else impl
+    implementation = importlib.import_module(MODULES[name]).IMPLEMENTATION
+    reason = implementation.why_not(statics, problem)
+    if reason is None:
+        return implementation
+    if impl != "auto":
+        raise ValueError(f"token_logprob: impl={impl!r} does not take this problem: {reason}")
+    log.info("token_logprob: xla in place of %s: %s", name, reason)
+    return xla.IMPLEMENTATION
+
+
+def problem_of(
+    hidden: Array,
+    unembed: Array,
+    targets: Array,
+    bias: Array | None,
+    temperature: float | Array,
+    vocab_mask: Array | None,
+    want: Sequence[str],
+    second_temperature: float | Array | None,
+    kl_to: Sequence[Array] | None,
+) -> Problem:
+    """The arrays of a call, checked."""
+    check_shapes(hidden, unembed, targets, bias, vocab_mask)
+    if isinstance(want, str):
+        raise ValueError(f"token_logprob: want must be a sequence of names such as ({want!r},), not a string")
+    for name in want:
+        if name not in WANTS:
+            raise ValueError(nearest("want", name, WANTS))
+    if not want:
+        raise ValueError(f"token_logprob: want is empty; choose of: {', '.join(WANTS)}")
+    for name, option, value in (
+        ("logp_at_temperature", "second_temperature", second_temperature),
+        ("kl_to", "kl_to", kl_to),
+    ):
+        if (name in want) != (value is not None):
+            raise ValueError(f"token_logprob: {name!r} in want and the option {option} must be given together")
+    positive("temperature", temperature)
+    positive("second_temperature", second_temperature)
+    check_values(targets, vocab_mask, unembed.shape[1])
+    hidden, unembed, targets = jnp.asarray(hidden), jnp.asarray(unembed), jnp.asarray(targets)
+    dtype = accumulator(jnp.promote_types(hidden.dtype, unembed.dtype))
+    return Problem(
+        hidden=hidden,
+        # Rows of the vocabulary are contiguous in [V, D]; for a tied head this transpose undoes the caller's.
+        table=unembed.T,
+        targets=targets,
+        bias=None if bias is None else jnp.asarray(bias),
+        vocab_mask=None if vocab_mask is None else jnp.asarray(vocab_mask, bool),
+        temperature=jnp.asarray(temperature, dtype),
+        second_temperature=None if second_temperature is None else jnp.asarray(second_temperature, dtype),
+        other=None if kl_to is None else other_of(kl_to, hidden.shape[0], unembed.shape[1]),
+    )
+
+
+def check_shapes(hidden: Array, unembed: Array, targets: Array, bias: Array | None, vocab_mask: Array | None) -> None:
+    """Refuse arrays that do not fit together."""
     if hidden.ndim != 2 or unembed.ndim != 2 or targets.ndim != 1:
         raise ValueError(
             f"token_logprob takes hidden [N, D], unembed [D, V], targets [N], not {hidden.shape}, "
@@ -58,15 +266,38 @@ def token_logprob(
             f"token_logprob: hidden {hidden.shape}, unembed {unembed.shape} and targets {targets.shape} do "
             "not fit together"
         )
-    for name, value in (("temperature", temperature), ("softcap", softcap), ("block_vocab", block_vocab)):
-        if isinstance(value, int | float) and not value > 0:
-            raise ValueError(f"token_logprob: {name} must be positive, not {value}")
-    if impl == "reference" and block_vocab is not None:
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise ValueError(f"token_logprob: targets must be integers, not {targets.dtype}")
+    for name, x in (("bias", bias), ("vocab_mask", vocab_mask)):
+        if x is not None and x.shape != unembed.shape[1:]:
+            raise ValueError(f"token_logprob: {name} {x.shape} must have one entry for each of {unembed.shape[1]}")
+
+
+def concrete(x: Any) -> np.ndarray | None:
+    """The numbers of ``x``, or None where they cannot be looked at: traced, or on devices of other hosts."""
+    if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
+        return None
+    return np.asarray(x)
+
+
+def check_values(targets: Array, vocab_mask: Array | None, v: int) -> None:
+    """Refuse concrete targets outside [0, v) and a concrete mask without an entry."""
+    seen = concrete(targets)
+    if seen is not None and seen.size and (seen.min() < 0 or seen.max() >= v):
+        raise ValueError(f"token_logprob: targets must be in [0, {v}), and range from {seen.min()} to {seen.max()}")
+    seen = None if vocab_mask is None else concrete(vocab_mask)
+    if seen is not None and not seen.any():
+        raise ValueError("token_logprob: vocab_mask has no entry that is True")
+
+
+def other_of(kl_to: Sequence[Array], n: int, v: int) -> Other:
+    """The pair ``kl_to`` as a constant."""
+    hidden, unembed, bias = (*kl_to, None) if len(kl_to) == 2 else kl_to
+    if hidden.ndim != 2 or unembed.shape != (hidden.shape[1], v) or hidden.shape[0] != n:
         raise ValueError(
-            "token_logprob: block_vocab has no effect with impl='reference', which makes all logits at once"
+            f"token_logprob: kl_to must be (hidden [{n}, D'], unembed [D', {v}]), not {hidden.shape} and "
+            f"{unembed.shape}"
         )
-    if impl == "reference":
-        return LogProbStats(*reference.token_logprob(hidden, unembed, targets, temperature, softcap))
-    if impl in ("auto", "xla"):
-        return LogProbStats(*xla.token_logprob(hidden, unembed, targets, temperature, softcap, block_vocab))
-    raise ValueError(f"unknown implementation {impl!r} of token_logprob: known: auto, xla, reference")
+    if bias is not None and bias.shape != (v,):
+        raise ValueError(f"token_logprob: the bias of kl_to {bias.shape} must be ({v},)")
+    return jax.lax.stop_gradient(jax.tree.map(jnp.asarray, Other(hidden, unembed.T, bias)))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxpo.batch import Rollouts, from_sequences, pad
+from jaxpo.parallel import make_mesh
 from jaxpo.policy.stats import completion_hidden, policy_of, prompt_mask, token_stats
 from jaxpo.policy.transformer import TransformerConfig, build, init
 from tests.oracles.cases import COMPILE_FAST
@@ -110,6 +111,40 @@ def test_logp_and_entropy_equal_a_float64_softmax(temperature):
     )
     np.testing.assert_allclose(stats.entropy, -(np.exp(log_p) * log_p).sum(-1), atol=1e-5)
     assert stats.entropy.min() < 0.6 * np.log(13)  # far from uniform, so the test tests something
+
+
+def test_only_what_is_wanted_is_there():
+    stats = jax.eval_shape(partial(token_stats, MODEL, wants=frozenset({"logp"})), params(), batch_of())
+    assert stats.logp.shape == (6, 4) and stats.entropy is None and not stats.derived
+
+
+def test_what_else_the_pass_can_give():
+    batch, shape = batch_of(), (6, 4)
+    log_p = log_softmax(np.asarray(logits_of(params(), batch), np.float64) / 0.6)
+    wants = frozenset({"logsumexp", "sum_p2", "top1", "logp_at_temperature", "peak"})
+    derived = {"peak": lambda logits, tokens: jax.nn.softmax(logits).max(-1)}
+    policy = policy_of(MODEL, wants=wants, derived=derived, temperature=0.6, second_temperature=0.6)
+    stats = jax.jit(policy, compiler_options=COMPILE_FAST)(params(), batch)
+    assert stats.entropy is None and all(x.shape == shape for x in stats.derived.values())
+    np.testing.assert_allclose(stats.derived["logp_at_temperature"], stats.logp, atol=1e-6)
+    np.testing.assert_array_equal(stats.derived["top1_id"], log_p.argmax(-1))
+    for name, x in dict(top1_logp=log_p.max(-1), peak=np.exp(log_p.max(-1)), sum_p2=np.exp(2 * log_p).sum(-1)).items():
+        np.testing.assert_allclose(stats.derived[name], x, atol=1e-5, err_msg=name)
+    with pytest.raises(ValueError, match="second_temperature must be given together"):
+        token_stats(MODEL, params(), batch, wants=frozenset({"logp_at_temperature"}))
+
+
+def test_head_over_the_mesh():
+    """13 entries over 4 devices, 6 x 4 tokens over 2: nothing divides, nothing changes."""
+    mesh = make_mesh({"data": 2, "tensor": 4})
+    batch = batch_of()
+
+    def loss(params, mesh):
+        stats = token_stats(MODEL, params, batch, mesh=mesh)
+        return jnp.sum(batch.mask * (stats.logp * jnp.sin(1 + jnp.arange(batch.rows))[:, None] + stats.entropy))
+
+    grad = jax.jit(jax.value_and_grad(loss), static_argnums=1, compiler_options=COMPILE_FAST)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), grad(params(), mesh), grad(params(), None))
 
 
 def test_only_what_this_policy_gives_can_be_wanted():

@@ -1,0 +1,156 @@
+"""Vocabulary spread over the mesh axis ``tensor``, tokens over ``data`` and ``fsdp``.
+
+Each device runs the forward pass of an implementation on its tokens and its rows of the vocabulary; the sums are merged
+by one maximum and one sum of a few floats a token. The backward pass gives each device its rows of the table's gradient
+(summed over the devices that hold other tokens) and a part of dhidden, which one sum of [N, D] completes.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxpo.kernels.token_logprob.core import Gradients, Implementation, Other, Problem, Rows, Statics, Sums
+
+VOCAB, TOKENS = "tensor", ("data", "fsdp")
+REPLICAS, PARTS = TOKENS  # of the parameters
+
+
+@functools.cache
+def over(implementation: Implementation, mesh: Mesh) -> Implementation:
+    """``implementation`` with each call spread over ``mesh``.
+
+    Raises:
+      ValueError: the mesh lacks one of the axes "data", "fsdp", "tensor".
+    """
+    for axis in (*TOKENS, VOCAB):
+        if axis not in mesh.shape:
+            raise ValueError(f"token_logprob: the mesh has no axis {axis!r}; its axes: {', '.join(mesh.shape)}")
+    return Implementation(
+        f"sharded {implementation.name}",
+        functools.partial(forward, implementation, mesh),
+        functools.partial(backward, implementation, mesh),
+    )
+
+
+def pad_to(x: Array | None, size: int) -> Array | None:
+    """``x`` with zeros after it, so that its leading axis has the given size."""
+    return None if x is None else jnp.pad(x, [(0, size - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+
+
+def fitted(problem: Problem, mesh: Mesh) -> Problem:
+    """The problem with tokens and vocabulary padded to what the mesh divides; added entries are masked."""
+    (n, _), (v, _) = problem.hidden.shape, problem.table.shape
+    tokens, shards = mesh.shape[TOKENS[0]] * mesh.shape[TOKENS[1]], mesh.shape[VOCAB]
+    n_to, v_to = -(-n // tokens) * tokens, -(-v // shards) * shards
+    mask, q = problem.vocab_mask, problem.other
+    if v_to > v and mask is None:
+        mask = jnp.ones(v, bool)
+    if q is not None:
+        q = Other(pad_to(q.hidden, n_to), pad_to(q.table, v_to), pad_to(q.bias, v_to))
+    return problem._replace(
+        hidden=pad_to(problem.hidden, n_to),
+        table=pad_to(problem.table, v_to),
+        targets=pad_to(problem.targets, n_to),
+        bias=pad_to(problem.bias, v_to),
+        vocab_mask=pad_to(mask, v_to),
+        other=q,
+    )
+
+
+def specs(problem: Problem) -> Problem:
+    """A `PartitionSpec` for each array of the problem."""
+    tokens, vocab, whole = PartitionSpec(TOKENS), PartitionSpec(VOCAB), PartitionSpec()
+    q = problem.other
+    return Problem(
+        hidden=tokens,
+        table=vocab,
+        targets=tokens,
+        bias=None if problem.bias is None else vocab,
+        vocab_mask=None if problem.vocab_mask is None else vocab,
+        temperature=whole,
+        second_temperature=None if problem.second_temperature is None else whole,
+        other=None if q is None else Other(tokens, vocab, None if q.bias is None else vocab),
+    )
+
+
+def of_shard(problem: Problem) -> tuple[Problem, Array]:
+    """The problem with targets counted from the first row of this device's part of the vocabulary, and that row."""
+    first = jax.lax.axis_index(VOCAB) * problem.table.shape[0]
+    return problem._replace(targets=problem.targets - first.astype(problem.targets.dtype)), first
+
+
+def spread(f: Any, mesh: Mesh, in_specs: Any, out_specs: Any) -> Any:
+    """`jax.shard_map` without the check of replication, which Pallas calls do not pass."""
+    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def collect(names: Sequence[str], reduce: Any, sums: Sums) -> Sums:
+    """The fields of the sums in ``names``, reduced over the shards in one collective of [fields, N]."""
+    names = [name for name in names if getattr(sums, name) is not None]
+    reduced = reduce(jnp.stack([getattr(sums, name) for name in names]), VOCAB)
+    return sums._replace(**dict(zip(names, reduced, strict=True)))
+
+
+def merged(sums: Sums, first: Array, problem: Problem) -> Sums:
+    """`Sums` of the whole vocabulary from those of the shards; the same on each."""
+    t, top = problem.temperature, collect(("m", "target", "m_q"), jax.lax.pmax, sums)
+    shift = (sums.m - top.m) / t
+    scale = jnp.exp(shift)
+    part = sums._replace(s=scale * sums.s)
+    if sums.sz is not None:
+        part = part._replace(sz=scale * (sums.sz + shift * sums.s))
+    if sums.sp2 is not None:
+        part = part._replace(sp2=jnp.square(scale) * sums.sp2)
+    if sums.s2 is not None:
+        part = part._replace(s2=jnp.exp((sums.m - top.m) / problem.second_temperature) * sums.s2)
+    if sums.sd is not None:
+        part = part._replace(sd=scale * sums.sd, s_q=jnp.exp((sums.m_q - top.m_q) / t) * sums.s_q)
+    out = collect(("s", "sz", "sp2", "s2", "s_q", "sd"), jax.lax.psum, part)
+    if sums.id is not None:
+        last = jnp.iinfo(jnp.int32).max
+        mine = jnp.where(sums.m == top.m, sums.id + first.astype(jnp.int32), last)
+        out = out._replace(id=jax.lax.pmin(mine, VOCAB))
+    return out._replace(m=top.m, target=top.target, m_q=top.m_q)
+
+
+def forward(implementation: Implementation, mesh: Mesh, statics: Statics, problem: Problem) -> Sums:
+    """See `core.Implementation`."""
+
+    def local(problem: Problem) -> Sums:
+        problem, first = of_shard(problem)
+        return merged(implementation.forward(statics, problem), first, problem)
+
+    n, padded = problem.hidden.shape[0], fitted(problem, mesh)
+    sums = spread(local, mesh, (specs(padded),), PartitionSpec(TOKENS))(padded)
+    return jax.tree.map(lambda x: x[:n], sums)
+
+
+def backward(implementation: Implementation, mesh: Mesh, statics: Statics, problem: Problem, rows: Rows) -> Gradients:
+    """See `core.Implementation`."""
+
+    def local(problem: Problem, rows: Rows) -> Gradients:
+        grads = implementation.backward(statics, of_shard(problem)[0], rows)
+        wide = jax.tree.map(lambda x: x.astype(problem.temperature.dtype), grads)
+        hidden, bias = jax.lax.psum(wide.hidden, VOCAB), jax.lax.psum(wide.bias, TOKENS)
+        table = jax.lax.psum(wide.table, REPLICAS if scatter else TOKENS)
+        if scatter and table is not None:
+            table = jax.lax.psum_scatter(table, PARTS, scatter_dimension=1, tiled=True)
+        return Gradients(hidden, table, bias)
+
+    # Parameters are spread over "fsdp" too: each device is given only the features of its own part, where they divide.
+    scatter = mesh.shape[PARTS] > 1 and problem.table.shape[1] % mesh.shape[PARTS] == 0
+    (n, _), (v, _), padded = problem.hidden.shape, problem.table.shape, fitted(problem, mesh)
+    rows = jax.tree.map(lambda x: pad_to(x, padded.hidden.shape[0]), rows)
+    of_rows = jax.tree.map(lambda _: PartitionSpec(TOKENS), rows)
+    out = Gradients(PartitionSpec(TOKENS), PartitionSpec(VOCAB, PARTS if scatter else None), PartitionSpec(VOCAB))
+    grads = spread(local, mesh, (specs(padded), of_rows), out)(padded, rows)
+
+    def cut(x: Array | None, size: int) -> Array | None:
+        return None if x is None else x[:size]
+
+    return Gradients(cut(grads.hidden, n), cut(grads.table, v), cut(grads.bias, v))
