@@ -1,0 +1,33 @@
+"""The naive form, for tests and for reading: the losses as they are written, their derivative left to JAX."""
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxpo.kernels.policy_surrogate.core import KL_CLIP, Settings, Sums, Tokens
+
+
+def policy_surrogate(settings: Settings, x: Tokens) -> Sums:
+    """`Sums`, differentiable in logp. Masked positions have to be finite."""
+    bound = settings.log_ratio_clip
+    r = jnp.exp(jnp.clip(x.logp - x.logp_old, -bound, bound))
+    bounded = jnp.clip(r, x.low, x.high)
+    cut = jnp.zeros_like(r, bool)
+    if settings.form == "clipped":
+        loss = -jnp.minimum(r * x.adv, bounded * x.adv)
+        cut = ((x.adv > 0) & (r > x.high)) | ((x.adv < 0) & (r < x.low))
+        if settings.dual is not None:
+            loss = jnp.where(x.adv < 0, jnp.minimum(loss, -settings.dual * x.adv), loss)
+            cut = cut | ((x.adv < 0) & (r > settings.dual))
+    else:
+        loss = -lax.stop_gradient(bounded * x.adv) * x.logp
+
+    def total(weight: Array, value: Array) -> Array:
+        return jnp.sum(jnp.broadcast_to(weight * value, x.logp.shape))
+
+    kl = None
+    if settings.kl is not None:
+        d = x.logp - x.logp_ref
+        k3 = jnp.clip(d, -KL_CLIP, KL_CLIP)
+        kl = total(x.kl_weight, {"k1": d, "k2": d * d / 2, "k3": jnp.expm1(-k3) + k3}[settings.kl])
+    r = lax.stop_gradient(r)
+    return Sums(total(x.weight, loss), kl, *(total(x.count, y) for y in (jnp.ones_like(r), cut, r, r * x.adv)))

@@ -1,0 +1,129 @@
+"""TPU chips, and the blocks of logits that fit them."""
+
+import itertools
+import math
+from typing import Literal, NamedTuple
+
+import jax
+
+MIB = 2**20
+LANES = 128
+INNER_BLOCK = 512
+SUBLANES = 16  # rows of a bfloat16 tile; float32 needs half
+Kernel = Literal["forward", "dhidden", "dtable"]
+
+
+class Chip(NamedTuple):
+    """One JAX device, which on v5p is a pair of cores. vmem: bytes of a core; hbm: bytes; flops: bfloat16
+    operations per second; bandwidth: bytes per second between HBM and the cores."""
+
+    name: str
+    kinds: tuple[str, ...]  # values of ``jax.Device.device_kind``
+    vmem: int
+    hbm: int
+    flops: float
+    bandwidth: float
+
+    @property
+    def flops_per_byte(self) -> float:
+        """Operations that take as long as moving a byte."""
+        return self.flops / self.bandwidth
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v5e", ("TPU v5 lite", "TPU v5e"), 128 * MIB, 16 * 2**30, 197e12, 819e9),
+        Chip("v5p", ("TPU v5", "TPU v5p"), 64 * MIB, 95 * 2**30, 459e12, 2765e9),
+        Chip("v6e", ("TPU v6 lite", "TPU v6e"), 128 * MIB, 32 * 2**30, 918e12, 1640e9),
+    )
+}
+
+
+class Blocks(NamedTuple):
+    """Size of a tile of logits, and of the part of D that is multiplied at a time."""
+
+    tokens: int
+    vocab: int
+    depth: int
+
+
+def current_chip() -> Chip:
+    """The chip of the mesh that is being traced for (inside ``shard_map`` or ``jax.set_mesh``, also of a topology that
+    is not attached), else of the default backend. Where that is no TPU (interpreted kernels), the chip with the least
+    VMEM: its blocks fit every other.
+
+    Raises:
+      ValueError: a TPU that is not in `CHIPS`.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = jax.devices()[0].device_kind if device is None else device.device_kind
+    for chip in CHIPS.values():
+        if kind in chip.kinds:
+            return chip
+    if kind.startswith("TPU"):
+        raise ValueError(f"token_logprob: no block sizes for chip {kind!r}; known: {', '.join(CHIPS)}; take impl='xla'")
+    return min(CHIPS.values(), key=lambda chip: chip.vmem)
+
+
+def vmem_bytes(kernel: Kernel, blocks: Blocks, d: int, itemsize: int, d_q: int = 0) -> int:
+    """VMEM that a kernel needs, estimated. Blocks that the grid moves are there twice: one is computed with while the
+    other one is on its way. ``itemsize``: bytes of an element of hidden and table. ``d_q``: hidden size of the pair
+    of ``kl_to``, which goes in one part; 0 for none."""
+    tokens, vocab, depth = blocks
+    moving = 2 * itemsize * (depth + d_q) * (tokens + vocab)
+    logits = (4 if d_q == 0 else 6) * 4 * tokens * vocab  # the float32 product, and what is made of it
+    gradient = {"forward": 0, "dhidden": 2 * 4 * tokens * d, "dtable": (4 + 2 * itemsize) * vocab * d}[kernel]
+    rows = 3 * 2 * 4 * LANES * tokens  # a column [tokens, 1] takes whole vectors of 128 lanes
+    return moving + logits + gradient + rows
+
+
+def plan(
+    kernel: Kernel,
+    n: int,
+    d: int,
+    v: int,
+    itemsize: int,
+    chip: Chip,
+    tokens: int | None = None,
+    vocab: int | None = None,
+    d_q: int = 0,
+) -> Blocks:
+    """The largest blocks whose estimate is at most three quarters of the chip's VMEM.
+
+    The operand of the inner blocks (the table; for dtable, hidden) is read once for every outer block, which therefore
+    has to be at least `Chip.flops_per_byte` long, or the products wait for memory; `outer_block` is aimed at. A longer
+    inner block would save only steps of the grid, and makes the compiler slow. D is cut, into multiples of 128 that
+    divide it, where blocks of that size would not fit. ``tokens``, ``vocab``: sizes that are given, not chosen.
+
+    Raises:
+      ValueError: a given size that is no multiple of the tile's, or nothing that fits.
+    """
+    for name, given, multiple, whole in (("tokens", tokens, SUBLANES, n), ("vocab", vocab, LANES, v)):
+        if given is not None and given < whole and given % multiple:
+            nearest = max(multiple, round(given / multiple) * multiple)
+            raise ValueError(f"token_logprob: block_{name}={given} is no multiple of {multiple}; nearest: {nearest}")
+    outer = outer_block(chip)
+    outers, inners = ([size >> i for i in range(4) if size >> i >= LANES] for size in (outer, INNER_BLOCK))
+    depths = [depth for depth in (d, *range(d // 2 // LANES * LANES, 0, -LANES)) if d % depth == 0]
+    for long, short, depth in itertools.product(outers, inners, depths):
+        chosen = (short, long) if kernel == "dtable" else (long, short)
+        blocks = Blocks(_even(n, tokens or chosen[0], SUBLANES), min(v, vocab or chosen[1]), depth)
+        if vmem_bytes(kernel, blocks, d, itemsize, d_q) <= chip.vmem * 3 // 4:
+            return blocks
+    raise ValueError(
+        f"token_logprob: no blocks of hidden size {d} fit the {chip.vmem // MIB} MiB of VMEM of {chip.name}"
+        f"{'' if tokens is vocab is None else ' with the block sizes given'}; take impl='xla'"
+    )
+
+
+def outer_block(chip: Chip) -> int:
+    """A power of two, at least 1.7 times `Chip.flops_per_byte`: 512 on v5e and v5p, 1024 on v6e."""
+    return 2 ** math.ceil(math.log2(1.7 * chip.flops_per_byte))
+
+
+def _even(n: int, block: int, multiple: int) -> int:
+    """A block at most as large that cuts ``n`` into as many, but even, pieces."""
+    if n <= block:
+        return max(n, 1)
+    return -(-n // -(-n // block) // multiple) * multiple
