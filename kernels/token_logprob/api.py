@@ -124,7 +124,7 @@ def token_logprob(
                     f"token_logprob: {name} has no effect with impl='reference', which makes all logits at once"
                 )
         return reference.token_logprob(statics, problem)
-    implementation = choose(impl, statics, problem)
+    implementation = choose(impl, statics, problem, one_device=mesh is not None or on_one_device())
     if implementation is xla.IMPLEMENTATION and (grad_filter_eps or interpret):
         name = "grad_filter_eps" if grad_filter_eps else "interpret"
         raise ValueError(f"token_logprob: {name} has no effect with impl='xla'; it is an option of the Pallas forms")
@@ -195,11 +195,15 @@ def nearest(what: str, name: str, choices: Sequence[str]) -> str:
     return f"unknown {what} {name!r} of token_logprob{hint} known: {', '.join(choices)}"
 
 
-def choose(impl: str, statics: Statics, problem: Problem) -> Implementation:
-    """The implementation called ``impl``; for "auto", the best of this platform that takes the problem."""
+def choose(impl: str, statics: Statics, problem: Problem, *, one_device: bool = True) -> Implementation:
+    """The implementation called ``impl``; for "auto", the best of this platform that takes the problem. On arrays that
+    the compiler spreads over several devices that is xla: it cannot do so with a kernel outside a ``shard_map``."""
     if impl not in IMPLS:
         raise ValueError(nearest("implementation", impl, IMPLS))
     name = BY_PLATFORM.get(jax.default_backend(), "xla") if impl == "auto" else impl
+    if impl == "auto" and name != "xla" and not one_device:
+        log.info("token_logprob: xla in place of %s: give the mesh that the arrays are spread over", name)
+        return xla.IMPLEMENTATION
     implementation = importlib.import_module(MODULES[name]).IMPLEMENTATION
     reason = implementation.why_not(statics, problem)
     if reason is None:
@@ -208,6 +212,12 @@ def choose(impl: str, statics: Statics, problem: Problem) -> Implementation:
         raise ValueError(f"token_logprob: impl={impl!r} does not take this problem: {reason}")
     log.info("token_logprob: xla in place of %s: %s", name, reason)
     return xla.IMPLEMENTATION
+
+
+def on_one_device() -> bool:
+    """Whether what is traced runs on one device: there is only one, or this is the inside of a ``shard_map``."""
+    around = jax.sharding.get_abstract_mesh()
+    return len(around.manual_axes) == len(around.axis_names) if around.axis_names else jax.device_count() == 1
 
 
 def problem_of(

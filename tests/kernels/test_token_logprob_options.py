@@ -302,6 +302,9 @@ def test_auto_falls_back_with_a_reason(monkeypatch, caplog):
     (hidden, unembed, _), targets, *_ = arrays()
     hidden, unembed = jnp.bfloat16(hidden), jnp.float32(unembed)  # which it does not mix
     with caplog.at_level(logging.INFO):
+        token_logprob(hidden, unembed, targets)
+        assert "xla in place of pallas_tpu: give the mesh" in caplog.text  # here there are eight devices
+        monkeypatch.setattr(api, "on_one_device", lambda: True)
         out = token_logprob(hidden, unembed, targets)
     assert "xla in place of pallas_tpu: hidden and unembed" in caplog.text
     np.testing.assert_array_equal(out.logp, token_logprob(hidden, unembed, targets, impl="xla").logp)
