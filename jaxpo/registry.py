@@ -51,6 +51,16 @@ class Entry(NamedTuple):
         """Hyperparameters with their defaults; ``None`` for those that have to be given."""
         return {name: None if p.default is p.empty else p.default for name, p in self.parameters.items()}
 
+    def of_run(self, max_new_tokens: int | None, steps: int | None) -> dict[str, Any]:
+        """The hyperparameters of ``budget`` in a run with so many tokens and iterations; without those that follow
+        what is None. Whole numbers, at least 1, where they are declared so."""
+        facts = {
+            name: (steps, 1) if share == "steps" else (max_new_tokens, share) for name, share in self.budget.items()
+        }
+        values = {name: share * fact for name, (fact, share) in facts.items() if fact is not None}
+        whole = {name for name in values if self.parameters[name].annotation is int}
+        return {name: max(1, round(value)) if name in whole else value for name, value in values.items()}
+
 
 _TABLE: dict[tuple[str, str], Entry] = {}
 

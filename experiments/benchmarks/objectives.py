@@ -60,10 +60,7 @@ def batch_of(objective: Objective, rows: int, width: int) -> Rollouts:
 
 def measure(name: str, rows: int, width: int, repeats: int) -> dict[str, float]:
     """Median milliseconds of a call, and MiB of temporaries, by the compiler's account."""
-    row = entry(name)
-    given = {key: 100 if share == "steps" else share * width for key, share in row.budget.items()}
-    given = {key: int(x) if row.parameters[key].annotation is int else x for key, x in given.items()}
-    objective = make(name, **given)
+    objective = make(name, **entry(name).of_run(width, 100))
     batch = batch_of(objective, rows, width)
     logp = batch.logp_old + 0.02
     more = {f: jnp.full((rows, width), -1.0) for f in objective.derived}

@@ -34,7 +34,7 @@ def composed(
       filters, shaping (kind "reward"), corrections: lists, applied in turn.
       max_new_tokens, steps: of the run, which sets them: parts that scale with the generation budget or the number of
         iterations take them where they are not told otherwise."""
-    facts = {"max_new_tokens": max_new_tokens, "steps": steps}
+    facts = (max_new_tokens, steps)
     one = {
         kind: _build(kind, _items(kind, text, exactly=1)[0][1], facts)
         for kind, text in (("advantage", advantage), ("ratio", ratio), ("surrogate", surrogate))
@@ -98,7 +98,7 @@ def _number(node: ast.expr, text: str) -> float:
     return value
 
 
-def _build(kind: str, node: ast.expr, facts: dict[str, Any]) -> Any:
+def _build(kind: str, node: ast.expr, facts: tuple[int | None, int | None]) -> Any:
     """The part that ``name`` or ``name(option=literal, ...)`` asks for; options that follow the run are taken from
     it."""
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
@@ -110,11 +110,7 @@ def _build(kind: str, node: ast.expr, facts: dict[str, Any]) -> Any:
         given = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
     except ValueError as error:
         raise ValueError(f"{kind} {ast.unparse(node)!r}: options are plain values") from error
-    for option, share in row.budget.items():
-        fact = facts["steps"] if share == "steps" else facts["max_new_tokens"]
-        if option not in given and fact is not None:
-            value = fact if share == "steps" else share * fact
-            given[option] = max(1, round(value)) if row.parameters[option].annotation is int else value
+    given = {**row.of_run(*facts), **given}
     check_arguments(f"{kind} {name!r}", given, row.parameters)
     return aggregation_of(name, **given) if kind == "aggregation" else make(name, kind, **given)
 

@@ -135,8 +135,7 @@ def case(objective: Subject, batch: Rollouts | None = None, /, **hyperparameters
     row = next((r for r in rows if objective in (r.id, r.factory)), None)
     name, factory = (row.id, row.factory) if row else (objective.__name__, objective)
     if row:
-        budget = {key: 10 if share == "steps" else share * WIDTH for key, share in row.budget.items()}
-        hyperparameters = {**budget, **hyperparameters}
+        hyperparameters = {**row.of_run(WIDTH, 10), **hyperparameters}
     registry.check_arguments(f"objective {name!r}", hyperparameters, inspect.signature(factory).parameters)
     built = factory(**hyperparameters)
     batch = example(built) if batch is None else complete(batch)

@@ -190,12 +190,11 @@ def fill(config: ConfigDict) -> ConfigDict:
             for field in block:
                 if field not in own and field not in parameters and not variadic:
                     raise ValueError(unknown(f"field of config.{path} ({block.name})", field, [*own, *parameters]))
-            budget = registry.entry(block.name).budget if path == "objective" else {}
+            row = registry.entry(block.name) if path == "objective" else None
+            of_run = row.of_run(config.sampling.max_new_tokens, config.steps) if row else {}
             for name, parameter in parameters.items():
-                if name in budget and block.get(name) is None:
-                    share = budget[name]
-                    share = config.steps if share == "steps" else share * config.sampling.max_new_tokens
-                    block[name] = max(1, round(share)) if parameter.annotation is int else share
+                if name in of_run and block.get(name) is None:
+                    block[name] = of_run[name]
                 elif name not in block:
                     block[name] = _value(parameter)
         _fill_protocol(config)

@@ -55,11 +55,7 @@ class Contender(NamedTuple):
 
 def fill(name: str, given: Mapping[str, Any], steps: int, max_new_tokens: int) -> dict[str, Any]:
     """``given``, and the hyperparameters that are a share of a run's budget."""
-    row, out = registry.entry(name), {}
-    for parameter, share in row.budget.items():
-        amount = steps if share == "steps" else share * max_new_tokens
-        out[parameter] = max(1, round(amount)) if row.parameters[parameter].annotation is int else amount
-    return {**out, **given}
+    return {**registry.entry(name).of_run(max_new_tokens, steps), **given}
 
 
 def unfit(objective: Objective, rules: Rules) -> str:
