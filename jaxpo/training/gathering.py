@@ -17,10 +17,10 @@ from jaxpo.policy.transformer import Params
 from jaxpo.registry import make
 from jaxpo.rollout import SamplingOptions, generate
 from jaxpo.training.arena import QUICK, Arena, Draws, Rules, judge
-from jaxpo.training.loop import as_scored
 from jaxpo.training.protocols import NothingLeft, Run, Tools, advance
 from jaxpo.training.protocols.base import in_batches, sample_once
 from jaxpo.training.step import score
+from jaxpo.training.tools import as_scored, labelled
 from jaxpo.training.workspace import TrainState
 
 
@@ -100,12 +100,7 @@ class ByProtocol:
             tokens, length = train.tokens[indices], train.length[indices]
             out = go_on(params, tokens, length, None, draw_key, options or plain, rules.responses)
             self.sampled += out.rows
-            return out.replace(
-                prompt=np.repeat(indices, rules.responses).astype(np.int32),
-                seed=np.asarray(jax.random.bits(seed_key, (out.rows,))),
-                role=np.zeros(out.rows, np.int32),
-                count=np.ones(out.rows, np.float32),
-            )
+            return labelled(out, indices, np.asarray(jax.random.bits(seed_key, (out.rows,))))
 
         def complete(
             params: Params,
@@ -126,7 +121,7 @@ class ByProtocol:
             """A race has no metrics but its own, and tells nothing else."""
 
         def absent(*_: Any) -> Any:
-            raise NotImplementedError("a race does not measure gradients, and mixes no batches")
+            raise ValueError("a race neither measures the gradient's noise nor mixes batches; train it with train_rl")
 
         return Tools(
             prompts=rules.prompts,
@@ -172,15 +167,21 @@ def single(arena: Arena) -> tuple[Callable[..., Rollouts], Callable[..., TokenSt
         return generate(model, params, tokens, key, options, **lengths, pad_id=pad_id)
 
     @partial(jax.jit, compiler_options=QUICK)
-    def say(params: Params, batch: Rollouts) -> TokenStats:
+    def scored(params: Params, batch: Rollouts) -> TokenStats:
         return score(policy, params, batch)
 
-    return go_on, lambda params, batch: say(params, as_scored(batch))
+    return go_on, lambda params, batch: scored(params, as_scored(batch))
 
 
 def protocol_of(objective: Objective) -> Protocol | None:
-    """The protocol by which an objective gathers; None if that is plain sampling."""
+    """The protocol by which an objective gathers; None if that is plain sampling.
+
+    Raises:
+      ValueError: it trains on batches of earlier iterations, which a race does not keep.
+    """
     protocol = make(objective.protocol, "protocol", **objective.protocol_options)
+    if protocol.stale:
+        raise ValueError(f"protocol {objective.protocol!r} trains on earlier batches; a race has only fresh ones")
     return None if protocol.collect is sample_once and not protocol.sampler else protocol
 
 

@@ -3,9 +3,7 @@ leaves behind."""
 
 import signal
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,21 +14,19 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from jaxpo.batch import Rollouts, TokenStats
+from jaxpo.batch import Rollouts
 from jaxpo.objectives import Protocol
 from jaxpo.objectives.base import check_rewards
 from jaxpo.policy.transformer import Params, parameter_count
-from jaxpo.rollout.sampling import SamplingOptions
-from jaxpo.rollout.sampling import validate as validate_sampling
 from jaxpo.training import evaluation
 from jaxpo.training.checkpoint import Checkpoints, check
 from jaxpo.training.plots import plot_curves
 from jaxpo.training.protocols import NothingLeft, Run, Tools, advance
-from jaxpo.training.protocols.base import in_batches
 from jaxpo.training.restore import checkpoint_of, find_checkpoint, load_params, restore
 from jaxpo.training.rundir import Progress, RunDirectory, closing_table, read_metrics
 from jaxpo.training.supervised import demonstrations, warm_start
-from jaxpo.training.workspace import TrainState, Workspace, must_score, optimizer_of, prepare_process, setup, slots_of
+from jaxpo.training.tools import Clock, make_tools, score_companions
+from jaxpo.training.workspace import TrainState, Workspace, optimizer_of, prepare_process, setup, slots_of
 
 BEFORE_ALL = -(2**31)  # resuming from here keeps nothing of an earlier attempt's logs
 
@@ -53,19 +49,6 @@ class Result:
     seconds: Mapping[str, float]
     iteration: int
     workspace: Workspace
-
-
-class Clock:
-    """Wall seconds by phase."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - start
 
 
 class Interrupt:
@@ -112,138 +95,6 @@ def keys_of(seed: int) -> dict[str, Array]:
         name: jax.random.fold_in(jax.random.key(seed), i)
         for i, name in enumerate(("params", "rollout", "evaluate", "update", "protocol"))
     }
-
-
-def prompt_order(seed: int, position: int, n: int, size: int) -> np.ndarray:
-    """Indices of the prompts at ``position .. position + n``: each epoch is a permutation drawn from (seed, epoch)."""
-    epochs = range(position // size, (position + n - 1) // size + 1)
-    order = np.concatenate([np.random.default_rng((seed, e)).permutation(size) for e in epochs])
-    start = position - epochs[0] * size
-    return order[start : start + n]
-
-
-def make_tools(workspace: Workspace, clock: Clock, notes: dict[str, float], say: Callable[[str], None]) -> Tools:
-    """The calls that a protocol may make; ``notes`` collects the metrics of an iteration."""
-    config, prompts, protocol = workspace.config, workspace.train, workspace.protocol
-    size = config.rollout.prompts
-
-    def draw(run: Run, n: int) -> tuple[Run, np.ndarray]:
-        return advance(run, position=run.position + n), prompt_order(config.seed, run.position, n, len(prompts))
-
-    def encoded(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return prompts.tokens[indices], prompts.length[indices]
-
-    def sampling(run: Run) -> SamplingOptions:
-        options = workspace.sampling
-        return validate_sampling(protocol.sampler(options, run.state.objective)) if protocol.sampler else options
-
-    def generate(params: Params, indices: np.ndarray, key: Array, options: SamplingOptions | None = None) -> Rollouts:
-        with clock.phase("generate"):
-            responses = config.rollout.responses
-            tokens, length = workspace.put(encoded(indices))
-            draw_key, seed_key = jax.random.split(key)
-            out = workspace.generate(
-                params, tokens, length, draw_key, options or workspace.sampling, responses=responses
-            )
-            seeds = np.asarray(jax.random.bits(seed_key, (out.rows,)))
-            return jax.block_until_ready(labelled(out, indices, seeds))
-
-    def complete(
-        params: Params,
-        tokens: np.ndarray,
-        length: np.ndarray,
-        budget: np.ndarray,
-        key: Array,
-        options: SamplingOptions,
-        responses: int,
-    ) -> Rollouts:
-        def batch(i: int, *rows: np.ndarray) -> Rollouts:
-            draw_key = jax.random.fold_in(key, i)
-            return workspace.complete(params, *workspace.put(rows), draw_key, options, responses=responses)
-
-        with clock.phase("generate"):
-            return in_batches(batch, size, responses, tokens, length, budget)
-
-    def scored() -> Rollouts:
-        def whole(key: Array) -> Rollouts:
-            params, first = workspace.init_params(key), np.zeros(size, np.int32)
-            slots = {name: params for name in slots_of(workspace.objective, protocol)}
-            run = Run(TrainState(params, None, workspace.objective.init()), slots)
-            responses = config.rollout.responses
-            out = workspace.generate(params, *encoded(first), key, workspace.sampling, responses=responses)
-            out = labelled(out, first, jax.random.bits(key, (out.rows,)))
-            return score_companions(workspace, run, out.replace(reward=out.count, correct=out.count))
-
-        return jax.eval_shape(whole, jax.random.key(0))
-
-    def reward(rollouts: Rollouts) -> Rollouts:
-        with clock.phase("reward"):
-            scores = workspace.task.score(
-                [prompts.examples[i] for i in np.asarray(rollouts.prompt)], workspace.texts(rollouts)
-            )
-            errors = [s.error for s in scores if s.error is not None]
-            notes["reward/errors"] = notes.get("reward/errors", 0) + len(errors)
-            return rollouts.replace(
-                reward=np.array([s.reward for s in scores], np.float32),
-                correct=np.array([s.correct for s in scores], np.float32),
-            )
-
-    def score(params: Params, rollouts: Rollouts) -> TokenStats:
-        with clock.phase("score"):
-            return jax.block_until_ready(workspace.score(params, workspace.put(as_scored(rollouts))))
-
-    def noise(run: Run, rollouts: Rollouts) -> dict[str, Array]:
-        groups = np.arange(rollouts.rows, dtype=np.int32).reshape(-1, rollouts.shared_prompt)
-        halves = np.stack([groups[::2].reshape(-1), groups[1::2].reshape(-1)])
-        with clock.phase("noise"):
-            return jax.block_until_ready(workspace.noise(run.state, rollouts, halves))
-
-    return Tools(
-        prompts=size,
-        responses=config.rollout.responses,
-        size=len(prompts),
-        prompt_width=prompts.tokens.shape[1],
-        width=config.sampling.max_new_tokens,
-        draw=draw,
-        encoded=encoded,
-        sampling=sampling,
-        generate=generate,
-        complete=complete,
-        scored=scored,
-        reward=reward,
-        score=score,
-        noise=noise,
-        note=notes.__setitem__,
-        say=say,
-    )
-
-
-def labelled(out: Rollouts, indices: np.ndarray, seeds: np.ndarray | Array) -> Rollouts:
-    """Generated rows with what the loop knows of them: the prompts' ``indices`` [n], a seed each."""
-    return out.replace(
-        prompt=np.repeat(indices, out.shared_prompt).astype(np.int32),
-        seed=seeds,
-        role=np.zeros(out.rows, np.int32),
-        count=np.ones(out.rows, np.float32),
-    )
-
-
-def as_scored(batch: Rollouts) -> Rollouts:
-    """What a policy reads of a batch, and nothing else: every scoring pass is one compiled function."""
-    return Rollouts(
-        tokens=batch.tokens, mask=batch.mask, prompt_length=batch.prompt_length, shared_prompt=batch.shared_prompt
-    )
-
-
-def score_companions(workspace: Workspace, run: Run, batch: Rollouts) -> Rollouts:
-    """Attach ``logp_old`` (unless the first optimizer step is its own old policy) and ``logp_<slot>``."""
-    seen = as_scored(batch)
-    scored = batch.replace(slots={name: workspace.score(params, seen).logp for name, params in run.slots.items()})
-    always = workspace.protocol.stale or workspace.optimizer_steps() > 1
-    if always or must_score(workspace.objective, scored, run.state.objective):
-        old = workspace.score(run.state.params, seen)
-        scored = scored.replace(logp_old=old.logp, entropy_old=old.entropy, slots={**scored.slots, **old.derived})
-    return scored
 
 
 def update(workspace: Workspace, run: Run, batch: Rollouts, key: Array) -> tuple[Run, list[dict[str, Array]]]:

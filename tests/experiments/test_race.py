@@ -102,6 +102,8 @@ def test_as_many_completions_in_the_shape_that_a_protocol_accepts():
     assert (shape(protocol, rules).prompts, shape(protocol, rules).responses) == (16, 1)
     assert shape(protocol_of(make("dapo")), rules) == rules
     assert protocol_of(make("grpo")) is protocol_of(make("ppo_outer_loop")) is None  # plain sampling
+    with pytest.raises(ValueError, match="'replay' trains on earlier batches"):
+        protocol_of(make("r2vpo")._replace(protocol="replay"))
 
 
 @pytest.mark.slow

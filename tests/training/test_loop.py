@@ -16,6 +16,7 @@ from jaxpo.registry import names
 from jaxpo.training import loop
 from jaxpo.training.checkpoint import finished_steps, restore_params
 from jaxpo.training.rundir import read_metrics
+from jaxpo.training.tools import prompt_order
 from tests.training import tiny
 
 STANDARD = {
@@ -162,13 +163,13 @@ def test_prompts_come_in_epochs(finished):
 
 @pytest.mark.parametrize(("seed", "size", "n"), ((0, 7, 3), (1, 5, 12), (2, 8, 8)))
 def test_prompt_order_is_a_permutation_an_epoch_however_it_is_cut(seed, size, n):
-    whole = loop.prompt_order(seed, 0, 6 * size, size)
+    whole = prompt_order(seed, 0, 6 * size, size)
     for epoch in whole.reshape(6, size):
         assert sorted(epoch) == list(range(size))
     assert len({tuple(epoch) for epoch in whole.reshape(6, size)}) > 1
-    parts = [loop.prompt_order(seed, position, n, size) for position in range(0, 6 * size - n, n)]
+    parts = [prompt_order(seed, position, n, size) for position in range(0, 6 * size - n, n)]
     np.testing.assert_array_equal(np.concatenate(parts), whole[: len(parts) * n])
-    assert not np.array_equal(whole, loop.prompt_order(seed + 1, 0, 6 * size, size))
+    assert not np.array_equal(whole, prompt_order(seed + 1, 0, 6 * size, size))
 
 
 def test_merging_the_steps_of_an_iteration():

@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 from jaxpo.batch import Rollouts
 from jaxpo.policy.transformer import TransformerConfig
 from jaxpo.training import config as config_lib
-from jaxpo.training import loop
 from jaxpo.training.config import default, fill, sampling_of
 from jaxpo.training.supervised import demonstrations
+from jaxpo.training.tools import prompt_order
 from jaxpo.training.workspace import TrainState, optimizer_of, setup
 from tests.training import tiny
 
@@ -101,7 +101,7 @@ def test_a_protocols_fields_reach_it():
 def data_of(config):
     """What a run trains and evaluates on, as far as it is settled before anything is computed."""
     w = setup(config)
-    order = loop.prompt_order(config.seed, 0, config.rollout.prompts, len(w.train))
+    order = prompt_order(config.seed, 0, config.rollout.prompts, len(w.train))
     shown = demonstrations(w, np.arange(len(w.train)))
     scores = w.task.score(w.test.examples[:2], [w.test.examples[0].answer, w.test.examples[1].answer[:1]])
     return (

@@ -6,10 +6,10 @@ import pytest
 
 from jaxpo.batch import Rollouts, TokenStats, take
 from jaxpo.objectives import evaluate, make
-from jaxpo.training import loop
 from jaxpo.training.config import validate
 from jaxpo.training.protocols import Run
 from jaxpo.training.protocols.outer_loop import outer_step
+from jaxpo.training.tools import Clock, make_tools
 from jaxpo.training.workspace import TrainState, policy_of, setup
 from tests.training import tiny
 from tests.training.fake_tools import fake
@@ -93,7 +93,7 @@ def test_noise_is_that_of_the_gradients_of_half_batches(objective, minibatches):
     with tiny.quick():
         changes = {"objective": {"name": objective}, "training.minibatches": minibatches}
         workspace = setup(tiny.config(changes), report=lambda text: None)
-        tools = loop.make_tools(workspace, loop.Clock(), {}, lambda text: None)
+        tools = make_tools(workspace, Clock(), {}, lambda text: None)
         params, old = (workspace.init_params(jax.random.key(i)) for i in (0, 1))
         rollouts = tools.generate(old, np.arange(8, dtype=np.int32), jax.random.key(2))
         outcome = np.random.default_rng(0).integers(0, 2, rollouts.rows).astype(np.float32)

@@ -13,6 +13,7 @@ from jaxpo.training import loop
 from jaxpo.training.checkpoint import restore_params
 from jaxpo.training.config import validate
 from jaxpo.training.protocols import Run, advance
+from jaxpo.training.tools import Clock, make_tools, score_companions
 from jaxpo.training.workspace import setup
 from tests.training import tiny
 from tests.training.fake_tools import fake
@@ -174,13 +175,13 @@ def test_the_shapes_of_a_scored_batch():
     changes = {"protocol": {"name": "replay"}, "training.epochs": 1, "training.minibatches": 1}  # of grpo, beta > 0
     with tiny.quick():
         workspace = setup(tiny.config(changes | {"sampling.top_k": 3}), report=lambda text: None)
-        tools = loop.make_tools(workspace, loop.Clock(), {}, lambda text: None)
+        tools = make_tools(workspace, Clock(), {}, lambda text: None)
         shapes = tools.scored()
         assert not workspace.compiled  # nothing was computed
         params = workspace.init_params(jax.random.key(0))
         rollouts = tools.reward(tools.generate(params, np.arange(8, dtype=np.int32), jax.random.key(1)))
         run = Run(SimpleNamespace(params=params, objective=workspace.objective.init()), {"ref": params})
-        batch = loop.score_companions(workspace, run, workspace.put(rollouts))
+        batch = score_companions(workspace, run, workspace.put(rollouts))
     assert set(batch.slots) == {"ref"} and batch.logp_old is not None and "logp_sampler" in batch.token_extras
     assert jax.tree.structure(batch) == jax.tree.structure(shapes)
     assert [(x.shape, x.dtype) for x in jax.tree.leaves(batch)] == [(x.shape, x.dtype) for x in jax.tree.leaves(shapes)]
@@ -218,7 +219,7 @@ def test_old_log_probs_are_scored_even_for_a_single_step():
             optimizer_steps=lambda: 1,
         )
         run = Run(SimpleNamespace(params=None, objective=make("r2vpo").init()))
-        return loop.score_companions(workspace, run, batch_of(0).replace(logp_old=None, slots={}))
+        return score_companions(workspace, run, batch_of(0).replace(logp_old=None, slots={}))
 
     assert scored(False).logp_old is None and scored(True).logp_old is stats.logp
 

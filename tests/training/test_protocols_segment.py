@@ -7,10 +7,10 @@ import pytest
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.objectives import make
 from jaxpo.rollout.sampling import SamplingOptions
-from jaxpo.training import loop
 from jaxpo.training.config import validate
 from jaxpo.training.protocols import Run, advance
 from jaxpo.training.protocols.segment import joined
+from jaxpo.training.tools import Clock, make_tools
 from jaxpo.training.workspace import setup
 from tests.training import tiny
 from tests.training.fake_tools import fake
@@ -89,7 +89,7 @@ def test_completions_go_on_from_any_tokens():
     """Greedy completions of the prefixes of greedy completions are the rest of them, in batches of the run's size."""
     with tiny.quick():
         workspace = setup(tiny.config({"sampling.max_new_tokens": 5}), report=lambda text: None)
-        tools = loop.make_tools(workspace, loop.Clock(), {}, lambda text: None)
+        tools = make_tools(workspace, Clock(), {}, lambda text: None)
         params = jax.tree.map(lambda x: 4 * x, workspace.init_params(jax.random.key(3)))  # not one token for ever
         greedy, some = SamplingOptions(5, eos_ids=(1,), greedy=True), np.arange(8, dtype=np.int32)
         whole = jax.tree.map(np.asarray, tools.generate(params, some, KEY, greedy))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from jaxpo.training import loop
+from jaxpo.training import loop, tools
 from jaxpo.training.config import default
 
 DEVICES = jax.devices()
@@ -73,7 +73,7 @@ class Finished(NamedTuple):
 
 def run(changed: ConfigDict, workdir: Path, **options: Any) -> Finished:
     """`train_rl` in a process whose settings are those of the tests."""
-    drawn, printed, prompt_order = [], io.StringIO(), loop.prompt_order
+    drawn, printed, prompt_order = [], io.StringIO(), tools.prompt_order
 
     def recorded(*args: Any) -> np.ndarray:
         drawn.append(prompt_order(*args).tolist())
@@ -85,7 +85,7 @@ def run(changed: ConfigDict, workdir: Path, **options: Any) -> Finished:
         contextlib.redirect_stderr(printed),
     ):
         patch.setattr(loop, "prepare_process", lambda cache: None)
-        patch.setattr(loop, "prompt_order", recorded)
+        patch.setattr(tools, "prompt_order", recorded)
         result = loop.train_rl(changed, str(workdir), **options)
     return Finished(workdir, result, printed.getvalue(), drawn)
 
