@@ -2,5 +2,6 @@
 implementation."""
 
 from jaxpo.kernels.token_logprob.api import TokenLogProb, token_logprob, token_logprob_grad
+from jaxpo.kernels.token_logprob.loss import token_logprob_loss
 
-__all__ = ["TokenLogProb", "token_logprob", "token_logprob_grad"]
+__all__ = ["TokenLogProb", "token_logprob", "token_logprob_grad", "token_logprob_loss"]

@@ -15,6 +15,9 @@ from jaxpo.primitives.numerics import promote
 
 Params = Any
 Apply = Callable[[Params, Rollouts], TokenStats]
+SliceLoss = Callable[[TokenStats, Rollouts], tuple[Array, metrics_lib.Metrics]]
+# (params, batch, loss of a slice, unit=rows that no cut may part) -> (sum over slices, metrics [slices, ...])
+Fused = Callable[..., tuple[Array, metrics_lib.Metrics]]
 
 
 def in_slices(f: Callable[[Rollouts], Any], batch: Rollouts, n: int) -> Any:
@@ -31,7 +34,14 @@ def score(apply: Apply, params: Params, batch: Rollouts, *, microbatches: int = 
 
 
 def accumulate(
-    objective: Objective, apply: Apply, params: Params, batch: Rollouts, state: State, *, microbatches: int = 1
+    objective: Objective,
+    apply: Apply,
+    params: Params,
+    batch: Rollouts,
+    state: State,
+    *,
+    microbatches: int = 1,
+    fused: Fused | None = None,
 ) -> tuple[Array, Params, metrics_lib.Metrics]:
     """Loss, gradient and metrics of a weighed batch, summed over ``microbatches`` slices of its rows.
 
@@ -39,14 +49,29 @@ def accumulate(
     Gradients are summed in at
     least float32 and returned in the dtype of the parameters.
 
+    Args:
+      fused: gives the loss of a microbatch in one pass over the logits, slice by slice (`jaxpo.policy.loss`); None =
+        the loss of what ``apply`` says of it.
+
     Raises:
       ValueError: the rows do not divide, or a slice would cut a unit; an objective with ``coupling="group"`` needs
-        slices of whole groups.
+        slices of whole groups. The objective asks its policy about another batch than the slice.
     """
+
+    def of_slice(stats: TokenStats, part: Rollouts) -> tuple[Array, metrics_lib.Metrics]:
+        def policy(asked: Rollouts) -> TokenStats:
+            if asked is not part:
+                raise ValueError("an objective's loss may ask its policy only about the slice that it is given")
+            return stats
+
+        return objective.loss(policy, part, state)
 
     def value_and_grad(part: Rollouts) -> tuple[Array, Params, metrics_lib.Metrics]:
         def loss(p: Params) -> tuple[Array, metrics_lib.Metrics]:
-            return objective.loss(lambda b: apply(p, b), part, state)
+            if fused is None:
+                return of_slice(apply(p, part), part)
+            value, reports = fused(p, part, of_slice, unit=unit_of(objective, part))
+            return value, metrics_lib.merge(reports)
 
         (value, report), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return value, jax.tree.map(promote, grads), report
@@ -72,6 +97,13 @@ def accumulate(
     return value, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), metrics_lib.merge(report)
 
 
+def unit_of(objective: Objective, batch: Rollouts) -> int:
+    """Consecutive rows that one call of the objective's loss must see together."""
+    if objective.coupling == "row":
+        return max(len(batch.layout), 1)
+    return batch.shared_prompt if batch.shared_prompt > 1 else batch.rows
+
+
 def any_weight(batch: Rollouts) -> Array:
     """Bool: some token or row of a weighed batch counts. If none does the step is skipped, since optimizers move on a
     zero gradient."""
@@ -91,6 +123,7 @@ def optimizer_step(
     microbatches: int = 1,
     fresh: bool = False,
     look: Apply | None = None,
+    fused: Fused | None = None,
 ) -> tuple[Params, Any, State, dict[str, Array]]:
     """``weigh -> accumulate -> optimizer -> update`` on one optimizer batch (already prepared).
 
@@ -102,6 +135,7 @@ def optimizer_step(
       fresh: the parameters are those that scored ``logp_old``: the peek is free, and what the policy gives measures
         the gap to the sampler.
       look: what gives the statistics that the objective peeks at; None = ``apply``.
+      fused: as of `accumulate`.
     """
     peek = None
     if objective.peeks:
@@ -113,7 +147,7 @@ def optimizer_step(
             else score(look or apply, params, batch, microbatches=microbatches)
         )
     batch = objective.weigh(batch, state, peek)
-    value, grads, report = accumulate(objective, apply, params, batch, state, microbatches=microbatches)
+    value, grads, report = accumulate(objective, apply, params, batch, state, microbatches=microbatches, fused=fused)
     norm = optax.tree.norm(jax.tree.map(promote, grads))
     finite, filled = jnp.isfinite(value) & jnp.isfinite(norm), any_weight(batch)
     updates, new_opt_state = optimizer.update(grads, opt_state, params)

@@ -22,6 +22,7 @@ from jaxpo.objectives import Objective, Protocol, State
 from jaxpo.parallel import batch_shards, constrain_rows, make_mesh, replicated, rows_over_mesh, shardings
 from jaxpo.parallel.host import keep_freed_memory
 from jaxpo.policy import stats, transformer
+from jaxpo.policy.loss import policy_loss
 from jaxpo.policy.transformer import Model, Params
 from jaxpo.primitives.numerics import promote, ratio_or_zero
 from jaxpo.rollout import SamplingOptions, generate
@@ -31,7 +32,7 @@ from jaxpo.tasks.tokenizers import CharTokenizer, IntegerTokenizer, PretrainedTo
 from jaxpo.training import config as config_lib
 from jaxpo.training.compiled import Compiled
 from jaxpo.training.optimizers import make_optimizer
-from jaxpo.training.step import Apply, accumulate, optimizer_step, score
+from jaxpo.training.step import Apply, Fused, accumulate, optimizer_step, score
 
 
 @struct.dataclass
@@ -262,6 +263,7 @@ def compile_functions(
             mesh,
             microbatches=training.microbatches,
             look=look,
+            fused=fused_of(model, config, objective, mesh),
             report=report,
             expected=2 if objective.peeks and steps > 1 else 1,
         ),
@@ -327,9 +329,22 @@ def policy_of(
     """``(params, batch) -> TokenStats`` with what is asked (None = what the objective wants), and the entropy for the
     metrics (it costs nothing more). With a ``mesh`` of several devices the head is used where it lies."""
     wants = (objective.wants if asked is None else asked) | {"entropy"}
-    mesh = mesh if mesh is not None and mesh.size > 1 else None
-    options = dict(derived=objective.derived, temperature=config.policy_temperature, mesh=mesh)
+    options = dict(derived=objective.derived, temperature=config.policy_temperature, mesh=several(mesh))
     return stats.policy_of(model, wants=wants, **options)
+
+
+def fused_of(model: Model, config: ConfigDict, objective: Objective, mesh: Mesh) -> Fused | None:
+    """What gives the loss in one pass over the logits. None = a gradient flows through statistics that the policy
+    derives from the logits by itself."""
+    if objective.wants & objective.derived.keys():
+        return None
+    options = dict(temperature=config.policy_temperature, mesh=several(mesh))
+    return partial(policy_loss, model, wants=objective.wants | {"entropy"}, **options)
+
+
+def several(mesh: Mesh | None) -> Mesh | None:
+    """The mesh, if there is anything to spread over it."""
+    return mesh if mesh is not None and mesh.size > 1 else None
 
 
 def derived_needs(objective: Objective) -> frozenset[str]:
@@ -358,6 +373,7 @@ def make_step(
     *,
     microbatches: int = 1,
     look: Apply | None = None,
+    fused: Fused | None = None,
     name: str = "update",
     report: Callable[[str], None] = print,
     expected: int = 1,
@@ -380,6 +396,7 @@ def make_step(
             microbatches=microbatches,
             fresh=fresh,
             look=look,
+            fused=fused,
         )
         where = TrainState(shardings(params, mesh), shardings(opt_state, mesh), replicated(mesh))
         return jax.lax.with_sharding_constraint(TrainState(params, opt_state, memory), where), out

@@ -236,12 +236,18 @@ def evaluate(implementation: Implementation, statics: Statics, problem: Problem)
     return finish(problem, implementation.forward(statics, problem), statics.want)[0]
 
 
-def _forward(implementation: Implementation, statics: Statics, problem: Any) -> tuple[TokenLogProb, Any]:
+def perturbed_of(statics: Statics, problem: Any) -> tuple[Statics, Problem]:
+    """What is being differentiated, as ``statics.grads``, and the plain arrays, from those that a forward rule with
+    symbolic zeros is called with."""
     names = ("hidden", "table", "bias")
-    perturbed = {name for name in names if getattr(getattr(problem, name), "perturbed", False)}
+    grads = frozenset(name for name in names if getattr(getattr(problem, name), "perturbed", False))
     problem = jax.tree.map(lambda x: x.value, problem, is_leaf=lambda x: hasattr(x, "perturbed"))
-    statics = dataclasses.replace(statics, grads=frozenset(perturbed))
-    if implementation.one_pass and perturbed == {"hidden"} and statics.want <= {"logp", "top1"}:
+    return dataclasses.replace(statics, grads=grads), problem
+
+
+def _forward(implementation: Implementation, statics: Statics, problem: Any) -> tuple[TokenLogProb, Any]:
+    statics, problem = perturbed_of(statics, problem)
+    if implementation.one_pass and statics.grads == {"hidden"} and statics.want <= {"logp", "top1"}:
         one = jnp.ones(problem.hidden.shape[0], problem.temperature.dtype)
         out, slopes = implementation.one_pass(statics, problem, one)
         return out, (statics, problem, None, slopes.hidden.astype(problem.hidden.dtype))

@@ -50,3 +50,20 @@ def rows_of_whole_vocabulary(platform: str, n: int, v: int, dtype: Any) -> int:
     least, times = (8, 4) if platform == "cpu" else (128, 1)
     rows = max(least, times * BLOCK_BYTES[platform] // (jnp.dtype(dtype).itemsize * max(v, 1)))
     return max(1, min(n, rows))
+
+
+def whole_vocabulary_slices(
+    platform: str, rows: int, width: int, v: int, unit: int = 1, *, token_shards: int = 1, vocab_shards: int = 1
+) -> int | None:
+    """The fewest equal slices of [rows, width] tokens, of whole units of rows, whose float32 logits over the vocabulary
+    of ``v`` fit the budget; a multiple of ``token_shards``, each device having its own.
+
+    None = there are none, or the logits had better be made twice. So it is on a CPU, where a slice reads and writes the
+    whole table's gradient for few tokens, and nothing was gained.
+    """
+    if platform == "cpu":
+        return None
+    most = max(TOKENS_AT_ONCE[0], BLOCK_BYTES[platform] * vocab_shards // (4 * max(v, 1)))
+    most = min(TOKENS_AT_ONCE[1], most)
+    fits = (c for c in range(token_shards, rows + 1, token_shards) if rows % (c * unit) == 0)
+    return next((c for c in fits if rows // c * width <= most), None)

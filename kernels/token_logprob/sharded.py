@@ -130,25 +130,38 @@ def forward(implementation: Implementation, mesh: Mesh, statics: Statics, proble
     return jax.tree.map(lambda x: x[:n], sums)
 
 
+def scatters(problem: Problem, mesh: Mesh) -> bool:
+    """Parameters are spread over "fsdp" too: each device is given only the features of its own part, where they
+    divide."""
+    return mesh.shape[PARTS] > 1 and problem.table.shape[1] % mesh.shape[PARTS] == 0
+
+
+def gradient_specs(problem: Problem, mesh: Mesh) -> Gradients:
+    """A `PartitionSpec` for each of what `summed` returns."""
+    features = PARTS if scatters(problem, mesh) else None
+    return Gradients(PartitionSpec(TOKENS), PartitionSpec(VOCAB, features), PartitionSpec(VOCAB))
+
+
+def summed(grads: Gradients, problem: Problem, mesh: Mesh) -> Gradients:
+    """The gradients of a shard's tokens and vocabulary, summed over the devices that hold the rest."""
+    scatter, wide = scatters(problem, mesh), jax.tree.map(lambda x: x.astype(problem.temperature.dtype), grads)
+    hidden, bias = jax.lax.psum(wide.hidden, VOCAB), jax.lax.psum(wide.bias, TOKENS)
+    table = jax.lax.psum(wide.table, REPLICAS if scatter else TOKENS)
+    if scatter and table is not None:
+        table = jax.lax.psum_scatter(table, PARTS, scatter_dimension=1, tiled=True)
+    return Gradients(hidden, table, bias)
+
+
 def backward(implementation: Implementation, mesh: Mesh, statics: Statics, problem: Problem, rows: Rows) -> Gradients:
     """See `core.Implementation`."""
 
     def local(problem: Problem, rows: Rows) -> Gradients:
-        grads = implementation.backward(statics, of_shard(problem)[0], rows)
-        wide = jax.tree.map(lambda x: x.astype(problem.temperature.dtype), grads)
-        hidden, bias = jax.lax.psum(wide.hidden, VOCAB), jax.lax.psum(wide.bias, TOKENS)
-        table = jax.lax.psum(wide.table, REPLICAS if scatter else TOKENS)
-        if scatter and table is not None:
-            table = jax.lax.psum_scatter(table, PARTS, scatter_dimension=1, tiled=True)
-        return Gradients(hidden, table, bias)
+        return summed(implementation.backward(statics, of_shard(problem)[0], rows), problem, mesh)
 
-    # Parameters are spread over "fsdp" too: each device is given only the features of its own part, where they divide.
-    scatter = mesh.shape[PARTS] > 1 and problem.table.shape[1] % mesh.shape[PARTS] == 0
     (n, _), (v, _), padded = problem.hidden.shape, problem.table.shape, fitted(problem, mesh)
     rows = jax.tree.map(lambda x: pad_to(x, padded.hidden.shape[0]), rows)
     of_rows = jax.tree.map(lambda _: PartitionSpec(TOKENS), rows)
-    out = Gradients(PartitionSpec(TOKENS), PartitionSpec(VOCAB, PARTS if scatter else None), PartitionSpec(VOCAB))
-    grads = spread(local, mesh, (specs(padded), of_rows), out)(padded, rows)
+    grads = spread(local, mesh, (specs(padded), of_rows), gradient_specs(problem, mesh))(padded, rows)
 
     def cut(x: Array | None, size: int) -> Array | None:
         return None if x is None else x[:size]

@@ -1,0 +1,80 @@
+"""A loss of what the policy says of a batch, where the logits of a slice need to be made only once."""
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import Array
+from jax.sharding import Mesh
+
+from jaxpo.batch import Rollouts, TokenStats, slices
+from jaxpo.kernels import TokenLogProb, token_logprob_loss
+from jaxpo.kernels.token_logprob.plan import whole_vocabulary_slices
+from jaxpo.policy.stats import AVAILABLE, completion_hidden, token_stats
+from jaxpo.policy.transformer import Model, Params
+from jaxpo.registry import unknown
+
+# (what the policy says of a slice, the slice) -> (its part of the loss [], anything)
+SliceLoss = Callable[[TokenStats, Rollouts], tuple[Array, Any]]
+
+log = logging.getLogger(__name__)
+
+
+def policy_loss(
+    model: Model,
+    params: Params,
+    batch: Rollouts,
+    loss: SliceLoss,
+    *,
+    unit: int = 1,
+    wants: frozenset[str] = frozenset({"logp", "entropy"}),
+    temperature: float = 1.0,
+    mesh: Mesh | None = None,
+    platform: str | None = None,
+) -> tuple[Array, Any]:
+    """``sum_c loss(token_stats of slice c, slice c)`` over equal slices of the rows; differentiable in ``params``.
+
+    The value and the gradient of ``loss(token_stats(model, params, batch), batch)``, for a loss that is a sum over
+    rows. On accelerators the logits are made once, 6 N D V operations in place of 8, if those of a slice fit the
+    budget of `whole_vocabulary_slices`; otherwise, and on CPUs, where it gains nothing, the whole batch is one slice
+    whose logits the backward pass makes again.
+
+    Args:
+      loss: constant in all but the statistics. unit: consecutive rows that no cut may part.
+      platform: the one to plan for; None = this one. Others as of `token_stats`.
+
+    Returns:
+      The sum, and what else ``loss`` returned, stacked [slices, ...].
+
+    Raises:
+      ValueError: as `token_stats`; a derived statistic among ``wants``.
+    """
+    for name in wants:
+        if name not in AVAILABLE:
+            raise ValueError(unknown("policy statistic", name, AVAILABLE))
+    options, platform = dict(temperature=temperature, mesh=mesh), platform or jax.default_backend()
+    shape = batch.rows, batch.width, model.config.vocab_size
+    around = {} if mesh is None else mesh.shape
+    token_shards, vocab_shards = (math.prod(around.get(x, 1) for x in axes) for axes in (("data", "fsdp"), ("tensor",)))
+    count = whole_vocabulary_slices(platform, *shape, unit, token_shards=token_shards, vocab_shards=vocab_shards)
+    if count is None:
+        log.info("policy_loss: the logits are made twice: no slices of %d rows for %s", unit, platform)
+        value, aux = loss(token_stats(model, params, batch, wants=wants, **options), batch)
+        return value, jax.tree.map(lambda x: x[None], aux)
+
+    def of_slice(out: TokenLogProb, part: Rollouts) -> tuple[Array, Any]:
+        given = {name: x.reshape(part.mask.shape) for name, x in out._asdict().items() if x is not None}
+        return loss(TokenStats(logp=given.pop("logp"), entropy=given.pop("entropy", None), derived=given), part)
+
+    hidden = completion_hidden(model, params, batch)
+    return token_logprob_loss(
+        of_slice,
+        hidden.reshape(-1, hidden.shape[-1]),
+        model.unembed(params).T,
+        batch.completions.reshape(-1),
+        slices(batch, count),
+        want=[name for name in AVAILABLE if name == "logp" or name in wants],
+        **options,
+    )
