@@ -135,6 +135,7 @@ def from_terms(
     weigh: Callable[[Rollouts, State, TokenStats | None], Rollouts] | None = None,
     update: Callable[[State, Rollouts, Metrics], State] | None = None,
     metrics: Callable[[TokenStats, Rollouts, State], Metrics] | None = None,
+    one_pass: Callable[[TokenStats, Rollouts, State], tuple[Mapping[str, Array], Metrics]] | None = None,
     memory: Any = None,
     needs: Sequence[str] = (),
     wants: Sequence[str] = ("logp",),
@@ -153,6 +154,8 @@ def from_terms(
       terms: the summands; those whose ``coef`` is a Python 0 are dropped.
       prepare, weigh, update, metrics: hooks that run before the derived ones (``weigh`` before the weights are
         computed).
+      one_pass: (stats, batch, state) -> (term -> ``sum(weight * value)``, metrics) of the terms, perhaps none, that a
+        kernel computes together; the same as those terms and metrics say.
       memory: initial ``State.memory``.
       needs, wants, peeks, coupling, layout, protocol, protocol_options, derived, rewards, slots: as in `Objective`.
 
@@ -205,13 +208,15 @@ def from_terms(
     def loss(policy: Policy, batch: Rollouts, state: State) -> tuple[Array, Metrics]:
         stats, batch = _sanitise(policy(batch), lax.stop_gradient(batch))
         total, parts = jnp.zeros((), stats.logp.dtype), {}
+        known, means = one_pass(stats, batch, state) if one_pass else ({}, {})
         for t in terms:
-            value = _value(t, stats, batch, state)
-            part = _weighted_sum(value, batch.weights[t.name])
+            part = known.get(t.name)
+            if part is None:
+                part = _weighted_sum(_value(t, stats, batch, state), batch.weights[t.name])
             total = total + (t.coef(state) if callable(t.coef) else t.coef) * part
             parts[f"loss/{t.name}"] = Sum(lax.stop_gradient(part))
         extra = metrics(stats, batch, state) if metrics else {}
-        report = {"loss": Sum(total), **parts, **standard_metrics(stats, batch), **extra}
+        report = {"loss": Sum(total), **parts, **standard_metrics(stats, batch), **extra, **means}
         return total, lax.stop_gradient(report)
 
     def step(state: State, batch: Rollouts, report: Metrics) -> State:

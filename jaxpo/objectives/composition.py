@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxpo.batch import Rollouts, TokenStats, role_id
+from jaxpo.kernels.policy_surrogate.api import best, policy_surrogate
 from jaxpo.metrics import Mean, Metrics
 from jaxpo.objectives.base import NONE, Objective, State, Statistic, Term, from_terms, is_off, per_token
 from jaxpo.primitives import aggregation, grouping
@@ -23,6 +24,7 @@ class Part(NamedTuple):
     current: (adv, stats, batch, state) -> adv, of an advantage that hangs on the current policy, row by row (detached).
     tokens: (batch, state) -> [B, T] tokens (shares in [0, 1]) that stay in the denominator of the policy term.
     clipped: of a surrogate, ``fn``'s arguments -> which tokens lose their gradient.
+    kernel: batch -> the options of `jaxpo.kernels.policy_surrogate` that say the same as ``fn``; None = none do.
     aggregate: of a regularizer; None = as the policy term.
     sees_advantage: of a filter. uses_ratio: of a surrogate. requires: id of a regularizer that it does not work
       without.
@@ -36,6 +38,7 @@ class Part(NamedTuple):
     peeks: frozenset[str] = frozenset()
     per: Literal["token", "row"] | None = None
     clipped: Callable[..., Array] | None = None
+    kernel: Callable[[Rollouts], Mapping[str, Any]] | None = None
     aggregate: aggregation.Aggregation | None = None
     name: str = ""
     prepare: Callable[[Rollouts, State], Rollouts] | None = None
@@ -137,11 +140,29 @@ def policy_gradient(
         return log_ratio, jnp.broadcast_to(adv, log_ratio.shape), stats, batch, state
 
     def value(stats: TokenStats, batch: Rollouts, state: State) -> Array:
-        out = surrogate.fn(*arguments(stats, batch, state))
+        return corrected(surrogate.fn(*arguments(stats, batch, state)), batch, state)
+
+    def corrected(x: Array, batch: Rollouts, state: State) -> Array:
         for correct in corrections:
             factor = lax.stop_gradient(correct.fn(batch, state))
-            out = out * (per_token(factor) if out.ndim == 2 else factor)
-        return out
+            x = x * (per_token(factor) if x.ndim == 2 else factor)
+        return x
+
+    def one_pass(stats: TokenStats, batch: Rollouts, state: State) -> tuple[dict[str, Array], Metrics]:
+        run = surrogate_kernel(stats.logp.dtype)
+        if run is None or not (ratio.kernel and surrogate.kernel):
+            return {}, {}
+        adv, count = arguments(stats, batch, state)[1], promote(batch.mask) * promote(batch.count)[:, None]
+        weight = corrected(batch.weights["policy"], batch, state)
+        penalty = next((p for _, p in regularizers if p.kernel), None)
+        options = {**ratio.kernel(batch), **surrogate.kernel(batch)}
+        if penalty:
+            options |= {**penalty.kernel(batch), "kl_weight": batch.weights[penalty.name]}
+        sums = run(stats.logp, batch.logp_old, adv, weight, count, **options)
+        terms = {"policy": sums.policy} | ({penalty.name: sums.kl} if penalty else {})
+        means = {"ratio/clip_frac": sums.clipped, "surrogate": sums.surrogate, "kl/old_k3": sums.kl_old}
+        means |= {"kl/ref_k3": sums.kl_ref} if penalty else {}
+        return terms, {name: Mean(x, sums.tokens) for name, x in means.items()}
 
     def kept_tokens(batch: Rollouts, state: State) -> Array:
         kept = promote(batch.mask > 0)
@@ -185,6 +206,7 @@ def policy_gradient(
         weigh=weigh if hooks["weigh"] else None,
         update=update if updates else None,
         metrics=metrics,
+        one_pass=one_pass,
         memory={name: x for p in parts for name, x in p.memory.items()},
         needs=frozenset(needs).union(*[p.needs for p in parts]),
         wants=frozenset({"logp"}).union(*[p.wants for p in parts]),
@@ -203,6 +225,12 @@ def policy_gradient(
         ),
         **options,
     )
+
+
+def surrogate_kernel(dtype: Any) -> Callable[..., Any] | None:
+    """`jaxpo.kernels.policy_surrogate`, where it has a form of its own for this platform; None = the compiler fuses the
+    composed primitives just as well."""
+    return None if best(dtype) == "xla" else policy_surrogate
 
 
 def _check_parts(

@@ -11,8 +11,8 @@ from jax import Array
 from jaxpo.kernels.policy_surrogate import reference
 from jaxpo.kernels.policy_surrogate.core import FORMS, KL, Settings, Sums, Tokens
 
-Impl = Literal["auto", "xla", "pallas_tpu", "reference"]
-MODULES = {name: f"jaxpo.kernels.policy_surrogate.{name}" for name in ("xla", "pallas_tpu")}
+Impl = Literal["auto", "xla", "pallas_tpu", "pallas_gpu", "reference"]
+MODULES = {name: f"jaxpo.kernels.policy_surrogate.{name}" for name in ("xla", "pallas_tpu", "pallas_gpu")}
 
 
 def policy_surrogate(
@@ -47,7 +47,8 @@ def policy_surrogate(
       form: "clipped" ``-min(r A, clip(r, low, high) A)``, or "detached" ``-sg(clip(r, low, high) A) logp``.
       dual: c > 1 bounds the "clipped" objective of A < 0 below by ``c A``; None = off.
       kl: "k1", "k2" or "k3" of logp_ref [B, T] with kl_weight [B, T]; None without.
-      impl: "xla", "pallas_tpu", "reference" (naive), or "auto" (`best`). interpret: run Pallas interpreted.
+      impl: "xla", "pallas_tpu", "pallas_gpu", "reference" (naive), or "auto" (`best`). interpret: run Pallas
+        interpreted.
 
     Returns:
       `Sums`, [] each, float32 at least.
@@ -69,23 +70,26 @@ def policy_surrogate(
     if len({kl is None, logp_ref is None, kl_weight is None}) != 1:
         raise ValueError("policy_surrogate: kl, logp_ref and kl_weight must be given together")
     name = best(logp.dtype) if impl == "auto" else impl
-    if interpret and name != "pallas_tpu":
+    if interpret and not name.startswith("pallas"):
         raise ValueError(f"policy_surrogate: interpret has no effect with impl={name!r}")
     tokens = tokens_of(logp, logp_old, adv, weight, count, low, high, logp_ref, kl_weight)
-    if name == "pallas_tpu" and tokens.logp.dtype != jnp.float32:
-        raise ValueError(f"policy_surrogate: impl='pallas_tpu' takes no {tokens.logp.dtype}; take impl='xla'")
+    if name.startswith("pallas") and tokens.logp.dtype != jnp.float32:
+        raise ValueError(f"policy_surrogate: impl={name!r} takes no {tokens.logp.dtype}; take impl='xla'")
     settings = Settings(form, dual, log_ratio_clip, kl, interpret)
     if name == "reference":
         return reference.policy_surrogate(settings, tokens)
     return evaluate(name, settings, tokens.logp, tokens._replace(logp=None))
 
 
+BY_PLATFORM = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
+
+
 def best(dtype: Any) -> str:
-    """The implementation that "auto" takes: "pallas_tpu" on TPUs, but "xla" for float64, and for arrays that the
-    compiler spreads over several devices, which it cannot do with a kernel outside a ``shard_map``."""
+    """The implementation that "auto" takes: the Pallas form of an accelerator, but "xla" for float64, and for arrays
+    that the compiler spreads over several devices, which it cannot do with a kernel outside a ``shard_map``."""
     mesh = jax.sharding.get_abstract_mesh()
     local = len(mesh.manual_axes) == len(mesh.axis_names) if mesh.axis_names else jax.device_count() == 1
-    return "pallas_tpu" if jax.default_backend() == "tpu" and local and dtype != jnp.float64 else "xla"
+    return BY_PLATFORM.get(jax.default_backend(), "xla") if local and dtype != jnp.float64 else "xla"
 
 
 def tokens_of(logp: Array, logp_old: Array, adv: Array, *others: Any) -> Tokens:

@@ -41,7 +41,8 @@ class Tokens(NamedTuple):
 
 class Sums(NamedTuple):
     """Sums over all tokens, []. policy, kl: of the losses by ``weight`` and ``kl_weight`` (kl: None without one).
-    The others by ``count``: tokens; clipped, those that lose their gradient; ratio ``r``; surrogate ``r A``."""
+    The others by ``count``: tokens; clipped, those that lose their gradient; ratio ``r``; surrogate ``r A``; kl_old and
+    kl_ref, k3 of logp_old and of logp_ref (None without one)."""
 
     policy: Any
     kl: Any
@@ -49,6 +50,13 @@ class Sums(NamedTuple):
     clipped: Any
     ratio: Any
     surrogate: Any
+    kl_old: Any
+    kl_ref: Any
+
+
+def named(settings: Settings) -> list[str]:
+    """The fields of `Sums` that there are, in order."""
+    return [name for name in Sums._fields if settings.kl or name not in ("kl", "kl_ref")]
 
 
 class Outcome(NamedTuple):
@@ -93,12 +101,14 @@ def token(settings: Settings, x: Tokens) -> tuple[Sums, Array, Array | None]:
     else:
         cut, slope = jnp.zeros_like(live), -bounded * adv
         loss = slope * x.logp
-    kl = dkl = None
+    kl = dkl = kl_ref = None
     if settings.kl is not None:
         value, slope_kl = kl_and_slope(settings.kl, x.logp - x.logp_ref)
         kl, dkl = x.kl_weight * value, x.kl_weight * slope_kl
-    sums = Sums(x.weight * loss, kl, x.count, jnp.where(cut, x.count, 0), x.count * r, x.count * r * adv)
-    return sums, x.weight * slope, dkl
+        kl_ref = x.count * kl_and_slope("k3", x.logp - x.logp_ref)[0]
+    kl_old = x.count * kl_and_slope("k3", difference)[0]
+    clipped, ratio = jnp.where(cut, x.count, 0), x.count * r
+    return Sums(x.weight * loss, kl, x.count, clipped, ratio, ratio * adv, kl_old, kl_ref), x.weight * slope, dkl
 
 
 def kl_and_slope(estimator: str, d: Array) -> tuple[Array, Array]:

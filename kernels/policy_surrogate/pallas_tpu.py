@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxpo.kernels.policy_surrogate.core import Outcome, Settings, Sums, Tokens, token
+from jaxpo.kernels.policy_surrogate.core import Outcome, Settings, Sums, Tokens, named, token
 
 BLOCK = 128, 512  # rows, tokens: 256 KiB an array, a dozen of which with their copies on the way are far below VMEM
 TILE = 8, 128  # the smallest block that can be written: a block's sums are its first entries
@@ -39,16 +39,15 @@ def one_pass(settings: Settings, tokens: Tokens) -> Outcome:
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         cost_estimate=pl.CostEstimate(
-            flops=40 * shape[0] * shape[1],
-            transcendentals=gradients * shape[0] * shape[1],
+            flops=50 * shape[0] * shape[1],
+            transcendentals=(1 + gradients) * shape[0] * shape[1],
             bytes_accessed=4 * (sum(x.size for x in jax.tree.leaves(tokens)) + gradients * shape[0] * shape[1]),
         ),
         interpret=settings.interpret,
         name="policy_surrogate",
     )(tokens)
     totals = partial.reshape(-1, TILE[0], grid[1], TILE[1])[:, 0].sum((0, 1))
-    names = [name for name in Sums._fields if name != "kl" or settings.kl]
-    sums = Sums(**{"kl": None} | {name: totals[i] for i, name in enumerate(names)})
+    sums = Sums(**dict.fromkeys(Sums._fields) | {name: totals[i] for i, name in enumerate(named(settings))})
     return Outcome(sums, slopes[0], None if settings.kl is None else slopes[1])
 
 

@@ -24,10 +24,15 @@ def policy_surrogate(settings: Settings, x: Tokens) -> Sums:
     def total(weight: Array, value: Array) -> Array:
         return jnp.sum(jnp.broadcast_to(weight * value, x.logp.shape))
 
-    kl = None
+    def k3(d: Array) -> Array:
+        d = jnp.clip(d, -KL_CLIP, KL_CLIP)
+        return jnp.expm1(-d) + d
+
+    kl = kl_ref = None
     if settings.kl is not None:
         d = x.logp - x.logp_ref
-        k3 = jnp.clip(d, -KL_CLIP, KL_CLIP)
-        kl = total(x.kl_weight, {"k1": d, "k2": d * d / 2, "k3": jnp.expm1(-k3) + k3}[settings.kl])
-    r = lax.stop_gradient(r)
-    return Sums(total(x.weight, loss), kl, *(total(x.count, y) for y in (jnp.ones_like(r), cut, r, r * x.adv)))
+        kl = total(x.kl_weight, {"k1": d, "k2": d * d / 2, "k3": k3(d)}[settings.kl])
+        kl_ref = total(x.count, lax.stop_gradient(k3(d)))
+    r, kl_old = lax.stop_gradient((r, k3(x.logp - x.logp_old)))
+    counted = (total(x.count, y) for y in (jnp.ones_like(r), cut, r, r * x.adv, kl_old))
+    return Sums(total(x.weight, loss), kl, *counted, kl_ref)

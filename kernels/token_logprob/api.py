@@ -25,11 +25,11 @@ from jaxpo.kernels.token_logprob.core import (
     evaluate,
 )
 
-Impl = Literal["auto", "reference", "xla", "pallas_tpu"]
+Impl = Literal["auto", "reference", "xla", "pallas_tpu", "pallas_gpu"]
 # Modules with an `IMPLEMENTATION`, imported when they are chosen: Pallas takes a second to import.
-MODULES = {name: f"jaxpo.kernels.token_logprob.{name}" for name in ("xla", "pallas_tpu")}
+MODULES = {name: f"jaxpo.kernels.token_logprob.{name}" for name in ("xla", "pallas_tpu", "pallas_gpu")}
 IMPLS = ("auto", "reference", *MODULES)
-BY_PLATFORM = {"tpu": "pallas_tpu"}  # what "auto" tries before xla
+BY_PLATFORM = {"tpu": "pallas_tpu"}  # what "auto" tries before xla; on GPUs pallas_gpu is not expected to be faster
 
 
 class LogProbGradients(NamedTuple):
@@ -91,11 +91,11 @@ def token_logprob(
       want: what to compute; the other fields of the result are None.
       second_temperature: with "logp_at_temperature". kl_to: with "kl_to", (hidden' [N, D'], unembed' [D', V]) and
         perhaps a bias [V]: a constant, under the same softcap, vocab_mask and temperature.
-      impl: "xla" (blocks in plain XLA), "pallas_tpu", "reference" (naive, makes the logits), or "auto":
-        the Pallas form of the platform where there is one that takes this problem, else "xla" (the reason is logged).
+      impl: "xla" (blocks in plain XLA), "pallas_tpu", "pallas_gpu", "reference" (naive, makes the logits), or "auto":
+        on TPUs the Pallas form where it takes this problem, else "xla" (the reason is logged).
       block_sizes: (tokens, entries of the vocabulary) whose logits are held at a time; None = chosen by platform.
       mesh: spread the vocabulary over its axis "tensor" and the tokens over "data" and "fsdp" (see `sharded`).
-      grad_filter_eps: blocks whose largest |dz| is below it may be left out of the gradients (Pallas only).
+      grad_filter_eps: blocks whose largest |dz| is below it may be left out of the gradients (pallas_tpu only).
       interpret: run Pallas kernels interpreted, to test them where there is no such chip.
 
     Returns:

@@ -48,7 +48,10 @@ def composed(x, *, low, high, form="clipped", dual=None, log_ratio_clip=20.0, kl
     penalty = None
     if kl:
         penalty = jnp.sum(x["kl_weight"] * regularizers.kl_estimate(x["logp"], x["logp_ref"], kl))
-    metrics = (jnp.sum(x["count"] * y) for y in (jnp.ones_like(r), cut, r, r * adv))
+    k3 = partial(regularizers.kl_estimate, estimator="k3")
+    means = [jnp.ones_like(r), cut, r, r * adv, k3(x["logp"], x["logp_old"])]
+    means += [k3(x["logp"], x["logp_ref"])] if kl else []
+    metrics = (jnp.sum(jnp.where(x["count"] > 0, x["count"] * y, 0)) for y in means)
     return jnp.sum(x["weight"] * loss), penalty, *metrics
 
 

@@ -1,5 +1,7 @@
 """Ratios: ``fn(stats, batch) -> log-ratio`` [B, T], or [B] when ``per`` is "row"."""
 
+from jax import Array
+
 from jaxpo.objectives.composition import Part
 from jaxpo.primitives import aggregation, ratios
 from jaxpo.registry import register
@@ -8,7 +10,10 @@ from jaxpo.registry import register
 @register("ratio")
 def token(log_ratio_clip: float = 20.0) -> Part:
     """``exp(clip(logp - logp_old, -C, C))`` per token."""
-    return Part(lambda stats, b: ratios.token_log_ratio(stats.logp, b.logp_old, b.mask, log_ratio_clip=log_ratio_clip))
+    return Part(
+        lambda stats, b: ratios.token_log_ratio(stats.logp, b.logp_old, b.mask, log_ratio_clip=log_ratio_clip),
+        kernel=None if isinstance(log_ratio_clip, Array) else lambda b: dict(log_ratio_clip=log_ratio_clip),
+    )
 
 
 @register("ratio")

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxpo.batch import Rollouts, TokenStats
+from jaxpo.kernels.policy_surrogate.core import KL
 from jaxpo.metrics import Mean, Metrics
 from jaxpo.objectives.base import State, per_token
 from jaxpo.objectives.composition import Part
@@ -41,7 +42,9 @@ def kl_to_reference(
             r = jnp.exp(ratios.token_log_ratio(stats.logp, b.logp_old, b.mask, log_ratio_clip=log_ratio_clip))
         return regularizers.kl_penalty(stats.logp, b.get("logp_ref"), estimator, gradient, r)
 
-    return Part(fn, frozenset({"logp_ref"}), name="kl_ref")
+    plain = estimator in KL and not is_weighted and gradient in (None, estimator)
+    kernel = (lambda b: dict(kl=estimator, logp_ref=b.get("logp_ref"))) if plain else None
+    return Part(fn, frozenset({"logp_ref"}), name="kl_ref", kernel=kernel)
 
 
 @register("regularizer", source="REC, arXiv:2509.24203")

@@ -1,5 +1,8 @@
 """Surrogates: ``fn(log_ratio, adv, stats, batch, state) -> value`` of the ratio's shape."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -35,13 +38,26 @@ def clipped(eps_low: float = 0.2, eps_high: float = 0.2, dual_clip: float | None
     return Part(
         lambda x, adv, stats, b, s: surrogates.clipped(jnp.exp(x), adv, low, high, dual_clip),
         clipped=lambda x, adv, stats, b, s: surrogates.is_clipped(jnp.exp(x), adv, low, high, dual_clip),
+        kernel=clipped_kernel(dual_clip, lambda b: (low, high)),
     )
+
+
+def clipped_kernel(
+    dual_clip: float | None, bounds: Callable[[Rollouts], tuple[Any, Any]]
+) -> Callable[[Rollouts], dict[str, Any]] | None:
+    """The clipped surrogate as the kernel has it, whose bounds are arrays and whose dual clip is compiled in."""
+    if isinstance(dual_clip, Array):
+        return None
+    return lambda b: dict(zip(("low", "high"), bounds(b), strict=True), form="clipped", dual=dual_clip)
 
 
 @register("surrogate")
 def linear() -> Part:
     """``-r A``, unclipped."""
-    return Part(lambda x, adv, stats, b, s: surrogates.linear(jnp.exp(x), adv))
+    return Part(
+        lambda x, adv, stats, b, s: surrogates.linear(jnp.exp(x), adv),
+        kernel=clipped_kernel(None, lambda b: (0, jnp.inf)),
+    )
 
 
 @register("surrogate", source="Williams 1992")
@@ -58,6 +74,7 @@ def cispo(eps_low: float = 1.0, eps_high: float = 4.0) -> Part:
     return Part(
         lambda x, adv, stats, b, s: surrogates.detached_weight(jnp.clip(jnp.exp(x), low, high), adv, stats.logp),
         per="token",
+        kernel=lambda b: dict(form="detached", low=low, high=high),
     )
 
 
@@ -184,6 +201,7 @@ def bapo(
         per="token",
         weigh=weigh,
         clipped=lambda x, adv, stats, b, s: surrogates.is_clipped(jnp.exp(x), adv, *at(b), dual_clip),
+        kernel=clipped_kernel(dual_clip, lambda b: tuple(jnp.broadcast_to(x, b.mask.shape) for x in at(b))),
     )
 
 
