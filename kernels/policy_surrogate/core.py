@@ -77,7 +77,7 @@ def expm1(x: Array) -> Array:
     return jnp.where(jnp.abs(x) < 1, 2 * t / (1 - t), jnp.exp(x) - 1)
 
 
-def token(settings: Settings, x: Tokens) -> tuple[Sums, Array, Array | None]:
+def token(settings: Settings, x: Tokens, expm1: Callable[[Array], Array] = expm1) -> tuple[Sums, Array, Array | None]:
     """The terms of `Sums` [B, T], and the derivatives of policy and kl in logp.
 
     With ``r = exp(clip(logp - logp_old, -C, C))``: "clipped" is ``-min(r A, clip(r, low, high) A)``, of which dual
@@ -103,15 +103,15 @@ def token(settings: Settings, x: Tokens) -> tuple[Sums, Array, Array | None]:
         loss = slope * x.logp
     kl = dkl = kl_ref = None
     if settings.kl is not None:
-        value, slope_kl = kl_and_slope(settings.kl, x.logp - x.logp_ref)
+        value, slope_kl = kl_and_slope(settings.kl, x.logp - x.logp_ref, expm1)
         kl, dkl = x.kl_weight * value, x.kl_weight * slope_kl
-        kl_ref = x.count * kl_and_slope("k3", x.logp - x.logp_ref)[0]
-    kl_old = x.count * kl_and_slope("k3", difference)[0]
+        kl_ref = x.count * kl_and_slope("k3", x.logp - x.logp_ref, expm1)[0]
+    kl_old = x.count * kl_and_slope("k3", difference, expm1)[0]
     clipped, ratio = jnp.where(cut, x.count, 0), x.count * r
     return Sums(x.weight * loss, kl, x.count, clipped, ratio, ratio * adv, kl_old, kl_ref), x.weight * slope, dkl
 
 
-def kl_and_slope(estimator: str, d: Array) -> tuple[Array, Array]:
+def kl_and_slope(estimator: str, d: Array, expm1: Callable[[Array], Array]) -> tuple[Array, Array]:
     """Of ``d = logp - logp_ref``: k1 = d, k2 = d^2/2, k3 = exp(-d) + d - 1 of d within ±20; and their derivatives."""
     if estimator == "k1":
         return d, jnp.ones_like(d)

@@ -53,15 +53,6 @@ def test_values_and_gradients_equal_the_naive_form(shape, block_sizes, softcap, 
     assert_close(got, exact(arrays, options, **statics))
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_odd_shapes(seed):
-    rng = np.random.default_rng(seed)
-    n, d, v = rng.integers(1, 70), rng.integers(1, 40), rng.integers(1, 500)
-    arrays, options = problem(n, d, v, masked=rng.choice([0, 0.5]), seed=seed)
-    statics = dict(want=("logp", "entropy"), softcap=None)
-    assert_close(interpreted(arrays, options, **statics), exact(arrays, options, **statics))
-
-
 @pytest.mark.parametrize("want", WANTS)
 def test_what_is_wanted_alone_is_summed_alone(want):
     (hidden, unembed, targets), options = problem(20, 6, 97, bias=True, d_q=7)
