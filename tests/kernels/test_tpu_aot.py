@@ -13,10 +13,11 @@ from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxpo.kernels import token_logprob
+from jaxpo.kernels import token_logprob, token_logprob_loss
 from jaxpo.kernels.policy_surrogate.api import policy_surrogate
 from jaxpo.kernels.token_logprob import chips, pallas_tpu
 from jaxpo.kernels.token_logprob.core import Problem, Statics
+from jaxpo.kernels.token_logprob.plan import BLOCK_BYTES, whole_vocabulary_slices
 
 pytestmark = pytest.mark.tpu_aot
 
@@ -168,3 +169,32 @@ def test_policy_surrogate(chip, shape):
     whole = NamedSharding(mesh, WHOLE)
     logp, adv = (jax.ShapeDtypeStruct(s, jnp.float32, sharding=whole) for s in (shape, shape[:1]))
     jax.jit(step).lower(logp, adv).compile()
+
+
+@pytest.mark.parametrize(("chip", "tensor"), [("v5e", 1), ("v6e", 4)])
+def test_a_loss_in_one_pass(chip, tensor):
+    """The products are made once, and no more is held than the budget of a slice's logits allows."""
+    n, d, v = QWEN3_8B
+    mesh = mesh_of(chip, tensor)
+    slices = whole_vocabulary_slices("tpu", 16, n // 16, v, vocab_shards=tensor)
+
+    def step(hidden, table, targets):  # the table as a policy holds it, [V, D]
+        def of_slice(out, part):
+            return jnp.sum(out.logp * part), jnp.sum(out.entropy)
+
+        def loss(hidden, table):
+            parts, around = jnp.ones((slices, n // slices)), dict(mesh=mesh) if tensor > 1 else {}
+            return token_logprob_loss(of_slice, hidden, table.T, targets, parts, **around)
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, table)
+
+    whole, split = (NamedSharding(mesh, spec) for spec in (WHOLE, PartitionSpec("tensor")))
+    arguments = (
+        jax.ShapeDtypeStruct((n, d), jnp.bfloat16, sharding=whole),
+        jax.ShapeDtypeStruct((v, d), jnp.bfloat16, sharding=split),
+        jax.ShapeDtypeStruct((n,), jnp.int32, sharding=whole),
+    )
+    program = jax.jit(step).lower(*arguments).compile()
+    assert program.memory_analysis().temp_size_in_bytes <= 1.25 * BLOCK_BYTES["tpu"]
+    if tensor > 1:
+        assert max(collectives(program.as_text())) <= n * d
