@@ -17,6 +17,7 @@ EXTRAS = {
     "tensorboard": ["tensorboardX>=2.6"],
     "wandb": ["wandb>=0.19"],
     "math": ["math-verify>=0.8"],
+    "gguf": ["gguf>=0.17"],
     "notebooks": ["jupyterlab>=4.2", "nbclient>=0.10", "ipykernel>=6.29"],
     # The systems that jaxpo is compared with: the only extras with torch in them.
     "parity": ["torch>=2.6", "trl>=1.0"],
@@ -30,6 +31,7 @@ EXTRAS["test"] = [
     "setuptools>=77",
     *EXTRAS["tensorboard"],
     *EXTRAS["math"],
+    *EXTRAS["gguf"],
 ]
 
 setup(
