@@ -64,6 +64,7 @@ setup(
         "orbax-checkpoint>=0.12",
         "reasoning-gym~=0.1.25",  # a newer series may generate other items from the same seed
         "rich>=13.7",
+        "safetensors>=0.6",
         "scipy>=1.13",
         "tensorstore>=0.1.84",
         "tokenizers>=0.22",

@@ -136,7 +136,7 @@ class PretrainedTokenizer:
         path = tokenizer if isinstance(tokenizer, (str, Path)) else None
         if path is not None:
             of_gguf = Path(path).suffix == ".gguf"
-            tokenizer = gguf_tokenizer(path) if of_gguf else _transformers().AutoTokenizer.from_pretrained(path)
+            tokenizer = gguf_tokenizer(path) if of_gguf else transformers_library().AutoTokenizer.from_pretrained(path)
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(f"a fast tokenizer of transformers is needed, got {type(tokenizer).__name__}")
         if chat_template and not tokenizer.chat_template:
@@ -243,7 +243,7 @@ def gguf_tokenizer(path: str | Path) -> Any:
             "merges": [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]],
         },
     }
-    return _transformers().PreTrainedTokenizerFast(
+    return transformers_library().PreTrainedTokenizerFast(
         tokenizer_object=importlib.import_module("tokenizers").Tokenizer.from_str(json.dumps(backend)),
         **named,
         additional_special_tokens=[token for token in control if token not in named.values()],
@@ -273,7 +273,7 @@ def from_json(spec: Mapping[str, Any]) -> Tokenizer:
 def _pretrained_from_json(spec: Mapping[str, Any]) -> PretrainedTokenizer:
     from tokenizers import Tokenizer as Backend
 
-    PreTrainedTokenizerFast = _transformers().PreTrainedTokenizerFast
+    PreTrainedTokenizerFast = transformers_library().PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Backend.from_str(spec["tokenizer"]),
@@ -319,7 +319,7 @@ def _bytes_to_unicode() -> dict[int, str]:
     return {b: chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)}
 
 
-def _transformers() -> ModuleType:
+def transformers_library() -> ModuleType:
     """transformers, which looks for a library called ``kernels`` and, in a checkout of this project, would find our
     folder of that name and load every module of it a second time."""
     spec = importlib.util.find_spec("kernels") if "kernels" not in sys.modules else None
