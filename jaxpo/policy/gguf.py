@@ -94,7 +94,7 @@ def of_package(package: str, remedy: str) -> Path:
     return files[0]
 
 
-def read(path: str | Path) -> GGUF:
+def open_source(path: str | Path) -> GGUF:
     """Open a file: everything that can be wrong with it is found here, before any tensor is read.
 
     Raises:

@@ -210,7 +210,7 @@ def gguf_tokenizer(path: str | Path) -> Any:
     Raises:
       ValueError: a vocabulary that is no byte-level BPE, or one whose text is cut in a way that is not known here.
     """
-    fields = gguf.read(path).metadata
+    fields = gguf.open_source(path).metadata
     kind, cut = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "default")
     if kind != "gpt2":
         raise ValueError(f"{path}: " + unknown("GGUF vocabulary", kind, ["gpt2"]))

@@ -15,7 +15,7 @@ def tiny(tmp_path_factory):
 
 def test_tensors_are_those_of_the_model_under_the_names_of_hugging_face(tiny):
     path, expected = tiny
-    source = gguf.read(path)
+    source = gguf.open_source(path)
     assert sorted(source.names()) == sorted(expected)
     for name, x in expected.items():
         assert source.shape(name) == x.shape, name
@@ -27,7 +27,7 @@ def test_tensors_are_those_of_the_model_under_the_names_of_hugging_face(tiny):
     "index", [(), (slice(3, 9),), (slice(None), slice(4, 8)), (slice(0, 16), slice(None, 5)), (slice(2, 2),)]
 )
 def test_a_part_of_a_tensor_is_that_part(tiny, index):
-    source = gguf.read(tiny[0])
+    source = gguf.open_source(tiny[0])
     for name in ("model.embed_tokens.weight", "model.layers.1.self_attn.k_proj.weight"):
         assert np.array_equal(source.read(name, index), tiny[1][name][index])
     assert np.array_equal(source.read("model.norm.weight", index[:1]), tiny[1]["model.norm.weight"][index[:1]])
@@ -36,11 +36,11 @@ def test_a_part_of_a_tensor_is_that_part(tiny, index):
 def test_more_rows_than_are_dequantized_at_a_time(tiny, monkeypatch):
     monkeypatch.setattr(gguf, "ROWS_AT_ONCE", 7)
     name = "model.embed_tokens.weight"
-    assert np.array_equal(gguf.read(tiny[0]).read(name), tiny[1][name])
+    assert np.array_equal(gguf.open_source(tiny[0]).read(name), tiny[1][name])
 
 
 def test_the_metadata_is_a_config(tiny):
-    config = gguf.read(tiny[0]).config
+    config = gguf.open_source(tiny[0]).config
     assert config["model_type"] == "llama" and config["tie_word_embeddings"] is True
     assert config["vocab_size"] == len(tiny_gguf.vocabulary()) and config["head_dim"] == 16
     assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 5000.0}
@@ -53,7 +53,7 @@ def test_the_metadata_is_a_config(tiny):
 def test_an_untied_head_is_a_tensor_of_its_own(tmp_path):
     head = np.ones((len(tiny_gguf.vocabulary()), tiny_gguf.WIDTH), np.float32)
     tiny_gguf.write(tmp_path / "untied.gguf", add={"output.weight": head})
-    source = gguf.read(tmp_path / "untied.gguf")
+    source = gguf.open_source(tmp_path / "untied.gguf")
     assert not source.config["tie_word_embeddings"] and np.array_equal(source.read("lm_head.weight"), head)
 
 
@@ -71,7 +71,7 @@ def test_an_untied_head_is_a_tensor_of_its_own(tmp_path):
 def test_what_cannot_be_read_is_refused_in_a_line(tmp_path, options, message):
     tiny_gguf.write(tmp_path / "bad.gguf", **options)
     with pytest.raises(ValueError, match=message) as error:
-        gguf.read(tmp_path / "bad.gguf")
+        gguf.open_source(tmp_path / "bad.gguf")
     assert "\n" not in str(error.value)
 
 
@@ -81,12 +81,12 @@ def test_a_truncated_file_is_refused(tiny, tmp_path, share):
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(ValueError, match=r"cut.gguf .* is truncated or no GGUF file .*: fetch it again"):
-        gguf.read(cut)
+        gguf.open_source(cut)
 
 
 def test_a_file_that_is_not_there(tiny):
     with pytest.raises(FileNotFoundError, match="did you mean .*tiny.gguf"):
-        gguf.read(tiny[0].with_name("tinny.gguf"))
+        gguf.open_source(tiny[0].with_name("tinny.gguf"))
 
 
 def test_the_library_is_named_where_it_is_missing(tiny, monkeypatch):
