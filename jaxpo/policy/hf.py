@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 
 from jaxpo.parallel.mesh import make_mesh
 from jaxpo.parallel.sharding import shardings
+from jaxpo.policy import gguf
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.families import Slot, config_to_hf, tensors
 from jaxpo.policy.transformer import Params, init
@@ -90,8 +91,6 @@ def open_source(path: str | Path) -> Source:
     """
     path = Path(path)
     if path.is_file() and path.suffix == ".gguf":
-        from jaxpo.policy import gguf
-
         return gguf.open_source(path)
     config = read_config(path)
     places: dict[str, Place] = {}
@@ -233,8 +232,8 @@ def load(source: Source, config: TransformerConfig, mesh: Mesh | None = None) ->
             fill[slot.path] = jax.jit(_put, donate_argnums=0, out_shardings=sharding, static_argnums=3)
         start = tuple(0 if isinstance(at, slice) else at for at in slot.index)
         expand = tuple(i for i, at in enumerate(slot.index) if not isinstance(at, slice))
-        parent[slot.path[-1]] = fill[slot.path](parent[slot.path[-1]], part, start, expand)
-        del part
+        # Waited for, or parts would be read faster than they are put, and pile up.
+        parent[slot.path[-1]] = jax.block_until_ready(fill[slot.path](parent[slot.path[-1]], part, start, expand))
     return jax.block_until_ready(params)
 
 
