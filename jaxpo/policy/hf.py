@@ -31,7 +31,8 @@ from jaxpo.policy.families import Slot, config_to_hf, tensors
 from jaxpo.policy.transformer import Params, init
 from jaxpo.registry import unknown
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 IGNORED = ("rotary_emb.inv_freq",)  # buffers that old files hold; they follow from the config
 FILE_BYTES = 5 * 10**9  # of an exported file, at most (unless one tensor is larger)
@@ -270,6 +271,7 @@ def export(
     hf_config: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
     dtype: str | None = None,
+    generation: Mapping[str, Any] | None = None,
     file_bytes: int = FILE_BYTES,
 ) -> None:
     """Write a model folder that ``transformers`` loads: config.json, safetensors, tokenizer.
@@ -279,6 +281,7 @@ def export(
       tokenizer: of transformers (its ``save_pretrained`` is called); None = none is written.
       dtype: of the files; None = what ``hf_config`` says, else that of the parameters. A model that was loaded in at
         least its own precision and not trained comes out bit for bit.
+      generation: of a generation_config.json: the ids that end a text, and the like; None = none is written.
       file_bytes: files are cut so that each has at most so many, but at least one tensor.
 
     Raises:
@@ -291,16 +294,23 @@ def export(
     hf_config = {key: value for key, value in hf_config.items() if key != "torch_dtype"} | {"dtype": dtype}
     with _folder(Path(directory)) as folder:
         (folder / CONFIG).write_text(json.dumps(hf_config, indent=2) + "\n")
+        if generation is not None:
+            (folder / GENERATION).write_text(json.dumps(dict(generation), indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         _write(params, tensors(config), folder, jnp.dtype(dtype), file_bytes)
 
 
+def check_out(directory: str | Path) -> None:
+    """``FileExistsError`` where an export would write over something."""
+    if Path(directory).exists():
+        raise FileExistsError(f"{directory} is there already: choose another folder, or remove it")
+
+
 @contextmanager
 def _folder(directory: Path) -> Iterator[Path]:
     """A temporary folder beside ``directory``, which takes its name at the end: it is there whole or not at all."""
-    if directory.exists():
-        raise FileExistsError(f"{directory} is there already: choose another --out, or remove it")
+    check_out(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
@@ -324,6 +334,7 @@ def _write(params: Params, slots: list[Slot], folder: Path, dtype: np.dtype, fil
     names = [WEIGHTS if one else f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
     for name, part in zip(names, files, strict=True):
         save_file({slot.name: _tensor(params, slot, dtype) for slot in part}, folder / name, {"format": "pt"})
+        (folder / name).chmod(0o644)
     if not one:
         where = {slot.name: name for name, part in zip(names, files, strict=True) for slot in part}
         index = dict(metadata=dict(total_size=sum(sizes.values())), weight_map=where)
