@@ -9,10 +9,10 @@ export(params, config, "path/to/new", hf_config=source.config, tokenizer=tokeniz
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -219,7 +219,6 @@ def load(source: Source, config: TransformerConfig, mesh: Mesh | None = None) ->
     shapes = jax.eval_shape(partial(init, config), jax.random.key(0))
     where = shardings(shapes, mesh)
     params = jax.tree.map(lambda _: None, shapes)
-    fill = {}  # by sharding: a compiled function each
     for slot in slots:
         shape, sharding = (reduce(lambda tree, key: tree[key], slot.path, tree) for tree in (shapes, where))
         part = _part(source, slot, sharding, shape.dtype)
@@ -227,19 +226,23 @@ def load(source: Source, config: TransformerConfig, mesh: Mesh | None = None) ->
         if slot.ours == shape.shape:
             parent[slot.path[-1]] = part
             continue
-        if slot.path not in fill:
-            make = jax.jit(partial(jnp.zeros, shape.shape, shape.dtype), out_shardings=sharding)
-            parent[slot.path[-1]] = make()
-            fill[slot.path] = jax.jit(_put, donate_argnums=0, out_shardings=sharding, static_argnums=3)
+        if parent[slot.path[-1]] is None:
+            parent[slot.path[-1]] = jnp.zeros(shape.shape, shape.dtype, device=sharding)
         start = tuple(0 if isinstance(at, slice) else at for at in slot.index)
         expand = tuple(i for i, at in enumerate(slot.index) if not isinstance(at, slice))
         # Waited for, or parts would be read faster than they are put, and pile up.
-        parent[slot.path[-1]] = jax.block_until_ready(fill[slot.path](parent[slot.path[-1]], part, start, expand))
+        parent[slot.path[-1]] = jax.block_until_ready(_putting(sharding)(parent[slot.path[-1]], part, start, expand))
     return jax.block_until_ready(params)
 
 
-def _put(whole: jax.Array, part: jax.Array, start: tuple[int, ...], expand: tuple[int, ...]) -> jax.Array:
-    return jax.lax.dynamic_update_slice(whole, jnp.expand_dims(part, expand), start)
+@cache
+def _putting(sharding: NamedSharding) -> Callable[..., jax.Array]:
+    """``(whole, part, start, axes)``: the whole with the part, widened by ``axes``, at ``start``; in place."""
+
+    def put(whole: jax.Array, part: jax.Array, start: tuple[int, ...], axes: tuple[int, ...]) -> jax.Array:
+        return jax.lax.dynamic_update_slice(whole, jnp.expand_dims(part, axes), start)
+
+    return jax.jit(put, donate_argnums=0, static_argnums=3, out_shardings=sharding)
 
 
 def _part(source: Source, slot: Slot, whole: NamedSharding, dtype: Any) -> jax.Array:
