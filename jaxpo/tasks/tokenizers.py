@@ -283,6 +283,20 @@ def _pretrained_from_json(spec: Mapping[str, Any]) -> PretrainedTokenizer:
     return PretrainedTokenizer(tokenizer, spec["chat_template"], spec["eos"])
 
 
+def for_transformers(tokenizer: Tokenizer) -> Any:
+    """The tokenizer as one of transformers: its own where it is one, else a vocabulary of single characters."""
+    if isinstance(tokenizer, PretrainedTokenizer):
+        return tokenizer._tokenizer
+    library = importlib.import_module("tokenizers")
+    special = {tokenizer.pad_id: "<pad>"} | {i: "<eos>" for i in tokenizer.eos_ids}
+    symbols = [special.get(i) or text.decode() for i, text in enumerate(tokenizer.token_bytes())]
+    backend = library.Tokenizer(library.models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}))
+    backend.pre_tokenizer = library.pre_tokenizers.Split(library.Regex(r"[\s\S]"), "isolated")
+    backend.decoder = library.decoders.Fuse()
+    pad, eos = special[tokenizer.pad_id], special[tokenizer.eos_ids[0]]
+    return transformers_library().PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=pad, eos_token=eos)
+
+
 def _generation_eos(path: str | Path | None) -> list[int]:
     """The end-of-sequence ids of a model folder's generation_config.json (instruct models often have several)."""
     file = None if path is None else Path(path) / "generation_config.json"
