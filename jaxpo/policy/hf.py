@@ -249,6 +249,7 @@ def _part(source: Source, slot: Slot, whole: NamedSharding, dtype: Any) -> jax.A
     """``params[path][index]``, spread as the whole is; each device's part is read from the tensor's own rows."""
     spec = (*whole.spec, *[None] * (len(slot.index) - len(whole.spec)))
     spec = [axis for axis, at in zip(spec, slot.index, strict=True) if isinstance(at, slice)]
+    sharding = whole if len(spec) == len(slot.index) else NamedSharding(whole.mesh, PartitionSpec(*spec))
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         bounds = [range(n)[at] for n, at in zip(slot.ours, index, strict=True)]
@@ -260,7 +261,7 @@ def _part(source: Source, slot: Slot, whole: NamedSharding, dtype: Any) -> jax.A
         x = x.reshape([len(bounds[axis]) for axis in slot.axes])
         return x.transpose(np.argsort(slot.axes))
 
-    return jax.make_array_from_callback(slot.ours, NamedSharding(whole.mesh, PartitionSpec(*spec)), read)
+    return jax.make_array_from_callback(slot.ours, sharding, read)
 
 
 # ---- export
