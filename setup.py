@@ -17,6 +17,7 @@ EXTRAS = {
     "tensorboard": ["tensorboardX>=2.6"],
     "wandb": ["wandb>=0.19"],
     "math": ["math-verify>=0.8"],
+    "gguf": ["gguf>=0.17"],
     "notebooks": ["jupyterlab>=4.2", "nbclient>=0.10", "ipykernel>=6.29"],
     # The systems that jaxpo is compared with: the only extras with torch in them.
     "parity": ["torch>=2.6", "trl>=1.0"],
@@ -31,6 +32,7 @@ EXTRAS["test"] = [
     "setuptools>=77",
     *EXTRAS["tensorboard"],
     *EXTRAS["math"],
+    *EXTRAS["gguf"],
 ]
 
 setup(
@@ -63,6 +65,7 @@ setup(
         "orbax-checkpoint>=0.12",
         "reasoning-gym~=0.1.25",  # a newer series may generate other items from the same seed
         "rich>=13.7",
+        "safetensors>=0.6",
         "scipy>=1.13",
         "tensorstore>=0.1.84",
         "tokenizers>=0.22",

@@ -16,6 +16,10 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"blocks/wo$", PartitionSpec(None, "tensor", None, "fsdp")),  # [L, heads, d, D]
     (r"blocks/w_in$", PartitionSpec(None, "fsdp", None, "tensor")),  # [L, D, 2, M]
     (r"blocks/w_down$", PartitionSpec(None, "tensor", "fsdp")),  # [L, M, D]
+    (r"blocks/b[qkv]$", PartitionSpec(None, "tensor", None)),  # [L, heads, d]
+    (r"blocks/router$", PartitionSpec(None, "fsdp", None)),  # [L, D, E]
+    (r"blocks/w_in$", PartitionSpec(None, None, "fsdp", None, "tensor")),  # of experts: [L, E, D, 2, M]
+    (r"blocks/w_down$", PartitionSpec(None, None, "tensor", "fsdp")),  # [L, E, M, D]
 )
 # A vocabulary is what the data made it; every other dimension is chosen and has to divide.
 MAY_STAY_WHOLE = {"embedding": 0, "head": 0}

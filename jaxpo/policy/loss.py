@@ -75,6 +75,7 @@ def policy_loss(
         model.unembed(params).T,
         batch.completions.reshape(-1),
         slices(batch, count),
+        softcap=model.config.final_softcap,
         want=[name for name in AVAILABLE if name == "logp" or name in wants],
         **options,
     )

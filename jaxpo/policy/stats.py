@@ -11,58 +11,14 @@ from jax.sharding import Mesh
 
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.kernels import token_logprob
-from jaxpo.policy.transformer import Attend, Model, Params
+from jaxpo.policy.attention import prompt_mask, shared_prompt_attend
+from jaxpo.policy.transformer import Model, Params
 from jaxpo.registry import unknown
 
 # Statistics of the pass that gives the log-probs. Besides the first two they are found in `TokenStats.derived`, "top1"
 # as top1_id and top1_logp.
 AVAILABLE = ("logp", "entropy", "logsumexp", "sum_p2", "top1", "logp_at_temperature")
 Statistic = Callable[[Array, Array], Array]  # (logits [n, V], tokens [n]) -> [n]
-
-
-def prompt_mask(prompt_length: Array | None, rows: int, width: int) -> Array:
-    """[rows, P] bool: real prompt tokens (left-padded)."""
-    if prompt_length is None:
-        return jnp.ones((rows, width), bool)
-    return jnp.arange(width) >= width - prompt_length[:, None]
-
-
-def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """q [B, Tq, H, d], k, v [B, Tk, KV, d], mask [B, Tq, Tk] bool -> [B, Tq, H, d]."""
-    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
-
-
-def shared_prompt_attend(prompts: int, prompt_width: int, rows: int, width: int, prompt_ok: Array) -> Attend:
-    """Attention over a flat token axis that holds ``prompts`` prompts and then ``rows`` completions, K = rows /
-    prompts per prompt.
-
-    A prompt attends to itself; a completion attends to the keys of its prompt, which were computed once for all K,
-    and to itself.
-    ``prompt_ok`` [prompts, P] marks real prompt tokens.
-    """
-    split, k_per_prompt = prompts * prompt_width, rows // prompts
-    causal = jnp.tril(jnp.ones((prompt_width, prompt_width), bool))
-    prompt_mask_ = causal & prompt_ok[:, None, :]
-    own = jnp.broadcast_to(jnp.tril(jnp.ones((width, width), bool)), (rows, width, width))
-    seen = jnp.broadcast_to(jnp.repeat(prompt_ok, k_per_prompt, 0)[:, None, :], (rows, width, prompt_width))
-    mask = jnp.concatenate([seen, own], -1)
-
-    def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-        def parts(x: Array) -> tuple[Array, Array]:
-            return x[:split].reshape(prompts, prompt_width, *x.shape[1:]), x[split:].reshape(rows, width, *x.shape[1:])
-
-        (qp, qc), (kp, kc), (vp, vc) = parts(q), parts(k), parts(v)
-        of_prompt = attention(qp, kp, vp, prompt_mask_)
-        if width == 0:
-            return of_prompt.reshape(split, *q.shape[1:]), None
-        keys = jnp.concatenate([jnp.repeat(kp, k_per_prompt, 0), kc], 1)
-        values = jnp.concatenate([jnp.repeat(vp, k_per_prompt, 0), vc], 1)
-        of_completion = attention(qc, keys, values, mask)
-        return jnp.concatenate(
-            [of_prompt.reshape(split, *q.shape[1:]), of_completion.reshape(rows * width, *q.shape[1:])]
-        ), None
-
-    return attend
 
 
 def completion_hidden(model: Model, params: Params, batch: Rollouts) -> Array:
@@ -81,7 +37,7 @@ def completion_hidden(model: Model, params: Params, batch: Rollouts) -> Array:
     inputs = batch.completions[:, :-1]  # the last token is predicted, never read
     tokens = jnp.concatenate([batch.tokens[::k, :p].reshape(-1), inputs.reshape(-1)])
     positions = jnp.concatenate([prompt_positions.reshape(-1), (start[:, None] + jnp.arange(t - 1)).reshape(-1)])
-    attend = shared_prompt_attend(prompts, p, b, t - 1, ok)
+    attend = shared_prompt_attend(model.config, b, t - 1, ok)
     x, _ = model.run_blocks(params, model.embed(params, tokens), positions, attend)
     last = x[: prompts * p].reshape(prompts, p, -1)[:, -1:]
     x = jnp.concatenate([jnp.repeat(last, k, 0), x[prompts * p :].reshape(b, t - 1, x.shape[-1])], 1)
@@ -124,6 +80,7 @@ def token_stats(
         model.unembed(params).T,
         tokens,
         temperature=temperature,
+        softcap=model.config.final_softcap,
         want=[name for name in AVAILABLE if name == "logp" or name in wants and name not in derived],
         second_temperature=second_temperature,
         mesh=mesh,

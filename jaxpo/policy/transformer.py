@@ -1,15 +1,14 @@
-"""Decoder-only transformer in flax.nnx: RMSNorm, rotary positions, grouped-query attention, SwiGLU, tied or untied
-head.
+"""Decoder-only transformer in flax.nnx: RMSNorm, rotary positions, grouped-query attention, gated MLP or experts, tied
+or untied head. `TransformerConfig` says which of the families' features it has.
 
 The modules hold the mathematics; at the boundary they are split into a graph definition and a pure dict of arrays
-(``init``), so everything above
-sees functions of ``params``. The blocks are stacked: every block parameter has a leading axis of layers.
+(``init``), so everything above sees functions of ``params``. The blocks are stacked: every block parameter has a
+leading axis of layers.
 
 One `Block` serves training, prefill and decoding: *how* queries meet keys is a function passed in (``attend``),
 everything else is per token.
 """
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,76 +18,31 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxpo.registry import unknown
+from jaxpo.policy.config import ACTIVATIONS, REMAT, TransformerConfig, of_layers
+
+__all__ = ["Attend", "Model", "Params", "TransformerConfig", "build", "init", "parameter_count"]
 
 Params = Any
-# (layer inputs q [..., H, d], k, v [..., KV, d]) -> attention output [..., H, d] and whatever the caller wants to keep
-Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+# (layer inputs q [..., H, d], k, v [..., KV, d], window of the layer) -> attention output [..., H, d] and whatever the
+# caller wants to keep
+Attend = Callable[[Array, Array, Array, int | Array | None], tuple[Array, Any]]
 
 
-# What the backward pass finds stored of a block: everything, the products with parameters, or only the block's input.
-REMAT = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-    """Shape and numerics of the policy.
-
-    head_dim: width // heads when None. dtype: of the computation; log-probs are float32 in any case. param_dtype:
-      of the stored parameters.
-    scan_layers: one compiled block, scanned (short compile time), instead of one per layer. remat: what of a block is
-    recomputed in the backward pass: "none", "dots" (all but the products with parameters), or "full".
-    """
-
-    vocab_size: int
-    width: int = 64
-    layers: int = 3
-    heads: int = 4
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    mlp_width: int | None = None
-    tied: bool = True
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-6
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    scan_layers: bool = True
-    remat: str = "none"
-
-    def __post_init__(self):
-        set_ = partial(object.__setattr__, self)
-        set_("kv_heads", self.heads if self.kv_heads is None else self.kv_heads)
-        set_("head_dim", self.width // max(self.heads, 1) if self.head_dim is None else self.head_dim)
-        set_("mlp_width", round(8 / 3 * self.width / 8) * 8 if self.mlp_width is None else self.mlp_width)
-        for field in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"policy.{field} must be at least 1, not {getattr(self, field)}")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"policy.kv_heads {self.kv_heads} does not divide policy.heads {self.heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"policy.head_dim {self.head_dim} must be even for rotary positions")
-        if self.remat not in REMAT:
-            raise ValueError(unknown("policy.remat", self.remat, REMAT))
-        for field in ("dtype", "param_dtype"):
-            if getattr(self, field) not in ("float32", "bfloat16", "float64"):
-                raise ValueError(f"policy.{field} must be float32 or bfloat16, not {getattr(self, field)!r}")
-
-
-def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """``x / rms(x) * scale`` over the last axis, computed in float32."""
-    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def rms_norm(x: Array, scale: Array, eps: float, *, plus_one: bool = False) -> Array:
+    """``x / rms(x) * scale`` (``1 + scale`` with ``plus_one``) over the last axis, computed in float32."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    y, scale = x.astype(dtype), scale.astype(dtype)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
-    return (y * scale).astype(x.dtype)
+    return (y * (1 + scale if plus_one else scale)).astype(x.dtype)
 
 
-def rope(x: Array, positions: Array, theta: float) -> Array:
-    """Rotary position embedding (arXiv:2104.09864), halves convention. x [..., H, d], positions [...]."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+def softcap(x: Array, cap: float | None) -> Array:
+    """``cap tanh(x / cap)``; ``x`` where there is no cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def rope(x: Array, positions: Array, frequency: Array) -> Array:
+    """Rotary position embedding (arXiv:2104.09864), halves convention; x [..., H, d], positions [...]."""
     angle = positions[..., None, None].astype(jnp.float32) * frequency
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     a, b = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
@@ -96,7 +50,7 @@ def rope(x: Array, positions: Array, theta: float) -> Array:
 
 
 class Block(nnx.Module):
-    """One layer: attention and a gated MLP, each on a normalised residual stream."""
+    """One layer: attention and a gated MLP (or experts), each on a normalised residual stream."""
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
         c, dtype = config, jnp.dtype(config.param_dtype)
@@ -106,31 +60,89 @@ class Block(nnx.Module):
                 (scale * jax.random.normal(rngs.params(), shape, jnp.float32) / jnp.sqrt(fan_in)).astype(dtype)
             )
 
+        def zeros(*shape: int) -> nnx.Param:
+            return nnx.Param(jnp.zeros(shape, dtype))
+
+        norm = partial(unit_norm, config)
+        each = () if c.experts is None else (c.experts,)
         out_scale = (2 * c.layers) ** -0.5  # the residual stream keeps its size whatever the depth (GPT-2)
-        self.attn_norm = nnx.Param(jnp.ones(c.width, dtype))
+        self.attn_norm, self.mlp_norm = norm(c.width), norm(c.width)
         self.wq = matrix(c.width, c.width, c.heads, c.head_dim)
         self.wk = matrix(c.width, c.width, c.kv_heads, c.head_dim)
         self.wv = matrix(c.width, c.width, c.kv_heads, c.head_dim)
         self.wo = matrix(c.heads * c.head_dim, c.heads, c.head_dim, c.width, scale=out_scale)
-        self.mlp_norm = nnx.Param(jnp.ones(c.width, dtype))
-        self.w_in = matrix(c.width, c.width, 2, c.mlp_width)  # gate and up side by side: one product in place of two
-        self.w_down = matrix(c.mlp_width, c.mlp_width, c.width, scale=out_scale)
+        if c.qkv_bias:
+            self.bq, self.bk, self.bv = (zeros(n, c.head_dim) for n in (c.heads, c.kv_heads, c.kv_heads))
+        if c.qk_norm:
+            self.q_norm, self.k_norm = norm(c.head_dim), norm(c.head_dim)
+        if c.post_norms:
+            self.attn_post_norm, self.mlp_post_norm = norm(c.width), norm(c.width)
+        if each:
+            self.router = matrix(c.width, c.width, c.experts)
+        self.w_in = matrix(c.width, *each, c.width, 2, c.mlp_width)  # gate and up side by side: one product, not two
+        self.w_down = matrix(c.mlp_width, *each, c.mlp_width, c.width, scale=out_scale)
         self.config = config
 
-    def __call__(self, x: Array, positions: Array, attend: Attend) -> tuple[Array, Any]:
-        """x [..., D], positions [...]; returns the new x and what ``attend`` kept."""
+    def __call__(
+        self, x: Array, positions: Array, attend: Attend, *, window: int | Array | None, frequency: Array
+    ) -> tuple[Array, Any]:
+        """x [..., D], positions [...]; returns the new x and what ``attend`` kept.
+
+        ``window`` and ``frequency`` [d/2] are the layer's (`jaxpo.policy.config.of_layers`).
+        """
+        c = self.config
+        h = self.norm(x, "attn_norm")
+        q, k, v = (self.product(h, f"w{name}") for name in "qkv")
+        if c.qkv_bias:
+            q, k, v = (y + b[...].astype(x.dtype) for y, b in ((q, self.bq), (k, self.bk), (v, self.bv)))
+        if c.qk_norm:
+            q, k = self.norm(q, "q_norm"), self.norm(k, "k_norm")
+        o, kept = attend(rope(q, positions, frequency), rope(k, positions, frequency), v, window)
+        o = self.product(o, "wo", 2)
+        x = x + (self.norm(o, "attn_post_norm") if c.post_norms else o)
+        h = self.norm(x, "mlp_norm")
+        y = self.mlp(h) if c.experts is None else self.mixture(h)
+        return x + (self.norm(y, "mlp_post_norm") if c.post_norms else y), kept
+
+    def norm(self, x: Array, name: str) -> Array:
+        """The RMSNorm called ``name``."""
+        return rms_norm(x, getattr(self, name)[...], self.config.norm_eps, plus_one=self.config.norm_plus_one)
+
+    def product(self, x: Array, name: str, axes: int = 1) -> Array:
+        """``x`` times the matrix called ``name``, over the last ``axes`` axes of x: the one place where they meet."""
+        return jnp.tensordot(x, getattr(self, name)[...].astype(x.dtype), axes)
+
+    def mlp(self, x: Array) -> Array:
+        """``w_down (act(gate) * up)`` of x [..., D]."""
+        gate_up = self.product(x, "w_in")
+        return self.product(ACTIVATIONS[self.config.activation](gate_up[..., 0, :]) * gate_up[..., 1, :], "w_down")
+
+    def mixture(self, x: Array) -> Array:
+        """``sum_e p_e mlp_e(x)`` over the ``experts_per_token`` experts of largest router probability p; x [..., D].
+
+        Exact: no expert has a capacity, no token is dropped. Tokens are sorted by expert and each expert's run of
+        rows is multiplied by its own matrices (`jax.lax.ragged_dot`): ``experts_per_token`` MLPs a token where the
+        platform has a grouped product (TPU); elsewhere, CPU among them, XLA multiplies every row with every expert.
+        """
         c, dtype = self.config, x.dtype
+        rows = x.reshape(-1, c.width)
+        probs = jax.nn.softmax(self.product(rows, "router").astype(jnp.promote_types(dtype, jnp.float32)), -1)
+        weight, chosen = jax.lax.top_k(probs, c.experts_per_token)
+        if c.norm_topk:
+            weight = weight / weight.sum(-1, keepdims=True)
+        order = jnp.argsort(chosen.reshape(-1))
+        token, sizes = order // c.experts_per_token, jnp.bincount(chosen.reshape(-1), length=c.experts)
+        w_in, w_down = (getattr(self, name)[...].astype(dtype) for name in ("w_in", "w_down"))
+        gate_up = jax.lax.ragged_dot(rows[token], w_in.reshape(c.experts, c.width, -1), sizes)
+        gate, up = jnp.split(gate_up, 2, -1)
+        out = jax.lax.ragged_dot(ACTIVATIONS[c.activation](gate) * up, w_down, sizes)
+        out = out * weight.reshape(-1)[order, None].astype(dtype)
+        return jnp.zeros_like(rows).at[token].add(out).reshape(x.shape)
 
-        def project(y: Array, w: nnx.Param) -> Array:
-            return jnp.tensordot(y, w[...].astype(dtype), 1)
 
-        h = rms_norm(x, self.attn_norm[...], c.norm_eps)
-        q, k = rope(project(h, self.wq), positions, c.rope_theta), rope(project(h, self.wk), positions, c.rope_theta)
-        o, kept = attend(q, k, project(h, self.wv))
-        x = x + jnp.tensordot(o, self.wo[...].astype(dtype), 2)
-        h = rms_norm(x, self.mlp_norm[...], c.norm_eps)
-        gate_up = project(h, self.w_in)
-        return x + project(jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :], self.w_down), kept
+def unit_norm(config: TransformerConfig, size: int) -> nnx.Param:
+    """The scale of a norm that scales nothing."""
+    return nnx.Param(jnp.full(size, 0.0 if config.norm_plus_one else 1.0, config.param_dtype))
 
 
 class Transformer(nnx.Module):
@@ -147,7 +159,7 @@ class Transformer(nnx.Module):
         self.embedding = table(rngs.params())
         keys = jax.random.split(rngs.params(), config.layers)
         self.blocks = nnx.vmap(lambda key: Block(config, nnx.Rngs(params=key)))(keys)
-        self.final_norm = nnx.Param(jnp.ones(config.width, dtype))
+        self.final_norm = unit_norm(config, config.width)
         if not config.tied:
             self.head = table(rngs.params())
         self.config = config
@@ -161,11 +173,23 @@ class Model(NamedTuple):
 
     def embed(self, params: Params, tokens: Array) -> Array:
         """[...] ids -> [..., D] in the computation's dtype."""
-        return params["embedding"][tokens].astype(self.config.dtype)
+        x = params["embedding"][tokens].astype(self.config.dtype)
+        return x * jnp.asarray(self.config.width**0.5, x.dtype) if self.config.embedding_scaled else x
 
-    def run_block(self, layer: Params, x: Array, positions: Array, attend: Attend) -> tuple[Array, Any]:
-        """One block with the parameters of one layer."""
-        return nnx.merge(self.block, nnx.State(layer))(x, positions, attend)
+    def layers(self, params: Params) -> tuple[Params, dict[str, Array]]:
+        """What the blocks are run with, along a leading axis: parameters, and what else differs between them."""
+        return params["blocks"], of_layers(self.config)[1]
+
+    def layer(self, params: Params, i: int) -> tuple[Params, dict[str, Array]]:
+        """What block ``i`` is run with."""
+        return jax.tree.map(lambda p: p[i], self.layers(params))
+
+    def run_block(
+        self, layer: tuple[Params, dict[str, Array]], x: Array, positions: Array, attend: Attend
+    ) -> tuple[Array, Any]:
+        """One block: ``layer`` is that of `layer`, or a slice of `layers`."""
+        params, own = layer
+        return nnx.merge(self.block, nnx.State(params))(x, positions, attend, **of_layers(self.config)[0], **own)
 
     def run_blocks(self, params: Params, x: Array, positions: Array, attend: Attend) -> tuple[Array, Any]:
         """All blocks in turn, with the same ``attend``; what it keeps is stacked over layers."""
@@ -173,31 +197,28 @@ class Model(NamedTuple):
         if self.config.remat != "none":
             run = jax.checkpoint(run, policy=REMAT[self.config.remat])
         if self.config.scan_layers:
-            return jax.lax.scan(lambda x, layer: run(layer, x), x, params["blocks"])
+            return jax.lax.scan(lambda x, layer: run(layer, x), x, self.layers(params))
         kept = []
         for i in range(self.config.layers):
             x, keep = run(self.layer(params, i), x)
             kept.append(keep)
         return x, jax.tree.map(lambda *k: jnp.stack(k), *kept)
 
-    def layer(self, params: Params, i: int) -> Params:
-        """The parameters of block ``i``."""
-        return jax.tree.map(lambda p: p[i], params["blocks"])
-
     def final(self, params: Params, x: Array) -> Array:
         """Normalised hidden states, ready for the head."""
-        return rms_norm(x, params["final_norm"], self.config.norm_eps)
+        return rms_norm(x, params["final_norm"], self.config.norm_eps, plus_one=self.config.norm_plus_one)
 
     def unembed(self, params: Params) -> Array:
         """[V, D] in the computation's dtype."""
         return (params["embedding"] if self.config.tied else params["head"]).astype(self.config.dtype)
 
     def logits(self, params: Params, hidden: Array) -> Array:
-        """[..., D] -> [..., V], accumulated in float32 (at least)."""
+        """[..., D] -> [..., V], soft-capped, accumulated in float32 (at least)."""
         dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-        return jax.lax.dot_general(
+        z = jax.lax.dot_general(
             hidden, self.unembed(params), (((hidden.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype
         )
+        return softcap(z, self.config.final_softcap)
 
 
 def build(config: TransformerConfig) -> Model:

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxpo.batch import Rollouts
-from jaxpo.policy.stats import attention, prompt_mask
-from jaxpo.policy.transformer import Attend, Model, Params
+from jaxpo.policy.attention import prompt_attend, prompt_mask, within
+from jaxpo.policy.config import TransformerConfig
+from jaxpo.policy.transformer import Attend, Model, Params, softcap
 from jaxpo.rollout.sampling import SamplingOptions, sample
 
 Cache = list[tuple[Array, Array]]  # per layer: keys, values [rows, KV, positions, d]
@@ -28,39 +29,37 @@ def prefill(model: Model, params: Params, prompts: Array, prompt_length: Array |
     """
     g, p = prompts.shape
     ok = prompt_mask(prompt_length, g, p)
-    mask = jnp.tril(jnp.ones((p, p), bool)) & ok[:, None, :]
-
-    def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
-        return attention(q, k, v, mask), (k.swapaxes(1, 2), v.swapaxes(1, 2))
-
     x, cache = model.embed(params, prompts), []
     positions = jnp.maximum(jnp.cumsum(ok, -1) - 1, 0)
     for i in range(model.config.layers):
-        x, kept = model.run_block(model.layer(params, i), x, positions, attend)
-        cache.append(kept)
+        x, kept = model.run_block(model.layer(params, i), x, positions, prompt_attend(model.config, ok))
+        cache.append(tuple(y.swapaxes(1, 2) for y in kept))
     return model.final(params, x[:, -1]), cache, ok
 
 
-def decode_attend(of_prompt: tuple[Array, Array], own: tuple[Array, Array], ok: Array, t: Array) -> Attend:
+def decode_attend(
+    config: TransformerConfig, of_prompt: tuple[Array, Array], own: tuple[Array, Array], ok: Array, t: Array
+) -> Attend:
     """Attention of one new token per row: over the prompt's keys [G, KV, P, d] and the row's own [B, KV, T, d] up to
     and with position ``t``."""
     kp, vp = of_prompt
-    g, kv, _, d = kp.shape
+    g, kv, p, d = kp.shape
     b, width = own[0].shape[0], own[0].shape[2]
 
-    def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
+    def attend(q: Array, k: Array, v: Array, window: int | Array | None) -> tuple[Array, tuple[Array, Array]]:
         kc, vc = (
             jax.lax.dynamic_update_slice_in_dim(c, x[:, :, None].astype(c.dtype), t, 2)
             for c, x in zip(own, (k, v), strict=True)
         )
         dtype = jnp.promote_types(q.dtype, jnp.float32)
-        qs = (q * d**-0.5).reshape(b, kv, -1, d)
+        qs = (q * config.attention_scale).reshape(b, kv, -1, d)
         r = qs.shape[2]
         shared = qs.reshape(g, b // g, kv, r, d)
         sp = jnp.einsum("gkhrd,ghpd->gkhrp", shared, kp, preferred_element_type=dtype)
-        sp = jnp.where(ok[:, None, None, None], sp, -jnp.inf).reshape(b, kv, r, -1)
+        seen = ok & within(p + t - jnp.arange(p), window)
+        sp = jnp.where(seen[:, None, None, None], softcap(sp, config.attention_softcap), -jnp.inf).reshape(b, kv, r, p)
         sc = jnp.einsum("bhrd,bhtd->bhrt", qs, kc, preferred_element_type=dtype)
-        sc = jnp.where(jnp.arange(width) <= t, sc, -jnp.inf)
+        sc = jnp.where(within(t - jnp.arange(width), window), softcap(sc, config.attention_softcap), -jnp.inf)
         top = jnp.maximum(sp.max(-1, keepdims=True), sc.max(-1, keepdims=True))
         ep, ec = jnp.exp(sp - top), jnp.exp(sc - top)
         total = ep.sum(-1, keepdims=True) + ec.sum(-1, keepdims=True)
@@ -139,7 +138,7 @@ def generate(
         x = model.embed(params, jax.lax.dynamic_index_in_dim(state["tokens"], t - 1, keepdims=False))
         new_cache = []
         for layer, of_prompt, own in zip(layers, prompt_cache, cache, strict=True):
-            x, kept = model.run_block(layer, x, start + t - 1, decode_attend(of_prompt, own, ok, t - 1))
+            x, kept = model.run_block(layer, x, start + t - 1, decode_attend(model.config, of_prompt, own, ok, t - 1))
             new_cache.append(kept)
         return t + 1, draw(t, model.final(params, x), state), new_cache
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
+from jaxpo.policy import gguf
 from jaxpo.registry import unknown
 
 
@@ -120,7 +121,7 @@ class PretrainedTokenizer:
     """A fast tokenizer of ``transformers``.
 
     Args:
-      tokenizer: a folder or hub name to load it from, or the object itself.
+      tokenizer: a folder, GGUF file or hub name to load it from, or the object itself.
       chat_template: ask questions through the model's chat template (instruct models). Otherwise a question is followed
         by a newline, and preceded by the beginning-of-sequence token if the tokenizer is one that adds it.
       eos: further tokens that end a completion, by their text. The tokenizer's own comes first; those of a
@@ -134,9 +135,8 @@ class PretrainedTokenizer:
     def __init__(self, tokenizer: Any, chat_template: bool, eos: Sequence[str] = ()):
         path = tokenizer if isinstance(tokenizer, (str, Path)) else None
         if path is not None:
-            AutoTokenizer = _transformers().AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            of_gguf = Path(path).suffix == ".gguf"
+            tokenizer = gguf_tokenizer(path) if of_gguf else transformers_library().AutoTokenizer.from_pretrained(path)
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(f"a fast tokenizer of transformers is needed, got {type(tokenizer).__name__}")
         if chat_template and not tokenizer.chat_template:
@@ -197,6 +197,67 @@ class PretrainedTokenizer:
         }
 
 
+# How a GGUF's ``tokenizer.ggml.pre`` cuts a text before the merges: what comes before GPT-2's own expression.
+GGUF_CUTS = {"gpt-2": [], "default": [], "smollm": [{"type": "Digits", "individual_digits": True}]}
+CONTROL, USER_DEFINED = 3, 4  # of ``tokenizer.ggml.token_type``
+
+
+def gguf_tokenizer(path: str | Path) -> Any:
+    """The ``PreTrainedTokenizerFast`` of a GGUF file's vocabulary, merges, special tokens and chat template.
+
+    transformers itself reads GGUF only where torch is installed, and without the cuts of ``tokenizer.ggml.pre``.
+
+    Raises:
+      ValueError: a vocabulary that is no byte-level BPE, or one whose text is cut in a way that is not known here.
+    """
+    fields = gguf.open_source(path).metadata
+    kind, cut = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "default")
+    if kind != "gpt2":
+        raise ValueError(f"{path}: " + unknown("GGUF vocabulary", kind, ["gpt2"]))
+    if cut not in GGUF_CUTS:
+        raise ValueError(f"{path}: " + unknown("tokenizer.ggml.pre", cut, GGUF_CUTS))
+    tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+    ids = {ours: fields.get(f"tokenizer.ggml.{theirs}_token_id") for ours, theirs in names.items()}
+    named = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
+    control = [t for t, kind in zip(tokens, kinds, strict=True) if kind == CONTROL]
+    begins = fields.get("tokenizer.ggml.add_bos_token", False)
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+    backend = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": i, "content": token, **flags, "special": kind == CONTROL}
+            for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+            if kind in (CONTROL, USER_DEFINED)
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*GGUF_CUTS[cut], byte_level]},
+        "post_processor": _begin_with(named["bos_token"], ids["bos"]) if begins else None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]],
+        },
+    }
+    return transformers_library().PreTrainedTokenizerFast(
+        tokenizer_object=importlib.import_module("tokenizers").Tokenizer.from_str(json.dumps(backend)),
+        **named,
+        additional_special_tokens=[token for token in control if token not in named.values()],
+        chat_template=fields.get("tokenizer.chat_template"),
+    )
+
+
+def _begin_with(token: str, i: int) -> dict[str, Any]:
+    """The post-processor that puts a token before every text."""
+    special, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    tokens = {token: {"id": token, "ids": [i], "tokens": [token]}}
+    return {"type": "TemplateProcessing", "single": [special, text], "pair": [], "special_tokens": tokens}
+
+
 def from_json(spec: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer whose ``to_json`` is ``spec``. Raises ``ValueError`` for an unknown kind."""
     kinds = {
@@ -212,7 +273,7 @@ def from_json(spec: Mapping[str, Any]) -> Tokenizer:
 def _pretrained_from_json(spec: Mapping[str, Any]) -> PretrainedTokenizer:
     from tokenizers import Tokenizer as Backend
 
-    PreTrainedTokenizerFast = _transformers().PreTrainedTokenizerFast
+    PreTrainedTokenizerFast = transformers_library().PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Backend.from_str(spec["tokenizer"]),
@@ -220,6 +281,20 @@ def _pretrained_from_json(spec: Mapping[str, Any]) -> PretrainedTokenizer:
         additional_special_tokens=spec["special"],
     )
     return PretrainedTokenizer(tokenizer, spec["chat_template"], spec["eos"])
+
+
+def for_transformers(tokenizer: Tokenizer) -> Any:
+    """The tokenizer as one of transformers: its own where it is one, else a vocabulary of single characters."""
+    if isinstance(tokenizer, PretrainedTokenizer):
+        return tokenizer._tokenizer
+    library = importlib.import_module("tokenizers")
+    special = {tokenizer.pad_id: "<pad>"} | {i: "<eos>" for i in tokenizer.eos_ids}
+    symbols = [special.get(i) or text.decode() for i, text in enumerate(tokenizer.token_bytes())]
+    backend = library.Tokenizer(library.models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}))
+    backend.pre_tokenizer = library.pre_tokenizers.Split(library.Regex(r"[\s\S]"), "isolated")
+    backend.decoder = library.decoders.Fuse()
+    pad, eos = special[tokenizer.pad_id], special[tokenizer.eos_ids[0]]
+    return transformers_library().PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=pad, eos_token=eos)
 
 
 def _generation_eos(path: str | Path | None) -> list[int]:
@@ -258,7 +333,7 @@ def _bytes_to_unicode() -> dict[int, str]:
     return {b: chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)}
 
 
-def _transformers() -> ModuleType:
+def transformers_library() -> ModuleType:
     """transformers, which looks for a library called ``kernels`` and, in a checkout of this project, would find our
     folder of that name and load every module of it a second time."""
     spec = importlib.util.find_spec("kernels") if "kernels" not in sys.modules else None

@@ -7,7 +7,6 @@ tokenizer) hold the arguments of what they name: `fill` adds their defaults *bef
 ``--config.objective.name=dapo --config.objective.eps_high=0.3`` works and a misspelt field fails with the nearest one.
 """
 
-import dataclasses
 import importlib.util
 import inspect
 import types
@@ -23,7 +22,9 @@ from ml_collections.config_flags import config_flags
 from jaxpo import registry
 from jaxpo.objectives import Objective, Protocol, make
 from jaxpo.parallel.mesh import mesh_shape
-from jaxpo.policy.transformer import TransformerConfig
+from jaxpo.policy.config import TransformerConfig
+from jaxpo.policy.families import config_from_hf
+from jaxpo.policy.hf import read_config
 from jaxpo.registry import unknown
 from jaxpo.rollout.sampling import SamplingOptions
 from jaxpo.rollout.sampling import validate as validate_sampling
@@ -51,11 +52,32 @@ def tokenizer_arguments(name: str) -> Mapping[str, inspect.Parameter]:
     raise ValueError(unknown("tokenizer", name, ("characters", "integers", "pretrained")))
 
 
+def policy_arguments(name: str) -> Mapping[str, inspect.Parameter]:
+    """Arguments of the policy block: every field of a transformer made here; for a pretrained one, which has its shape
+    from its own files, where they are and how to compute."""
+    if name == "transformer":
+        parameters = inspect.signature(TransformerConfig).parameters
+        return {field: p for field, p in parameters.items() if field != "vocab_size"}
+    if name == "pretrained":
+
+        def pretrained(
+            path: str,  # a folder with config.json and safetensors, or a GGUF file
+            dtype: str = "float32",
+            param_dtype: str = "float32",
+            scan_layers: bool = True,
+            remat: str = "none",
+        ): ...
+
+        return inspect.signature(pretrained).parameters
+    raise ValueError(unknown("policy", name, ("transformer", "pretrained")))
+
+
 # path of a named block -> (what it is called in errors, the arguments that its name takes)
 NAMED = {
     "objective": lambda name: registry.entry(name).parameters,
     "task": task_arguments,
     "tokenizer": tokenizer_arguments,
+    "policy": policy_arguments,
     "optimizer": optimizer_arguments,
     "optimizer.schedule": schedule_arguments,
     "warm_start.optimizer": optimizer_arguments,
@@ -82,18 +104,13 @@ def default() -> ConfigDict:
     """Every field of a run, with its default. Units: steps are iterations (one rollout batch each) unless said
     otherwise."""
     optional = config_dict.placeholder
-    policy = {
-        f.name: optional(int) if f.default is None else f.default
-        for f in dataclasses.fields(TransformerConfig)
-        if f.name != "vocab_size"
-    }
     return ConfigDict(
         dict(
             seed=0,  # of parameters, prompt order and sampling; the task has its own
             steps=100,  # iterations of reinforcement learning
             task=dict(name="toy"),
             tokenizer=dict(name="characters"),
-            policy=policy,
+            policy=dict(name="transformer"),  # made here, or "pretrained"
             init_from=optional(str),  # run directory whose last checkpoint the parameters come from
             objective=dict(name="grpo"),
             optimizer=_optimizer(1e-4),
@@ -157,7 +174,7 @@ def _value(parameter: inspect.Parameter) -> Any:
         if isinstance(parameter.annotation, types.UnionType)
         else (parameter.annotation,)
     )
-    kinds = [k for k in options if k in (bool, int, float, str)]
+    kinds = [k for k in (typing.get_origin(k) or k for k in options) if k in (bool, int, float, str, tuple)]
     return config_dict.placeholder(kinds[0] if kinds else object)
 
 
@@ -243,6 +260,14 @@ def objective_of(config: ConfigDict) -> Objective:
     return make(
         config.objective.name, **arguments_of(config.objective, registry.entry(config.objective.name).parameters)
     )
+
+
+def transformer_of(config: ConfigDict, vocab_size: int = 1) -> TransformerConfig:
+    """The policy of a filled config; ``vocab_size`` is that of one made here, a pretrained one has its own."""
+    fields = arguments_of(config.policy, policy_arguments(config.policy.name))
+    if config.policy.name == "pretrained":
+        return config_from_hf(read_config(fields.pop("path")), **fields)
+    return TransformerConfig(vocab_size=vocab_size, **fields)
 
 
 def read(path: str) -> ConfigDict:
@@ -395,12 +420,12 @@ def validate(config: ConfigDict, devices: int) -> ConfigDict:
     if protocol.check:
         protocol.check(config)
     sampling_of(config)
-    TransformerConfig(vocab_size=1, **config.policy)
+    policy = transformer_of(config)
     make_optimizer(config.optimizer.to_dict(), max(config.steps, 1))
     make_optimizer(config.warm_start.optimizer.to_dict(), max(config.warm_start.steps, 1))
     if config.sampling.temperature != 1 and not isinstance(config.sampling.temperature, int | float):
         raise ValueError(f"config.sampling.temperature must be a number, not {config.sampling.temperature!r}")
-    _check_division(config, objective, devices)
+    _check_division(config, objective, policy, devices)
     if not 0 <= config.warm_start.drop_last <= 1:
         raise ValueError(f"config.warm_start.drop_last is a share in [0, 1], not {config.warm_start.drop_last}")
     if config.evaluation.pass_at and max(config.evaluation.pass_at) > config.evaluation.samples:
@@ -411,7 +436,7 @@ def validate(config: ConfigDict, devices: int) -> ConfigDict:
     return config
 
 
-def _check_division(config: ConfigDict, objective: Objective, devices: int) -> None:
+def _check_division(config: ConfigDict, objective: Objective, policy: TransformerConfig, devices: int) -> None:
     data, fsdp, tensor = mesh_shape(config.mesh, devices)
     prompts, responses = config.rollout.prompts, config.rollout.responses
     minibatches, microbatches = config.training.minibatches, config.training.microbatches
@@ -446,7 +471,6 @@ def _check_division(config: ConfigDict, objective: Objective, devices: int) -> N
             "see whole: "
             f"choose one of {_divisors(prompts // minibatches)}"
         )
-    policy = TransformerConfig(vocab_size=1, **config.policy)
     for field in ("heads", "kv_heads", "mlp_width"):
         if getattr(policy, field) % tensor:
             raise ValueError(

@@ -17,12 +17,14 @@ from ml_collections import ConfigDict
 from jaxpo.batch import Rollouts
 from jaxpo.objectives import Protocol
 from jaxpo.objectives.base import check_rewards
+from jaxpo.policy.families import tensors
+from jaxpo.policy.hf import check_source, load, open_source, read_config
 from jaxpo.policy.transformer import Params, parameter_count
 from jaxpo.training import evaluation
 from jaxpo.training.checkpoint import Checkpoints, check
 from jaxpo.training.plots import plot_curves
 from jaxpo.training.protocols import NothingLeft, Run, Tools, advance
-from jaxpo.training.restore import checkpoint_of, find_checkpoint, load_params, restore
+from jaxpo.training.restore import MODEL, checkpoint_of, find_checkpoint, load_params, restore
 from jaxpo.training.rundir import Progress, RunDirectory, closing_table, read_metrics
 from jaxpo.training.supervised import demonstrations, warm_start
 from jaxpo.training.tools import Clock, make_tools, score_companions
@@ -228,6 +230,9 @@ def open_run(workdir: str, config: ConfigDict, workspace: Workspace, *, resume_s
     log = RunDirectory(workdir, tensorboard=config.logging.tensorboard, wandb=wandb, resume_step=resume_step)
     log.save_json("config.json", config.to_dict())
     log.save_json("tokenizer.json", workspace.tokenizer.to_json())
+    if config.policy.name == "pretrained":
+        (log.path / MODEL).mkdir(exist_ok=True)
+        log.save_json(f"{MODEL}/config.json", read_config(config.policy.path))
     shapes = jax.eval_shape(workspace.init_params, jax.random.key(0))
     mesh = " x ".join(f"{k} {v}" for k, v in workspace.mesh.shape.items())
     print(f"{workspace.task.name}: " + ", ".join(f"{k} {v:g}" for k, v in workspace.report.items()))
@@ -244,9 +249,7 @@ def begin(session: Session, tables: dict[str, Any], report: Callable[[str], None
     needs the shapes."""
     workspace = session.workspace
     config = workspace.config
-    params = workspace.init_params(session.keys["params"])
-    if config.init_from and not restoring:
-        params = load_params(workspace, config.init_from)
+    params = first_params(workspace, session.keys["params"], restoring)
     if config.warm_start.steps and not restoring:
         with session.clock.phase("warm start"):
             params = warm_start(workspace, params, session.log, report=report)
@@ -255,6 +258,16 @@ def begin(session: Session, tables: dict[str, Any], report: Callable[[str], None
     if restoring or session.protocol.init is None:
         return run
     return session.protocol.init(run, session.tools, session.keys["protocol"])
+
+
+def first_params(workspace: Workspace, key: Array, restoring: bool) -> Params:
+    """Parameters of another run, pretrained ones, or random ones."""
+    config = workspace.config
+    if config.init_from and not restoring:
+        return load_params(workspace, config.init_from)
+    if config.policy.name == "pretrained" and not restoring:
+        return load(open_source(config.policy.path), workspace.model.config, workspace.mesh)
+    return workspace.init_params(key)
 
 
 def evaluate_both(session: Session, run: Run) -> dict[str, float]:
@@ -357,6 +370,8 @@ def check_start(workspace: Workspace) -> None:
     config = workspace.config
     if config.init_from and find_checkpoint(config.init_from) is None:
         raise ValueError(f"config.init_from {config.init_from!r} is no run directory with a checkpoint")
+    if config.policy.name == "pretrained" and not config.init_from:
+        check_source(open_source(config.policy.path), tensors(workspace.model.config))
     if config.warm_start.steps:
         demonstrations(workspace, np.arange(len(workspace.train)))
 

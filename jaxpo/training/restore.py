@@ -17,6 +17,8 @@ from jaxpo.training.config import default
 from jaxpo.training.protocols import Run, advance
 from jaxpo.training.workspace import Workspace, prepare_process, setup
 
+MODEL = "model"  # folder of a run with the config.json of the pretrained model that it started from
+
 
 def checkpoint_of(run: Run, seed: int) -> tuple[dict[str, Any], dict[str, int]]:
     """The arrays and the position of a run. Its random state is the seed: every key is a function of it and the
@@ -71,6 +73,8 @@ def open_finished(workdir: str, step: int | None = None, **changes: Any) -> tupl
         config.rollout.prompts += -config.rollout.prompts % len(jax.devices())
         config.training.update(minibatches=1, microbatches=1)
         config.warm_start.steps = 0
+        if config.policy.name == "pretrained":  # what it started from may be gone
+            config.policy.path = str(folder / MODEL)
         for path, value in changes.items():
             config.update_from_flattened_dict({path: value})
     prepare_process(config.compilation_cache)

@@ -141,6 +141,21 @@ def make_tokenizer(config: ConfigDict, task: Task) -> Tokenizer:
             return PretrainedTokenizer(config.tokenizer.path, config.tokenizer.chat_template)
 
 
+def unused_ids(model: Model, tokenizer: Tokenizer, *, most: int = 512) -> int:
+    """How many of the model's ids are no token: the rows that a pretrained model's tables are padded with.
+
+    Raises:
+      ValueError: the tokenizer has more tokens than the model, or so many fewer that it is another model's.
+    """
+    unused = model.config.vocab_size - tokenizer.vocab_size
+    if not 0 <= unused < most:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the policy {model.config.vocab_size}: set "
+            "config.tokenizer.name to pretrained and its path to the model's own"
+        )
+    return unused
+
+
 def tokenize(
     examples: Sequence[Example], tokenizer: Tokenizer, width: int | None
 ) -> tuple[list[Example], list[list[int]]]:
@@ -193,8 +208,11 @@ def setup(
         )
     width = limit or max(map(len, [*train_ids, *test_ids]))
     dropped = len(task.train) - len(train) + min(len(task.test), config.evaluation.prompts) - len(test)
-    model = transformer.build(transformer.TransformerConfig(vocab_size=tokenizer.vocab_size, **config.policy))
-    table = jnp.asarray(stop_table(config.sampling.stop, tokenizer.token_bytes())) if config.sampling.stop else None
+    model = transformer.build(config_lib.transformer_of(config, tokenizer.vocab_size))
+    unused = unused_ids(model, tokenizer)
+    table = None
+    if config.sampling.stop:
+        table = jnp.asarray(stop_table(config.sampling.stop, [*tokenizer.token_bytes(), *[b""] * unused]))
     return Workspace(
         config=config,
         task=task,

@@ -19,7 +19,7 @@ from jaxpo.training.step import accumulate
 from tests.oracles.cases import COMPILE_FAST
 
 B, P, T, K = 16, 2, 3, 4
-MODEL = build(TransformerConfig(vocab_size=13, width=8, layers=1, heads=2, mlp_width=16))
+MODEL = build(TransformerConfig(vocab_size=13, width=8, layers=1, heads=2, mlp_width=16, final_softcap=0.5))
 WANTS = frozenset({"logp", "entropy"})
 
 

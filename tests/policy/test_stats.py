@@ -9,7 +9,8 @@ import pytest
 
 from jaxpo.batch import Rollouts, from_sequences, pad
 from jaxpo.parallel import make_mesh
-from jaxpo.policy.stats import completion_hidden, policy_of, prompt_mask, token_stats
+from jaxpo.policy.attention import prompt_mask
+from jaxpo.policy.stats import completion_hidden, policy_of, token_stats
 from jaxpo.policy.transformer import TransformerConfig, build, init
 from tests.oracles.cases import COMPILE_FAST
 from tests.oracles.transformer import log_softmax

@@ -14,6 +14,12 @@ from tests.oracles import transformer as oracle
 from tests.oracles.cases import COMPILE_FAST
 
 BASE = dict(vocab_size=13, width=16, layers=2, heads=4, kv_heads=2, mlp_width=24)
+# Every feature of the families, in two models
+LOCAL = dict(window=2, local_layers=(1,), local_rope_theta=7.0, rope_scaling=("llama3", 4.0, 1.0, 4.0, 12))
+NORMS = dict(norm_plus_one=True, post_norms=True, qk_norm=True, qkv_bias=True, embedding_scaled=True)
+CAPS = dict(attention_softcap=1.5, final_softcap=2.5, query_scalar=3.0, activation="gelu_tanh")
+LIKE_GEMMA = dict(**LOCAL, **NORMS, **CAPS, rope_theta=60.0)
+MIXTURE = dict(experts=4, experts_per_token=2, window=3, rope_scaling=("linear", 2.0), tied=False, mlp_width=8)
 PROMPTS, COMPLETIONS = ((3, 5, 7), (1,)), ((2, 4, 6, 8), (9, 10, 11, 12))
 
 
@@ -61,8 +67,14 @@ def assert_trees_close(a, b, rtol=1e-5, atol=1e-6):
 
 @pytest.mark.parametrize(
     "shape",
-    [{}, dict(tied=False, heads=6, kv_heads=3, head_dim=2, mlp_width=None, rope_theta=50.0, norm_eps=1e-2, layers=1)],
-    ids=["tied", "untied"],
+    [
+        {},
+        dict(tied=False, heads=6, kv_heads=3, head_dim=2, mlp_width=None, rope_theta=50.0, norm_eps=1e-2, layers=1),
+        LIKE_GEMMA,
+        MIXTURE,
+        dict(MIXTURE, norm_topk=True),
+    ],
+    ids=["tied", "untied", "like Gemma", "mixture", "mixture that adds up to 1"],
 )
 def test_logits_equal_numpy(shape):
     config = TransformerConfig(**{**BASE, **shape})
@@ -97,22 +109,28 @@ def test_grouped_queries_equal_repeated_keys_and_values():
     )
 
 
-@pytest.mark.parametrize("form", [dict(scan_layers=False, remat="dots"), dict(remat="full")], ids=str)
-def test_scan_and_remat_change_neither_value_nor_gradient(form, scanned):
-    config = TransformerConfig(**BASE, **form)
+FORMS = [dict(scan_layers=False, remat="dots"), dict(remat="full")]
+
+
+@pytest.mark.parametrize(
+    ("model", "form"), [({}, FORMS[0]), ({}, FORMS[1]), (LIKE_GEMMA, FORMS[0]), (MIXTURE, FORMS[0])]
+)
+def test_scan_and_remat_change_neither_value_nor_gradient(model, form):
+    config = TransformerConfig(**BASE | model | form)
     value, grad = value_and_grad(config, params_of(config), batch_of())
-    np.testing.assert_allclose(value, scanned[0], rtol=1e-6)
-    assert_trees_close(grad, scanned[1], atol=1e-5)
+    expected = scanned(**model)
+    np.testing.assert_allclose(value, expected[0], rtol=1e-6)
+    assert_trees_close(grad, expected[1], atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def scanned():
-    config = TransformerConfig(**BASE)
+def scanned(**fields):
+    config = TransformerConfig(**BASE | fields)
     return value_and_grad(config, params_of(config), batch_of())
 
 
-def test_every_parameter_has_a_gradient(scanned):
-    for path, g in jax.tree_util.tree_leaves_with_path(scanned[1]):
+@pytest.mark.parametrize("model", [{}, LIKE_GEMMA, MIXTURE], ids=["plain", "like Gemma", "mixture"])
+def test_every_parameter_has_a_gradient(model):
+    for path, g in jax.tree_util.tree_leaves_with_path(scanned(**model)[1]):
         assert np.isfinite(g).all() and np.abs(g).max() > 1e-4, jax.tree_util.keystr(path)
         if "blocks" in jax.tree_util.keystr(path):
             assert (np.abs(g).reshape(len(g), -1).max(-1) > 1e-4).all(), f"a layer of {jax.tree_util.keystr(path)}"
@@ -184,6 +202,17 @@ def test_init_is_a_function_of_the_key_and_layers_differ():
         (dict(layers=0), "policy.layers must be at least 1, not 0"),
         (dict(heads=0, kv_heads=None), "policy.heads must be at least 1, not 0"),
         (dict(kv_heads=0), "policy.kv_heads must be at least 1, not 0"),
+        (dict(window=0), "policy.window must be at least 1, or None, not 0"),
+        (dict(final_softcap=0.0), "policy.final_softcap must be positive, or None, not 0.0"),
+        (dict(activation="gelu"), "unknown policy.activation 'gelu': did you mean 'gelu_tanh' or 'silu'"),
+        (dict(rope_scaling=("yarn", 2.0)), "unknown policy.rope_scaling 'yarn'"),
+        (dict(rope_scaling=("llama3", 2.0)), "policy.rope_scaling 'llama3' takes 4 numbers, not 1"),
+        (dict(local_layers=(0,)), "policy.local_layers has no effect without policy.window"),
+        (dict(window=2, local_layers=(2,)), "policy.local_layers .2,. must be layers of 0 .. 1"),
+        (dict(window=2, local_rope_theta=5.0), "policy.local_rope_theta has no effect without policy.local_layers"),
+        (dict(experts=4), "policy.experts and policy.experts_per_token must be given together"),
+        (dict(experts=2, experts_per_token=3), "policy.experts_per_token 3 is more than policy.experts 2"),
+        (dict(norm_topk=True), "policy.norm_topk has no effect without policy.experts"),
         (dict(kv_heads=3), "policy.kv_heads 3 does not divide policy.heads 4"),
         (dict(head_dim=3), "policy.head_dim 3 must be even"),
         (dict(head_dim=0), "policy.head_dim must be at least 1, not 0"),

@@ -318,9 +318,10 @@ def test_what_does_not_divide(flags, devices, message):
 
 def test_microbatches_may_not_cut_groups_that_an_objective_sees_whole():
     config = fill(tiny.config({"training.microbatches": 8}))
-    config_lib._check_division(config, make("reinforce"), 1)
+    policy = config_lib.transformer_of(config)
+    config_lib._check_division(config, make("reinforce"), policy, 1)
     with pytest.raises(ValueError, match="config.training.microbatches 8 would cut groups .*: choose one of 1, 2, 4"):
-        config_lib._check_division(config, make("reinforce")._replace(coupling="group"), 1)
+        config_lib._check_division(config, make("reinforce")._replace(coupling="group"), policy, 1)
 
 
 COUNTS = (

@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxpo.batch import Rollouts
-from jaxpo.policy.transformer import TransformerConfig
+from jaxpo.policy.config import TransformerConfig
 from jaxpo.training import config as config_lib
 from jaxpo.training.config import default, fill, sampling_of
 from jaxpo.training.supervised import demonstrations
@@ -59,21 +59,45 @@ POLICY = {
     "tied": False,
     "width": 32,
     "rope_theta": 1e3,
+    "rope_scaling": ("linear", 2.0),
     "norm_eps": 1e-5,
+    "qkv_bias": True,
+    "qk_norm": True,
+    "norm_plus_one": True,
+    "post_norms": True,
+    "embedding_scaled": True,
+    "activation": "gelu_tanh",
+    "query_scalar": 3.0,
+    "attention_softcap": 5.0,
+    "final_softcap": 4.0,
+    "window": 2,
+    "local_layers": (0,),
+    "local_rope_theta": 50.0,
+    "experts": 3,
+    "experts_per_token": 2,
+    "norm_topk": True,
     "dtype": "bfloat16",
     "param_dtype": "bfloat16",
     "scan_layers": False,
     "remat": "full",
 }
+NEEDS = {  # fields that have no effect without others
+    "local_layers": ("window",),
+    "local_rope_theta": ("window", "local_layers"),
+    "experts": ("experts_per_token",),
+    "experts_per_token": ("experts",),
+    "norm_topk": ("experts", "experts_per_token"),
+}
 SAMPLING = {"max_new_tokens": 9, "temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.2, "stop": ("1",)}
 
 
 def test_every_field_of_the_policy_is_one_of_the_models():
-    assert (
-        set(POLICY) == set(default().policy) == {f.name for f in dataclasses.fields(TransformerConfig)} - {"vocab_size"}
-    )
+    fields = {f.name for f in dataclasses.fields(TransformerConfig)} - {"vocab_size"}
+    assert set(POLICY) == set(fill(default()).policy) - {"name"} == fields
     for name, value in POLICY.items():
-        assert getattr(setup(tiny.config({f"policy.{name}": value})).model.config, name) == value
+        together = {field: POLICY[field] for field in NEEDS.get(name, ())} | {name: value}
+        config = tiny.config({f"policy.{field}": x for field, x in together.items()})
+        assert getattr(setup(config).model.config, name) == value
 
 
 def test_every_field_of_sampling_reaches_the_sampler():

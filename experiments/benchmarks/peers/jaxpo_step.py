@@ -35,7 +35,7 @@ def main() -> None:
     job = record.job_from_flags(__doc__)
     keep_freed_memory()
     config, mesh = config_of(job), make_mesh()
-    model = transformer.build(transformer.TransformerConfig(vocab_size=job.vocab, **config.policy))
+    model = transformer.build(config_lib.transformer_of(config, job.vocab))
     objective, options = config_lib.objective_of(config), SamplingOptions(max_new_tokens=job.new_tokens)
     functions = compile_functions(config, mesh, model, objective, record.PAD, report=lambda text: None)
     init = partial(transformer.init, model.config)

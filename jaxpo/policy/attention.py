@@ -1,0 +1,76 @@
+"""Where queries meet keys: plain attention, and the form that runs each prompt once for all of its completions."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxpo.policy.config import TransformerConfig
+from jaxpo.policy.transformer import Attend, softcap
+
+
+def prompt_mask(prompt_length: Array | None, rows: int, width: int) -> Array:
+    """[rows, P] bool: real prompt tokens (left-padded)."""
+    if prompt_length is None:
+        return jnp.ones((rows, width), bool)
+    return jnp.arange(width) >= width - prompt_length[:, None]
+
+
+def within(distance: Array, window: int | Array | None) -> Array:
+    """Whether a token ``distance`` positions back (negative = to come) is seen."""
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
+def attention(config: TransformerConfig, q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """q [B, Tq, H, d], k, v [B, Tk, KV, d], mask [B, Tq, Tk] bool -> [B, Tq, H, d].
+
+    The library's attention has no soft-cap; with one, the scores [B, H, Tq, Tk] are made here.
+    """
+    if config.attention_softcap is None:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=config.attention_scale)
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+    score = jnp.einsum("bqgrd,bkgd->bgrqk", grouped, k, preferred_element_type=dtype) * config.attention_scale
+    score = softcap(score, config.attention_softcap)
+    # finite, as the library's is: a padding query sees nothing, and must not be NaN
+    weight = jax.nn.softmax(jnp.where(mask[:, None, None], score, jnp.finfo(dtype).min / 2), -1)
+    return jnp.einsum("bgrqk,bkgd->bqgrd", weight.astype(v.dtype), v).reshape(q.shape)
+
+
+def prompt_attend(config: TransformerConfig, ok: Array) -> Attend:
+    """Attention of left-padded prompts to themselves; keeps keys and values. ``ok`` [G, P] marks real tokens."""
+    at = jnp.arange(ok.shape[1])
+
+    def attend(q: Array, k: Array, v: Array, window: int | Array | None) -> tuple[Array, tuple[Array, Array]]:
+        return attention(config, q, k, v, within(at[:, None] - at, window) & ok[:, None, :]), (k, v)
+
+    return attend
+
+
+def shared_prompt_attend(config: TransformerConfig, rows: int, width: int, prompt_ok: Array) -> Attend:
+    """Attention over a flat token axis that holds G prompts and then ``rows`` completions of ``width`` tokens, K =
+    rows / G per prompt.
+
+    A prompt attends to itself; a completion attends to the keys of its prompt, which were computed once for all K,
+    and to itself. ``prompt_ok`` [G, P] marks real prompt tokens.
+    """
+    prompts, prompt_width = prompt_ok.shape
+    split, k_per_prompt = prompts * prompt_width, rows // prompts
+    of_prompts = prompt_attend(config, prompt_ok)
+    at = jnp.arange(prompt_width + width)  # prompts end where completions begin, so places differ as positions do
+    ok = jnp.concatenate([jnp.repeat(prompt_ok, k_per_prompt, 0), jnp.ones((rows, width), bool)], 1)[:, None]
+
+    def attend(q: Array, k: Array, v: Array, window: int | Array | None) -> tuple[Array, None]:
+        def parts(x: Array) -> tuple[Array, Array]:
+            return x[:split].reshape(prompts, prompt_width, *x.shape[1:]), x[split:].reshape(rows, width, *x.shape[1:])
+
+        (qp, qc), (kp, kc), (vp, vc) = parts(q), parts(k), parts(v)
+        of_prompt = of_prompts(qp, kp, vp, window)[0].reshape(split, *q.shape[1:])
+        if width == 0:
+            return of_prompt, None
+        keys = jnp.concatenate([jnp.repeat(kp, k_per_prompt, 0), kc], 1)
+        values = jnp.concatenate([jnp.repeat(vp, k_per_prompt, 0), vc], 1)
+        mask = within(at[prompt_width:, None] - at, window) & ok
+        of_completion = attention(config, qc, keys, values, mask)
+        return jnp.concatenate([of_prompt, of_completion.reshape(rows * width, *q.shape[1:])]), None
+
+    return attend

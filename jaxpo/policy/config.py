@@ -1,0 +1,182 @@
+"""Shape and numerics of a policy: one dataclass that covers every known family, and what differs between its layers."""
+
+import dataclasses
+import math
+from functools import cache, partial
+
+import jax
+import numpy as np
+
+from jaxpo.registry import unknown
+
+# What the backward pass finds stored of a block: everything, the products with parameters, or only the block's input.
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
+# kind -> how many numbers follow it in ``rope_scaling``
+ROPE_SCALINGS = {"linear": 1, "llama3": 4}
+EVERYWHERE = 2**30  # the window of a layer without one, among layers that have one
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Shape and numerics of the policy. The defaults are a small Llama.
+
+    Attributes:
+      kv_heads: heads when None. head_dim: width // heads when None. mlp_width: of the MLP, or of each expert.
+      tied: the head is the embedding.
+      rope_scaling: () or ("linear", factor) or ("llama3", factor, low, high, original length): see `rope_frequencies`.
+      qkv_bias: biases of queries, keys and values (Qwen2). qk_norm: RMSNorm of queries and keys (Qwen3, Gemma 3).
+      norm_plus_one: norms multiply by 1 + scale. post_norms: the outputs of attention and MLP are normalized too.
+      embedding_scaled: embeddings times sqrt(width), rounded to ``dtype`` (these three: Gemma).
+      activation: of the gated MLP: "silu", "gelu_tanh".
+      query_scalar: attention is ``softmax(q k / sqrt(query_scalar))``; head_dim when None.
+      attention_softcap, final_softcap: ``cap tanh(x / cap)`` on attention scores and on logits (Gemma 2); None = none.
+      window: a token sees itself and the ``window - 1`` before it; None = all. local_layers: the layers with the
+        window; None = every one. local_rope_theta: of those layers, unscaled (Gemma 3); None = as the others.
+      experts, experts_per_token: MLPs a layer, and how many of them a token takes, chosen and weighted by the softmax
+        of a router (Qwen3 MoE); None = one MLP. norm_topk: the weights of those taken add up to 1.
+      dtype: of the computation; log-probs are float32 in any case. param_dtype: of the stored parameters. bfloat16 over
+        float32 parameters is training with master weights: the optimizer reads and writes the float32 ones.
+      scan_layers: one compiled block, scanned (short compile time), instead of one per layer. remat: what of a block
+        is recomputed in the backward pass: "none", "dots" (all but the products with parameters), or "full".
+
+    Raises:
+      ValueError: a size out of range, or fields that contradict each other; the field is named.
+    """
+
+    vocab_size: int
+    width: int = 64
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    mlp_width: int | None = None
+    tied: bool = True
+    rope_theta: float = 10_000.0
+    rope_scaling: tuple[str | float, ...] = ()
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    norm_plus_one: bool = False
+    post_norms: bool = False
+    embedding_scaled: bool = False
+    activation: str = "silu"
+    query_scalar: float | None = None
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
+    window: int | None = None
+    local_layers: tuple[int, ...] | None = None
+    local_rope_theta: float | None = None
+    experts: int | None = None
+    experts_per_token: int | None = None
+    norm_topk: bool = False
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    scan_layers: bool = True
+    remat: str = "none"
+
+    def __post_init__(self):
+        set_ = partial(object.__setattr__, self)
+        set_("kv_heads", self.heads if self.kv_heads is None else self.kv_heads)
+        set_("head_dim", self.width // max(self.heads, 1) if self.head_dim is None else self.head_dim)
+        set_("mlp_width", round(8 / 3 * self.width / 8) * 8 if self.mlp_width is None else self.mlp_width)
+        set_("rope_scaling", tuple(self.rope_scaling))
+        set_("local_layers", None if self.local_layers is None else tuple(self.local_layers))
+        _check_sizes(self)
+        _check_choices(self)
+        _check_layers(self)
+
+    @property
+    def attention_scale(self) -> float:
+        """By which scores ``q k`` are multiplied."""
+        return (self.head_dim if self.query_scalar is None else self.query_scalar) ** -0.5
+
+
+def _check_sizes(c: TransformerConfig) -> None:
+    for field in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width"):
+        if getattr(c, field) < 1:
+            raise ValueError(f"policy.{field} must be at least 1, not {getattr(c, field)}")
+    for field in ("window", "experts", "experts_per_token"):
+        if getattr(c, field) is not None and getattr(c, field) < 1:
+            raise ValueError(f"policy.{field} must be at least 1, or None, not {getattr(c, field)}")
+    for field in ("query_scalar", "attention_softcap", "final_softcap", "local_rope_theta"):
+        if getattr(c, field) is not None and not getattr(c, field) > 0:
+            raise ValueError(f"policy.{field} must be positive, or None, not {getattr(c, field)}")
+    if c.heads % c.kv_heads:
+        raise ValueError(f"policy.kv_heads {c.kv_heads} does not divide policy.heads {c.heads}")
+    if c.head_dim % 2:
+        raise ValueError(f"policy.head_dim {c.head_dim} must be even for rotary positions")
+
+
+def _check_choices(c: TransformerConfig) -> None:
+    for field, choices in dict(remat=REMAT, activation=ACTIVATIONS).items():
+        if getattr(c, field) not in choices:
+            raise ValueError(unknown(f"policy.{field}", getattr(c, field), choices))
+    for field in ("dtype", "param_dtype"):
+        if getattr(c, field) not in ("float32", "bfloat16", "float64"):
+            raise ValueError(f"policy.{field} must be float32 or bfloat16, not {getattr(c, field)!r}")
+    if c.rope_scaling:
+        kind, *numbers = c.rope_scaling
+        if kind not in ROPE_SCALINGS:
+            raise ValueError(unknown("policy.rope_scaling", kind, ROPE_SCALINGS))
+        if len(numbers) != ROPE_SCALINGS[kind]:
+            raise ValueError(
+                f"policy.rope_scaling {kind!r} takes {ROPE_SCALINGS[kind]} numbers, not {len(numbers)}: {numbers}"
+            )
+
+
+def _check_layers(c: TransformerConfig) -> None:
+    if c.local_layers is not None:
+        if c.window is None:
+            raise ValueError("policy.local_layers has no effect without policy.window")
+        if not set(c.local_layers) <= set(range(c.layers)):
+            raise ValueError(f"policy.local_layers {c.local_layers} must be layers of 0 .. {c.layers - 1}")
+    if c.local_rope_theta is not None and c.local_layers is None:
+        raise ValueError("policy.local_rope_theta has no effect without policy.local_layers")
+    if (c.experts is None) != (c.experts_per_token is None):
+        raise ValueError("policy.experts and policy.experts_per_token must be given together")
+    if c.experts is None and c.norm_topk:
+        raise ValueError("policy.norm_topk has no effect without policy.experts")
+    if c.experts is not None and c.experts_per_token > c.experts:
+        raise ValueError(f"policy.experts_per_token {c.experts_per_token} is more than policy.experts {c.experts}")
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: tuple[str | float, ...] = ()) -> np.ndarray:
+    """[head_dim / 2] angles a position: ``theta^(-2i / head_dim)``, scaled to reach longer texts.
+
+    ``("linear", factor)``: all divided by ``factor``. ``("llama3", factor, low, high, length)`` (Llama 3.1): those of
+    wavelength above ``length / low`` divided by ``factor``, those below ``length / high`` as they are, in between a
+    linear mixture in ``length / wavelength``.
+    """
+    frequency = theta ** (-np.arange(head_dim // 2) * 2.0 / head_dim)
+    match scaling:
+        case ("linear", factor):
+            frequency = frequency / factor
+        case ("llama3", factor, low, high, length):
+            turns = length * frequency / (2 * math.pi)  # within the original length
+            kept = np.clip((turns - low) / (high - low), 0, 1)
+            frequency = kept * frequency + (1 - kept) * frequency / factor
+    return frequency.astype(np.float32)
+
+
+@cache
+def of_layers(c: TransformerConfig) -> tuple[dict, dict[str, np.ndarray]]:
+    """What a block is told besides its parameters: ``window`` (int, or None) and ``frequency`` [head_dim / 2].
+
+    Returns:
+      those that all layers share, and those that differ, with a leading axis of layers. Two dicts, so that a model
+      whose layers are alike compiles to nothing but constants.
+    """
+    local = np.isin(np.arange(c.layers), range(c.layers) if c.local_layers is None else c.local_layers)
+    frequency = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+    if c.window is None or local.all() and c.local_rope_theta is None:
+        return dict(window=c.window, frequency=frequency), {}
+    window = np.where(local, c.window, EVERYWHERE).astype(np.int32)
+    if c.local_rope_theta is None:
+        return dict(frequency=frequency), dict(window=window)
+    of_local = rope_frequencies(c.head_dim, c.local_rope_theta)
+    return {}, dict(window=window, frequency=np.where(local[:, None], of_local, frequency))

@@ -1,0 +1,351 @@
+"""Weights of Hugging Face in and out: safetensors, tensor by tensor, between files and sharded arrays.
+
+source = open_source("path/to/model")                   # a folder, or a GGUF file
+config = config_from_hf(source.config, dtype="bfloat16")
+params = load(source, config, mesh)
+export(params, config, "path/to/new", hf_config=source.config, tokenizer=tokenizer)
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial, reduce
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxpo.parallel.mesh import make_mesh
+from jaxpo.parallel.sharding import shardings
+from jaxpo.policy import gguf
+from jaxpo.policy.config import TransformerConfig
+from jaxpo.policy.families import Slot, config_to_hf, tensors
+from jaxpo.policy.transformer import Params, init
+from jaxpo.registry import unknown
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+IGNORED = ("rotary_emb.inv_freq",)  # buffers that old files hold; they follow from the config
+FILE_BYTES = 5 * 10**9  # of an exported file, at most (unless one tensor is larger)
+
+
+class Source(Protocol):
+    """Tensors by Hugging Face's names, wherever they lie. ``config``: as a config.json."""
+
+    config: Mapping[str, Any]
+
+    def names(self) -> list[str]:
+        """Of every tensor."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor."""
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """``tensor[index]`` in floating point, nothing else of it; () = all."""
+
+
+# ---- reading
+
+
+class Place(NamedTuple):
+    """Where a tensor lies: ``shape`` numbers of ``dtype`` from byte ``offset`` of ``file``."""
+
+    file: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Safetensors:
+    """The safetensors files of a model folder."""
+
+    config: Mapping[str, Any]
+    places: Mapping[str, Place]
+
+    def names(self) -> list[str]:
+        return list(self.places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.places[name].shape
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        # A mapping of its own, closed at once: pages of a file that stays mapped count as memory of the process.
+        place = self.places[name]
+        return np.array(np.memmap(place.file, place.dtype, "r", place.offset, place.shape)[index])
+
+
+def open_source(path: str | Path) -> Source:
+    """The weights at ``path``: a folder with config.json and safetensors, or a GGUF file.
+
+    Raises:
+      ValueError: there is no such thing, a file of it is missing or truncated, or the weights are pickled.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".gguf":
+        return gguf.open_source(path)
+    config = read_config(path)
+    places: dict[str, Place] = {}
+    for file in _weight_files(path):
+        places |= _places(file)
+    return Safetensors(config, places)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The config.json at ``path``, a folder or a GGUF file, without a look at the weights.
+
+    Raises:
+      ValueError: there is none.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".gguf":
+        return dict(open_source(path).config)
+    if not path.is_dir():
+        raise ValueError(unknown("model folder or GGUF file", str(path), [str(p) for p in path.parent.glob("*")]))
+    return _json(path / CONFIG)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ValueError(f"{file.parent} has no {file.name}: it is not the folder of a model")
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON ({error}): it may be truncated, fetch it again") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        files = sorted({folder / name for name in _json(folder / INDEX)["weight_map"].values()})
+    else:
+        files = [folder / WEIGHTS]
+    missing = [file.name for file in files if not file.is_file()]
+    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    if missing and pickled:
+        raise ValueError(
+            f"{folder} has its weights in pickle format ({pickled[0]}), which can run any code and is not read: "
+            "convert them with save_pretrained of transformers"
+        )
+    if missing:
+        raise ValueError(f"{folder} has no {missing[0]}: fetch the missing file")
+    return files
+
+
+def _places(file: Path) -> dict[str, Place]:
+    """What a file holds. The library checks that it is whole and well formed."""
+    try:
+        with safe_open(file, "numpy"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{file} is truncated or no safetensors file ({error}): fetch it again") from None
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{file}: {name} is {entry['dtype']}, quantized or no number; known: {', '.join(DTYPES)}")
+    return {
+        name: Place(file, 8 + length + x["data_offsets"][0], tuple(x["shape"]), DTYPES[x["dtype"]])
+        for name, x in header.items()
+    }
+
+
+# ---- loading
+
+
+def check_source(source: Source, slots: list[Slot]) -> None:
+    """The source has the tensors of ``slots``, in their shapes, and no other.
+
+    Raises:
+      ValueError: naming the first tensor that is missing, too many or of another shape, and how many there are.
+    """
+    names, wanted = set(source.names()), {slot.name: slot for slot in slots}
+    if missing := [name for name in wanted if name not in names]:
+        tie = "; or set tie_word_embeddings, if the head is the embedding" if missing[0] == "lm_head.weight" else ""
+        raise ValueError(
+            f"tensor {missing[0]} is missing ({len(missing)} of {len(wanted)} are): fetch the whole model, or correct "
+            f"its config.json{tie}"
+        )
+    extra = sorted(name for name in names - set(wanted) if not name.endswith(IGNORED))
+    if extra == ["lm_head.weight"]:
+        return _check_tied(source)
+    if extra:
+        raise ValueError(
+            f"tensor {extra[0]} has no place in the model of config.json ({len(extra)} such): another architecture, or "
+            "a setting of config.json is wrong"
+        )
+    for slot in slots:
+        if source.shape(slot.name) != slot.shape:
+            raise ValueError(
+                f"tensor {slot.name} is {list(source.shape(slot.name))}, config.json makes it {list(slot.shape)}: one "
+                "of them is of another model"
+            )
+
+
+def _check_tied(source: Source, *, rows: int = 4096) -> None:
+    """A tied head may be written out, if it is the embedding."""
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    a, b = (source.shape(name) for name in names)
+    blocks = [(slice(i, i + rows),) for i in range(0, a[0], rows)]
+    if a != b or not all(np.array_equal(*(source.read(name, block) for name in names)) for block in blocks):
+        raise ValueError(
+            "tensor lm_head.weight differs from the embedding, to which config.json ties it: set tie_word_embeddings "
+            "to false"
+        )
+
+
+def load(source: Source, config: TransformerConfig, mesh: Mesh | None = None) -> Params:
+    """The parameters of ``source`` in ``config.param_dtype``, on ``mesh`` (None = the first device).
+
+    Each array is allocated where it will live and filled in place, one tensor at a time, of which every device is
+    given its part. So the host holds the model once where it is the device, and one tensor where it is not.
+
+    Raises:
+      ValueError: tensors are missing, too many or of another shape; nothing has been read then.
+    """
+    slots = tensors(config)
+    check_source(source, slots)
+    mesh = mesh or make_mesh({"data": 1}, jax.devices()[:1])
+    shapes = jax.eval_shape(partial(init, config), jax.random.key(0))
+    where = shardings(shapes, mesh)
+    params = jax.tree.map(lambda _: None, shapes)
+    for slot in slots:
+        shape, sharding = (reduce(lambda tree, key: tree[key], slot.path, tree) for tree in (shapes, where))
+        part = _part(source, slot, sharding, shape.dtype)
+        parent = reduce(lambda tree, key: tree[key], slot.path[:-1], params)
+        if slot.ours == shape.shape:
+            parent[slot.path[-1]] = part
+            continue
+        if parent[slot.path[-1]] is None:
+            parent[slot.path[-1]] = jnp.zeros(shape.shape, shape.dtype, device=sharding)
+        start = tuple(0 if isinstance(at, slice) else at for at in slot.index)
+        expand = tuple(i for i, at in enumerate(slot.index) if not isinstance(at, slice))
+        # Waited for, or parts would be read faster than they are put, and pile up.
+        parent[slot.path[-1]] = jax.block_until_ready(_putting(sharding)(parent[slot.path[-1]], part, start, expand))
+    return jax.block_until_ready(params)
+
+
+@cache
+def _putting(sharding: NamedSharding) -> Callable[..., jax.Array]:
+    """``(whole, part, start, axes)``: the whole with the part, widened by ``axes``, at ``start``; in place."""
+
+    def put(whole: jax.Array, part: jax.Array, start: tuple[int, ...], axes: tuple[int, ...]) -> jax.Array:
+        return jax.lax.dynamic_update_slice(whole, jnp.expand_dims(part, axes), start)
+
+    return jax.jit(put, donate_argnums=0, static_argnums=3, out_shardings=sharding)
+
+
+def _part(source: Source, slot: Slot, whole: NamedSharding, dtype: Any) -> jax.Array:
+    """``params[path][index]``, spread as the whole is; each device's part is read from the tensor's own rows."""
+    spec = (*whole.spec, *[None] * (len(slot.index) - len(whole.spec)))
+    spec = [axis for axis, at in zip(spec, slot.index, strict=True) if isinstance(at, slice)]
+    sharding = whole if len(spec) == len(slot.index) else NamedSharding(whole.mesh, PartitionSpec(*spec))
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = [range(n)[at] for n, at in zip(slot.ours, index, strict=True)]
+        theirs = []
+        for group in slot.groups:  # the first axis of a group may be cut; those behind it are whole
+            inner = int(np.prod([slot.ours[axis] for axis in group[1:]], dtype=np.int64))
+            theirs.append(slice(bounds[group[0]].start * inner, bounds[group[0]].stop * inner))
+        x = source.read(slot.name, tuple(theirs)).astype(dtype, copy=False)
+        x = x.reshape([len(bounds[axis]) for axis in slot.axes])
+        return x.transpose(np.argsort(slot.axes))
+
+    return jax.make_array_from_callback(slot.ours, sharding, read)
+
+
+# ---- export
+
+
+def export(
+    params: Params,
+    config: TransformerConfig,
+    directory: str | Path,
+    *,
+    hf_config: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+    dtype: str | None = None,
+    generation: Mapping[str, Any] | None = None,
+    file_bytes: int = FILE_BYTES,
+) -> None:
+    """Write a model folder that ``transformers`` loads: config.json, safetensors, tokenizer.
+
+    Args:
+      hf_config: the config.json that the model came with; None = made from ``config``.
+      tokenizer: of transformers (its ``save_pretrained`` is called); None = none is written.
+      dtype: of the files; None = what ``hf_config`` says, else that of the parameters. A model that was loaded in at
+        least its own precision and not trained comes out bit for bit.
+      generation: of a generation_config.json: the ids that end a text, and the like; None = none is written.
+      file_bytes: files are cut so that each has at most so many, but at least one tensor.
+
+    Raises:
+      ValueError: no known family has the features of ``config``. FileExistsError: there is something at ``directory``.
+    """
+    hf_config = dict(config_to_hf(config) if hf_config is None else hf_config)
+    dtype = dtype or hf_config.get("dtype") or hf_config.get("torch_dtype") or config.param_dtype
+    if dtype not in DTYPES.values():
+        raise ValueError(unknown("dtype of an export", dtype, DTYPES.values()))
+    hf_config = {key: value for key, value in hf_config.items() if key != "torch_dtype"} | {"dtype": dtype}
+    with _folder(Path(directory)) as folder:
+        (folder / CONFIG).write_text(json.dumps(hf_config, indent=2) + "\n")
+        if generation is not None:
+            (folder / GENERATION).write_text(json.dumps(dict(generation), indent=2) + "\n")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        _write(params, tensors(config), folder, jnp.dtype(dtype), file_bytes)
+
+
+def check_out(directory: str | Path) -> None:
+    """``FileExistsError`` where an export would write over something."""
+    if Path(directory).exists():
+        raise FileExistsError(f"{directory} is there already: choose another folder, or remove it")
+
+
+@contextmanager
+def _folder(directory: Path) -> Iterator[Path]:
+    """A temporary folder beside ``directory``, which takes its name at the end: it is there whole or not at all."""
+    check_out(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp's folders are for the owner only
+        temporary.rename(directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _write(params: Params, slots: list[Slot], folder: Path, dtype: np.dtype, file_bytes: int) -> None:
+    """The tensors, a file at a time, and the index if there are several files."""
+    sizes = {slot.name: int(np.prod(slot.shape, dtype=np.int64)) * dtype.itemsize for slot in slots}
+    files: list[list[Slot]] = [[]]
+    for slot in slots:
+        if files[-1] and sum(sizes[x.name] for x in files[-1]) + sizes[slot.name] > file_bytes:
+            files.append([])
+        files[-1].append(slot)
+    one = len(files) == 1
+    names = [WEIGHTS if one else f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    for name, part in zip(names, files, strict=True):
+        save_file({slot.name: _tensor(params, slot, dtype) for slot in part}, folder / name, {"format": "pt"})
+        (folder / name).chmod(0o644)
+    if not one:
+        where = {slot.name: name for name, part in zip(names, files, strict=True) for slot in part}
+        index = dict(metadata=dict(total_size=sum(sizes.values())), weight_map=where)
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _tensor(params: Params, slot: Slot, dtype: np.dtype) -> np.ndarray:
+    leaf = reduce(lambda tree, key: tree[key], slot.path, params)
+    x = np.asarray(leaf[slot.index]).transpose(slot.axes).reshape(slot.shape)
+    return np.ascontiguousarray(x.astype(dtype, copy=False))

@@ -1,0 +1,132 @@
+"""Runs that start from a model folder: out of a run, into another, out again, bit for bit; and what is refused."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from experiments import export, train_rl
+from jaxpo.policy.hf import read_config
+from jaxpo.tasks.tokenizers import for_transformers, transformers_library
+from jaxpo.training.config import fill, transformer_of
+from jaxpo.training.restore import open_finished
+from tests.training import tiny
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    with tiny.quick():
+        yield
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    return tiny.finished(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def folder(finished, tmp_path_factory):
+    """What the tiny run has learned, as a model folder."""
+    out = tmp_path_factory.mktemp("models") / "tiny"
+    export.main([f"--workdir={finished.path}", f"--out={out}"])
+    return out
+
+
+def started_from(path, changes=None):
+    """A run of one iteration with the policy at ``path``."""
+    one = {"steps": 1, "warm_start.steps": 0, "evaluation.pass_at": (), "evaluation.every": 100}
+    return tiny.config({"policy": dict(name="pretrained", path=str(path))} | one | (changes or {}))
+
+
+def test_out_of_a_run_into_another_and_out_again(finished, folder, tmp_path):
+    """The second run starts from what the first one has learned, and needs the folder no longer once it has begun."""
+    here = shutil.copytree(folder, tmp_path / "model")
+    run = tiny.run(started_from(here), tmp_path / "run")
+    assert run.result.before["eval/greedy"] == finished.result.after["eval/greedy"]
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), finished.result.params, run.result.params)
+    assert all(x > 0 for x in jax.tree.leaves(moved))
+    shutil.rmtree(here)
+    workspace, params, _ = open_finished(str(tmp_path / "run"), 0)
+    tiny.assert_same_params(params, finished.result.params)
+    assert workspace.model.config == transformer_of(started_from(folder))
+    export.main([f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'again'}", "--step=0"])
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+    assert read_config(tmp_path / "again") == read_config(folder)
+
+
+def test_the_folder_is_one_of_transformers(finished, folder):
+    config = transformers_library().AutoConfig.from_pretrained(folder)
+    assert (config.model_type, config.vocab_size, str(config.dtype)) == ("llama", 6, "float32")
+    tokenizer = transformers_library().AutoTokenizer.from_pretrained(folder)
+    ours = finished.result.workspace.tokenizer
+    assert tokenizer.encode("12=30") == ours.encode("12=30") and tokenizer.decode(ours.encode("12=30")) == "12=30"
+    assert tokenizer.eos_token_id == 0 == ours.eos_ids[0]
+    assert json.loads((folder / "generation_config.json").read_text()) == dict(eos_token_id=[0], pad_token_id=0)
+
+
+def test_a_tokenizer_of_characters_goes_out_too():
+    from jaxpo.tasks.tokenizers import CharTokenizer
+
+    ours = CharTokenizer("añ b")
+    theirs = for_transformers(ours)
+    assert theirs.encode("a ñb\n") == ours.encode("a ñb\n") and theirs.decode(ours.encode("a ñb\n")) == "a ñb\n"
+    assert (theirs.pad_token_id, theirs.eos_token_id) == (ours.pad_id, ours.eos_ids[0]) == (0, 1)
+
+
+def test_how_to_compute_is_chosen_and_the_shape_is_not(folder):
+    numerics = dict(dtype="bfloat16", param_dtype="bfloat16", scan_layers=False, remat="full")
+    config = fill(started_from(folder, {f"policy.{name}": value for name, value in numerics.items()}))
+    made = transformer_of(config)
+    assert {name: getattr(made, name) for name in numerics} == numerics and made.width == 16
+    config.unlock()
+    config.policy.width = 32
+    with pytest.raises(ValueError, match="unknown field of config.policy .pretrained. 'width': .*known: dtype, name"):
+        fill(config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.policy.path={model}x"], "unknown model folder or GGUF file '.*tinyx': did you mean '.*tiny'"),
+        (["--config.policy.path={model}", "--config.policy.width=8"], "unknown field of config.policy.*'width'"),
+        ([], "policy 'pretrained' needs path"),
+        (
+            ["--config.policy.path={model}", "--config.tokenizer.base=8"],
+            "the tokenizer has 10 tokens, the policy 6: set config.tokenizer.name to pretrained",
+        ),
+        (["--config.policy.path={broken}"], "tensor model.norm.weight is missing"),
+    ],
+)
+def test_refused_before_anything_is_written(folder, tmp_path, arguments, message):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    arrays = load_file(broken / WEIGHTS)
+    save_file({name: x for name, x in arrays.items() if name != "model.norm.weight"}, broken / WEIGHTS)
+    given = [x.format(model=folder, broken=broken) for x in arguments]
+    command = [f"--config={tiny.FILE}", "--config.policy.name=pretrained", f"--workdir={tmp_path / 'run'}"]
+    with pytest.raises(SystemExit, match=message) as error:
+        train_rl.main([*command, "--config.warm_start.steps=0", *given])
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out={free}"], "--workdir=RUN and --out=DIRECTORY are required"),
+        (["--workdir={run}", "--out={taken}"], "taken is there already: choose another folder"),
+        (["--workdir={run}x", "--out={free}"], "unknown run directory"),
+        (["--workdir={run}", "--out={free}", "--step=3"], "has no checkpoint 3"),
+        (["--workdir={run}", "--out={free}", "--dtype=int8"], "unknown dtype of an export 'int8'"),
+    ],
+)
+def test_exports_that_are_refused(finished, tmp_path, arguments, message):
+    (tmp_path / "taken").mkdir()
+    places = dict(run=finished.path, free=tmp_path / "free", taken=tmp_path / "taken")
+    with pytest.raises(SystemExit, match=message):
+        export.main([x.format(**places) for x in arguments])
+    assert not (tmp_path / "free").exists()
