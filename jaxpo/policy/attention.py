@@ -15,9 +15,9 @@ def prompt_mask(prompt_length: Array | None, rows: int, width: int) -> Array:
     return jnp.arange(width) >= width - prompt_length[:, None]
 
 
-def within(distance: Array, window: int | Array | None) -> Array:
-    """Whether a token ``distance`` positions back (negative = to come) is seen."""
-    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+def narrowed(mask: Array, distance: Array, window: int | Array | None) -> Array:
+    """``mask`` without what lies ``window`` positions back, or more. ``distance``: how far each key lies back."""
+    return mask if window is None else mask & (distance < window)
 
 
 def attention(config: TransformerConfig, q: Array, k: Array, v: Array, mask: Array) -> Array:
@@ -39,9 +39,11 @@ def attention(config: TransformerConfig, q: Array, k: Array, v: Array, mask: Arr
 def prompt_attend(config: TransformerConfig, ok: Array) -> Attend:
     """Attention of left-padded prompts to themselves; keeps keys and values. ``ok`` [G, P] marks real tokens."""
     at = jnp.arange(ok.shape[1])
+    distance = at[:, None] - at
+    mask = (distance >= 0) & ok[:, None, :]
 
     def attend(q: Array, k: Array, v: Array, window: int | Array | None) -> tuple[Array, tuple[Array, Array]]:
-        return attention(config, q, k, v, within(at[:, None] - at, window) & ok[:, None, :]), (k, v)
+        return attention(config, q, k, v, narrowed(mask, distance, window)), (k, v)
 
     return attend
 
@@ -57,7 +59,9 @@ def shared_prompt_attend(config: TransformerConfig, rows: int, width: int, promp
     split, k_per_prompt = prompts * prompt_width, rows // prompts
     of_prompts = prompt_attend(config, prompt_ok)
     at = jnp.arange(prompt_width + width)  # prompts end where completions begin, so places differ as positions do
-    ok = jnp.concatenate([jnp.repeat(prompt_ok, k_per_prompt, 0), jnp.ones((rows, width), bool)], 1)[:, None]
+    distance = at[prompt_width:, None] - at
+    ok = jnp.concatenate([jnp.repeat(prompt_ok, k_per_prompt, 0), jnp.ones((rows, width), bool)], 1)
+    mask = (distance >= 0) & ok[:, None]
 
     def attend(q: Array, k: Array, v: Array, window: int | Array | None) -> tuple[Array, None]:
         def parts(x: Array) -> tuple[Array, Array]:
@@ -69,8 +73,7 @@ def shared_prompt_attend(config: TransformerConfig, rows: int, width: int, promp
             return of_prompt, None
         keys = jnp.concatenate([jnp.repeat(kp, k_per_prompt, 0), kc], 1)
         values = jnp.concatenate([jnp.repeat(vp, k_per_prompt, 0), vc], 1)
-        mask = within(at[prompt_width:, None] - at, window) & ok
-        of_completion = attention(config, qc, keys, values, mask)
+        of_completion = attention(config, qc, keys, values, narrowed(mask, distance, window))
         return jnp.concatenate([of_prompt, of_completion.reshape(rows * width, *q.shape[1:])]), None
 
     return attend

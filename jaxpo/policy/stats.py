@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.kernels import token_logprob
+from jaxpo.policy import heads
 from jaxpo.policy.attention import prompt_mask, shared_prompt_attend
 from jaxpo.policy.transformer import Model, Params
 from jaxpo.registry import unknown
@@ -21,10 +22,11 @@ AVAILABLE = ("logp", "entropy", "logsumexp", "sum_p2", "top1", "logp_at_temperat
 Statistic = Callable[[Array, Array], Array]  # (logits [n, V], tokens [n]) -> [n]
 
 
-def completion_hidden(model: Model, params: Params, batch: Rollouts) -> Array:
+def completion_hidden(model: Model, params: Params, batch: Rollouts, *, read_last: bool = False) -> Array:
     """[B, T, D]: the final hidden state from which each completion token is predicted.
 
-    The prompt of ``batch.shared_prompt`` consecutive rows is run once.
+    With ``read_last`` [B, T + 1, D]: also the state after the last of them. The prompt of ``batch.shared_prompt``
+    consecutive rows is run once.
     """
     if batch.tokens is None:
         raise ValueError("Rollouts.tokens is required by a policy: [B, P+T] token ids")
@@ -34,13 +36,14 @@ def completion_hidden(model: Model, params: Params, batch: Rollouts) -> Array:
     ok = prompt_mask(length, prompts, p)
     start = jnp.full(b, p) if batch.prompt_length is None else batch.prompt_length
     prompt_positions = jnp.maximum(jnp.cumsum(ok, -1) - 1, 0)
-    inputs = batch.completions[:, :-1]  # the last token is predicted, never read
+    read = t if read_last else t - 1  # for log-probs the last token is predicted, never read
+    inputs = batch.completions[:, :read]
     tokens = jnp.concatenate([batch.tokens[::k, :p].reshape(-1), inputs.reshape(-1)])
-    positions = jnp.concatenate([prompt_positions.reshape(-1), (start[:, None] + jnp.arange(t - 1)).reshape(-1)])
-    attend = shared_prompt_attend(model.config, b, t - 1, ok)
+    positions = jnp.concatenate([prompt_positions.reshape(-1), (start[:, None] + jnp.arange(read)).reshape(-1)])
+    attend = shared_prompt_attend(model.config, b, read, ok)
     x, _ = model.run_blocks(params, model.embed(params, tokens), positions, attend)
     last = x[: prompts * p].reshape(prompts, p, -1)[:, -1:]
-    x = jnp.concatenate([jnp.repeat(last, k, 0), x[prompts * p :].reshape(b, t - 1, x.shape[-1])], 1)
+    x = jnp.concatenate([jnp.repeat(last, k, 0), x[prompts * p :].reshape(b, read, x.shape[-1])], 1)
     return model.final(params, x)
 
 
@@ -58,7 +61,8 @@ def token_stats(
     """`TokenStats` of the completion tokens; logp and entropy [B, T] of ``softmax(logits / temperature)``, in float32.
 
     Args:
-      wants: what to compute besides logp: of ``AVAILABLE`` and the names in ``derived``.
+      wants: what to compute besides logp: of ``AVAILABLE`` and the names in ``derived``; "value" [B, T], of the text
+        before each token, and "score" [B], of the text up to and with the last token, if the parameters have that head.
       derived: name -> function of (logits [n, V], tokens [n]); those in ``wants`` are computed for a few tokens at
         a time,
         and again in the backward pass.
@@ -71,9 +75,11 @@ def token_stats(
         ``second_temperature`` are not given together.
     """
     for name in wants:
-        if name not in AVAILABLE and name not in derived:
-            raise ValueError(unknown("policy statistic", name, (*AVAILABLE, *derived)))
-    hidden = completion_hidden(model, params, batch)
+        if name not in AVAILABLE and name not in derived and name not in heads.NAMES:
+            raise ValueError(unknown("policy statistic", name, (*AVAILABLE, *derived, *heads.NAMES)))
+    hidden = completion_hidden(model, params, batch, read_last="score" in wants)
+    own = head_stats(params, hidden, batch, wants)
+    hidden = hidden[:, : batch.width]
     hidden, tokens = hidden.reshape(-1, hidden.shape[-1]), batch.completions.reshape(-1)
     out = token_logprob(
         hidden,
@@ -89,7 +95,18 @@ def token_stats(
     more = derived_stats(model, params, hidden, tokens, asked, temperature=temperature) if asked else {}
     given = {name: x for name, x in out._asdict().items() if x is not None} | more
     given = {name: x.reshape(batch.rows, batch.width) for name, x in given.items()}
-    return TokenStats(logp=given.pop("logp"), entropy=given.pop("entropy", None), derived=given)
+    return TokenStats(logp=given.pop("logp"), entropy=given.pop("entropy", None), derived=given, **own)
+
+
+def head_stats(params: Params, hidden: Array, batch: Rollouts, wants: frozenset[str]) -> dict[str, Array]:
+    """What heads of their own say of hidden states [B, T, D] (value) or [B, T + 1, D] (score)."""
+    own = {}
+    if "value" in wants:
+        own["value"] = heads.apply(params, "value", hidden[:, : batch.width])
+    if "score" in wants:
+        after = 1 + heads.last(batch.mask)  # position t holds the text before token t
+        own["score"] = heads.apply(params, "score", hidden[jnp.arange(batch.rows), after])
+    return own
 
 
 def derived_stats(

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from jaxpo.policy import lora
 from jaxpo.policy.config import ACTIVATIONS, REMAT, TransformerConfig, of_layers
 
 __all__ = ["Attend", "Model", "Params", "TransformerConfig", "build", "init", "parameter_count"]
@@ -110,7 +111,7 @@ class Block(nnx.Module):
 
     def product(self, x: Array, name: str, axes: int = 1) -> Array:
         """``x`` times the matrix called ``name``, over the last ``axes`` axes of x: the one place where they meet."""
-        return jnp.tensordot(x, getattr(self, name)[...].astype(x.dtype), axes)
+        return lora.product(x, getattr(self, name).get_value(), axes)
 
     def mlp(self, x: Array) -> Array:
         """``w_down (act(gate) * up)`` of x [..., D]."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxpo.batch import Rollouts
-from jaxpo.policy.attention import prompt_attend, prompt_mask, within
+from jaxpo.policy.attention import narrowed, prompt_attend, prompt_mask
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.transformer import Attend, Model, Params, softcap
 from jaxpo.rollout.sampling import SamplingOptions, sample
@@ -29,10 +29,10 @@ def prefill(model: Model, params: Params, prompts: Array, prompt_length: Array |
     """
     g, p = prompts.shape
     ok = prompt_mask(prompt_length, g, p)
-    x, cache = model.embed(params, prompts), []
+    x, cache, attend = model.embed(params, prompts), [], prompt_attend(model.config, ok)
     positions = jnp.maximum(jnp.cumsum(ok, -1) - 1, 0)
     for i in range(model.config.layers):
-        x, kept = model.run_block(model.layer(params, i), x, positions, prompt_attend(model.config, ok))
+        x, kept = model.run_block(model.layer(params, i), x, positions, attend)
         cache.append(tuple(y.swapaxes(1, 2) for y in kept))
     return model.final(params, x[:, -1]), cache, ok
 
@@ -56,10 +56,11 @@ def decode_attend(
         r = qs.shape[2]
         shared = qs.reshape(g, b // g, kv, r, d)
         sp = jnp.einsum("gkhrd,ghpd->gkhrp", shared, kp, preferred_element_type=dtype)
-        seen = ok & within(p + t - jnp.arange(p), window)
+        seen = narrowed(ok, p + t - jnp.arange(p), window)
         sp = jnp.where(seen[:, None, None, None], softcap(sp, config.attention_softcap), -jnp.inf).reshape(b, kv, r, p)
         sc = jnp.einsum("bhrd,bhtd->bhrt", qs, kc, preferred_element_type=dtype)
-        sc = jnp.where(within(t - jnp.arange(width), window), softcap(sc, config.attention_softcap), -jnp.inf)
+        seen = narrowed(jnp.arange(width) <= t, t - jnp.arange(width), window)
+        sc = jnp.where(seen, softcap(sc, config.attention_softcap), -jnp.inf)
         top = jnp.maximum(sp.max(-1, keepdims=True), sc.max(-1, keepdims=True))
         ep, ec = jnp.exp(sp - top), jnp.exp(sc - top)
         total = ep.sum(-1, keepdims=True) + ec.sum(-1, keepdims=True)

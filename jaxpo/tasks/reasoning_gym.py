@@ -47,6 +47,7 @@ def reasoning_gym(
     partial_credit: bool = False,
     extract: str = "text",
     prompt_field: str | None = None,
+    prompt: str = "{}",
     timeout: float | None = None,
     workers: int | None = None,
     **dataset_config: Any,
@@ -65,6 +66,7 @@ def reasoning_gym(
       extract: where the completion has its answer (``rewards.EXTRACT``); ``text`` is all of it, stripped.
       prompt_field: metadata of the item that is asked in place of the whole question ("word"): a policy trained from
         scratch has no use for the instructions, which are the same in every item. None = the question.
+      prompt: what is asked, with ``{}`` for the question or field: "What is {}? Answer with the number only."
       timeout, workers: seconds for one verdict and number of worker processes. Verifiers that evaluate the completion
         run in workers with 5 s by default; the others run in this process unless one of the two is given.
       **dataset_config: fields of the dataset's own config.
@@ -77,6 +79,8 @@ def reasoning_gym(
     from reasoning_gym.factory import DATASETS, create_dataset
 
     _check(dataset, train_size, test_size, seed, dataset_config, DATASETS)
+    if prompt.count("{}") != 1:
+        raise ValueError(f"task.prompt must hold {{}} once, where the question goes, not {prompt!r}")
     extract_answer("", extract)
 
     def items(size: int, first_seed: int) -> list[Example]:
@@ -84,7 +88,9 @@ def reasoning_gym(
             source = create_dataset(dataset, size=size, seed=first_seed, **dataset_config)
         except (AssertionError, ValueError, TypeError) as error:
             raise ValueError(f"reasoning_gym dataset {dataset!r} refuses its config: {error}") from error
-        return [Example(i, _prompt(e, prompt_field), e["answer"], e) for i, e in enumerate(source)]
+        return [
+            Example(i, prompt.replace("{}", _prompt(e, prompt_field)), e["answer"], e) for i, e in enumerate(source)
+        ]
 
     config = pickle.dumps(dataset_config)
     verify = runner(

@@ -18,7 +18,7 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 class Compiled:
-    """``jax.jit(f, **options)`` under a name.
+    """``jax.jit(f, **options)`` under a name, called with ``bound`` before its other arguments.
 
     Attributes:
       name: what the messages call it. compilations: calls that compiled: one per combination of shapes, static
@@ -34,14 +34,15 @@ class Compiled:
         *,
         report: Callable[[str], None] = print,
         expected: int = 1,
+        bound: tuple[Any, ...] = (),
         **options: Any,
     ):
         self.name, self.compilations, self.seconds = name, 0, 0.0
-        self._jit, self._report, self._expected = jax.jit(f, **options), report, expected
+        self._jit, self._report, self._expected, self._bound = jax.jit(f, **options), report, expected, bound
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         before, start = _compilations[0], time.perf_counter()
-        out = self._jit(*args, **kwargs)
+        out = self._jit(*self._bound, *args, **kwargs)
         if _compilations[0] > before:
             seconds = time.perf_counter() - start
             self.compilations, self.seconds = self.compilations + 1, self.seconds + seconds
@@ -55,7 +56,7 @@ class Compiled:
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """The lowered computation, for inspection."""
-        return self._jit.lower(*args, **kwargs)
+        return self._jit.lower(*self._bound, *args, **kwargs)
 
 
 def shapes(args: Any) -> str:

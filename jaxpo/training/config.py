@@ -22,6 +22,7 @@ from ml_collections.config_flags import config_flags
 from jaxpo import registry
 from jaxpo.objectives import Objective, Protocol, make
 from jaxpo.parallel.mesh import mesh_shape
+from jaxpo.policy import lora
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.families import config_from_hf
 from jaxpo.policy.hf import read_config
@@ -111,6 +112,7 @@ def default() -> ConfigDict:
             task=dict(name="toy"),
             tokenizer=dict(name="characters"),
             policy=dict(name="transformer"),  # made here, or "pretrained"
+            lora=dict(rank=0, alpha=32.0, targets=lora.TARGETS),  # adapters beside a pretrained policy; rank 0 = none
             init_from=optional(str),  # run directory whose last checkpoint the parameters come from
             objective=dict(name="grpo"),
             optimizer=_optimizer(1e-4),
@@ -264,7 +266,9 @@ def objective_of(config: ConfigDict) -> Objective:
 
 def transformer_of(config: ConfigDict, vocab_size: int = 1) -> TransformerConfig:
     """The policy of a filled config; ``vocab_size`` is that of one made here, a pretrained one has its own."""
-    fields = arguments_of(config.policy, policy_arguments(config.policy.name))
+    parameters = policy_arguments(config.policy.name)
+    fields = arguments_of(config.policy, parameters)
+    registry.check_arguments(f"policy {config.policy.name!r}", fields, parameters)
     if config.policy.name == "pretrained":
         return config_from_hf(read_config(fields.pop("path")), **fields)
     return TransformerConfig(vocab_size=vocab_size, **fields)
@@ -421,6 +425,7 @@ def validate(config: ConfigDict, devices: int) -> ConfigDict:
         protocol.check(config)
     sampling_of(config)
     policy = transformer_of(config)
+    _check_lora(config, policy)
     make_optimizer(config.optimizer.to_dict(), max(config.steps, 1))
     make_optimizer(config.warm_start.optimizer.to_dict(), max(config.warm_start.steps, 1))
     if config.sampling.temperature != 1 and not isinstance(config.sampling.temperature, int | float):
@@ -434,6 +439,19 @@ def validate(config: ConfigDict, devices: int) -> ConfigDict:
             f"samples; config.evaluation.samples is {config.evaluation.samples}"
         )
     return config
+
+
+def _check_lora(config: ConfigDict, policy: TransformerConfig) -> None:
+    if config.lora.rank == 0:
+        return
+    lora.check(config.lora.rank, config.lora.targets, experts=policy.experts is not None)
+    if config.policy.name != "pretrained":
+        raise ValueError(
+            f"config.lora.rank {config.lora.rank} trains adapters beside frozen weights: set config.policy.name to "
+            "pretrained, or the rank to 0"
+        )
+    if not config.lora.alpha > 0:
+        raise ValueError(f"config.lora.alpha must be positive, not {config.lora.alpha}")
 
 
 def _check_division(config: ConfigDict, objective: Objective, policy: TransformerConfig, devices: int) -> None:

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from jaxpo.batch import Rollouts
 from jaxpo.objectives import Protocol
 from jaxpo.objectives.base import check_rewards
+from jaxpo.policy import heads
 from jaxpo.policy.families import tensors
 from jaxpo.policy.hf import check_source, load, open_source, read_config
 from jaxpo.policy.transformer import Params, parameter_count
@@ -28,6 +29,7 @@ from jaxpo.training.restore import MODEL, checkpoint_of, find_checkpoint, load_p
 from jaxpo.training.rundir import Progress, RunDirectory, closing_table, read_metrics
 from jaxpo.training.supervised import demonstrations, warm_start
 from jaxpo.training.tools import Clock, make_tools, score_companions
+from jaxpo.training.trained import heads_of
 from jaxpo.training.workspace import TrainState, Workspace, optimizer_of, prepare_process, setup, slots_of
 
 BEFORE_ALL = -(2**31)  # resuming from here keeps nothing of an earlier attempt's logs
@@ -233,11 +235,12 @@ def open_run(workdir: str, config: ConfigDict, workspace: Workspace, *, resume_s
     if config.policy.name == "pretrained":
         (log.path / MODEL).mkdir(exist_ok=True)
         log.save_json(f"{MODEL}/config.json", read_config(config.policy.path))
-    shapes = jax.eval_shape(workspace.init_params, jax.random.key(0))
+    trained = parameter_count(jax.eval_shape(workspace.init_params, jax.random.key(0)))
+    frozen = "" if workspace.base is None else f" beside {parameter_count(workspace.base):,} frozen ones"
     mesh = " x ".join(f"{k} {v}" for k, v in workspace.mesh.shape.items())
     print(f"{workspace.task.name}: " + ", ".join(f"{k} {v:g}" for k, v in workspace.report.items()))
     print(
-        f"policy: {parameter_count(shapes):,} parameters, {workspace.tokenizer.vocab_size} tokens; objective "
+        f"policy: {trained:,} parameters{frozen}, {workspace.tokenizer.vocab_size} tokens; objective "
         f"{config.objective.name}; mesh {mesh} "
         f"on {jax.devices()[0].platform}"
     )
@@ -265,8 +268,10 @@ def first_params(workspace: Workspace, key: Array, restoring: bool) -> Params:
     config = workspace.config
     if config.init_from and not restoring:
         return load_params(workspace, config.init_from)
-    if config.policy.name == "pretrained" and not restoring:
-        return load(open_source(config.policy.path), workspace.model.config, workspace.mesh)
+    if config.policy.name == "pretrained" and not config.lora.rank and not restoring:
+        loaded = load(open_source(config.policy.path), workspace.model.config, workspace.mesh)
+        fresh = heads.init(workspace.model.config.width, heads_of(workspace.objective))
+        return {**loaded, **workspace.put_whole(fresh)}
     return workspace.init_params(key)
 
 
@@ -370,7 +375,7 @@ def check_start(workspace: Workspace) -> None:
     config = workspace.config
     if config.init_from and find_checkpoint(config.init_from) is None:
         raise ValueError(f"config.init_from {config.init_from!r} is no run directory with a checkpoint")
-    if config.policy.name == "pretrained" and not config.init_from:
+    if config.policy.name == "pretrained" and not config.init_from and not config.lora.rank:
         check_source(open_source(config.policy.path), tensors(workspace.model.config))
     if config.warm_start.steps:
         demonstrations(workspace, np.arange(len(workspace.train)))

@@ -73,7 +73,7 @@ def open_finished(workdir: str, step: int | None = None, **changes: Any) -> tupl
         config.rollout.prompts += -config.rollout.prompts % len(jax.devices())
         config.training.update(minibatches=1, microbatches=1)
         config.warm_start.steps = 0
-        if config.policy.name == "pretrained":  # what it started from may be gone
+        if config.policy.name == "pretrained" and not config.lora.rank:  # what it started from may be gone
             config.policy.path = str(folder / MODEL)
         for path, value in changes.items():
             config.update_from_flattened_dict({path: value})

@@ -56,7 +56,8 @@ def warm_start(
     optimizer = make_optimizer(config.optimizer.to_dict(), config.steps)
     apply = policy_of(workspace.model, workspace.config, objective, mesh=workspace.mesh)
     slices = config.microbatches
-    step = make_step(objective, apply, optimizer, mesh, microbatches=slices, name="supervised update", report=report)
+    options = dict(base=workspace.base, microbatches=slices, name="supervised update", report=report)
+    step = make_step(workspace.config, objective, apply, optimizer, mesh, **options)
     state = init_state(params, optimizer, objective, mesh)
     data, memory = objective.prepare(demonstrations(workspace, np.arange(len(workspace.train))), state.objective)
     data, state = workspace.put_whole(data), state.replace(objective=jax.device_put(memory, replicated(mesh)))

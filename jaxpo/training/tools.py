@@ -159,5 +159,6 @@ def score_companions(workspace: Workspace, run: Run, batch: Rollouts) -> Rollout
     always = workspace.protocol.stale or workspace.optimizer_steps() > 1
     if always or must_score(workspace.objective, scored, run.state.objective):
         old = workspace.score(run.state.params, seen)
-        scored = scored.replace(logp_old=old.logp, entropy_old=old.entropy, slots={**scored.slots, **old.derived})
+        constants = dict(logp_old=old.logp, entropy_old=old.entropy, value_old=old.value)
+        scored = scored.replace(**constants, slots={**scored.slots, **old.derived})
     return scored

@@ -17,11 +17,11 @@ from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxpo.batch import MissingField, Rollouts, take
+from jaxpo.batch import MissingField, Rollouts, TokenStats, take
 from jaxpo.objectives import Objective, Protocol, State
 from jaxpo.parallel import batch_shards, constrain_rows, make_mesh, replicated, rows_over_mesh, shardings
 from jaxpo.parallel.host import keep_freed_memory
-from jaxpo.policy import stats, transformer
+from jaxpo.policy import hf, lora, stats, transformer
 from jaxpo.policy.loss import policy_loss
 from jaxpo.policy.transformer import Model, Params
 from jaxpo.primitives.numerics import promote, ratio_or_zero
@@ -33,6 +33,7 @@ from jaxpo.training import config as config_lib
 from jaxpo.training.compiled import Compiled
 from jaxpo.training.optimizers import make_optimizer
 from jaxpo.training.step import Apply, Fused, accumulate, optimizer_step, score
+from jaxpo.training.trained import derived_needs, lora_scale, random_params, seen_with_base, with_base
 
 
 @struct.dataclass
@@ -66,6 +67,7 @@ class Workspace:
     tokenizer: Tokenizer
     mesh: Mesh
     model: Model
+    base: Params | None  # frozen weights that adapters are trained beside; None = everything is trained
     objective: Objective
     protocol: Protocol
     sampling: SamplingOptions
@@ -91,9 +93,16 @@ class Workspace:
         return self.config.training.epochs * self.config.training.minibatches
 
     def init_params(self, key: Array) -> Params:
-        """Random parameters, made where they will live."""
-        init = partial(transformer.init, self.model.config)
+        """Parameters to train, random ones, made where they will live: with LoRA adapters only, and always the heads
+        that the objective asks for."""
+        init = partial(random_params, self.config, self.model, self.objective)
         return jax.jit(init, out_shardings=shardings(jax.eval_shape(init, key), self.mesh))(key)
+
+    def whole(self, params: Params) -> Params:
+        """The parameters of a plain policy: adapters added to the weights they belong to."""
+        if self.base is None:
+            return params
+        return jax.jit(partial(lora.merge, scale=lora_scale(self.config)))(self.base, params)
 
     def init_state(self, params: Params) -> TrainState:
         """Optimizer and objective state for ``params``."""
@@ -210,6 +219,7 @@ def setup(
     dropped = len(task.train) - len(train) + min(len(task.test), config.evaluation.prompts) - len(test)
     model = transformer.build(config_lib.transformer_of(config, tokenizer.vocab_size))
     unused = unused_ids(model, tokenizer)
+    base = hf.load(hf.open_source(config.policy.path), model.config, mesh) if config.lora.rank else None
     table = None
     if config.sampling.stop:
         table = jnp.asarray(stop_table(config.sampling.stop, [*tokenizer.token_bytes(), *[b""] * unused]))
@@ -219,13 +229,14 @@ def setup(
         tokenizer=tokenizer,
         mesh=mesh,
         model=model,
+        base=base,
         objective=objective,
         protocol=protocol,
         sampling=config_lib.sampling_of(config, tokenizer.eos_ids, table),
         train=pad_prompts(train, train_ids, width, tokenizer.pad_id),
         test=pad_prompts(test, test_ids, width, tokenizer.pad_id),
         report={**task.report, "prompts/dropped": float(dropped)},
-        **compile_functions(config, mesh, model, objective, protocol, tokenizer.pad_id, report),
+        **compile_functions(config, mesh, model, objective, protocol, tokenizer.pad_id, report, base),
     )
 
 
@@ -237,15 +248,18 @@ def compile_functions(
     protocol: Protocol,
     pad_id: int,
     report: Callable[[str], None],
+    base: Params | None = None,
 ) -> dict[str, Compiled]:
-    """The compiled functions of the loop; those that are never called cost nothing."""
+    """The compiled functions of the loop; those that are never called cost nothing. ``base``: of `Workspace`; bound to
+    each as an argument (a constant would be compiled into every one of them)."""
     apply, training = policy_of(model, config, objective, mesh=mesh), config.training
     look = policy_of(model, config, objective, objective.peeks, mesh=mesh) if objective.peeks else None
     recall = policy_of(model, config, objective, derived_needs(objective), mesh=mesh)
-    noise = partial(gradient_noise, objective, apply, mesh, look=look, rows_at_once=rows_of(config))
+    beside, seen = partial(with_base, config), partial(seen_with_base, config)
     slices, steps = training.minibatches * training.microbatches, training.epochs * training.minibatches
 
     def run_complete(
+        base: Params | None,
         params: Params,
         tokens: Array,
         length: Array,
@@ -256,29 +270,47 @@ def compile_functions(
     ) -> Rollouts:
         lengths = dict(prompt_length=length, budget=budget, responses=responses)
         temperature = config.policy_temperature
-        out = generate(model, params, tokens, key, options, **lengths, policy_temperature=temperature, pad_id=pad_id)
+        whole = beside(base, params)
+        out = generate(model, whole, tokens, key, options, **lengths, policy_temperature=temperature, pad_id=pad_id)
         return constrain_rows(out, mesh)
 
     def run_generate(
-        params: Params, tokens: Array, length: Array, key: Array, options: SamplingOptions, responses: int
+        base: Params | None,
+        params: Params,
+        tokens: Array,
+        length: Array,
+        key: Array,
+        options: SamplingOptions,
+        responses: int,
     ) -> Rollouts:
-        return run_complete(params, tokens, length, None, key, options, responses)
+        return run_complete(base, params, tokens, length, None, key, options, responses)
+
+    def run_score(base: Params | None, params: Params, batch: Rollouts) -> TokenStats:
+        return score(seen(base, recall), params, batch, microbatches=slices)
+
+    def run_noise(base: Params | None, state: TrainState, batch: Rollouts, halves: Array) -> dict[str, Array]:
+        own, at_once = seen(base, apply), rows_of(config)
+        peek = seen(base, look or apply)
+        return gradient_noise(objective, own, mesh, state, batch, halves, look=peek, rows_at_once=at_once)
 
     def compiled(name: str, f: Callable[..., Any], shapes: int = 1, **options: Any) -> Compiled:
-        return Compiled(name, f, report=report, expected=shapes + protocol.compiles.get(name, 0), **options)
+        options = dict(bound=(base,), report=report, **options)
+        return Compiled(name, f, expected=shapes + protocol.compiles.get(name, 0), **options)
 
     return dict(
         # training rollouts and greedy evaluation differ in shape and in what is compiled
         generate=compiled("generate", run_generate, 2, static_argnames="responses"),
         complete=compiled("complete", run_complete, static_argnames="responses"),
-        score=compiled("score", lambda params, batch: score(recall, params, batch, microbatches=slices)),
-        prepare=compiled("prepare", objective.prepare),
-        noise=compiled("noise", noise),
+        score=compiled("score", run_score),
+        prepare=compiled("prepare", lambda _, batch, state: objective.prepare(batch, state)),
+        noise=compiled("noise", run_noise),
         step=make_step(
+            config,
             objective,
             apply,
             optimizer_of(config),
             mesh,
+            base=base,
             microbatches=training.microbatches,
             look=look,
             fused=fused_of(model, config, objective, mesh),
@@ -302,7 +334,7 @@ def gradient_noise(
     batch: Rollouts,
     halves: Array,
     *,
-    look: Apply | None,
+    look: Apply,
     rows_at_once: int,
 ) -> dict[str, Array]:
     """The gradients g1, g2 of two half-batches, each prepared by itself, as numbers.
@@ -323,7 +355,7 @@ def gradient_noise(
     def gradient(rows: Array) -> Params:
         half = constrain_rows(take(batch, rows, shared_prompt=batch.shared_prompt), mesh)
         half, memory = objective.prepare(half, state.objective)
-        peek = score(look or apply, state.params, half, microbatches=n) if objective.peeks else None
+        peek = score(look, state.params, half, microbatches=n) if objective.peeks else None
         half = objective.weigh(half, memory, peek)
         return jax.tree.map(promote, accumulate(objective, apply, state.params, half, memory, microbatches=n)[1])
 
@@ -352,9 +384,9 @@ def policy_of(
 
 
 def fused_of(model: Model, config: ConfigDict, objective: Objective, mesh: Mesh) -> Fused | None:
-    """What gives the loss in one pass over the logits. None = a gradient flows through statistics that the policy
-    derives from the logits by itself."""
-    if objective.wants & objective.derived.keys():
+    """What gives the loss in one pass over the logits. None = a gradient flows through statistics that other heads
+    give, or that the policy derives from the logits by itself."""
+    if not objective.wants <= set(stats.AVAILABLE):
         return None
     options = dict(temperature=config.policy_temperature, mesh=several(mesh))
     return partial(policy_loss, model, wants=objective.wants | {"entropy"}, **options)
@@ -363,11 +395,6 @@ def fused_of(model: Model, config: ConfigDict, objective: Objective, mesh: Mesh)
 def several(mesh: Mesh | None) -> Mesh | None:
     """The mesh, if there is anything to spread over it."""
     return mesh if mesh is not None and mesh.size > 1 else None
-
-
-def derived_needs(objective: Objective) -> frozenset[str]:
-    """Derived statistics that the objective needs of the old policy, as ``logp_<name>``."""
-    return frozenset(name for name in objective.derived if f"logp_{name}" in objective.needs)
 
 
 def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
@@ -384,11 +411,13 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, objectiv
 
 
 def make_step(
+    config: ConfigDict,
     objective: Objective,
     apply: Apply,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     *,
+    base: Params | None = None,
     microbatches: int = 1,
     look: Apply | None = None,
     fused: Fused | None = None,
@@ -398,14 +427,15 @@ def make_step(
 ) -> Compiled:
     """The compiled ``(train state, batch, rows, fresh) -> (train state, metrics)``: one optimizer step on the chosen
     rows. Donates the state."""
+    seen = partial(seen_with_base, config)
 
     def run_step(
-        state: TrainState, batch: Rollouts, rows: Array, fresh: bool = False
+        base: Params | None, state: TrainState, batch: Rollouts, rows: Array, fresh: bool = False
     ) -> tuple[TrainState, dict[str, Array]]:
         batch = constrain_rows(take(batch, rows, shared_prompt=batch.shared_prompt), mesh)
         params, opt_state, memory, out = optimizer_step(
             objective,
-            apply,
+            seen(base, apply),
             optimizer,
             state.params,
             state.opt_state,
@@ -413,13 +443,14 @@ def make_step(
             batch,
             microbatches=microbatches,
             fresh=fresh,
-            look=look,
-            fused=fused,
+            look=seen(base, look or apply),
+            fused=fused and (lambda params, *args, **unit: fused(with_base(config, base, params), *args, **unit)),
         )
         where = TrainState(shardings(params, mesh), shardings(opt_state, mesh), replicated(mesh))
         return jax.lax.with_sharding_constraint(TrainState(params, opt_state, memory), where), out
 
-    return Compiled(name, run_step, report=report, expected=expected, static_argnames="fresh", donate_argnums=0)
+    options = dict(report=report, expected=expected, bound=(base,), static_argnames="fresh", donate_argnums=1)
+    return Compiled(name, run_step, **options)
 
 
 # ---- what an objective asks the loop for
@@ -439,6 +470,7 @@ PROVIDED = frozenset(
         "logp_old",
         "logp_beh",
         "entropy_old",
+        "value_old",
     }
 )
 SLOTS = ("ref",)
@@ -471,7 +503,12 @@ def must_score(objective: Objective, batch: Rollouts, state: State) -> bool:
     try:
         jax.eval_shape(lambda b, s: objective.weigh(*objective.prepare(b, s), None), batch, state)
     except MissingField as missing:
-        if missing.field not in ("logp_old", "entropy_old", *(f"logp_{name}" for name in objective.derived)):
+        if missing.field not in (
+            "logp_old",
+            "entropy_old",
+            "value_old",
+            *(f"logp_{name}" for name in objective.derived),
+        ):
             raise
         return True
     return False

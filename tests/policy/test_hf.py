@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -94,7 +93,7 @@ def test_the_dtype_is_chosen_on_the_way(tmp_path):
     params = load(source, config)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
     embedding = source.arrays["model.embed_tokens.weight"]
-    np.testing.assert_array_equal(params["embedding"], embedding.astype(ml_dtypes.bfloat16))
+    np.testing.assert_array_equal(params["embedding"], embedding.astype(jnp.bfloat16))
     export(params, config, tmp_path / "a", hf_config=source.config, dtype="float16")
     assert read_config(tmp_path / "a")["dtype"] == "float16"
     assert open_source(tmp_path / "a").read("model.norm.weight").dtype == np.float16

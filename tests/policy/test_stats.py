@@ -151,7 +151,7 @@ def test_head_over_the_mesh():
 def test_only_what_this_policy_gives_can_be_wanted():
     with pytest.raises(ValueError, match="unknown policy statistic 'entrpy': did you mean 'entropy'"):
         token_stats(MODEL, params(), batch_of(), wants=frozenset({"logp", "entrpy"}))
-    with pytest.raises(ValueError, match="unknown policy statistic 'value'"):
+    with pytest.raises(ValueError, match="the policy's parameters have no value head"):
         policy_of(MODEL, wants=frozenset({"value"}))(params(), batch_of())
 
 

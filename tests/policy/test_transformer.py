@@ -150,6 +150,21 @@ def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits():
     assert np.abs(got - expected).max() > 1e-4  # it did not compute in float32
 
 
+def test_float32_parameters_under_bfloat16_are_master_weights():
+    """Their gradients are float32, and steps too small for bfloat16 add up in them."""
+    config = TransformerConfig(**BASE, dtype="bfloat16")
+    params = start = jax.tree.map(np.asarray, params_of(config))
+    for _ in range(3):
+        _, grad = value_and_grad(config, params, batch_of())
+        assert {x.dtype for x in jax.tree.leaves(grad)} == {jnp.dtype("float32")}
+        params = jax.tree.map(lambda p, g: p - np.float32(1e-6) * np.sign(g), params, grad)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, start)
+    assert all(2e-6 < x < 4e-6 for x in jax.tree.leaves(moved))
+    low = start["blocks"]["w_in"].astype("bfloat16")
+    step = np.sign(grad["blocks"]["w_in"]).astype(low.dtype) * low.dtype.type(1e-6)
+    assert np.mean(low == low - step) > 0.9  # there they would be lost
+
+
 # --- parameters and configuration -------------------------------------------------------------------------------------
 
 draw = jax.jit(partial(init, TransformerConfig(**BASE, tied=False)), compiler_options=COMPILE_FAST)

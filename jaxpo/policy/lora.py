@@ -1,0 +1,90 @@
+"""LoRA (arXiv:2106.09685): frozen matrices with trained products of low rank beside them, ``x W + scale (x A) B``.
+
+Adapters are a pure dict of arrays of their own, ``{"blocks": {"wq": {"a": [L, D, r], "b": [L, r, H, d]}, ...}}``: what
+an optimizer moves and a checkpoint holds. `attach` puts them beside the base weights for a forward pass. The two are
+multiplied apart and never added up: a merged copy would be a second model in memory (and its gradient a third), while
+beside it only ``x A``, rank numbers a token, is stored for the backward pass, and no gradient of W is computed at all.
+Sampler and trainer multiply in the same way, so their log-probs agree as they do without adapters. `merge` is for
+export.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxpo.registry import unknown
+
+Params = Any
+INPUT_AXES = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "w_in": 1, "w_down": 1}  # axes of a matrix that meet those of x
+TARGETS = tuple(INPUT_AXES)
+
+
+class Adapted(NamedTuple):
+    """A frozen matrix [in ..., out ...] with its adapter: a [in ..., r], b [r, out ...] (already scaled)."""
+
+    weight: Array
+    a: Array
+    b: Array
+
+
+def product(x: Array, weight: Array | Adapted, axes: int = 1) -> Array:
+    """``x weight`` over the last ``axes`` axes of x; with an adapter ``+ (x a) b``. In the dtype of x."""
+    if isinstance(weight, Adapted):
+        return product(x, weight.weight, axes) + product(product(x, weight.a, axes), weight.b)
+    return jnp.tensordot(x, weight.astype(x.dtype), axes)
+
+
+def check(rank: int, targets: Sequence[str], *, experts: bool = False) -> None:
+    """Raises ``ValueError`` for a rank below 1, no target, an unknown one, or one that has experts."""
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"lora.rank must be a whole number of at least 1, not {rank!r}")
+    if not targets:
+        raise ValueError(f"lora.targets is empty: name some of {', '.join(TARGETS)}")
+    for name in targets:
+        if name not in TARGETS:
+            raise ValueError(unknown("lora target", name, TARGETS))
+        if experts and name in ("w_in", "w_down"):
+            raise ValueError(f"lora.targets: {name} of a mixture of experts has no adapter; choose wq, wk, wv, wo")
+
+
+def init(base: Params, key: Array, *, rank: int, targets: Sequence[str]) -> Params:
+    """Adapters of the matrices called ``targets`` in every block of ``base`` (arrays or their shapes), in float32.
+
+    ``a`` is uniform in ``+-1 / sqrt(inputs)``, ``b`` zero: the policy starts as the base, bit for bit.
+    """
+    blocks = {}
+    for name, key_ in zip(targets, jax.random.split(key, len(targets)), strict=True):
+        shape, axes = base["blocks"][name].shape, INPUT_AXES[name]
+        inputs, outputs = shape[1 : 1 + axes], shape[1 + axes :]
+        bound = math.prod(inputs) ** -0.5
+        a = jax.random.uniform(key_, (shape[0], *inputs, rank), jnp.float32, -bound, bound)
+        blocks[name] = {"a": a, "b": jnp.zeros((shape[0], rank, *outputs), jnp.float32)}
+    return {"blocks": blocks}
+
+
+def attach(base: Params, adapters: Params, scale: float) -> Params:
+    """The parameters of a policy: ``base``, with adapters beside the matrices that have one. Nothing is copied.
+
+    Args:
+      adapters: of `init`; whatever else it holds besides ``blocks`` (heads) is taken over as it is.
+      scale: alpha / rank.
+    """
+    own = {name: Adapted(base["blocks"][name], x["a"], scale * x["b"]) for name, x in adapters["blocks"].items()}
+    return {**base, **adapters, "blocks": {**base["blocks"], **own}}
+
+
+def merge(base: Params, adapters: Params, scale: float) -> Params:
+    """Parameters of a plain policy, ``W + scale A B`` in the dtype of W: what is exported."""
+    own = {name: _merged(base["blocks"][name], x, scale) for name, x in adapters["blocks"].items()}
+    return {**base, **adapters, "blocks": {**base["blocks"], **own}}
+
+
+def _merged(weight: Array, adapter: Mapping[str, Array], scale: float) -> Array:
+    layers, rank = weight.shape[0], adapter["a"].shape[-1]
+    a, b = adapter["a"].reshape(layers, -1, rank), adapter["b"].reshape(layers, rank, -1)
+    update = jnp.einsum("lir,lro->lio", a, b, precision="highest").reshape(weight.shape)
+    return (weight.astype(jnp.promote_types(weight.dtype, jnp.float32)) + scale * update).astype(weight.dtype)
