@@ -12,6 +12,7 @@ from jaxpo.kernels.token_logprob import plan
 from jaxpo.metrics import results
 from jaxpo.objectives import make
 from jaxpo.parallel import make_mesh, rows_over_mesh
+from jaxpo.policy import lora
 from jaxpo.policy.loss import policy_loss
 from jaxpo.policy.stats import policy_of
 from jaxpo.policy.transformer import TransformerConfig, build, init
@@ -127,3 +128,29 @@ def test_a_loss_may_not_ask_about_another_batch():
     asking = objective._replace(loss=lambda policy, batch, state: objective.loss(lambda b: policy(other), batch, state))
     with pytest.raises(ValueError, match="only about the slice"):
         gradient_of(asking, rollouts(), None)
+
+
+@pytest.mark.usefixtures("small_budget")
+def test_adapters_beside_a_frozen_policy():
+    """The head is a constant: of its products only that of dhidden is made, from the logits that are there."""
+    base = init(MODEL.config, jax.random.key(0))
+    adapters = lora.init(base, jax.random.key(1), rank=2, targets=("wq", "w_down"))
+    adapters = jax.tree.map(lambda x: x + 0.1, adapters)
+    batch = rollouts()
+
+    def loss(stats, part):
+        return jnp.sum(part.mask * part.reward[:, None] * jnp.exp(stats.logp)), {}
+
+    def whole(platform, base, x):
+        options = dict(wants=WANTS, temperature=0.8, platform=platform)
+        return policy_loss(MODEL, lora.attach(base, x, 0.5), batch, loss, **options)[0]
+
+    def gradient(platform):
+        return jax.jit(jax.value_and_grad(partial(whole, platform), 1), compiler_options=COMPILE_FAST)
+
+    def table_gradients(argnums):
+        text = str(jax.make_jaxpr(jax.grad(partial(whole, "gpu"), argnums))(base, adapters))
+        return text.count(f"f32[{MODEL.config.vocab_size},{MODEL.config.width}] = dot_general")
+
+    assert_same(gradient("gpu")(base, adapters), gradient("cpu")(base, adapters))
+    assert (table_gradients(1), table_gradients((0, 1))) == (0, 1)
