@@ -36,11 +36,11 @@ def get_config() -> ConfigDict:
     config.policy = ConfigDict(dict(name="pretrained", path=model))
     config.lora.update(rank=16, alpha=32.0)
     # A small model is diffuse: at temperature 1 it hardly ever answers. The policy that is trained is the tempered one.
-    config.sampling.update(max_new_tokens=12, temperature=0.4)
-    config.policy_temperature = 0.4
+    config.sampling.update(max_new_tokens=10, temperature=0.6)
+    config.policy_temperature = 0.6
     config.objective = ConfigDict(dict(name="grpo", eps_low=0.2, eps_high=0.28, beta=0.0, agg="token_mean"))
-    config.optimizer.update(name="adamw", learning_rate=5e-4, b2=0.95, weight_decay=0.0, clip_norm=1.0)
+    config.optimizer.update(name="adamw", learning_rate=1e-3, b2=0.95, weight_decay=0.0, clip_norm=1.0)
     config.rollout.update(prompts=8, responses=8)
-    config.steps = 60
-    config.evaluation.update(every=20, prompts=64, pass_at=(1, 4), samples=4)
+    config.steps = 30
+    config.evaluation.update(every=10, prompts=64, pass_at=(1,), samples=8)
     return config

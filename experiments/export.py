@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def export_run(workdir: str, out: str, step: int | None = None, dtype: str | None = None) -> None:
-    """Write checkpoint ``step`` (the last one) of a run to the folder ``out``.
+    """Write checkpoint ``step`` (the last one) of a run to the folder ``out``; adapters are added to their weights.
 
     Raises:
       ValueError: no such run or checkpoint, or a policy that no known architecture has. FileExistsError: ``out`` is
@@ -45,7 +45,7 @@ def export_run(workdir: str, out: str, step: int | None = None, dtype: str | Non
     ends = dict(eos_token_id=list(tokenizer.eos_ids), pad_token_id=tokenizer.pad_id)
     pretrained = workspace.config.policy.name == "pretrained"
     export(
-        params,
+        workspace.whole(params),
         workspace.model.config,
         out,
         hf_config=read_config(Path(workdir) / MODEL) if pretrained else None,

@@ -7,6 +7,7 @@ export(params, config, "path/to/new", hf_config=source.config, tokenizer=tokeniz
 """
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -110,7 +111,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if path.is_file() and path.suffix == ".gguf":
         return dict(open_source(path).config)
     if not path.is_dir():
-        raise ValueError(unknown("model folder or GGUF file", str(path), [str(p) for p in path.parent.glob("*")]))
+        missing = unknown("model folder or GGUF file", str(path), [str(p) for p in path.parent.glob("*")])
+        raise ValueError(f"{missing}; models of the hub are downloaded first (hf download NAME --local-dir=FOLDER)")
     return _json(path / CONFIG)
 
 
@@ -295,7 +297,7 @@ def export(
     dtype = dtype or hf_config.get("dtype") or hf_config.get("torch_dtype") or config.param_dtype
     if dtype not in DTYPES.values():
         raise ValueError(unknown("dtype of an export", dtype, DTYPES.values()))
-    hf_config = {key: value for key, value in hf_config.items() if key != "torch_dtype"} | {"dtype": dtype}
+    hf_config["torch_dtype" if "torch_dtype" in hf_config else "dtype"] = dtype
     with _folder(Path(directory)) as folder:
         (folder / CONFIG).write_text(json.dumps(hf_config, indent=2) + "\n")
         if generation is not None:
@@ -319,6 +321,10 @@ def _folder(directory: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():  # on the disk before the folder has its name
+                with open(file, "rb") as stream:
+                    os.fsync(stream.fileno())
         temporary.chmod(0o755)  # mkdtemp's folders are for the owner only
         temporary.rename(directory)
     except BaseException:

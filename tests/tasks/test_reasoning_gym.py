@@ -77,6 +77,13 @@ def test_answers_in_tags():
     assert [s.reward for s in task.score([example] * 2, [task.demonstrate(example), example.answer])] == [1.0, 0.0]
 
 
+def test_what_is_asked_around_the_question():
+    plain = reasoning_gym("spell_backward", 5, 5, seed=0, prompt_field="word")
+    asked = reasoning_gym("spell_backward", 5, 5, seed=0, prompt_field="word", prompt="Spell {} backward")
+    assert [e.question for e in asked.test] == [f"Spell {e.question} backward" for e in plain.test]
+    assert [e.answer for e in asked.test] == [e.answer for e in plain.test]
+
+
 @pytest.mark.parametrize("dataset", ["spell_backward", "letter_counting", "simple_equations"])
 def test_demonstrations_are_correct(dataset):
     task = reasoning_gym(dataset, 20, 4, seed=1)
@@ -126,6 +133,7 @@ def test_no_answers_no_demonstrations():
         ({"size": 3}, "'size'"),
         ({"workers": 0}, "workers must be a positive integer"),
         ({"timeout": -1}, "timeout must be a positive number"),
+        ({"prompt": "Spell it"}, "task.prompt must hold {} once, where the question goes, not 'Spell it'"),
     ],
 )
 def test_bad_arguments_fail_before_anything_is_built(change, message):

@@ -49,6 +49,13 @@ def test_options_go_to_jit():
     assert "stablehlo" in f.lower(jnp.ones(3)).as_text() and f.compilations == 1
 
 
+def test_bound_arguments_come_first_and_are_no_constants():
+    weights = jnp.ones(1000)
+    f = Compiled("weigh", lambda w, x: w * x, report=lambda text: None, bound=(weights,))
+    assert jnp.array_equal(f(2.0), 2 * weights)
+    assert f.lower(2.0).as_text().count("tensor<1000xf32>") and "dense" not in f.lower(2.0).as_text()
+
+
 def test_an_error_while_tracing_comes_through():
     f = Compiled("broken", lambda x: x.reshape(7), report=lambda text: None)
     with pytest.raises(TypeError, match="reshape"):

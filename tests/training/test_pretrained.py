@@ -59,6 +59,17 @@ def test_out_of_a_run_into_another_and_out_again(finished, folder, tmp_path):
     assert read_config(tmp_path / "again") == read_config(folder)
 
 
+@pytest.mark.slow
+def test_adapters_go_out_added_to_their_weights(folder, tmp_path):
+    """Before they have learned anything they add nothing; later on they change what they belong to, and that alone."""
+    run = tiny.run(started_from(folder, {"lora.rank": 2, "lora.targets": ("wq",)}), tmp_path / "run")
+    for step in (0, 1):
+        export.main([f"--workdir={run.path}", f"--out={tmp_path / str(step)}", f"--step={step}"])
+    assert (tmp_path / "0" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+    start, end = (load_file(tmp_path / step / WEIGHTS) for step in "01")
+    assert [name for name in start if (start[name] != end[name]).any()] == ["model.layers.0.self_attn.q_proj.weight"]
+
+
 def test_the_folder_is_one_of_transformers(finished, folder):
     config = transformers_library().AutoConfig.from_pretrained(folder)
     assert (config.model_type, config.vocab_size, str(config.dtype)) == ("llama", 6, "float32")
