@@ -69,7 +69,7 @@ def policy_loss(
         given = {name: x.reshape(part.mask.shape) for name, x in out._asdict().items() if x is not None}
         return loss(TokenStats(logp=given.pop("logp"), entropy=given.pop("entropy", None), derived=given), part)
 
-    hidden = completion_hidden(model, params, batch)
+    hidden = completion_hidden(model, params, batch, mesh)
     return token_logprob_loss(
         of_slice,
         hidden.reshape(-1, hidden.shape[-1]),

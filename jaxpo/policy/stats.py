@@ -1,5 +1,6 @@
 """What the policy says of a batch: hidden states of the completion positions, reduced to `TokenStats`."""
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.kernels import token_logprob
+from jaxpo.parallel import batch_shards, constrain_rows
 from jaxpo.policy.attention import prompt_mask, shared_prompt_attend
 from jaxpo.policy.transformer import Model, Params
 from jaxpo.registry import unknown
@@ -21,27 +23,35 @@ AVAILABLE = ("logp", "entropy", "logsumexp", "sum_p2", "top1", "logp_at_temperat
 Statistic = Callable[[Array, Array], Array]  # (logits [n, V], tokens [n]) -> [n]
 
 
-def completion_hidden(model: Model, params: Params, batch: Rollouts) -> Array:
+def completion_hidden(model: Model, params: Params, batch: Rollouts, mesh: Mesh | None = None) -> Array:
     """[B, T, D]: the final hidden state from which each completion token is predicted.
 
-    The prompt of ``batch.shared_prompt`` consecutive rows is run once.
+    The prompt of ``batch.shared_prompt`` consecutive rows is run once; with a ``mesh``, over which rows are spread,
+    once on every device that has some of them.
     """
     if batch.tokens is None:
         raise ValueError("Rollouts.tokens is required by a policy: [B, P+T] token ids")
     b, p, t, k = batch.rows, batch.prompt_width, batch.width, batch.shared_prompt
+    spread = mesh is not None and b % batch_shards(mesh) == 0
+    if spread:  # the most rows that a prompt can serve without leaving a device
+        k = math.gcd(k, b // batch_shards(mesh))
     prompts = b // k
     length = None if batch.prompt_length is None else batch.prompt_length[::k]
     ok = prompt_mask(length, prompts, p)
     start = jnp.full(b, p) if batch.prompt_length is None else batch.prompt_length
     prompt_positions = jnp.maximum(jnp.cumsum(ok, -1) - 1, 0)
     inputs = batch.completions[:, :-1]  # the last token is predicted, never read
-    tokens = jnp.concatenate([batch.tokens[::k, :p].reshape(-1), inputs.reshape(-1)])
-    positions = jnp.concatenate([prompt_positions.reshape(-1), (start[:, None] + jnp.arange(t - 1)).reshape(-1)])
-    attend = shared_prompt_attend(model.config, b, t - 1, ok)
-    x, _ = model.run_blocks(params, model.embed(params, tokens), positions, attend)
-    last = x[: prompts * p].reshape(prompts, p, -1)[:, -1:]
-    x = jnp.concatenate([jnp.repeat(last, k, 0), x[prompts * p :].reshape(b, t - 1, x.shape[-1])], 1)
-    return model.final(params, x)
+    tokens = jnp.concatenate([batch.tokens[::k, :p], inputs.reshape(prompts, -1)], 1)
+    positions = (start[:, None] + jnp.arange(t - 1)).reshape(prompts, -1)
+    positions = jnp.concatenate([prompt_positions, positions], 1)
+    if spread:  # what rows are made of lies where they do, whatever the partitioner would think of the parameters
+        tokens, positions, ok = constrain_rows((tokens, positions, ok), mesh)
+    attend = shared_prompt_attend(model.config, k, t - 1, ok)
+    x = model.embed(params, tokens)
+    x, _ = model.run_blocks(params, constrain_rows(x, mesh) if spread else x, positions, attend)
+    last = jnp.repeat(x[:, p - 1 : p], k, 0)
+    x = jnp.concatenate([last, x[:, p:].reshape(b, t - 1, x.shape[-1])], 1)
+    return model.final(params, constrain_rows(x, mesh) if spread else x)
 
 
 def token_stats(
@@ -73,7 +83,7 @@ def token_stats(
     for name in wants:
         if name not in AVAILABLE and name not in derived:
             raise ValueError(unknown("policy statistic", name, (*AVAILABLE, *derived)))
-    hidden = completion_hidden(model, params, batch)
+    hidden = completion_hidden(model, params, batch, mesh)
     hidden, tokens = hidden.reshape(-1, hidden.shape[-1]), batch.completions.reshape(-1)
     out = token_logprob(
         hidden,
