@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 AXES = ("data", "fsdp", "tensor")
@@ -38,4 +39,6 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     """A mesh over ``devices`` (all by default). ``{"data": -1, "fsdp": 1, "tensor": 1}`` is the default shape."""
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape({"data": -1} if sizes is None else sizes, len(devices))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    # An axis may be a part of one of the machine's: 2 of the 4 chips along a side of a pod.
+    placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -48,32 +48,32 @@ def prompt_attend(config: TransformerConfig, ok: Array) -> Attend:
     return attend
 
 
-def shared_prompt_attend(config: TransformerConfig, rows: int, width: int, prompt_ok: Array) -> Attend:
-    """Attention over a flat token axis that holds G prompts and then ``rows`` completions of ``width`` tokens, K =
-    rows / G per prompt.
+def shared_prompt_attend(config: TransformerConfig, per_prompt: int, width: int, prompt_ok: Array) -> Attend:
+    """Attention over [G, P + K T] tokens: each prompt, and after it its K = ``per_prompt`` completions of T = ``width``
+    tokens, one behind the other.
 
     A prompt attends to itself; a completion attends to the keys of its prompt, which were computed once for all K,
     and to itself. ``prompt_ok`` [G, P] marks real prompt tokens.
     """
     prompts, prompt_width = prompt_ok.shape
-    split, k_per_prompt = prompts * prompt_width, rows // prompts
+    rows = prompts * per_prompt
     of_prompts = prompt_attend(config, prompt_ok)
     at = jnp.arange(prompt_width + width)  # prompts end where completions begin, so places differ as positions do
     distance = at[prompt_width:, None] - at
-    ok = jnp.concatenate([jnp.repeat(prompt_ok, k_per_prompt, 0), jnp.ones((rows, width), bool)], 1)
+    ok = jnp.concatenate([jnp.repeat(prompt_ok, per_prompt, 0), jnp.ones((rows, width), bool)], 1)
     mask = (distance >= 0) & ok[:, None]
 
     def attend(q: Array, k: Array, v: Array, window: int | Array | None) -> tuple[Array, None]:
         def parts(x: Array) -> tuple[Array, Array]:
-            return x[:split].reshape(prompts, prompt_width, *x.shape[1:]), x[split:].reshape(rows, width, *x.shape[1:])
+            return x[:, :prompt_width], x[:, prompt_width:].reshape(rows, width, *x.shape[2:])
 
         (qp, qc), (kp, kc), (vp, vc) = parts(q), parts(k), parts(v)
-        of_prompt = of_prompts(qp, kp, vp, window)[0].reshape(split, *q.shape[1:])
+        of_prompt = of_prompts(qp, kp, vp, window)[0]
         if width == 0:
             return of_prompt, None
-        keys = jnp.concatenate([jnp.repeat(kp, k_per_prompt, 0), kc], 1)
-        values = jnp.concatenate([jnp.repeat(vp, k_per_prompt, 0), vc], 1)
+        keys = jnp.concatenate([jnp.repeat(kp, per_prompt, 0), kc], 1)
+        values = jnp.concatenate([jnp.repeat(vp, per_prompt, 0), vc], 1)
         of_completion = attention(config, qc, keys, values, narrowed(mask, distance, window))
-        return jnp.concatenate([of_prompt, of_completion.reshape(rows * width, *q.shape[1:])]), None
+        return jnp.concatenate([of_prompt, of_completion.reshape(prompts, -1, *q.shape[2:])], 1), None
 
     return attend

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jaxpo.batch import Rollouts, TokenStats, slices
 from jaxpo.kernels import TokenLogProb, token_logprob_loss
+from jaxpo.kernels.chips import target_platform
 from jaxpo.kernels.token_logprob.plan import whole_vocabulary_slices
 from jaxpo.policy.stats import AVAILABLE, completion_hidden, token_stats
 from jaxpo.policy.transformer import Model, Params
@@ -54,7 +55,7 @@ def policy_loss(
     for name in wants:
         if name not in AVAILABLE:
             raise ValueError(unknown("policy statistic", name, AVAILABLE))
-    options, platform = dict(temperature=temperature, mesh=mesh), platform or jax.default_backend()
+    options, platform = dict(temperature=temperature, mesh=mesh), platform or target_platform()
     shape = batch.rows, batch.width, model.config.vocab_size
     around = {} if mesh is None else mesh.shape
     token_shards, vocab_shards = (math.prod(around.get(x, 1) for x in axes) for axes in (("data", "fsdp"), ("tensor",)))
@@ -68,7 +69,7 @@ def policy_loss(
         given = {name: x.reshape(part.mask.shape) for name, x in out._asdict().items() if x is not None}
         return loss(TokenStats(logp=given.pop("logp"), entropy=given.pop("entropy", None), derived=given), part)
 
-    hidden = completion_hidden(model, params, batch)
+    hidden = completion_hidden(model, params, batch, mesh)
     return token_logprob_loss(
         of_slice,
         hidden.reshape(-1, hidden.shape[-1]),

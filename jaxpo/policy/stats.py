@@ -1,5 +1,6 @@
 """What the policy says of a batch: hidden states of the completion positions, reduced to `TokenStats`."""
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.kernels import token_logprob
+from jaxpo.parallel import batch_shards, constrain_rows
 from jaxpo.policy import heads
 from jaxpo.policy.attention import prompt_mask, shared_prompt_attend
 from jaxpo.policy.transformer import Model, Params
@@ -22,15 +24,21 @@ AVAILABLE = ("logp", "entropy", "logsumexp", "sum_p2", "top1", "logp_at_temperat
 Statistic = Callable[[Array, Array], Array]  # (logits [n, V], tokens [n]) -> [n]
 
 
-def completion_hidden(model: Model, params: Params, batch: Rollouts, *, read_last: bool = False) -> Array:
+def completion_hidden(
+    model: Model, params: Params, batch: Rollouts, mesh: Mesh | None = None, *, read_last: bool = False
+) -> Array:
     """[B, T, D]: the final hidden state from which each completion token is predicted.
 
     With ``read_last`` [B, T + 1, D]: also the state after the last of them. The prompt of ``batch.shared_prompt``
-    consecutive rows is run once.
+    consecutive rows is run once; with a ``mesh``, over which rows are spread, once on every device that has some of
+    them.
     """
     if batch.tokens is None:
         raise ValueError("Rollouts.tokens is required by a policy: [B, P+T] token ids")
     b, p, t, k = batch.rows, batch.prompt_width, batch.width, batch.shared_prompt
+    spread = mesh is not None and b % batch_shards(mesh) == 0
+    if spread:  # the most rows that a prompt can serve without leaving a device
+        k = math.gcd(k, b // batch_shards(mesh))
     prompts = b // k
     length = None if batch.prompt_length is None else batch.prompt_length[::k]
     ok = prompt_mask(length, prompts, p)
@@ -38,13 +46,17 @@ def completion_hidden(model: Model, params: Params, batch: Rollouts, *, read_las
     prompt_positions = jnp.maximum(jnp.cumsum(ok, -1) - 1, 0)
     read = t if read_last else t - 1  # for log-probs the last token is predicted, never read
     inputs = batch.completions[:, :read]
-    tokens = jnp.concatenate([batch.tokens[::k, :p].reshape(-1), inputs.reshape(-1)])
-    positions = jnp.concatenate([prompt_positions.reshape(-1), (start[:, None] + jnp.arange(read)).reshape(-1)])
-    attend = shared_prompt_attend(model.config, b, read, ok)
-    x, _ = model.run_blocks(params, model.embed(params, tokens), positions, attend)
-    last = x[: prompts * p].reshape(prompts, p, -1)[:, -1:]
-    x = jnp.concatenate([jnp.repeat(last, k, 0), x[prompts * p :].reshape(b, read, x.shape[-1])], 1)
-    return model.final(params, x)
+    tokens = jnp.concatenate([batch.tokens[::k, :p], inputs.reshape(prompts, -1)], 1)
+    positions = (start[:, None] + jnp.arange(read)).reshape(prompts, -1)
+    positions = jnp.concatenate([prompt_positions, positions], 1)
+    if spread:  # what rows are made of lies where they do, whatever the partitioner would think of the parameters
+        tokens, positions, ok = constrain_rows((tokens, positions, ok), mesh)
+    attend = shared_prompt_attend(model.config, k, read, ok)
+    x = model.embed(params, tokens)
+    x, _ = model.run_blocks(params, constrain_rows(x, mesh) if spread else x, positions, attend)
+    last = jnp.repeat(x[:, p - 1 : p], k, 0)
+    x = jnp.concatenate([last, x[:, p:].reshape(b, read, x.shape[-1])], 1)
+    return model.final(params, constrain_rows(x, mesh) if spread else x)
 
 
 def token_stats(
@@ -77,7 +89,7 @@ def token_stats(
     for name in wants:
         if name not in AVAILABLE and name not in derived and name not in heads.NAMES:
             raise ValueError(unknown("policy statistic", name, (*AVAILABLE, *derived, *heads.NAMES)))
-    hidden = completion_hidden(model, params, batch, read_last="score" in wants)
+    hidden = completion_hidden(model, params, batch, mesh, read_last="score" in wants)
     own = head_stats(params, hidden, batch, wants)
     hidden = hidden[:, : batch.width]
     hidden, tokens = hidden.reshape(-1, hidden.shape[-1]), batch.completions.reshape(-1)

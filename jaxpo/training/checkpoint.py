@@ -1,17 +1,18 @@
 """Checkpoints of a whole training state by orbax: written in the background, restored bit for bit on any mesh.
 
-A checkpoint is a directory named after its step. It holds the arrays of a pytree under flat names ("params/head/w") and
-a manifest: the shape and dtype of every leaf, and the ``position`` (data position, step, ...: what JSON can hold).
-Orbax alone takes an empty directory for a checkpoint and casts dtypes without a word; the manifest is there to notice.
+A checkpoint is a directory named after its step: the arrays of a pytree under flat names ("params/head/w"), sharded
+(tensorstore, OCDBT), and the manifest (`jaxpo.training.manifest`), which is written last. Without a manifest that fits,
+bit for bit, a directory is no checkpoint; the one before it is taken, and it is said which, why and what instead.
 
-With several processes (``jax.distributed``) all of them have to make every call.
+With several processes (``jax.distributed``) all of them have to make every call, on a directory that all of them see.
 """
 
 import json
 import logging
-import math
-from collections.abc import Mapping
-from typing import Any
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +22,24 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from jaxpo.registry import unknown
+from jaxpo.training import manifest
+from jaxpo.training.manifest import DamagedCheckpoint, Tree, describe, is_key, is_stored, named_leaves
 
-Tree = Any
-_SCALARS = {kind.__name__: kind for kind in (bool, int, float, str)}  # leaves that live in the manifest itself
-_TMP, _DELETED = ".orbax-checkpoint-tmp", ".deleted"  # endings of directories that are no checkpoints
-_KEY = "key "  # dtype of a typed key: this and its kind
+_TMP, _DAMAGED = ".orbax-checkpoint-tmp", ".damaged"  # endings of directories that are no checkpoints
 
 # Orbax logs dozens of lines a save through absl's logger; its warnings and errors still come through.
 logging.getLogger("absl").addFilter(lambda line: line.levelno >= logging.WARNING or "/orbax/" not in line.pathname)
+
+
+class Restored(NamedTuple):
+    """A checkpoint that was read. manifest: all that it says of itself (metrics, config, leaves, ...). passed: later
+    steps that are damaged."""
+
+    tree: Tree
+    position: dict[str, Any]
+    step: int
+    manifest: dict[str, Any]
+    passed: list[int]
 
 
 class Checkpoints:
@@ -38,14 +49,18 @@ class Checkpoints:
       directory: where they are kept, made if it is missing; a local path or one that etils.epath writes (gs://...).
       keep: how many finished ones stay; the oldest go first. ``save``, ``wait`` and ``close`` prune, so there can be
         one more for a while.
+      best: name of a metric; the checkpoint with the highest value (the later one of two) stays besides those.
+      config: hash of the run's config, kept in the manifests.
     """
 
-    def __init__(self, directory: str, keep: int = 3):
+    def __init__(self, directory: str, keep: int = 3, *, best: str | None = None, config: str = ""):
         if keep < 1:
             raise ValueError(f"keep: {keep} checkpoints; at least 1 has to stay")
-        self.directory, self.keep = epath.Path(directory).absolute(), keep
+        self.directory, self.keep, self.best, self.config = epath.Path(directory).absolute(), keep, best, config
         self.directory.mkdir(parents=True, exist_ok=True)
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future | None = None
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, ascending."""
@@ -55,17 +70,21 @@ class Checkpoints:
         """The last finished step, None if there is none."""
         return max(self.steps(), default=None)
 
-    def save(self, step: int, tree: Tree, position: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, tree: Tree, position: Mapping[str, Any], metrics: Mapping[str, float] | None = None
+    ) -> None:
         """Copy ``tree`` to the host and write it in the background; a save still under way is waited for first.
 
         Args:
           step: names the checkpoint; a checkpoint of this step, whole or torn, is replaced.
           tree: pytree of arrays, PRNG keys (typed or raw) and Python scalars. It may be donated once this returns.
           position: what else a resumed run has to know, JSON-able.
+          metrics: by which ``best`` is chosen; a checkpoint without that metric is not among them.
 
         Raises:
           ValueError: ``step`` is before the latest checkpoint's; see ``discard_after``.
           TypeError: a leaf, or something in ``position``, that cannot be saved.
+          OSError: the one under way could not be written.
         """
         self.wait()
         if (latest := self.latest()) is not None and step < latest:
@@ -74,247 +93,269 @@ class Checkpoints:
                 f"call discard_after({step}) if the run has gone back"
             )
         leaves, arrays = {}, {}
-        for path, leaf in _named_leaves(tree).values():
-            name = _name(path)
-            leaves[name] = {"path": [_key(entry) for entry in path], **_describe(name, leaf)}
-            if _is_stored(leaves[name]):
+        for name, (path, leaf) in named_leaves(tree).items():
+            leaves[name] = {"path": manifest.keys_of_path(path), **describe(name, leaf)}
+            if is_stored(leaves[name]):
                 arrays[name] = _to_orbax(leaf)
-        manifest = {"position": dict(position), "leaves": leaves}
+        for name, checksum in manifest.checksums(arrays).items():
+            leaves[name]["checksum"] = checksum
+        content = dict(
+            step=step, config=self.config, position=dict(position), metrics=dict(metrics or {}), leaves=leaves
+        )
         try:
-            json.dumps(manifest)
+            json.dumps(content)
         except TypeError as error:
             raise TypeError(f"position: {error}; it has to be JSON-able") from None
-        items = {"manifest": ocp.args.JsonSave(manifest)}
+        folder = self.directory / str(step)
+        self._delete(folder)  # a torn one, or one to be replaced
+        _together(f"checkpoint {step}")  # no process starts before that is done
         if arrays:  # orbax refuses an empty item
-            items["arrays"] = ocp.args.PyTreeSave(arrays)
-        self._delete(self.directory / str(step))  # a torn one, or one to be replaced
-        multihost_utils.sync_global_devices(f"checkpoint {step}")  # no process starts before that is done
-        self._orbax.save(self.directory / str(step), args=ocp.args.Composite(**items))
+            self._orbax.save(folder, args=ocp.args.Composite(arrays=ocp.args.PyTreeSave(arrays)))
+        self._pending = self._thread.submit(self._publish, folder, content)
+
+    def _publish(self, folder: epath.Path, content: dict[str, Any]) -> None:
+        self._orbax.wait_until_finished()  # until the files of all processes are there
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            manifest.write(folder, {**content, "files": manifest.sizes(folder)})
 
     def wait(self) -> None:
-        """Return once nothing is being written any more; errors of the background save are raised here."""
-        self._orbax.wait_until_finished()
-        for step in self.steps()[: -self.keep]:
+        """Return once nothing is being written any more, and remove what need not stay.
+
+        Raises:
+          OSError: the checkpoint under way could not be written (a full disk, say).
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            try:
+                pending.result()
+            except Exception as error:
+                raise OSError(
+                    f"a checkpoint could not be written to {self.directory}: {_one_line(error)}; the last whole one is "
+                    f"{self.latest()}: make room there, or see to its permissions, and go on with --resume"
+                ) from error
+            _together("checkpoint written")
+        self._prune()
+
+    def _prune(self) -> None:
+        steps = self.steps()
+        for step in set(steps[: -self.keep]) - {self._best(steps)}:
             self._delete(self.directory / str(step))
         for left in self.directory.iterdir():  # of a killed process: nothing is under way
-            if left.name.endswith((_TMP, _DELETED)):
+            if left.name.endswith(_TMP) or (left.name.isdecimal() and not _is_finished(left)):
                 self._delete(left)
 
+    def _best(self, steps: list[int]) -> int | None:
+        values = {}
+        for step in steps if self.best else ():
+            try:
+                values[step] = manifest.read(self.directory / str(step))["metrics"][self.best]
+            except (DamagedCheckpoint, KeyError):  # it cannot be the best of those that can be judged
+                continue
+        return max(values, key=lambda step: (values[step], step), default=None)
+
     def discard_after(self, step: int) -> None:
-        """Delete the checkpoints of later steps: a run that resumes from ``step`` leaves that continuation behind."""
-        self._orbax.wait_until_finished()
+        """Delete the checkpoints of later steps: a run that goes on from ``step`` leaves that continuation behind."""
+        self.wait()
         for later in self.steps():
             if later > step:
                 self._delete(self.directory / str(later))
+        _together("later ones discarded")
+
+    def set_aside(self, steps: Sequence[int]) -> None:
+        """Rename damaged checkpoints to ``STEP.damaged``, so that the run can write these steps again."""
+        for step in steps if jax.process_index() == 0 else ():
+            folder = self.directory / str(step)
+            if folder.exists():
+                self._delete(folder.with_name(folder.name + _DAMAGED))
+                folder.rename(folder.with_name(folder.name + _DAMAGED))
+        _together("damaged ones set aside")
 
     def restore(self, template: Tree, step: int | None = None) -> tuple[Tree, dict[str, Any]]:
-        """The tree and position of a checkpoint, in the structure of ``template`` and on its devices.
-
-        Args:
-          template: pytree of arrays or jax.ShapeDtypeStruct. A leaf with a sharding is restored with it, whatever mesh
-            it was saved from; one without (or an uncommitted array) comes back uncommitted. NumPy arrays come back as
-            NumPy arrays, Python scalars as such.
-          step: which one; the latest by default.
-
-        Raises:
-          FileNotFoundError: there is no such finished checkpoint.
-          ValueError: a leaf is missing, left over, or of another shape or dtype than in the template (it is named).
-        """
-        self._orbax.wait_until_finished()
-        check(self.directory, template, step)
-        path, manifest = _open(self.directory, step)
-        wanted = _named_leaves(template)
-        found = _read(self._orbax, path, manifest["leaves"], {name: leaf for name, (_, leaf) in wanted.items()})
-        return jax.tree.unflatten(jax.tree.structure(template), [found[name] for name in wanted]), manifest["position"]
+        """The tree and position of a checkpoint (the latest whole one): see the function `restore`."""
+        self.wait()
+        return restore(self.directory, template, step)[:2]
 
     def close(self) -> None:
-        """Wait for the last save and release orbax's threads."""
-        self.wait()
-        self._orbax.close()
+        """Wait for the last save and release the threads, whether or not it could be written."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._orbax.close()
 
-    def _delete(self, path: epath.Path) -> None:
-        # Renamed first: a kill in the middle of the removal must not leave a checkpoint with some of its files.
-        if jax.process_index() != 0 or not path.exists():
-            return
-        if not path.name.endswith((_TMP, _DELETED)):
-            path = path.rename(path.with_name(path.name + _DELETED))
-        path.rmtree()
+    def _delete(self, folder: epath.Path) -> None:
+        if jax.process_index() == 0 and folder.exists():
+            (folder / manifest.NAME).unlink(missing_ok=True)  # first: a kill in the middle leaves no checkpoint
+            folder.rmtree()
 
 
 def finished_steps(directory: str) -> list[int]:
-    """Ascending steps of the whole checkpoints in ``directory``; what a kill left half written is none."""
-    directory = epath.Path(directory)
-    if not directory.exists():
-        return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal() and _is_finished(path))
+    """Ascending steps of the finished checkpoints in ``directory``; what a kill left half written is none."""
+    return [step for step in _steps(epath.Path(directory)) if _is_finished(epath.Path(directory) / str(step))]
 
 
-def check(directory: str, template: Tree, step: int | None = None) -> dict[str, Any]:
-    """Whether a checkpoint (the latest) could be restored into ``template``, from its manifest alone; its position.
+def restore(
+    directory: str, template: Tree, step: int | None = None, *, report: Callable[[str], None] | None = None
+) -> Restored:
+    """A checkpoint in the structure of ``template`` and on its devices, verified: every bit is as it was saved.
+
+    Args:
+      template: pytree of arrays or jax.ShapeDtypeStruct. A leaf with a sharding is restored with it, whatever mesh
+        it was saved from; one without (or an uncommitted array) comes back uncommitted. NumPy arrays come back as
+        NumPy arrays, Python scalars as such.
+      step: which one; None = the latest that is whole. Damaged ones that are passed over are told to ``report``
+        (standard error of the first process by default), with the reason and what is taken instead.
 
     Raises:
-      FileNotFoundError, ValueError: as ``Checkpoints.restore``.
+      FileNotFoundError: there is no such finished checkpoint, or none that is whole.
+      DamagedCheckpoint: the ``step`` that is asked for is not whole.
+      ValueError: a leaf is missing, left over, or of another shape or dtype than in the template (it is named).
     """
-    path, manifest = _open(epath.Path(directory).absolute(), step)
-    wanted = {name: _describe(name, leaf) for name, (_, leaf) in _named_leaves(template).items()}
-    _check(path, manifest["leaves"], wanted)
-    return manifest["position"]
+    wanted = named_leaves(template)
+
+    def load(folder: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        content = _agreed(lambda: manifest.read(folder))
+        described = {name: describe(name, leaf) for name, (_, leaf) in wanted.items()}
+        manifest.compare(folder, content["leaves"], described)
+        return _read(folder, content["leaves"], {name: leaf for name, (_, leaf) in wanted.items()}), content
+
+    (found, content), passed = _first_whole(epath.Path(directory).absolute(), step, load, report)
+    tree = jax.tree.unflatten(jax.tree.structure(template), [found[name] for name in wanted])
+    return Restored(tree, content["position"], content["step"], content, passed)
 
 
-def restore_params(directory: str, step: int | None = None, *, name: str = "params") -> tuple[dict, dict[str, Any]]:
+def restore_params(
+    directory: str, step: int | None = None, *, name: str = "params", shardings: Tree = None
+) -> tuple[dict, dict[str, Any]]:
     """The parameters of a checkpoint without a template: for evaluation.
 
     Args:
       directory: of the run's checkpoints.
-      step: which one; the latest by default.
+      step: which one; as of `restore`.
       name: the entry of the saved tree to read; nothing else is read.
+      shardings: of its leaves, in a tree like it; None = on the default device.
 
     Returns:
-      A nested dict of arrays on the default device (lists come back as dicts with integer keys) and the position.
+      A nested dict of arrays (lists come back as dicts with integer keys) and the position.
 
     Raises:
-      FileNotFoundError: there is no such finished checkpoint.
+      FileNotFoundError, DamagedCheckpoint: as of `restore`.
       KeyError: the saved tree has no entry ``name``.
+      ValueError: the leaves of ``shardings`` are not those of the checkpoint (one is named).
     """
-    path, manifest = _open(epath.Path(directory).absolute(), step)
-    leaves = {key: leaf for key, leaf in manifest["leaves"].items() if leaf["path"][:1] == [name]}
-    if not leaves:
-        entries = {str(leaf["path"][0]) for leaf in manifest["leaves"].values() if leaf["path"]}
-        raise KeyError(f"checkpoint {path}: {unknown('entry', name, entries)}")
-    orbax = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
-    arrays = _read(orbax, path, leaves, {key: _template(leaf) for key, leaf in leaves.items()})
-    orbax.close()
+    placed = {f"{name}/{key}": x for key, (_, x) in named_leaves(shardings).items()}
+
+    def load(folder: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        content = _agreed(lambda: manifest.read(folder))
+        leaves = {key: leaf for key, leaf in content["leaves"].items() if leaf["path"][:1] == [name]}
+        if not leaves:
+            entries = {str(leaf["path"][0]) for leaf in content["leaves"].values() if leaf["path"]}
+            raise KeyError(f"checkpoint {folder}: {unknown('entry', name, entries)}")
+        if wrong := sorted(placed.keys() ^ leaves.keys()) if placed else []:
+            raise ValueError(f"checkpoint {folder} is of another model: only one of the two has {wrong[0]}")
+        templates = {key: manifest.template_of(leaf, placed.get(key)) for key, leaf in leaves.items()}
+        return _read(folder, leaves, templates), content
+
+    (arrays, content), _ = _first_whole(epath.Path(directory).absolute(), step, load, None)
     tree: dict = {}
-    for key, leaf in leaves.items():
-        node = tree
-        for entry in leaf["path"][:-1]:
+    for key, value in arrays.items():
+        node, path = tree, content["leaves"][key]["path"]
+        for entry in path[:-1]:
             node = node.setdefault(entry, {})
-        node[leaf["path"][-1]] = arrays[key]
-    return tree[name], manifest["position"]
+        node[path[-1]] = value
+    return tree[name], content["position"]
 
 
-# ---- leaves: names, descriptions, and what orbax can hold
+# ---- which checkpoint
 
 
-def _key(entry: Any) -> str | int:
-    for attribute in ("key", "idx", "name"):  # DictKey, SequenceKey, GetAttrKey
-        if hasattr(entry, attribute):
-            key = getattr(entry, attribute)
-            return key if isinstance(key, int) else str(key)
-    return str(entry)
+def _steps(directory: epath.Path) -> list[int]:
+    """Ascending steps that have a directory, finished or not."""
+    there = directory.iterdir() if directory.exists() else ()
+    return sorted(int(path.name) for path in there if path.name.isdecimal())
 
 
-def _name(path: tuple) -> str:
-    return "/".join(str(_key(entry)) for entry in path) or "."
+def _is_finished(folder: epath.Path) -> bool:
+    return (folder / manifest.NAME).exists()
 
 
-def _named_leaves(tree: Tree) -> dict[str, tuple[tuple, Any]]:
-    """{name: (key path, leaf)} in the order of jax.tree.leaves."""
-    named: dict[str, tuple[tuple, Any]] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        if _name(path) in named:
-            raise ValueError(f"{_name(path)}: two leaves of the tree have this name")
-        named[_name(path)] = path, leaf
-    return named
-
-
-def _is_key(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def _dtype_name(x: Any) -> str:
-    if not _is_key(x):
-        return str(x.dtype)
-    names: list[str] = []  # key_impl takes arrays only: trace it
-    jax.eval_shape(lambda key: names.append(str(jax.random.key_impl(key))), jax.ShapeDtypeStruct(x.shape, x.dtype))
-    return _KEY + names[0]
-
-
-def _describe(name: str, leaf: Any) -> dict[str, Any]:
-    """Shape and dtype of a leaf as the manifest has them; the value too if it is a Python scalar."""
-    if type(leaf) in _SCALARS.values():
-        return {"shape": [], "dtype": f"python {type(leaf).__name__}", "value": leaf}
-    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape") or leaf.dtype == object:
-        raise TypeError(
-            f"{name}: a leaf of type {type(leaf).__name__} cannot be saved; "
-            f"arrays, PRNG keys and {', '.join(_SCALARS)} can"
-        )
-    return {"shape": list(leaf.shape), "dtype": _dtype_name(leaf)}
-
-
-def _is_stored(leaf: Mapping[str, Any]) -> bool:
-    """Whether orbax holds the leaf: not Python scalars, and not arrays of size zero, which it refuses."""
-    return "value" not in leaf and math.prod(leaf["shape"]) > 0
-
-
-def _to_orbax(leaf: Any) -> Any:
-    if not isinstance(leaf, jax.Array):
-        return np.array(leaf)  # a copy: the caller may write into its own
-    if _is_key(leaf):
-        leaf = jax.random.key_data(leaf)
-    # What every process has a copy of (an optimizer's step count) is no distributed array to orbax.
-    return np.asarray(leaf) if jax.process_count() > 1 and leaf.is_fully_addressable else leaf
-
-
-def _template(leaf: Mapping[str, Any]) -> Any:
-    if "value" in leaf:
-        return leaf["value"]
-    if leaf["dtype"].startswith(_KEY):
-        dtype = jax.eval_shape(lambda: jax.random.key(0, impl=leaf["dtype"].removeprefix(_KEY))).dtype
-    else:
-        dtype = jnp.dtype(leaf["dtype"])
-    return jax.ShapeDtypeStruct(tuple(leaf["shape"]), dtype)
+def _first_whole(
+    directory: epath.Path, step: int | None, load: Callable[[epath.Path], Any], report: Callable[[str], None] | None
+) -> tuple[Any, list[int]]:
+    """``load`` of the step, or of the last one that is whole, and the steps after it."""
+    if step is not None:
+        if step not in _steps(directory):
+            finished = finished_steps(directory)
+            nearest = f"; the nearest is {min(finished, key=lambda x: abs(x - step))}" if finished else ""
+            raise FileNotFoundError(f"no finished checkpoint of step {step} in {directory}{nearest}")
+        try:
+            return load(directory / str(step)), []
+        except DamagedCheckpoint as error:
+            raise DamagedCheckpoint(f"checkpoint {directory}/{step} is damaged: {error}") from None
+    passed: dict[int, str] = {}
+    for candidate in reversed(_steps(directory)):
+        try:
+            found = load(directory / str(candidate))
+        except DamagedCheckpoint as error:
+            passed[candidate] = f"checkpoint {directory}/{candidate} is damaged: {error}"
+            continue
+        for line in passed.values() if jax.process_index() == 0 else ():
+            line = f"WARNING: {line}. Taking checkpoint {directory}/{candidate} instead"
+            report(line) if report else print(line, file=sys.stderr, flush=True)
+        return found, list(passed)
+    raise FileNotFoundError("; ".join([f"no finished checkpoint in {directory}", *passed.values()]))
 
 
 # ---- reading
 
 
-def _is_finished(path: epath.Path) -> bool:
-    return (path / "manifest" / "metadata").exists() and ocp.utils.is_checkpoint_finalized(path)
+def _together(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
-def _open(directory: epath.Path, step: int | None) -> tuple[epath.Path, dict[str, Any]]:
-    steps = finished_steps(directory)
-    if not steps:
-        raise FileNotFoundError(f"no finished checkpoint in {directory}")
-    if step is not None and step not in steps:
-        nearest = min(steps, key=lambda other: abs(other - step))
-        raise FileNotFoundError(f"no finished checkpoint of step {step} in {directory}; the nearest is {nearest}")
-    path = directory / str(steps[-1] if step is None else step)
-    return path, json.loads((path / "manifest" / "metadata").read_text())
+def _agreed(read: Callable[[], Any]) -> Any:
+    """``read()``, unless it fails in any process: then it fails in all of them."""
+    found, error = None, None
+    try:
+        found = read()
+    except Exception as failure:  # whatever a decoder makes of bits that are not its own
+        error = failure
+    failed = error is not None
+    if jax.process_count() > 1:
+        failed = bool(multihost_utils.process_allgather(np.array(failed)).any())
+    if failed:
+        raise DamagedCheckpoint(_one_line(error) if error else "another process could not read it") from error
+    return found
 
 
-def _check(path: epath.Path, saved: Mapping[str, Mapping], wanted: Mapping[str, Mapping]) -> None:
-    for name in wanted:
-        if name not in saved:
-            raise ValueError(f"checkpoint {path}: {unknown('leaf', name, set(saved) - set(wanted))}")
-    for name in saved:
-        if name not in wanted:
-            raise ValueError(
-                f"checkpoint {path} has a leaf that the template lacks: "
-                f"{unknown('leaf', name, set(wanted) - set(saved))}"
-            )
-    for name, leaf in wanted.items():
-        for what in ("shape", "dtype"):
-            if leaf[what] != saved[name][what]:
-                raise ValueError(
-                    f"checkpoint {path}: {name} was saved with {what} {saved[name][what]}, "
-                    f"the template has {leaf[what]}"
-                )
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _read(orbax: Any, path: epath.Path, saved: Mapping[str, Mapping], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """{name: leaf} of the ``wanted`` templates, each of the shape and dtype that ``saved`` says."""
-    stored = {name: leaf for name, leaf in wanted.items() if _is_stored(saved[name])}
-    arrays = {}
+def _to_orbax(leaf: Any) -> Any:
+    if not isinstance(leaf, jax.Array):
+        return np.array(leaf)  # a copy: the caller may write into its own
+    if is_key(leaf):
+        leaf = jax.random.key_data(leaf)
+    # What every process has a copy of (an optimizer's step count) is no distributed array to orbax.
+    return np.asarray(leaf) if jax.process_count() > 1 and leaf.is_fully_addressable else leaf
+
+
+def _read(folder: epath.Path, saved: Mapping[str, Mapping], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """{name: leaf} of the ``wanted`` templates, each with the shape, dtype and checksum that ``saved`` says."""
+    stored = {name: leaf for name, leaf in wanted.items() if is_stored(saved[name])}
+    arrays: dict[str, Any] = {}
     if stored:
         how = {name: _restore_args(leaf) for name, leaf in stored.items()}
-        arrays = orbax.restore(
-            path,
-            args=ocp.args.Composite(
-                arrays=ocp.args.PyTreeRestore(item={name: 0 for name in stored}, restore_args=how, partial_restore=True)
-            ),
-        )["arrays"]
+        items = {name: 0 for name in stored}
+        args = ocp.args.PyTreeRestore(item=items, restore_args=how, partial_restore=True)
+        # Not through a Checkpointer: its barriers would wait for a process that could not read.
+        arrays = _agreed(lambda: ocp.PyTreeCheckpointHandler().restore(folder / "arrays", args=args))
+    for name, checksum in manifest.checksums(arrays).items():
+        if checksum != saved[name]["checksum"]:
+            raise DamagedCheckpoint(f"{name} has checksum {checksum}; {saved[name]['checksum']} was written")
     return {name: _from_orbax(name, arrays.get(name), leaf, saved[name]) for name, leaf in wanted.items()}
 
 
@@ -341,8 +382,10 @@ def _from_orbax(name: str, value: Any, template: Any, saved: Mapping[str, Any]) 
     if not isinstance(template, jax.Array | jax.ShapeDtypeStruct):
         return value[()] if isinstance(template, np.generic) else value
     value = jnp.asarray(value) if _sharding(template) is None else jax.device_put(value, _sharding(template))
-    if _is_key(template):
-        value = jax.random.wrap_key_data(value, impl=saved["dtype"].removeprefix(_KEY))
-    if (read := _describe(name, value)) != {"shape": saved["shape"], "dtype": saved["dtype"]}:
-        raise ValueError(f"{name}: saved as {saved['dtype']} {saved['shape']}, read as {read['dtype']} {read['shape']}")
+    if is_key(template):
+        value = jax.random.wrap_key_data(value, impl=saved["dtype"].removeprefix(manifest.KEY))
+    if (read := describe(name, value)) != {"shape": saved["shape"], "dtype": saved["dtype"]}:
+        raise DamagedCheckpoint(
+            f"{name} was saved as {saved['dtype']} {saved['shape']} and read as {read['dtype']} {read['shape']}"
+        )
     return value

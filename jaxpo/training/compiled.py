@@ -54,6 +54,10 @@ class Compiled:
             self._report(f"compiled {self.name} in {seconds:.1f} s{again}")
         return out
 
+    def trace(self, *args: Any, **kwargs: Any) -> Any:
+        """The traced computation: its jaxpr, and what may be lowered and compiled."""
+        return self._jit.trace(*args, **kwargs)
+
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """The lowered computation, for inspection."""
         return self._jit.lower(*self._bound, *args, **kwargs)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxpo.kernels.chips import on_one_device, target_platform
 from jaxpo.kernels.policy_surrogate import reference
 from jaxpo.kernels.policy_surrogate.core import FORMS, KL, Settings, Sums, Tokens
 
@@ -87,9 +88,7 @@ BY_PLATFORM = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 def best(dtype: Any) -> str:
     """The implementation that "auto" takes: the Pallas form of an accelerator, but "xla" for float64, and for arrays
     that the compiler spreads over several devices, which it cannot do with a kernel outside a ``shard_map``."""
-    mesh = jax.sharding.get_abstract_mesh()
-    local = len(mesh.manual_axes) == len(mesh.axis_names) if mesh.axis_names else jax.device_count() == 1
-    return BY_PLATFORM.get(jax.default_backend(), "xla") if local and dtype != jnp.float64 else "xla"
+    return BY_PLATFORM.get(target_platform(), "xla") if on_one_device() and dtype != jnp.float64 else "xla"
 
 
 def tokens_of(logp: Array, logp_old: Array, adv: Array, *others: Any) -> Tokens:

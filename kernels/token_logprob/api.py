@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
+from jaxpo.kernels.chips import on_one_device, target_platform
 from jaxpo.kernels.token_logprob import reference, sharded, xla
 from jaxpo.kernels.token_logprob.core import (
     WANTS,
@@ -200,7 +201,7 @@ def choose(impl: str, statics: Statics, problem: Problem, *, one_device: bool = 
     the compiler spreads over several devices that is xla: it cannot do so with a kernel outside a ``shard_map``."""
     if impl not in IMPLS:
         raise ValueError(nearest("implementation", impl, IMPLS))
-    name = BY_PLATFORM.get(jax.default_backend(), "xla") if impl == "auto" else impl
+    name = BY_PLATFORM.get(target_platform(), "xla") if impl == "auto" else impl
     if impl == "auto" and name != "xla" and not one_device:
         log.info("token_logprob: xla in place of %s: give the mesh that the arrays are spread over", name)
         return xla.IMPLEMENTATION
@@ -212,12 +213,6 @@ def choose(impl: str, statics: Statics, problem: Problem, *, one_device: bool = 
         raise ValueError(f"token_logprob: impl={impl!r} does not take this problem: {reason}")
     log.info("token_logprob: xla in place of %s: %s", name, reason)
     return xla.IMPLEMENTATION
-
-
-def on_one_device() -> bool:
-    """Whether what is traced runs on one device: there is only one, or this is the inside of a ``shard_map``."""
-    around = jax.sharding.get_abstract_mesh()
-    return len(around.manual_axes) == len(around.axis_names) if around.axis_names else jax.device_count() == 1
 
 
 def problem_of(

@@ -1,4 +1,4 @@
-"""TPU chips, and the blocks of logits that fit them."""
+"""The blocks of logits that fit a TPU chip."""
 
 import itertools
 import math
@@ -6,38 +6,12 @@ from typing import Literal, NamedTuple
 
 import jax
 
-MIB = 2**20
+from jaxpo.kernels.chips import CHIPS, MIB, Chip
+
 LANES = 128
 INNER_BLOCK = 512
 SUBLANES = 16  # rows of a bfloat16 tile; float32 needs half
 Kernel = Literal["forward", "dhidden", "dtable"]
-
-
-class Chip(NamedTuple):
-    """One JAX device, which on v5p is a pair of cores. vmem: bytes of a core; hbm: bytes; flops: bfloat16
-    operations per second; bandwidth: bytes per second between HBM and the cores."""
-
-    name: str
-    kinds: tuple[str, ...]  # values of ``jax.Device.device_kind``
-    vmem: int
-    hbm: int
-    flops: float
-    bandwidth: float
-
-    @property
-    def flops_per_byte(self) -> float:
-        """Operations that take as long as moving a byte."""
-        return self.flops / self.bandwidth
-
-
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip("v5e", ("TPU v5 lite", "TPU v5e"), 128 * MIB, 16 * 2**30, 197e12, 819e9),
-        Chip("v5p", ("TPU v5", "TPU v5p"), 64 * MIB, 95 * 2**30, 459e12, 2765e9),
-        Chip("v6e", ("TPU v6 lite", "TPU v6e"), 128 * MIB, 32 * 2**30, 918e12, 1640e9),
-    )
-}
 
 
 class Blocks(NamedTuple):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxpo.kernels.chips import target_platform
 from jaxpo.kernels.token_logprob.core import (
     MASKED,
     Gradients,
@@ -60,7 +61,7 @@ def split(problem: Problem, rows: Rows | None = None) -> tuple[Tokens, Columns]:
 def blocks_of(statics: Statics, problem: Problem) -> Blocks:
     """The blocks asked for, and those of the plan where none are."""
     n, v = problem.hidden.shape[0], problem.table.shape[0]
-    planned = plan(jax.default_backend(), n, v, accumulator(problem.hidden.dtype))
+    planned = plan(target_platform(), n, v, accumulator(problem.hidden.dtype))
     return Blocks(
         min(statics.block_tokens or planned.tokens, max(n, 1)), min(statics.block_vocab or planned.vocab, max(v, 1))
     )
@@ -268,7 +269,7 @@ def one_pass(statics: Statics, problem: Problem, g_logp: Array) -> tuple[TokenLo
     tokens, columns = split(problem)
     (n, _), (v, _) = problem.hidden.shape, problem.table.shape
     if statics.block_tokens is None:
-        size = rows_of_whole_vocabulary(jax.default_backend(), n, v, dtype)
+        size = rows_of_whole_vocabulary(target_platform(), n, v, dtype)
     else:  # as many logits as were asked for
         size = max(1, statics.block_tokens * min(statics.block_vocab or v, v) // max(v, 1))
 

@@ -122,7 +122,7 @@ def test_torn_directories_are_no_checkpoints(tmp_path):
     checkpoints.wait()
     (tmp_path / "2").mkdir()  # empty
     shutil.copytree(tmp_path / "1", tmp_path / "3")
-    (tmp_path / "3" / "manifest" / "metadata").unlink()  # without its manifest
+    (tmp_path / "3" / "manifest.json").unlink()
     shutil.copytree(tmp_path / "1", tmp_path / "4.orbax-checkpoint-tmp")  # as a kill leaves it
     assert checkpoints.steps() == [1] == finished_steps(tmp_path)
     for step in (2, 3, 4):
@@ -225,5 +225,5 @@ def test_other_mesh_and_sigkill_while_saving(tmp_path):
     checkpoints.save(3, tree, {"step": 3})  # the killed step succeeds when tried again
     checkpoints.close()
     assert finished_steps(tmp_path) == [1, 2, 3]
-    assert json.loads((tmp_path / "3" / "manifest" / "metadata").read_text())["position"] == {"step": 3}
+    assert json.loads((tmp_path / "3" / "manifest.json").read_text())["position"] == {"step": 3}
     assert not [path for path in tmp_path.iterdir() if not path.name.isdecimal()]

@@ -1,0 +1,68 @@
+"""Operations of a computation, counted from its jaxpr: loop bodies as often as they run, which a compiler's own count
+does not."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+
+def count(jaxpr: ClosedJaxpr | Jaxpr, *, loop: int = 1) -> float:
+    """Multiplications and additions of all matrix products (and of what kernels say of themselves), over all devices.
+
+    Element-wise work is left out: it is done by other units, while it waits for memory. The branch of a ``cond`` that
+    costs most is taken; a kernel without an estimate costs its body at every step of its grid; what a ``shard_map``
+    holds is done by each of its devices; recomputation (``jax.checkpoint``) is counted, since it is done.
+
+    Args:
+      loop: trips of a ``while``, whose end depends on values.
+    """
+    return float(sum(_of_equation(eqn, loop) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns))
+
+
+def _of_equation(eqn: Any, loop: int) -> float:
+    name, p = eqn.primitive.name, eqn.params
+    match name:
+        case "dot_general":
+            (contracted, _), _ = p["dimension_numbers"]
+            return 2.0 * eqn.outvars[0].aval.size * _product(eqn.invars[0].aval.shape, contracted)
+        case "ragged_dot_general":
+            return _ragged(eqn)
+        case "conv_general_dilated":
+            kernel, out_features = eqn.invars[1].aval, p["dimension_numbers"].rhs_spec[0]
+            return 2.0 * eqn.outvars[0].aval.size * kernel.size / kernel.shape[out_features]
+        case "scan":
+            return p["length"] * count(p["jaxpr"], loop=loop)
+        case "while":
+            return loop * (count(p["body_jaxpr"], loop=loop) + count(p["cond_jaxpr"], loop=loop))
+        case "cond":
+            return max(count(branch, loop=loop) for branch in p["branches"])
+        case "shard_map":
+            shards = math.prod(p["mesh"].shape[axis] for axis in p["newly_manual_axes"])
+            return shards * count(p["jaxpr"], loop=loop)
+        case "pallas_call":
+            estimate = p["cost_estimate"]
+            return estimate.flops if estimate else math.prod(p["grid_mapping"].grid) * count(p["jaxpr"], loop=loop)
+    return sum(count(inner, loop=loop) for inner in _inner(p))
+
+
+def _ragged(eqn: Any) -> float:
+    """Each row meets one of the matrices: lhs [m, k], rhs [groups, k, n], or [m, n] where the rows are summed over."""
+    lhs, rhs = (v.aval for v in eqn.invars[:2])
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+    other = {*contracted, *batch, *numbers.rhs_group_dimensions}
+    return 2.0 * lhs.size * _product(rhs.shape, [i for i in range(rhs.ndim) if i not in other])
+
+
+def _product(shape: tuple[int, ...], axes: Any) -> int:
+    return math.prod(shape[i] for i in axes)
+
+
+def _inner(params: dict[str, Any]) -> Iterator[ClosedJaxpr | Jaxpr]:
+    """The jaxprs that an equation calls once: of jit, checkpoint, custom derivatives."""
+    for leaf in jax.tree.leaves(list(params.values()), is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)):
+        if isinstance(leaf, ClosedJaxpr | Jaxpr):
+            yield leaf

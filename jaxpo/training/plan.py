@@ -1,0 +1,253 @@
+"""What a run needs on chips that are not there: its steps compiled for them, with bytes, transfers and a roofline."""
+
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from jaxpo.kernels.chips import Chip
+from jaxpo.parallel import make_mesh, operations, program, roofline, topology
+from jaxpo.parallel.topology import Topology
+from jaxpo.training.planned import Data, Planned, Step, data_of, trace_run
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """A compiled step. Bytes and times are of one chip and one call.
+
+    times: calls per iteration. memory: bytes by what they hold; their sum is the peak. operations: of all chips;
+    useful: of those, what is left without recomputation. seconds: of each term of the roofline. error: why the compiler
+    refused it; buffers: its largest, then.
+    """
+
+    name: str
+    times: int
+    compile_seconds: float
+    memory: dict[str, float] = field(default_factory=dict)
+    operations: float = 0.0
+    useful: float = 0.0
+    hbm: float = 0.0
+    collectives: list[program.Collective] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    endless: int = 0
+    error: str | None = None
+    buffers: list[str] = field(default_factory=list)
+
+    @property
+    def peak(self) -> float:
+        """Bytes that a chip must hold while the step runs, what waits beside it included."""
+        return sum(self.memory.values())
+
+    @property
+    def time(self) -> float:
+        """Seconds of a call: the largest term."""
+        return max(self.seconds.values(), default=0.0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A config on a slice. mesh: its axes. tokens: that an iteration samples at most. iterations: of the run."""
+
+    topology: Topology
+    mesh: dict[str, int]
+    microbatches: int
+    remat: str
+    max_new_tokens: int
+    tokens: int
+    iterations: int
+    steps: list[StepPlan]
+
+    @property
+    def chip(self) -> Chip:
+        return self.topology.chip
+
+    @property
+    def fits(self) -> bool:
+        """Whether every step compiles, and finds room beside what waits in memory."""
+        return all(step.error is None and step.peak <= self.chip.hbm for step in self.steps)
+
+    @property
+    def seconds(self) -> float:
+        """Of an iteration, at the least; the host's share (rewards) is not in it."""
+        return sum(step.times * step.time for step in self.steps)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Sampled tokens, with every completion at its full length."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def utilization(self) -> float:
+        """MFU: useful operations of an iteration over what the chips could do in its time."""
+        useful = sum(step.times * step.useful for step in self.steps)
+        return useful / (self.seconds * self.topology.size * self.chip.flops) if self.seconds else 0.0
+
+    @property
+    def chip_hours(self) -> float:
+        """Of the whole run."""
+        return self.iterations * self.seconds * self.topology.size / 3600
+
+    def to_dict(self, price: float | None = None) -> dict[str, Any]:
+        """For JSON. Units: bytes, seconds, operations; ``price`` of a chip-hour, in any currency."""
+        steps = [
+            asdict(step)
+            | dict(
+                collectives=[c._asdict() for c in step.collectives],
+                peak=step.peak,
+                time=step.time,
+                bound=roofline.bound(step.seconds) if step.seconds else None,
+            )
+            for step in self.steps
+        ]
+        return dict(
+            topology=self.topology.name,
+            chips=self.topology.size,
+            cloud=self.topology.cloud,
+            chip=self.chip._asdict(),
+            mesh=self.mesh,
+            microbatches=self.microbatches,
+            remat=self.remat,
+            max_new_tokens=self.max_new_tokens,
+            steps=steps,
+            fits=self.fits,
+            seconds=self.seconds,
+            tokens_per_second=self.tokens_per_second,
+            utilization=self.utilization,
+            iterations=self.iterations,
+            chip_hours=self.chip_hours,
+            cost=None if price is None else price * self.chip_hours,
+        )
+
+
+def make_plan(config: ConfigDict, slice_: Topology, *, data: Data | None = None, say: Say = print) -> Plan:
+    """Compile every step of a config for a slice.
+
+    Args:
+      data: what the shapes take from the run's data, if known. say: where progress goes.
+
+    Raises:
+      ValueError: a config that does not divide over the slice. ModuleNotFoundError: libtpu is not installed.
+    """
+    data = data or data_of(config)
+    mesh = make_mesh(config.mesh, topology.devices(slice_))
+    planned = trace_run(config, mesh, data)
+    plain = trace_run(without_remat(config), mesh, data).steps
+    steps = []
+    for step, other in zip(planned.steps, plain, strict=True):
+        useful = operations.count(other.trace(mesh).jaxpr, loop=other.loop)
+        steps.append(plan_step(step, planned, config, mesh, slice_.chip, useful, say))
+    rollout, sampling = config.rollout, config.sampling
+    return Plan(
+        topology=slice_,
+        mesh=dict(mesh.shape),
+        microbatches=config.training.microbatches,
+        remat=config.policy.remat,
+        max_new_tokens=sampling.max_new_tokens,
+        tokens=rollout.prompts * rollout.responses * sampling.max_new_tokens,
+        iterations=config.steps,
+        steps=steps,
+    )
+
+
+def without_remat(config: ConfigDict) -> ConfigDict:
+    """The same run with every activation stored: what it computes is what it needs to."""
+    plain = ConfigDict(config.to_dict())
+    plain.policy.remat = "none"
+    return plain
+
+
+def plan_step(
+    step: Step, planned: Planned, config: ConfigDict, mesh: jax.sharding.Mesh, chip: Chip, useful: float, say: Say
+) -> StepPlan:
+    """Compile one step and read what it needs."""
+    traced = step.trace(mesh)
+    counted = operations.count(traced.jaxpr, loop=step.loop)
+    start = time.perf_counter()
+    try:
+        with jax.set_mesh(mesh):
+            compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        message, buffers = out_of_memory(str(error))
+        say(f"{step.name}: does not fit")
+        return StepPlan(
+            step.name, step.times, time.perf_counter() - start, operations=counted, error=message, buffers=buffers
+        )
+    spent = time.perf_counter() - start
+    say(f"{step.name}: compiled in {spent:.0f} s")
+    moved = program.traffic(compiled.as_text(), mesh.size)
+    work = roofline.Work(counted / mesh.size, moved.hbm, sum(c.bytes for c in moved.collectives))
+    return StepPlan(
+        name=step.name,
+        times=step.times,
+        compile_seconds=spent,
+        memory=memory_of(step, planned, config, mesh, compiled.memory_analysis()),
+        operations=counted,
+        useful=useful,
+        hbm=moved.hbm,
+        collectives=moved.collectives,
+        seconds=roofline.seconds(work, chip),
+        endless=moved.endless,
+    )
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes of a tree of placed shapes on one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
+
+
+def cache_bytes(planned: Planned, config: ConfigDict, devices: int) -> int:
+    """Keys and values of one chip's rows and heads while it samples: ``2 L KV d (B (T - 1) + G P)`` numbers, cut over
+    all axes of the mesh, of which rows take two and heads the third."""
+    c, rollout = planned.model.config, config.rollout
+    prompts = rollout.prompts * planned.data.prompt_width
+    own = rollout.prompts * rollout.responses * max(config.sampling.max_new_tokens - 1, 1)
+    numbers = 2 * c.layers * c.kv_heads * c.head_dim * (own + prompts)
+    return numbers * jnp.dtype(c.dtype).itemsize // devices
+
+
+def memory_of(step: Step, planned: Planned, config: ConfigDict, mesh: jax.sharding.Mesh, stats: Any) -> dict:
+    """Bytes of a chip by what they hold, what waits for its turn beside the step included.
+
+    ``cache`` is what the rules give a chip; the compiler counts it among its temporaries, and ``temporaries`` is the
+    rest of them: gradients, activations, copies of parameters in the computation's dtype.
+    """
+    state = {name: shard_bytes(tree) for name, tree in planned.state.items()}
+    given = sum(state[name] for name in step.state)
+    cache = min(cache_bytes(planned, config, mesh.size), stats.temp_size_in_bytes) if step.name == "rollout" else 0
+    companions = sum(size for name, size in state.items() if name not in ("params", "opt_state"))
+    return dict(
+        parameters=state["params"],
+        optimizer=state["opt_state"],
+        reference=companions,
+        batch=max(stats.argument_size_in_bytes - given, 0),
+        cache=cache,
+        temporaries=stats.temp_size_in_bytes - cache,
+        results=max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0),
+        program=stats.generated_code_size_in_bytes,
+    )
+
+
+def out_of_memory(message: str) -> tuple[str, list[str]]:
+    """The compiler's sentence, and its largest buffers, a line each: size, shape and where they come from."""
+    head = re.search(r"(Used [^\n]*?\.) (?:Exceeded[^\n]*?\.)?", message)
+    exceeded = re.search(r"Exceeded [^\n]*?by [\d.]+[KMGT]", message)
+    sentence = " ".join(filter(None, [head and head[1], exceeded and exceeded[0]])) or message.splitlines()[0]
+    buffers = []
+    for block in re.split(r"\n\s*\d+\. ", message)[1:]:
+        fields = dict(re.findall(r"(Size|Operator|Shape): ([^\n]*)", block))
+        if "Size" in fields:
+            where = re.search(r'op_name="([^"]*)"', fields.get("Operator", ""))
+            shape = re.sub(r"\{.*", "", fields.get("Shape", ""))
+            buffers.append(" ".join(filter(None, [fields["Size"], shape, where and where[1]])))
+    return sentence, buffers

@@ -1,0 +1,156 @@
+"""The functions that a run of a config compiles, traced for a mesh of devices that need not be there: shapes only."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from jaxpo.batch import Rollouts
+from jaxpo.parallel import ROWS, replicated, shardings
+from jaxpo.policy import transformer
+from jaxpo.policy.hf import read_config
+from jaxpo.tasks import build
+from jaxpo.training import config as config_lib
+from jaxpo.training.compiled import Compiled
+from jaxpo.training.tools import as_scored
+from jaxpo.training.workspace import (
+    TrainState,
+    compile_functions,
+    make_tokenizer,
+    must_score,
+    optimizer_of,
+    slots_of,
+    tokenize,
+)
+
+
+class Data(NamedTuple):
+    """What the shapes of a run take from its data. vocab_size: of the tokenizer; None = the pretrained policy's own."""
+
+    vocab_size: int | None
+    prompt_width: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
+
+
+class Step(NamedTuple):
+    """A compiled function of a run. times: calls per iteration; state: what of the run's state it is given (the rest
+    waits in memory beside it); loop: trips of the loops whose end depends on the data."""
+
+    name: str
+    function: Compiled
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    times: int
+    state: tuple[str, ...]
+    loop: int = 1
+
+    def trace(self, mesh: Mesh) -> Any:
+        """The step traced for the mesh: `jax.stages.Traced`."""
+        with jax.set_mesh(mesh):
+            return self.function.trace(*self.arguments, **self.options)
+
+
+class Planned(NamedTuple):
+    """A config on a mesh: its steps, and the shapes of its state with where they lie, by name (``params``,
+    ``opt_state``, ``ref``, ...)."""
+
+    model: transformer.Model
+    data: Data
+    steps: list[Step]
+    state: dict[str, Any]
+
+
+def data_of(config: ConfigDict) -> Data:
+    """Sizes that the run reads from its data. A pretrained policy with a fixed ``rollout.prompt_width`` needs none, so
+    neither its task nor its tokenizer has to be there."""
+    width = config.rollout.prompt_width
+    if config.policy.name == "pretrained" and width is not None:
+        ids = read_config(config.policy.path).get("eos_token_id") or ()
+        return Data(None, width, tuple(ids) if isinstance(ids, list) else (ids,), 0)
+    task = build({k: v for k, v in config.task.items() if v is not None})
+    tokenizer = make_tokenizer(config, task)
+    if width is None:
+        examples = [*task.train, *task.test[: config.evaluation.prompts]]
+        width = max(len(ids) for ids in tokenize(examples, tokenizer, None)[1])
+    return Data(tokenizer.vocab_size, width, tokenizer.eos_ids, tokenizer.pad_id)
+
+
+def placed(tree: Any, where: Any) -> Any:
+    """Shapes with their sharding."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where)
+
+
+def everywhere(tree: Any, sharding: NamedSharding) -> Any:
+    """Shapes that all lie alike."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=sharding), tree)
+
+
+def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
+    """The rollout, scoring and update steps of an iteration, as `jaxpo.training.loop` calls them.
+
+    Raises:
+      ValueError: whatever `jaxpo.training.config.validate` refuses for so many devices, or parameters that the mesh
+        does not divide.
+    """
+    config_lib.validate(config, mesh.size)
+    objective, protocol = config_lib.objective_of(config), config_lib.protocol_of(config)
+    model = transformer.build(config_lib.transformer_of(config, data.vocab_size or 1))
+    functions = compile_functions(config, mesh, model, objective, protocol, data.pad_id, lambda message: None)
+    key = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=replicated(mesh))
+    rows = NamedSharding(mesh, PartitionSpec(ROWS))
+
+    shapes = jax.eval_shape(partial(transformer.init, model.config), key)
+    params = placed(shapes, shardings(shapes, mesh))
+    moments = jax.eval_shape(optimizer_of(config).init, shapes)
+    memory = everywhere(jax.eval_shape(objective.init), replicated(mesh))
+    state = TrainState(params, placed(moments, shardings(moments, mesh)), memory)
+    companions = dict.fromkeys(slots_of(objective, protocol), params)
+
+    g, k = config.rollout.prompts, config.rollout.responses
+    tokens, length = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for shape in ((g, data.prompt_width), (g,)))
+    options = config_lib.sampling_of(config, data.eos_ids)
+    rollout = Step(
+        *("rollout", functions["generate"], (params, tokens, length, key, options), dict(responses=k)),
+        *(1, ("params",), max(config.sampling.max_new_tokens - 1, 1)),
+    )
+    batch = labelled_shapes(rollout.trace(mesh).out_info, rows)
+    seen = as_scored(batch)
+    score = Step("scoring", functions["score"], (params, seen), {}, 0, ("params",))
+    stats = everywhere(score.trace(mesh).out_info, rows)
+    batch = batch.replace(slots={name: stats.logp for name in companions})
+    updates = config.training.epochs * config.training.minibatches
+    old = protocol.stale or updates > 1 or must_score(objective, batch, memory)
+    if old:
+        batch = batch.replace(logp_old=stats.logp, entropy_old=stats.entropy, slots={**batch.slots, **stats.derived})
+    score = score._replace(times=len(companions) + old)
+    prepared = everywhere(jax.eval_shape(objective.prepare, batch, memory)[0], rows)
+    chosen = jax.ShapeDtypeStruct((g * k // config.training.minibatches,), jnp.int32, sharding=replicated(mesh))
+    update = Step(
+        *("update", functions["step"], (state, prepared, chosen), dict(fresh=False), updates, ("params", "opt_state"))
+    )
+    return Planned(
+        model,
+        data,
+        [rollout, *([score] if score.times else []), update],
+        dict(params=params, opt_state=state.opt_state, **companions),
+    )
+
+
+def labelled_shapes(out: Rollouts, rows: NamedSharding) -> Rollouts:
+    """Generated rows as the loop hands them on: labelled and rewarded."""
+
+    def whole(out: Rollouts) -> Rollouts:
+        indices = jnp.zeros(out.rows // out.shared_prompt, jnp.int32)
+        out = out.replace(
+            prompt=jnp.repeat(indices, out.shared_prompt),
+            seed=jnp.zeros(out.rows, jnp.uint32),
+            role=jnp.zeros(out.rows, jnp.int32),
+            count=jnp.ones(out.rows),
+        )
+        return out.replace(reward=out.count, correct=out.count)
+
+    return everywhere(jax.eval_shape(whole, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), out)), rows)
