@@ -27,14 +27,14 @@ from jaxpo.rollout.sampling import SamplingOptions
 from jaxpo.rollout.sampling import validate as validate_sampling
 from jaxpo.training import evaluation
 from jaxpo.training.checkpoint import Checkpoints, check
+from jaxpo.training.needs import heads_of, must_score, slots_of
 from jaxpo.training.plots import plot_curves
 from jaxpo.training.protocols import NothingLeft, Run, Tools, advance
 from jaxpo.training.protocols.base import in_batches
 from jaxpo.training.restore import MODEL, checkpoint_of, find_checkpoint, load_params, restore
 from jaxpo.training.rundir import Progress, RunDirectory, closing_table, read_metrics
 from jaxpo.training.supervised import demonstrations, warm_start
-from jaxpo.training.trained import heads_of
-from jaxpo.training.workspace import TrainState, Workspace, must_score, optimizer_of, prepare_process, setup, slots_of
+from jaxpo.training.workspace import TrainState, Workspace, optimizer_of, prepare_process, setup
 
 BEFORE_ALL = -(2**31)  # resuming from here keeps nothing of an earlier attempt's logs
 
