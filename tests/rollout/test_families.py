@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxpo.batch import from_sequences
 from jaxpo.parallel import make_mesh, rows_over_mesh, shardings
 from jaxpo.policy.families import config_from_hf
 from jaxpo.policy.hf import load
@@ -67,7 +68,7 @@ def test_experts_over_the_mesh():
     mesh, params = make_mesh(dict(fsdp=2, tensor=2), jax.devices()[:4]), load(source, config)
     placed = load(source, config, mesh)
     assert jax.tree.map(lambda x: x.sharding, placed) == shardings(placed, mesh)
-    out, logp = both(config, params, *tiny_hf.padded())
+    batch = jax.tree.map(jnp.asarray, from_sequences(tiny_hf.PROMPTS, tiny_hf.PROMPTS[::-1]))
 
     @partial(jax.jit, compiler_options=COMPILE_FAST)
     def run(params, batch):
@@ -77,6 +78,5 @@ def test_experts_over_the_mesh():
 
         return jax.grad(loss, has_aux=True)(params)
 
-    (grad, _), (spread, again) = run(params, out), run(placed, rows_over_mesh(out, mesh))
-    np.testing.assert_allclose(again, logp, atol=1e-5)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), spread, grad)
+    one, spread = run(params, batch), run(placed, rows_over_mesh(batch, mesh))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), spread, one)
