@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct learns sums and differences of one-digit numbers, asked through its chat template; on a CPU.
+"""SmolLM2-135M-Instruct learns sums and differences of numbers up to 10, asked through its chat template; on a CPU.
 
 make smollm2
 python -m experiments.train_rl --config=configs/grpo_smollm2.py --workdir=runs/smollm2
@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     config.tokenizer = ConfigDict(dict(name="pretrained", path=model, chat_template=True))
     config.policy = ConfigDict(dict(name="pretrained", path=model))
     config.lora.update(rank=16, alpha=32.0)
-    # A small model is diffuse: at temperature 1 it hardly ever answers. The policy that is trained is the tempered one.
+    # At temperature 1 so small a model hardly ever comes to an answer. What is trained is the tempered policy.
     config.sampling.update(max_new_tokens=10, temperature=0.6)
     config.policy_temperature = 0.6
     config.objective = ConfigDict(dict(name="grpo", eps_low=0.2, eps_high=0.28, beta=0.0, agg="token_mean"))

@@ -23,14 +23,14 @@ from jaxpo.policy.hf import check_source, load, open_source, read_config
 from jaxpo.policy.transformer import Params, parameter_count
 from jaxpo.training import evaluation
 from jaxpo.training.checkpoint import Checkpoints, check
+from jaxpo.training.needs import heads_of, slots_of
 from jaxpo.training.plots import plot_curves
 from jaxpo.training.protocols import NothingLeft, Run, Tools, advance
 from jaxpo.training.restore import MODEL, checkpoint_of, find_checkpoint, load_params, restore
 from jaxpo.training.rundir import Progress, RunDirectory, closing_table, read_metrics
 from jaxpo.training.supervised import demonstrations, warm_start
 from jaxpo.training.tools import Clock, make_tools, score_companions
-from jaxpo.training.trained import heads_of
-from jaxpo.training.workspace import TrainState, Workspace, optimizer_of, prepare_process, setup, slots_of
+from jaxpo.training.workspace import TrainState, Workspace, optimizer_of, prepare_process, setup
 
 BEFORE_ALL = -(2**31)  # resuming from here keeps nothing of an earlier attempt's logs
 

@@ -13,9 +13,10 @@ from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.policy.transformer import Params
 from jaxpo.rollout.sampling import SamplingOptions
 from jaxpo.rollout.sampling import validate as validate_sampling
+from jaxpo.training.needs import must_score, slots_of
 from jaxpo.training.protocols import Run, Tools, advance
 from jaxpo.training.protocols.base import in_batches
-from jaxpo.training.workspace import TrainState, Workspace, must_score, slots_of
+from jaxpo.training.workspace import TrainState, Workspace
 
 
 class Clock:

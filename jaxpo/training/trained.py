@@ -11,19 +11,8 @@ from ml_collections import ConfigDict
 from jaxpo.objectives import Objective
 from jaxpo.policy import heads, lora, transformer
 from jaxpo.policy.transformer import Model, Params
+from jaxpo.training.needs import heads_of
 from jaxpo.training.step import Apply
-
-
-def derived_needs(objective: Objective) -> frozenset[str]:
-    """Derived statistics that the objective needs of the old policy, as ``logp_<name>``; "value", as ``value_old``."""
-    derived = frozenset(name for name in objective.derived if f"logp_{name}" in objective.needs)
-    return derived | ({"value"} if "value_old" in objective.needs else set())
-
-
-def heads_of(objective: Objective) -> tuple[str, ...]:
-    """The heads besides that of the vocabulary that the objective asks for."""
-    asked = objective.wants | objective.peeks | derived_needs(objective)
-    return tuple(name for name in heads.NAMES if name in asked)
 
 
 def lora_scale(config: ConfigDict) -> float:

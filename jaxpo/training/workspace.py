@@ -17,7 +17,7 @@ from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxpo.batch import MissingField, Rollouts, TokenStats, take
+from jaxpo.batch import Rollouts, TokenStats, take
 from jaxpo.objectives import Objective, Protocol, State
 from jaxpo.parallel import batch_shards, constrain_rows, make_mesh, replicated, rows_over_mesh, shardings
 from jaxpo.parallel.host import keep_freed_memory
@@ -31,9 +31,10 @@ from jaxpo.tasks import Example, Task, build
 from jaxpo.tasks.tokenizers import CharTokenizer, IntegerTokenizer, PretrainedTokenizer, Tokenizer
 from jaxpo.training import config as config_lib
 from jaxpo.training.compiled import Compiled
+from jaxpo.training.needs import derived_needs, slots_of
 from jaxpo.training.optimizers import make_optimizer
 from jaxpo.training.step import Apply, Fused, accumulate, optimizer_step, score
-from jaxpo.training.trained import derived_needs, lora_scale, random_params, seen_with_base, with_base
+from jaxpo.training.trained import lora_scale, random_params, seen_with_base, with_base
 
 
 @struct.dataclass
@@ -451,67 +452,6 @@ def make_step(
 
     options = dict(report=report, expected=expected, bound=(base,), static_argnames="fresh", donate_argnums=1)
     return Compiled(name, run_step, **options)
-
-
-# ---- what an objective asks the loop for
-
-PROVIDED = frozenset(
-    {
-        "reward",
-        "correct",
-        "truncated",
-        "group",
-        "role",
-        "prompt",
-        "seed",
-        "count",
-        "mask",
-        "tokens",
-        "logp_old",
-        "logp_beh",
-        "entropy_old",
-        "value_old",
-    }
-)
-SLOTS = ("ref",)
-
-
-def slots_of(objective: Objective, protocol: Protocol) -> list[str]:
-    """Frozen companions that the objective needs (``ref`` = the policy at the start of the run).
-
-    Raises:
-      ValueError: it needs something that neither this loop nor its protocol provides; the message says what they do.
-    """
-    provided = PROVIDED | {f"logp_{name}" for name in objective.derived} | protocol.provides
-    wanted = sorted(n[len("logp_") :] for n in objective.needs - provided if n.startswith("logp_"))
-    other = sorted(n for n in objective.needs - provided if not n.startswith("logp_")) + [
-        f"logp_{s}" for s in wanted if s not in SLOTS
-    ]
-    if other:
-        raise ValueError(
-            f"the objective needs {', '.join(other)}; the training loop provides "
-            f"{', '.join(sorted(provided))} and {', '.join(f'logp_{s}' for s in SLOTS)}"
-        )
-    return wanted
-
-
-def must_score(objective: Objective, batch: Rollouts, state: State) -> bool:
-    """Whether ``prepare`` or ``weigh`` read what only a scoring pass gives. If they do not, the first optimizer step
-    is its own old policy."""
-    if objective.peeks:
-        return True
-    try:
-        jax.eval_shape(lambda b, s: objective.weigh(*objective.prepare(b, s), None), batch, state)
-    except MissingField as missing:
-        if missing.field not in (
-            "logp_old",
-            "entropy_old",
-            "value_old",
-            *(f"logp_{name}" for name in objective.derived),
-        ):
-            raise
-        return True
-    return False
 
 
 def shard_count(workspace: Workspace) -> int:

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxpo.batch import from_sequences
 from jaxpo.parallel import make_mesh, rows_over_mesh, shardings
 from jaxpo.policy.families import config_from_hf
 from jaxpo.policy.hf import load
-from jaxpo.policy.stats import token_stats
+from jaxpo.policy.stats import completion_hidden, token_stats
 from jaxpo.policy.transformer import build
 from jaxpo.rollout import SamplingOptions, generate
 from tests.oracles.cases import COMPILE_FAST
@@ -60,23 +61,20 @@ def test_a_window_that_no_text_fills_is_no_window():
     assert (np.asarray(short.tokens) != np.asarray(a.tokens)).any()  # a short one changes what is sampled
 
 
+@pytest.mark.slow
 def test_experts_over_the_mesh():
-    """Tokens are sorted by expert across devices: the same log-probs and gradients."""
+    """Tokens are sorted by expert across devices: the same hidden states and gradients."""
     source = tiny_hf.random_source("qwen3_moe")
     config = config_from_hf(source.config)
     mesh, params = make_mesh(dict(fsdp=2, tensor=2), jax.devices()[:4]), load(source, config)
     placed = load(source, config, mesh)
     assert jax.tree.map(lambda x: x.sharding, placed) == shardings(placed, mesh)
-    out, logp = both(config, params, *tiny_hf.padded())
+    batch = jax.tree.map(jnp.asarray, from_sequences(tiny_hf.PROMPTS, tiny_hf.PROMPTS[::-1]))
 
     @partial(jax.jit, compiler_options=COMPILE_FAST)
     def run(params, batch):
-        def loss(params):
-            logp = token_stats(build(config), params, batch, wants=frozenset({"logp"})).logp
-            return jnp.sum(logp * batch.mask), logp
+        return jax.value_and_grad(lambda p: jnp.sin(completion_hidden(build(config), p, batch)).sum())(params)
 
-        return jax.grad(loss, has_aux=True)(params)
-
-    (grad, _), (spread, again) = run(params, out), run(placed, rows_over_mesh(out, mesh))
-    np.testing.assert_allclose(again, logp, atol=1e-5)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), spread, grad)
+    one, spread = run(params, batch), run(placed, rows_over_mesh(batch, mesh))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), spread, one)
+    assert np.abs(one[1]["blocks"]["router"]).max() > 1e-2

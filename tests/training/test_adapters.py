@@ -92,6 +92,16 @@ def test_a_run_that_is_resumed_goes_on_beside_the_same_weights(model, tmp_path):
     tiny.assert_same_params(whole.result.params, parts.result.params)
 
 
+@pytest.mark.slow
+def test_a_mesh_trains_the_same_adapters(finished, model, tmp_path):
+    with tiny.quick(devices=4):
+        spread = tiny.run(config(model, **{"mesh.fsdp": 2}), tmp_path / "run")
+    assert len(spread.result.workspace.base["blocks"]["wq"].sharding.device_set) == 4
+    assert {x.sharding.is_fully_replicated for x in jax.tree.leaves(spread.result.params)} == {True}
+    for a, b in zip(*(jax.tree.leaves(x.result.params) for x in (spread, finished)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
 def test_the_reference_is_the_base_and_no_second_copy(finished):
     """The companion ``ref`` is the adapters of the start, whose product is zero."""
     arrays = loop.checkpoint_of(reference_run(finished), 0)[0]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import jax
 import numpy as np
@@ -9,10 +10,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from experiments import export, train_rl
+from jaxpo.policy.config import TransformerConfig
+from jaxpo.policy.hf import export as write_model
 from jaxpo.policy.hf import read_config
+from jaxpo.policy.transformer import init
 from jaxpo.tasks.tokenizers import for_transformers, transformers_library
 from jaxpo.training.config import fill, transformer_of
 from jaxpo.training.restore import open_finished
+from jaxpo.training.workspace import setup
 from tests.training import tiny
 
 WEIGHTS = "model.safetensors"
@@ -87,6 +92,24 @@ def test_a_tokenizer_of_characters_goes_out_too():
     theirs = for_transformers(ours)
     assert theirs.encode("a ñb\n") == ours.encode("a ñb\n") and theirs.decode(ours.encode("a ñb\n")) == "a ñb\n"
     assert (theirs.pad_token_id, theirs.eos_token_id) == (ours.pad_id, ours.eos_ids[0]) == (0, 1)
+
+
+@pytest.mark.parametrize(("vocab_size", "fits"), [(9, True), (6 + 511, True), (6 + 512, False), (5, False)])
+def test_tables_may_be_padded(tmp_path, vocab_size, fits):
+    """A model may have some more rows than the tokenizer has tokens; stop strings know them too."""
+    policy = TransformerConfig(vocab_size=vocab_size, width=16, layers=1, heads=2)
+    params = jax.tree.map(
+        lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(partial(init, policy), jax.random.key(0))
+    )
+    write_model(params, policy, tmp_path / "model")
+    config = started_from(tmp_path / "model", {"sampling.stop": ("1",)})
+    if fits:
+        workspace = setup(config)
+        assert workspace.tokenizer.vocab_size == 6 and workspace.model.config.vocab_size == vocab_size
+        assert workspace.sampling.stop_table.shape[1] == vocab_size
+    else:
+        with pytest.raises(ValueError, match=f"the tokenizer has 6 tokens, the policy {vocab_size}: set config.tok"):
+            setup(config)
 
 
 def test_how_to_compute_is_chosen_and_the_shape_is_not(folder):

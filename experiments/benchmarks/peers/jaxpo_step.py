@@ -36,8 +36,9 @@ def main() -> None:
     keep_freed_memory()
     config, mesh = config_of(job), make_mesh()
     model = transformer.build(config_lib.transformer_of(config, job.vocab))
-    objective, options = config_lib.objective_of(config), SamplingOptions(max_new_tokens=job.new_tokens)
-    functions = compile_functions(config, mesh, model, objective, record.PAD, report=lambda text: None)
+    objective, protocol = config_lib.objective_of(config), config_lib.protocol_of(config)
+    options = SamplingOptions(max_new_tokens=job.new_tokens)
+    functions = compile_functions(config, mesh, model, objective, protocol, record.PAD, report=lambda text: None)
     init = partial(transformer.init, model.config)
     where = shardings(jax.eval_shape(init, jax.random.key(0)), mesh)  # or the second step would be compiled anew
     params = jax.jit(init, out_shardings=where)(jax.random.key(0))
