@@ -3,8 +3,9 @@
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -127,11 +128,20 @@ class Plan:
         )
 
 
-def make_plan(config: ConfigDict, slice_: Topology, *, data: Data | None = None, say: Say = print) -> Plan:
+def make_plan(
+    config: ConfigDict,
+    slice_: Topology,
+    *,
+    data: Data | None = None,
+    only: Collection[str] | None = None,
+    known: Mapping[str, StepPlan] = MappingProxyType({}),
+    say: Say = print,
+) -> Plan:
     """Compile every step of a config for a slice.
 
     Args:
-      data: what the shapes take from the run's data, if known. say: where progress goes.
+      data: what the shapes take from the run's data, if known. only: names of steps; None = all. known: steps that
+        need not be compiled again. say: where progress goes.
 
     Raises:
       ValueError: a config that does not divide over the slice. ModuleNotFoundError: libtpu is not installed.
@@ -142,8 +152,11 @@ def make_plan(config: ConfigDict, slice_: Topology, *, data: Data | None = None,
     plain = trace_run(without_remat(config), mesh, data).steps
     steps = []
     for step, other in zip(planned.steps, plain, strict=True):
-        useful = operations.count(other.trace(mesh).jaxpr, loop=other.loop)
-        steps.append(plan_step(step, planned, config, mesh, slice_.chip, useful, say))
+        if step.name in known:
+            steps.append(known[step.name])
+        elif only is None or step.name in only:
+            useful = operations.count(other.trace(mesh).jaxpr, loop=other.loop)
+            steps.append(plan_step(step, planned, config, mesh, slice_.chip, useful, say))
     rollout, sampling = config.rollout, config.sampling
     return Plan(
         topology=slice_,
