@@ -136,17 +136,16 @@ def show(found, price: float) -> None:
         f"{found.topology.name}: {found.topology.size} chips ({found.topology.cloud}), mesh {mesh}, "
         f"{found.microbatches} microbatches, remat {found.remat}, completions of {found.max_new_tokens}"
     )
+    console.print(title, soft_wrap=True)
     steps = [s for s in found.steps if s.error is None]
     if steps:
-        table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+        table = Table(box=box.SIMPLE_HEAD)
         table.add_column("of one chip and one call")
         for name in (*(s.name for s in steps), "iteration"):
             table.add_column(name, justify="right")
         for row in rows_of(found):
             table.add_row(*row)
         console.print(table)
-    else:
-        console.print(title)
     for step in found.steps:
         if step.error is not None:
             console.print(f"{step.name} does not fit: {step.error}")

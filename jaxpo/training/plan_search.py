@@ -22,7 +22,7 @@ LOGITS = 2**31  # bytes that a block of logits takes, see `jaxpo.kernels.token_l
 
 
 def changed(config: ConfigDict, changes: Changes) -> ConfigDict:
-    """A copy with other fields."""
+    """A filled copy with other fields."""
     out = ConfigDict(config.to_dict())
     for path, value in changes.items():
         *blocks, name = path.split(".")
@@ -30,7 +30,7 @@ def changed(config: ConfigDict, changes: Changes) -> ConfigDict:
         for part in blocks:
             block = block[part]
         block[name] = value
-    return out
+    return config_lib.fill(out)
 
 
 def described(changes: Changes) -> str:
