@@ -26,7 +26,7 @@ class StepPlan:
 
     times: calls per iteration. memory: bytes by what they hold; their sum is the peak. operations: of all chips;
     useful: of those, what is left without recomputation. seconds: of each term of the roofline. error: why the compiler
-    refused it; buffers: its largest, then.
+    refused it; buffers: the largest, then.
     """
 
     name: str
@@ -191,6 +191,9 @@ def plan_step(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         message, buffers = out_of_memory(str(error))
+        buffers = buffers or [
+            f"{n / 2**30:.2f} GiB over all chips: {what}" for n, what in operations.largest(traced.jaxpr)
+        ]
         say(f"{step.name}: does not fit")
         return StepPlan(
             step.name, step.times, time.perf_counter() - start, operations=counted, error=message, buffers=buffers
@@ -252,15 +255,12 @@ def memory_of(step: Step, planned: Planned, config: ConfigDict, mesh: jax.shardi
 
 
 def out_of_memory(message: str) -> tuple[str, list[str]]:
-    """The compiler's sentence, and its largest buffers, a line each: size, shape and where they come from."""
-    head = re.search(r"(Used [^\n]*?\.) (?:Exceeded[^\n]*?\.)?", message)
-    exceeded = re.search(r"Exceeded [^\n]*?by [\d.]+[KMGT]", message)
-    sentence = " ".join(filter(None, [head and head[1], exceeded and exceeded[0]])) or message.splitlines()[0]
+    """The compiler's sentence, and the largest buffers where it lists them, a line each: size, shape, origin."""
+    sentence = next(line for line in message.splitlines() if "RESOURCE_EXHAUSTED" in line).split(": ", 1)[1]
     buffers = []
-    for block in re.split(r"\n\s*\d+\. ", message)[1:]:
+    for block in re.split(r"\n\s*\d+\. (?=Size: )", message)[1:]:
         fields = dict(re.findall(r"(Size|Operator|Shape): ([^\n]*)", block))
-        if "Size" in fields:
-            where = re.search(r'op_name="([^"]*)"', fields.get("Operator", ""))
-            shape = re.sub(r"\{.*", "", fields.get("Shape", ""))
-            buffers.append(" ".join(filter(None, [fields["Size"], shape, where and where[1]])))
+        where = re.search(r'op_name="([^"]*)"', fields.get("Operator", ""))
+        shape = re.sub(r"\{.*", "", fields.get("Shape", ""))
+        buffers.append(" ".join(filter(None, [fields["Size"], shape, where and where[1]])))
     return sentence, buffers

@@ -49,7 +49,7 @@ def test_table(capsys):
     text = {name: " ".join(words) for name, words in lines.items()}
     assert "rollout update iteration" in text["of one chip and one call"]
     assert text["bytes in all"].endswith("9.00 GiB 12.00 GiB")
-    assert text["of 16.00 GiB HBM"].endswith("56% 75%")
+    assert text["of 15.75 GiB HBM"].endswith("57% 76%")
     assert text["sent: all-gather"].endswith("3.00 GiB 3.00 GiB 9.00 GiB")
     assert text["operations, all chips"].endswith("4 T 4 T 12 T")
     assert text["roofline time"].endswith("1.00 s 500 ms 2.00 s")
@@ -64,7 +64,7 @@ def test_what_is_said_of_the_run(capsys):
     refused = StepPlan("update", 1, 1.0, error="Used 30.1G of 15.75G hbm.", buffers=["4.5G bf16[1,16,8191,8704] dot"])
     program.show(a_plan(step("rollout", 1, 17, 1.0, endless=2), refused), price=0)
     out = capsys.readouterr().out
-    assert "rollout does not fit beside what waits: 17.00 GiB of 16.00 GiB" in out
+    assert "rollout does not fit beside what waits: 17.00 GiB of 15.75 GiB" in out
     assert "rollout: 2 loops of unknown length were counted once" in out
     assert "update does not fit: Used 30.1G of 15.75G hbm." in out and "4.5G bf16[1,16,8191,8704] dot" in out
     assert "chip-hours" not in out
@@ -99,8 +99,10 @@ Total hbm usage >= 30.46G:
      Shape: f32[4096,4096]{1,0:T(8,128)}
 """  # noqa: E501
     sentence, buffers = out_of_memory(message)
-    assert sentence == "Used 30.21G of 15.75G hbm. Exceeded hbm capacity by 14.46G"
+    assert sentence.endswith("Used 30.21G of 15.75G hbm. Exceeded hbm capacity by 14.46G.")
     assert buffers == ["8.00G bf16[4,16,8192,8192] jit(run_step)/while/body/dot_general", "64.0M f32[4096,4096]"]
+    short = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, 16.44G exceeds available HBM (15.75G)."
+    assert out_of_memory(short) == ("Ran out of memory on HBM, 16.44G exceeds available HBM (15.75G).", [])
 
 
 @pytest.mark.parametrize(

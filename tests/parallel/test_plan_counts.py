@@ -78,6 +78,15 @@ def test_each_shard_of_a_shard_map_works():
     assert count(f, jnp.ones((12, 5)), B) == 2 * 4 * ONE  # the two along "tensor" do the same
 
 
+def test_largest_arrays():
+    def f(x):
+        return jax.lax.scan(lambda c, _: (jnp.sin(jnp.outer(c, c)).sum(0), None), x, length=3)[0]
+
+    (size, what), *others = operations.largest(jax.make_jaxpr(f)(jnp.ones(100)))
+    assert size == 40000 and what.startswith("float32[100,100] from ") and "test_plan_counts.py" in what
+    assert all(n <= 400 for n, _ in others)
+
+
 # ---- compiled programs
 
 
