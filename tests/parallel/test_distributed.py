@@ -120,8 +120,8 @@ def test_two_processes_of_four_devices(tmp_path):
 
 
 RUN = ["-m", "experiments.train_rl", f"--config={tiny.FILE}", "--config.steps=2", "--config.warm_start.steps=10"]
-RUN += ["--config.task.digits=1", "--config.task.train_size=10", "--config.task.test_size=4"]
-RUN += ["--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.evaluation.pass_at=()"]
+RUN += ["--config.task.partial_credit=True", "--config.evaluation.pass_at=()"]
+RUN += ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
 
 
 @pytest.mark.slow
