@@ -10,20 +10,28 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    from jaxpo.parallel.distributed import FLAGS, join_by_flags
+
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        join_by_flags(argv)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     from jaxpo.training.config import parse
     from jaxpo.training.loop import Diverged, train_rl
     from jaxpo.training.protocols import NothingLeft
 
     try:
         config, flags = parse(
-            sys.argv[1:] if argv is None else argv,
+            argv,
             workdir=("", "directory of the run (required)"),
             resume=(False, "go on from the last checkpoint in workdir, if there is one"),
             profile_steps=(0, "iterations to trace with the profiler, into workdir/profile"),
+            **FLAGS,
         )
         if not flags["workdir"]:
             raise ValueError("--workdir=DIRECTORY is required")
-        train_rl(config, **flags)
+        train_rl(config, **{name: value for name, value in flags.items() if name not in FLAGS})
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError, Diverged, NothingLeft) as error:
         sys.exit(f"error: {error}")
 

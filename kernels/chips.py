@@ -10,11 +10,11 @@ MIB = 2**20
 class Chip(NamedTuple):
     """One JAX device, which on v5p is a pair of cores, in the numbers that its maker publishes.
 
-    vmem: bytes of a core; hbm: bytes; flops: bfloat16 operations per second; bandwidth: bytes per second between HBM
-    and the cores; ici: bytes per second that a chip sends to its neighbors, over all links together (half of the
-    published figure, which counts both directions).
+    vmem: bytes of a core; hbm: bytes that the compiler grants a program; flops: bfloat16 operations per second;
+    bandwidth: bytes per second between HBM and the cores; ici: bytes per second that a chip sends to its neighbors,
+    over all links together (half of the published figure, which counts both directions).
 
-    Sources: cloud.google.com/tpu/docs/v5e, /v5p and /v6e. (vmem: what the compiler grants.)
+    Sources: cloud.google.com/tpu/docs/v5e, /v5p and /v6e; vmem and hbm: libtpu, which keeps 256 MiB for itself.
     """
 
     name: str
@@ -34,9 +34,9 @@ class Chip(NamedTuple):
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", ("TPU v5 lite", "TPU v5e"), 128 * MIB, 16 * 2**30, 197e12, 819e9, 200e9),
-        Chip("v5p", ("TPU v5", "TPU v5p"), 64 * MIB, 95 * 2**30, 459e12, 2765e9, 600e9),
-        Chip("v6e", ("TPU v6 lite", "TPU v6e"), 128 * MIB, 32 * 2**30, 918e12, 1640e9, 400e9),
+        Chip("v5e", ("TPU v5 lite", "TPU v5e"), 128 * MIB, 16128 * MIB, 197e12, 819e9, 200e9),
+        Chip("v5p", ("TPU v5", "TPU v5p"), 64 * MIB, 98038 * MIB, 459e12, 2765e9, 600e9),
+        Chip("v6e", ("TPU v6 lite", "TPU v6e"), 128 * MIB, 32000 * MIB, 918e12, 1640e9, 400e9),
     )
 }
 

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.core import ShapedArray
+from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
@@ -66,3 +69,23 @@ def _inner(params: dict[str, Any]) -> Iterator[ClosedJaxpr | Jaxpr]:
     for leaf in jax.tree.leaves(list(params.values()), is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)):
         if isinstance(leaf, ClosedJaxpr | Jaxpr):
             yield leaf
+
+
+def largest(jaxpr: ClosedJaxpr | Jaxpr, most: int = 5) -> list[tuple[int, str]]:
+    """(bytes over all devices, what) of the largest arrays that are computed, one of each shape: ``bfloat16[8,4096]
+    from dot_general at FILE:LINE (FUNCTION)``."""
+    found: dict[str, tuple[int, str]] = {}
+
+    def visit(inner: ClosedJaxpr | Jaxpr) -> None:
+        for eqn in getattr(inner, "jaxpr", inner).eqns:
+            below = list(_inner(eqn.params))
+            for x in [v.aval for v in eqn.outvars if isinstance(v.aval, ShapedArray)] if not below else []:
+                shape = f"{x.dtype}[{','.join(map(str, x.shape))}]"
+                where = source_info_util.summarize(eqn.source_info)
+                if jnp.issubdtype(x.dtype, jnp.number):
+                    found.setdefault(shape, (x.size * x.dtype.itemsize, f"{shape} from {eqn.primitive} at {where}"))
+            for called in below:
+                visit(called)
+
+    visit(jaxpr)
+    return sorted(found.values(), reverse=True)[:most]

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxpo.parallel.distributed import place
+
 ROWS = ("data", "fsdp")  # mesh axes over which the rows of a batch are spread
 
 # First match wins, searched anywhere in the path, so that optimizer moments ("0/mu/blocks/wq") follow their parameter.
@@ -71,7 +73,7 @@ def batch_shards(mesh: Mesh) -> int:
 def rows_over_mesh(tree: Any, mesh: Mesh) -> Any:
     """Put arrays [B, ...] on the mesh, rows spread over ``ROWS``."""
     sharding = NamedSharding(mesh, PartitionSpec(ROWS))
-    return jax.tree.map(lambda x: jax.device_put(x, sharding), tree)
+    return place(tree, sharding)
 
 
 def constrain_rows(tree: Any, mesh: Mesh) -> Any:

@@ -7,6 +7,8 @@ from jax import Array
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.transformer import Attend, softcap
 
+QUERIES_AT_ONCE = 1024  # in the attention of longer sequences
+
 
 def prompt_mask(prompt_length: Array | None, rows: int, width: int) -> Array:
     """[rows, P] bool: real prompt tokens (left-padded)."""
@@ -23,8 +25,32 @@ def narrowed(mask: Array, distance: Array, window: int | Array | None) -> Array:
 def attention(config: TransformerConfig, q: Array, k: Array, v: Array, mask: Array) -> Array:
     """q [B, Tq, H, d], k, v [B, Tk, KV, d], mask [B, Tq, Tk] bool -> [B, Tq, H, d].
 
-    The library's attention has no soft-cap; with one, the scores [B, H, Tq, Tk] are made here.
+    Of long sequences the scores [B, H, Tq, Tk] of `QUERIES_AT_ONCE` queries are held at a time, and made again in the
+    backward pass: 8192 tokens of 32 heads would be 8.6 GB a row.
     """
+    width = q.shape[1]
+    if width <= 2 * QUERIES_AT_ONCE:
+        return _attention(config, q, k, v, mask)
+    n = -(-width // QUERIES_AT_ONCE)
+    size = -(-width // n)
+    # Gradients of keys and values are sums over the parts: in float32, as one product would make them.
+    wide = jnp.promote_types(k.dtype, jnp.float32)
+    k_wide, v_wide = k.astype(wide), v.astype(wide)
+
+    def parts(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, n * size - width)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(x.shape[0], n, size, *x.shape[2:]).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def of_part(part: tuple[Array, Array]) -> Array:
+        return _attention(config, part[0], k_wide.astype(k.dtype), v_wide.astype(v.dtype), part[1])
+
+    out = jax.lax.map(of_part, (parts(q), parts(mask)))
+    return out.swapaxes(0, 1).reshape(q.shape[0], n * size, *q.shape[2:])[:, :width]
+
+
+def _attention(config: TransformerConfig, q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """The library's attention has no soft-cap; with one, the scores are made here."""
     if config.attention_softcap is None:
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=config.attention_scale)
     dtype = jnp.promote_types(q.dtype, jnp.float32)

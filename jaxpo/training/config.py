@@ -148,7 +148,12 @@ def default() -> ConfigDict:
                 pass_at=(1, 4, 8),  # k of pass@k before and after; () = none
                 samples=8,
             ),  # completions per prompt for pass@k
-            checkpoint=dict(every=50, keep=2),
+            checkpoint=dict(
+                every=50,  # iterations
+                keep=2,  # the last ones
+                keep_best=optional(str),  # and the one with the highest "eval/greedy" or "eval/reward"
+                directory=optional(str),  # a bucket (gs://...) or a folder; None = WORKDIR/checkpoints
+            ),
             mesh=dict(data=-1, fsdp=1, tensor=1),
             protocol=dict(name=optional(str)),  # how data is gathered; None = as the objective says
             logging=dict(tensorboard=False, wandb_project=optional(str), samples=8, plot_seconds=20.0),
@@ -431,6 +436,7 @@ def validate(config: ConfigDict, devices: int) -> ConfigDict:
     if config.sampling.temperature != 1 and not isinstance(config.sampling.temperature, int | float):
         raise ValueError(f"config.sampling.temperature must be a number, not {config.sampling.temperature!r}")
     _check_division(config, objective, policy, devices)
+    _check_checkpoint(config)
     if not 0 <= config.warm_start.drop_last <= 1:
         raise ValueError(f"config.warm_start.drop_last is a share in [0, 1], not {config.warm_start.drop_last}")
     if config.evaluation.pass_at and max(config.evaluation.pass_at) > config.evaluation.samples:
@@ -452,6 +458,17 @@ def _check_lora(config: ConfigDict, policy: TransformerConfig) -> None:
         )
     if not config.lora.alpha > 0:
         raise ValueError(f"config.lora.alpha must be positive, not {config.lora.alpha}")
+
+
+def _check_checkpoint(config: ConfigDict) -> None:
+    best, judges = config.checkpoint.keep_best, ("eval/greedy", "eval/reward")
+    if best is not None and best not in judges:
+        raise ValueError(unknown("config.checkpoint.keep_best", best, judges))
+    if best is not None and config.checkpoint.every % config.evaluation.every:
+        raise ValueError(
+            f"config.checkpoint.keep_best: config.checkpoint.every {config.checkpoint.every} must be a multiple of "
+            f"config.evaluation.every {config.evaluation.every}, or a checkpoint would have no {best} to be judged by"
+        )
 
 
 def _check_division(config: ConfigDict, objective: Objective, policy: TransformerConfig, devices: int) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 
 from jaxpo.batch import Rollouts, take
+from jaxpo.parallel.distributed import to_host
 from jaxpo.policy.transformer import Params
 from jaxpo.rollout import SamplingOptions
 from jaxpo.training.workspace import Prompts, Workspace, shard_count
@@ -60,30 +61,31 @@ def complete(
         arrays = workspace.put((prompts.tokens[rows], prompts.length[rows]))
         out = workspace.generate(params, *arrays, jax.random.fold_in(key, i), options, responses=responses)
         kept = np.arange(len(real) * responses)
-        yield real, take(jax.tree.map(np.asarray, out), kept, shared_prompt=responses)
+        yield real, take(to_host(out), kept, shared_prompt=responses)
 
 
 def greedy(workspace: Workspace, params: Params, prompts: Prompts) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Greedy accuracy: ``eval/greedy`` with its Wilson interval (``_lo``, ``_hi``), ``eval/reward``, ``eval/errors``,
     and every decoded sample."""
     options = workspace.sampling.replace(greedy=True, temperature=1.0, top_k=None, top_p=None, min_p=None)
-    samples, scores = [], []
+    samples, verdicts = [], np.zeros((0, 3))
     for indices, rollouts in complete(workspace, params, prompts, options, jax.random.key(0)):
         examples, texts = [prompts.examples[i] for i in indices], workspace.texts(rollouts)
-        verdicts = workspace.task.score(examples, texts)
-        scores += verdicts
+        judged = workspace.judge(examples, rollouts)
+        verdicts = np.concatenate([verdicts, judged])
         samples += [
-            dict(question=e.question, answer=e.answer, completion=t, reward=s.reward, correct=s.correct)
-            for e, t, s in zip(examples, texts, verdicts, strict=True)
+            dict(question=e.question, answer=e.answer, completion=t, reward=float(r), correct=bool(c))
+            for e, t, (r, c, _) in zip(examples, texts, judged, strict=True)
         ]
-    right = sum(s.correct for s in scores)
-    low, high = wilson(right, len(scores))
+    rewards, correct, errors = verdicts.T
+    right = int(correct.sum())
+    low, high = wilson(right, len(correct))
     return {
-        "eval/greedy": right / len(scores),
+        "eval/greedy": right / len(correct),
         "eval/greedy_lo": low,
         "eval/greedy_hi": high,
-        "eval/reward": float(np.mean([s.reward for s in scores])),
-        "eval/errors": float(sum(s.error is not None for s in scores)),
+        "eval/reward": float(rewards.mean()),
+        "eval/errors": float(errors.sum()),
     }, samples
 
 
@@ -107,8 +109,8 @@ def sampled(
             chunk=workspace.config.rollout.prompts,
         ):
             examples = [prompts.examples[i] for i in np.repeat(indices, responses)]
-            verdicts = workspace.task.score(examples, workspace.texts(rollouts))
-            right[indices] += np.array([s.correct for s in verdicts]).reshape(-1, responses)[:, :use].sum(1)
+            correct = workspace.judge(examples, rollouts)[:, 1].astype(np.int64)
+            right[indices] += correct.reshape(-1, responses)[:, :use].sum(1)
         drawn += use
     out = {}
     for k in ks:

@@ -1,6 +1,7 @@
 """The training loop: prompts -> generate -> reward -> score -> prepare -> optimizer steps, with everything a run
 leaves behind."""
 
+import json
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -11,26 +12,38 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax import Array
 from ml_collections import ConfigDict
 
 from jaxpo.batch import Rollouts
 from jaxpo.objectives import Protocol
 from jaxpo.objectives.base import check_rewards
+from jaxpo.parallel.distributed import anywhere, check_shared, from_first, is_first, on_first, only_first_prints
 from jaxpo.policy import heads
 from jaxpo.policy.families import tensors
 from jaxpo.policy.hf import check_source, load, open_source, read_config
 from jaxpo.policy.transformer import Params, parameter_count
 from jaxpo.training import evaluation
-from jaxpo.training.checkpoint import Checkpoints, check
+from jaxpo.training.checkpoint import Checkpoints, Restored
+from jaxpo.training.manifest import config_hash, differences
 from jaxpo.training.needs import heads_of, slots_of
 from jaxpo.training.plots import plot_curves
 from jaxpo.training.protocols import NothingLeft, Run, Tools, advance
-from jaxpo.training.restore import MODEL, checkpoint_of, find_checkpoint, load_params, restore
-from jaxpo.training.rundir import Progress, RunDirectory, closing_table, read_metrics
+from jaxpo.training.restore import (
+    MODEL,
+    check_room,
+    checkpoint_of,
+    checkpoints_of,
+    find_checkpoint,
+    load_params,
+    restore,
+    template,
+)
+from jaxpo.training.rundir import Elsewhere, Progress, RunDirectory, closing_table, read_metrics
 from jaxpo.training.supervised import demonstrations, warm_start
 from jaxpo.training.tools import Clock, make_tools, score_companions
-from jaxpo.training.workspace import TrainState, Workspace, optimizer_of, prepare_process, setup
+from jaxpo.training.workspace import Workspace, prepare_process, setup
 
 BEFORE_ALL = -(2**31)  # resuming from here keeps nothing of an earlier attempt's logs
 
@@ -59,11 +72,15 @@ class Interrupt:
     """SIGTERM asks for a clean end: the iteration under way is finished, saved, and the run exits."""
 
     def __init__(self):
-        self.asked = False
+        self.here = False
+
+    def asked(self) -> bool:
+        """Whether any process was asked; all of them have to call."""
+        return anywhere(self.here)
 
     def __enter__(self) -> "Interrupt":
         def ask(*_: object) -> None:
-            self.asked = True
+            self.here = True
 
         try:
             self._before = signal.signal(signal.SIGTERM, ask)
@@ -89,7 +106,7 @@ class Session:
     keys: Mapping[str, Array]
     clock: Clock
     notes: dict[str, float]
-    log: RunDirectory
+    log: RunDirectory | Elsewhere
     checkpoints: Checkpoints
 
 
@@ -171,8 +188,13 @@ def train_rl(config: ConfigDict, workdir: str, *, resume: bool = False, profile_
       ValueError: a config that cannot run. FileExistsError: ``workdir`` is not empty and ``resume`` is not set.
       Diverged, NothingLeft: the run cannot go on; the last checkpoint is named.
     """
+    with only_first_prints():
+        return _train(config, workdir, resume, profile_steps)
+
+
+def _train(config: ConfigDict, workdir: str, resume: bool, profile_steps: int) -> Result:
     prepare_process(config.compilation_cache)
-    done = find_checkpoint(workdir) if resume else None
+    done = from_first(lambda: find_checkpoint(workdir)) if resume else None
     left = config.steps - (done or 0) - PROFILE_AFTER
     if profile_steps < 0 or profile_steps > max(left, 0):
         raise ValueError(
@@ -184,25 +206,27 @@ def train_rl(config: ConfigDict, workdir: str, *, resume: bool = False, profile_
     clock, notes, started = Clock(), {}, time.perf_counter()
     tools = make_tools(workspace, clock, notes, lambda text: say(text))
     tables = workspace.protocol.tables(tools) if workspace.protocol.tables else {}
-    if done is None:
+    directory = checkpoints_of(workdir, config)
+    run, found = (None, None) if done is None else restore(workspace, tables, directory)
+    if found is None:
         check_start(workspace)
-    else:
-        check_fits(workspace, tables, workdir, done)
-    begun = Path(workdir).is_dir() and any(Path(workdir).iterdir())
-    log = open_run(
-        workdir, config, workspace, resume_step=(BEFORE_ALL if done is None else done) if resume and begun else None
+    kept = config.checkpoint.keep + bool(config.checkpoint.keep_best)
+    from_first(lambda: check_room(directory, template(workspace, tables), kept))
+    log = on_first(lambda: open_run(workdir, config, workspace, resume, found)) or Elsewhere(workdir)
+    check_shared(epath.Path(directory).absolute())
+    checkpoints = Checkpoints(
+        directory, config.checkpoint.keep, best=config.checkpoint.keep_best, config=config_hash(config)
     )
-    checkpoints = Checkpoints(f"{workdir}/checkpoints", keep=config.checkpoint.keep)
     session = Session(workspace, workspace.protocol, tools, keys_of(config.seed), clock, notes, log, checkpoints)
     try:
         with Interrupt() as interrupt:
-            run = begin(session, tables, lambda text: say(text), restoring=done is not None)
-            if done is not None:
-                run = restore(checkpoints, run, config.seed)
-                print(f"resumed at iteration {run.iteration} from {workdir}/checkpoints/{done}")
+            if found is not None:
+                checkpoints.set_aside(found.passed)
+                print(f"resumed at iteration {run.iteration} from {directory}/{found.step}")
             else:
+                run = begin(session, tables, lambda text: say(text))
                 checkpoints.save(0, *checkpoint_of(run, config.seed))
-            before = (done is not None and read_evaluation(workdir, 0)) or evaluate_both(session, run)
+            before = (found and from_first(lambda: read_evaluation(workdir, 0))) or evaluate_both(session, run)
             with Progress(config.steps, initial=run.iteration) as progress:
                 say = progress.print
                 run, stopped = loop(session, run, progress, interrupt, profile_steps)
@@ -211,14 +235,16 @@ def train_rl(config: ConfigDict, workdir: str, *, resume: bool = False, profile_
         if stopped:
             print(f"stopped by SIGTERM after iteration {run.iteration}, saved; go on with --resume")
             return Result(run.state.params, before, {}, clock.seconds, run.iteration, workspace)
-        after = read_evaluation(workdir, run.iteration) if done == run.iteration else {}
+        after = {}
+        if found and found.step == run.iteration:
+            after = from_first(lambda: read_evaluation(workdir, run.iteration))
         if after:
             print(f"this run has finished: all of its {run.iteration} iterations are done")
         elif run.iteration:
             after = evaluate_both(session, run)
         else:
             after = before
-        draw_curves(workdir)
+        on_first(lambda: draw_curves(workdir))
         summarise(workspace, run, before, after, clock, time.perf_counter() - started)
         return Result(run.state.params, before, after, clock.seconds, run.iteration, workspace)
     finally:
@@ -226,8 +252,16 @@ def train_rl(config: ConfigDict, workdir: str, *, resume: bool = False, profile_
         log.close()
 
 
-def open_run(workdir: str, config: ConfigDict, workspace: Workspace, *, resume_step: int | None) -> RunDirectory:
-    """The run directory, with config and tokenizer in it; says what is about to run."""
+def open_run(
+    workdir: str, config: ConfigDict, workspace: Workspace, resume: bool, found: Restored | None
+) -> RunDirectory:
+    """The run directory, with config and tokenizer in it; says what is about to run, and in which fields a run that is
+    resumed differs from what it was."""
+    begun, held = Path(workdir).is_dir() and any(Path(workdir).iterdir()), Path(workdir) / "config.json"
+    resume_step = (found.step if found else BEFORE_ALL) if resume and begun else None
+    if found and found.manifest["config"] != config_hash(config) and held.is_file():
+        for line in differences(json.loads(held.read_text()), json.loads(json.dumps(config.to_dict()))):
+            print(f"WARNING: the run goes on with another config: {line}")
     wandb = {"project": config.logging.wandb_project} if config.logging.wandb_project else None
     log = RunDirectory(workdir, tensorboard=config.logging.tensorboard, wandb=wandb, resume_step=resume_step)
     log.save_json("config.json", config.to_dict())
@@ -247,28 +281,27 @@ def open_run(workdir: str, config: ConfigDict, workspace: Workspace, *, resume_s
     return log
 
 
-def begin(session: Session, tables: dict[str, Any], report: Callable[[str], None], *, restoring: bool) -> Run:
-    """Parameters (random, loaded, or warm-started), frozen slots and protocol tables. A run that is restored only
-    needs the shapes."""
+def begin(session: Session, tables: dict[str, Any], report: Callable[[str], None]) -> Run:
+    """Parameters (random, loaded, or warm-started), frozen slots and protocol tables of a new run."""
     workspace = session.workspace
     config = workspace.config
-    params = first_params(workspace, session.keys["params"], restoring)
-    if config.warm_start.steps and not restoring:
+    params = first_params(workspace, session.keys["params"])
+    if config.warm_start.steps:
         with session.clock.phase("warm start"):
             params = warm_start(workspace, params, session.log, report=report)
     slots = {name: jax.tree.map(jnp.copy, params) for name in slots_of(workspace.objective, workspace.protocol)}
     run = Run(workspace.init_state(params), slots, tables)
-    if restoring or session.protocol.init is None:
+    if session.protocol.init is None:
         return run
     return session.protocol.init(run, session.tools, session.keys["protocol"])
 
 
-def first_params(workspace: Workspace, key: Array, restoring: bool) -> Params:
+def first_params(workspace: Workspace, key: Array) -> Params:
     """Parameters of another run, pretrained ones, or random ones."""
     config = workspace.config
-    if config.init_from and not restoring:
-        return load_params(workspace, config.init_from)
-    if config.policy.name == "pretrained" and not config.lora.rank and not restoring:
+    if config.init_from:
+        return load_params(workspace, config.init_from)[0]
+    if config.policy.name == "pretrained" and not config.lora.rank:
         loaded = load(open_source(config.policy.path), workspace.model.config, workspace.mesh)
         fresh = heads.init(workspace.model.config.width, heads_of(workspace.objective))
         return {**loaded, **workspace.put_whole(fresh)}
@@ -295,7 +328,7 @@ def loop(session: Session, run: Run, progress: Progress, interrupt: Interrupt, p
     config, clock, log, checkpoints = session.workspace.config, session.clock, session.log, session.checkpoints
     skipped, drawn, first = 0, time.perf_counter(), run.iteration
     trace = range(first + PROFILE_AFTER, first + PROFILE_AFTER + profile_steps)
-    if interrupt.asked:
+    if interrupt.asked():
         return run, True
     while run.iteration < config.steps:
         if trace and run.iteration == trace.start:
@@ -310,8 +343,10 @@ def loop(session: Session, run: Run, progress: Progress, interrupt: Interrupt, p
         # A step that was skipped for want of tokens is no sign of divergence; one that was not finite is.
         nonfinite = int(metrics["step/nonfinite"])
         skipped = skipped + nonfinite if nonfinite == session.workspace.optimizer_steps() else 0
+        judged = {}
         if run.iteration % config.evaluation.every == 0 and run.iteration < config.steps:
-            metrics |= evaluate_greedy(session, run)
+            judged = evaluate_greedy(session, run)
+            metrics |= judged
         log.write(run.iteration, metrics)
         progress.update(metrics)
         if skipped >= config.nonfinite_patience:
@@ -321,14 +356,17 @@ def loop(session: Session, run: Run, progress: Progress, interrupt: Interrupt, p
             )
         # Skipped steps change nothing, but what they could not go on from must not push out the checkpoints before it.
         due = run.iteration % config.checkpoint.every == 0 and not skipped
-        if due or run.iteration == config.steps or interrupt.asked:
+        asked = interrupt.asked()
+        if due or run.iteration == config.steps or asked:
+            if config.checkpoint.keep_best and run.iteration == config.steps:  # its full evaluation comes later
+                judged = evaluate_greedy(session, run, logged=0)
             with clock.phase("checkpoint"):
-                checkpoints.save(run.iteration, *checkpoint_of(run, config.seed))
-        if time.perf_counter() - drawn > config.logging.plot_seconds:
+                checkpoints.save(run.iteration, *checkpoint_of(run, config.seed), judged)
+        if is_first() and time.perf_counter() - drawn > config.logging.plot_seconds:
             with clock.phase("plot"):
                 draw_curves(str(log.path))
             drawn = time.perf_counter()
-        if interrupt.asked and run.iteration < config.steps:
+        if asked and run.iteration < config.steps:
             return run, True
     return run, False
 
@@ -348,12 +386,13 @@ def timed_iteration(session: Session, run: Run) -> tuple[Run, dict[str, float]]:
     return run, metrics
 
 
-def evaluate_greedy(session: Session, run: Run) -> dict[str, float]:
-    """Greedy accuracy during the run; a few samples are logged."""
+def evaluate_greedy(session: Session, run: Run, logged: int | None = None) -> dict[str, float]:
+    """Greedy accuracy during the run; a few samples are logged (None = as many as configured)."""
     workspace = session.workspace
+    logged = workspace.config.logging.samples if logged is None else logged
     with session.clock.phase("evaluate"):
         metrics, samples = evaluation.greedy(workspace, run.state.params, workspace.test)
-    session.log.samples(run.iteration, samples[: workspace.config.logging.samples])
+    session.log.samples(run.iteration, samples[:logged])
     return metrics
 
 
@@ -379,23 +418,6 @@ def check_start(workspace: Workspace) -> None:
         check_source(open_source(config.policy.path), tensors(workspace.model.config))
     if config.warm_start.steps:
         demonstrations(workspace, np.arange(len(workspace.train)))
-
-
-def check_fits(workspace: Workspace, tables: dict[str, Any], workdir: str, step: int) -> None:
-    """The checkpoint to resume from is of a run like this one, before its records are touched."""
-
-    def whole(key: Array) -> Any:
-        params = workspace.init_params(key)
-        slots = {name: params for name in slots_of(workspace.objective, workspace.protocol)}
-        state = TrainState(params, optimizer_of(workspace.config).init(params), workspace.objective.init())
-        return dict(params=params, opt_state=state.opt_state, objective=state.objective, slots=slots)
-
-    shapes = {**jax.eval_shape(whole, jax.random.key(0)), "tables": tables}
-    position = check(f"{workdir}/checkpoints", shapes, step)
-    if position["seed"] != workspace.config.seed:
-        raise ValueError(
-            f"config.seed is {workspace.config.seed}, but the run that is to be resumed has seed {position['seed']}"
-        )
 
 
 def draw_curves(workdir: str) -> None:

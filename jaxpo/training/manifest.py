@@ -175,8 +175,9 @@ def checksums(arrays: Mapping[str, Any]) -> dict[str, str]:
         if not isinstance(x, jax.Array):  # jax would cast 64 bits away
             x = np.ascontiguousarray(x).reshape(np.shape(x))
             x = x[..., None].view(np.uint32) if x.dtype.itemsize == 8 else x
-        sums[name] = _sums(x)
-    return {name: "".join(f"{int(part):08x}" for part in parts) for name, parts in jax.device_get(sums).items()}
+        # One after the other: on CPUs, programs that communicate between processes must not overtake each other.
+        sums[name] = "".join(f"{int(part):08x}" for part in jax.device_get(_sums(x)))
+    return sums
 
 
 # ---- the config

@@ -3,8 +3,9 @@
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ class StepPlan:
 
     times: calls per iteration. memory: bytes by what they hold; their sum is the peak. operations: of all chips;
     useful: of those, what is left without recomputation. seconds: of each term of the roofline. error: why the compiler
-    refused it; buffers: its largest, then.
+    refused it; buffers: the largest, then.
     """
 
     name: str
@@ -127,11 +128,20 @@ class Plan:
         )
 
 
-def make_plan(config: ConfigDict, slice_: Topology, *, data: Data | None = None, say: Say = print) -> Plan:
+def make_plan(
+    config: ConfigDict,
+    slice_: Topology,
+    *,
+    data: Data | None = None,
+    only: Collection[str] | None = None,
+    known: Mapping[str, StepPlan] = MappingProxyType({}),
+    say: Say = print,
+) -> Plan:
     """Compile every step of a config for a slice.
 
     Args:
-      data: what the shapes take from the run's data, if known. say: where progress goes.
+      data: what the shapes take from the run's data, if known. only: names of steps; None = all. known: steps that
+        need not be compiled again. say: where progress goes.
 
     Raises:
       ValueError: a config that does not divide over the slice. ModuleNotFoundError: libtpu is not installed.
@@ -142,8 +152,11 @@ def make_plan(config: ConfigDict, slice_: Topology, *, data: Data | None = None,
     plain = trace_run(without_remat(config), mesh, data).steps
     steps = []
     for step, other in zip(planned.steps, plain, strict=True):
-        useful = operations.count(other.trace(mesh).jaxpr, loop=other.loop)
-        steps.append(plan_step(step, planned, config, mesh, slice_.chip, useful, say))
+        if step.name in known:
+            steps.append(known[step.name])
+        elif only is None or step.name in only:
+            useful = operations.count(other.trace(mesh).jaxpr, loop=other.loop)
+            steps.append(plan_step(step, planned, config, mesh, slice_.chip, useful, say))
     rollout, sampling = config.rollout, config.sampling
     return Plan(
         topology=slice_,
@@ -178,6 +191,9 @@ def plan_step(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         message, buffers = out_of_memory(str(error))
+        buffers = buffers or [
+            f"{n / 2**30:.2f} GiB over all chips: {what}" for n, what in operations.largest(traced.jaxpr)
+        ]
         say(f"{step.name}: does not fit")
         return StepPlan(
             step.name, step.times, time.perf_counter() - start, operations=counted, error=message, buffers=buffers
@@ -239,15 +255,12 @@ def memory_of(step: Step, planned: Planned, config: ConfigDict, mesh: jax.shardi
 
 
 def out_of_memory(message: str) -> tuple[str, list[str]]:
-    """The compiler's sentence, and its largest buffers, a line each: size, shape and where they come from."""
-    head = re.search(r"(Used [^\n]*?\.) (?:Exceeded[^\n]*?\.)?", message)
-    exceeded = re.search(r"Exceeded [^\n]*?by [\d.]+[KMGT]", message)
-    sentence = " ".join(filter(None, [head and head[1], exceeded and exceeded[0]])) or message.splitlines()[0]
+    """The compiler's sentence, and the largest buffers where it lists them, a line each: size, shape, origin."""
+    sentence = next(line for line in message.splitlines() if "RESOURCE_EXHAUSTED" in line).split(": ", 1)[1]
     buffers = []
-    for block in re.split(r"\n\s*\d+\. ", message)[1:]:
+    for block in re.split(r"\n\s*\d+\. (?=Size: )", message)[1:]:
         fields = dict(re.findall(r"(Size|Operator|Shape): ([^\n]*)", block))
-        if "Size" in fields:
-            where = re.search(r'op_name="([^"]*)"', fields.get("Operator", ""))
-            shape = re.sub(r"\{.*", "", fields.get("Shape", ""))
-            buffers.append(" ".join(filter(None, [fields["Size"], shape, where and where[1]])))
+        where = re.search(r'op_name="([^"]*)"', fields.get("Operator", ""))
+        shape = re.sub(r"\{.*", "", fields.get("Shape", ""))
+        buffers.append(" ".join(filter(None, [fields["Size"], shape, where and where[1]])))
     return sentence, buffers

@@ -15,16 +15,9 @@ from jaxpo.policy.hf import read_config
 from jaxpo.tasks import build
 from jaxpo.training import config as config_lib
 from jaxpo.training.compiled import Compiled
+from jaxpo.training.needs import must_score, slots_of
 from jaxpo.training.tools import as_scored
-from jaxpo.training.workspace import (
-    TrainState,
-    compile_functions,
-    make_tokenizer,
-    must_score,
-    optimizer_of,
-    slots_of,
-    tokenize,
-)
+from jaxpo.training.workspace import TrainState, compile_functions, make_tokenizer, optimizer_of, tokenize
 
 
 class Data(NamedTuple):

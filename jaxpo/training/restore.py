@@ -1,23 +1,35 @@
 """A run as its checkpoints hold it: what is saved, and how it comes back to train, evaluate or sample."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from jaxpo.parallel import shardings
+from jaxpo.parallel import replicated, shardings
 from jaxpo.policy.transformer import Params
 from jaxpo.registry import unknown
 from jaxpo.tasks.tokenizers import from_json
-from jaxpo.training.checkpoint import Checkpoints, finished_steps, restore_params
+from jaxpo.training import checkpoint
+from jaxpo.training.checkpoint import finished_steps, restore_params
 from jaxpo.training.config import default
-from jaxpo.training.protocols import Run, advance
-from jaxpo.training.workspace import Workspace, prepare_process, setup
+from jaxpo.training.needs import slots_of
+from jaxpo.training.protocols import Run
+from jaxpo.training.workspace import TrainState, Workspace, optimizer_of, prepare_process, setup
 
 MODEL = "model"  # folder of a run with the config.json of the pretrained model that it started from
+
+
+def checkpoints_of(workdir: str, config: ConfigDict | None = None) -> str:
+    """Where the checkpoints of a run directory are, by its config (None = the one that it holds)."""
+    held = Path(workdir) / "config.json"
+    if config is not None:
+        directory = config.checkpoint.directory
+    else:
+        directory = json.loads(held.read_text()).get("checkpoint", {}).get("directory") if held.is_file() else None
+    return directory or f"{workdir}/checkpoints"
 
 
 def checkpoint_of(run: Run, seed: int) -> tuple[dict[str, Any], dict[str, int]]:
@@ -30,25 +42,70 @@ def checkpoint_of(run: Run, seed: int) -> tuple[dict[str, Any], dict[str, int]]:
     return arrays, dict(seed=seed, iteration=run.iteration, position=run.position)
 
 
-def restore(checkpoints: Checkpoints, run: Run, seed: int) -> Run:
-    """The latest checkpoint, with the shapes, dtypes and sharding of ``run``.
+def template(workspace: Workspace, tables: dict[str, Any]) -> dict[str, Any]:
+    """The shapes, dtypes and shardings of `checkpoint_of`, without any array."""
+
+    def whole(key: jax.Array) -> dict[str, Any]:
+        params = workspace.init_params(key)
+        slots = {name: params for name in slots_of(workspace.objective, workspace.protocol)}
+        opt_state = optimizer_of(workspace.config).init(params)
+        return dict(params=params, opt_state=opt_state, objective=workspace.objective.init(), slots=slots)
+
+    shapes = jax.eval_shape(whole, jax.random.key(0))
+    where = {name: shardings(tree, workspace.mesh) for name, tree in shapes.items()}
+    where["objective"] = jax.tree.map(lambda _: replicated(workspace.mesh), shapes["objective"])
+    placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+    return {**placed, "tables": tables}
+
+
+def restore(workspace: Workspace, tables: dict[str, Any], directory: str) -> tuple[Run, checkpoint.Restored]:
+    """The latest whole checkpoint in ``directory``, on this run's mesh.
 
     Raises:
-      ValueError: the checkpoint is of another shape (the leaf is named).
+      FileNotFoundError: none is whole.
+      ValueError: it is of another model, objective, protocol or seed (the leaf is named).
     """
-    arrays, position = checkpoints.restore(checkpoint_of(run, seed)[0])
-    position.pop("seed")
-    state = run.state.replace(params=arrays["params"], opt_state=arrays["opt_state"], objective=arrays["objective"])
-    return advance(run, state=state, slots=arrays["slots"], tables=arrays["tables"], **position)
+    found = checkpoint.restore(directory, template(workspace, tables))
+    tree, position = found.tree, dict(found.position)
+    if (seed := position.pop("seed")) != workspace.config.seed:
+        raise ValueError(f"config.seed is {workspace.config.seed}, but the run that is to be resumed has seed {seed}")
+    state = TrainState(tree["params"], tree["opt_state"], tree["objective"])
+    return Run(state, tree["slots"], tree["tables"], **position), found
 
 
-def load_params(workspace: Workspace, directory: str, step: int | None = None) -> Params:
-    """Parameters of a run directory's checkpoint (the last one), on this mesh."""
-    params, _ = restore_params(f"{directory}/checkpoints", step)
+def check_room(directory: str, template: Any, keep: int) -> None:
+    """That there is room for the checkpoints of a run: ``keep`` and the one under way, as large as ``template``.
+
+    Raises:
+      OSError: there is not (found out for local directories only).
+    """
+    if "://" in str(directory):
+        return
+    folder = Path(directory).absolute()
+    leaves = [leaf for leaf in jax.tree.leaves(template) if hasattr(leaf, "dtype")]
+    one = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())  # room that will be free again
+    free = shutil.disk_usage(next(part for part in (folder, *folder.parents) if part.exists())).free
+    if (keep + 1) * one > free + held:
+        raise OSError(
+            f"{directory}: a checkpoint takes {one / 1e9:.3g} GB and {keep} of them stay while the next one is "
+            f"written, but {free / 1e9:.3g} GB are free: make room, lower config.checkpoint.keep, or set "
+            "config.checkpoint.directory"
+        )
+
+
+def load_params(workspace: Workspace, workdir: str, step: int | None = None) -> tuple[Params, int]:
+    """Parameters of a run directory's checkpoint (the last whole one), on this mesh, and its step.
+
+    Raises:
+      ValueError: they are those of another model.
+    """
     expected = jax.eval_shape(workspace.init_params, jax.random.key(0))
-    if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, expected):
-        raise ValueError(f"{directory} holds parameters of another shape than config.policy and the tokenizer ask for")
-    return jax.device_put(params, shardings(params, workspace.mesh))
+    where = shardings(expected, workspace.mesh)
+    params, position = restore_params(checkpoints_of(workdir), step, shardings=where)
+    if jax.tree.map(lambda x: x.shape, params) != jax.tree.map(lambda x: x.shape, expected):
+        raise ValueError(f"{workdir} holds parameters of another shape than config.policy and the tokenizer ask for")
+    return params, position["iteration"]
 
 
 def open_finished(workdir: str, step: int | None = None, **changes: Any) -> tuple[Workspace, Params, int]:
@@ -79,17 +136,16 @@ def open_finished(workdir: str, step: int | None = None, **changes: Any) -> tupl
             config.update_from_flattened_dict({path: value})
     prepare_process(config.compilation_cache)
     tokenizer = from_json(json.loads((folder / "tokenizer.json").read_text()))
-    steps = finished_steps(f"{workdir}/checkpoints")
+    steps = finished_steps(checkpoints_of(workdir))
     if not steps or (step is not None and step not in steps):
         raise ValueError(
             f"{workdir} has no checkpoint{'' if step is None else f' {step}'}; it has: "
             f"{', '.join(map(str, steps)) or 'none'}"
         )
     workspace = setup(config, tokenizer=tokenizer)
-    step = max(steps) if step is None else step
-    return workspace, load_params(workspace, workdir, step), step
+    return workspace, *load_params(workspace, workdir, step)
 
 
 def find_checkpoint(workdir: str) -> int | None:
     """The last finished checkpoint of a run directory."""
-    return max(finished_steps(f"{workdir}/checkpoints"), default=None)
+    return max(finished_steps(checkpoints_of(workdir)), default=None)

@@ -7,7 +7,7 @@
     curves.png      drawn from metrics.jsonl by jaxpo.training.plots
     checkpoints/    by jaxpo.training.checkpoint
 
-With several processes only the first one makes a ``RunDirectory``.
+With several processes only the first one makes a ``RunDirectory``; the others hold `Elsewhere`.
 """
 
 import importlib
@@ -114,6 +114,22 @@ class RunDirectory:
             self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
+
+
+class Elsewhere:
+    """What takes the place of a `RunDirectory` in a process that writes nothing."""
+
+    def __init__(self, workdir: str | os.PathLike):
+        self.path = Path(workdir)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The first process writes them."""
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The first process writes them."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def read_metrics(workdir: str | os.PathLike) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxpo.batch import Demonstrations, Rollouts
 from jaxpo.objectives import make
 from jaxpo.parallel import replicated
+from jaxpo.parallel.distributed import place
 from jaxpo.policy.transformer import Params
 from jaxpo.tasks import imperfect
 from jaxpo.training.optimizers import make_optimizer
@@ -60,7 +61,7 @@ def warm_start(
     step = make_step(workspace.config, objective, apply, optimizer, mesh, **options)
     state = init_state(params, optimizer, objective, mesh)
     data, memory = objective.prepare(demonstrations(workspace, np.arange(len(workspace.train))), state.objective)
-    data, state = workspace.put_whole(data), state.replace(objective=jax.device_put(memory, replicated(mesh)))
+    data, state = workspace.put_whole(data), state.replace(objective=place(memory, replicated(mesh)))
     rng, tokens, start = np.random.default_rng((workspace.config.seed, 1)), 0.0, time.perf_counter()
     with Progress(
         config.steps, metrics={"nll": "sft/loss", "tok/s": "sft/tokens_per_s"}, every=max(config.steps // 5, 1)

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from jaxpo.batch import Rollouts, TokenStats
+from jaxpo.parallel.distributed import to_host
 from jaxpo.policy.transformer import Params
 from jaxpo.rollout.sampling import SamplingOptions
 from jaxpo.rollout.sampling import validate as validate_sampling
@@ -96,15 +97,10 @@ def make_tools(workspace: Workspace, clock: Clock, notes: dict[str, float], say:
 
     def reward(rollouts: Rollouts) -> Rollouts:
         with clock.phase("reward"):
-            scores = workspace.task.score(
-                [prompts.examples[i] for i in np.asarray(rollouts.prompt)], workspace.texts(rollouts)
-            )
-            errors = [s.error for s in scores if s.error is not None]
-            notes["reward/errors"] = notes.get("reward/errors", 0) + len(errors)
-            return rollouts.replace(
-                reward=np.array([s.reward for s in scores], np.float32),
-                correct=np.array([s.correct for s in scores], np.float32),
-            )
+            examples = [prompts.examples[i] for i in to_host(rollouts.prompt)]
+            rewards, correct, errors = workspace.judge(examples, rollouts).T
+            notes["reward/errors"] = notes.get("reward/errors", 0) + int(errors.sum())
+            return rollouts.replace(reward=rewards.astype(np.float32), correct=correct.astype(np.float32))
 
     def score(params: Params, rollouts: Rollouts) -> TokenStats:
         with clock.phase("score"):

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from jaxpo.batch import Rollouts, TokenStats, take
 from jaxpo.objectives import Objective, Protocol, State
 from jaxpo.parallel import batch_shards, constrain_rows, make_mesh, replicated, rows_over_mesh, shardings
+from jaxpo.parallel.distributed import from_rows, own_rows, place, take_rows
 from jaxpo.parallel.host import keep_freed_memory
 from jaxpo.policy import hf, lora, stats, transformer
 from jaxpo.policy.loss import policy_loss
@@ -115,7 +116,16 @@ class Workspace:
 
     def put_whole(self, tree: Any) -> Any:
         """Arrays onto every device of the mesh."""
-        return jax.device_put(tree, replicated(self.mesh))
+        return place(tree, replicated(self.mesh))
+
+    def judge(self, examples: Sequence[Example], rollouts: Rollouts) -> np.ndarray:
+        """reward, correct and error (0 or 1) [B, 3] of the rows, which answer ``examples`` [B]. Each process judges
+        rows of its own; all get the whole."""
+        rows = own_rows(rollouts.tokens)
+        own = Rollouts(tokens=take_rows(rollouts.tokens, rows), mask=take_rows(rollouts.mask, rows))
+        scores = self.task.score([examples[i] for i in rows], self.texts(own)) if len(rows) else []
+        values = np.array([(s.reward, s.correct, s.error is not None) for s in scores], np.float64).reshape(-1, 3)
+        return from_rows(values, rows, rollouts.rows)
 
     def texts(self, rollouts: Rollouts) -> list[str]:
         """The completions as text, without special tokens and cut before a stop string."""
@@ -408,7 +418,7 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, objectiv
     """Fresh optimizer and objective state, where `make_step` leaves them (or the second step would be compiled
     anew)."""
     opt_state = jax.jit(optimizer.init, out_shardings=shardings(jax.eval_shape(optimizer.init, params), mesh))(params)
-    return TrainState(params, opt_state, jax.device_put(objective.init(), replicated(mesh)))
+    return TrainState(params, opt_state, place(objective.init(), replicated(mesh)))
 
 
 def make_step(

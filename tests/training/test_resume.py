@@ -1,10 +1,14 @@
 """A run that was stopped or killed goes on as if nothing had happened: the same parameters, prompts and samples."""
 
+import collections
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -133,6 +137,46 @@ def test_sigterm_while_steps_are_skipped_loses_nothing(finished, tmp_path, monke
     assert finished_steps(run.path / "checkpoints")[-1] == 1
 
 
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(finished, tmp_path):
+    shutil.copytree(finished.path, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "4" / "manifest.json").write_text("{}")
+    run = tiny.run(tiny.config({"logging.samples": 4}), tmp_path / "run", resume=True)
+    assert "4 is damaged: manifest.json is not readable. Taking checkpoint" in run.printed
+    assert "resumed at iteration 2 from" in run.printed and run.drawn == finished.drawn[2:]
+    tiny.assert_same_params(run.result.params, finished.result.params)
+    assert tiny.trained(run.path) == tiny.trained(finished.path)
+    assert finished_steps(run.path / "checkpoints") == [2, 4] and (run.path / "checkpoints" / "4.damaged").is_dir()
+    assert "another config" not in run.printed  # what is logged does not matter
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"policy.width": 32}, r"checkpoint .*/4: objective/|checkpoint .*/4: .* was saved with shape"),
+        ({"seed": 1}, "config.seed is 1, but the run that is to be resumed has seed 0"),
+    ],
+)
+def test_another_model_is_refused_and_nothing_is_touched(finished, tmp_path, changes, message):
+    shutil.copytree(finished.path, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=message):
+        tiny.run(tiny.config(changes), tmp_path / "run", resume=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_changed_config_is_told_field_by_field(finished, tmp_path):
+    shutil.copytree(finished.path, tmp_path / "run")
+    run = tiny.run(tiny.config({"optimizer.learning_rate": 2e-3}), tmp_path / "run", resume=True)
+    assert "WARNING: the run goes on with another config: config.optimizer.learning_rate: 0.001 -> 0.002" in run.printed
+
+
+def test_no_room_for_the_checkpoints_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10_000))
+    with pytest.raises(OSError, match=r"a checkpoint takes .* GB and 2 of them stay .* 1e-05 GB are free: make room"):
+        tiny.run(tiny.config(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 # ---- in processes of their own --------------------------------------------------------------------------------------
 
 
@@ -173,17 +217,36 @@ def end(process):
     return printed
 
 
+def caught(checkpoints, moment):
+    """Whether a checkpoint is being written, or is written and has no manifest yet; any time will do for the rest."""
+    names = os.listdir(checkpoints)
+    if moment == "writing":
+        return any(".orbax-checkpoint-tmp" in name for name in names)
+    if moment == "before the manifest":
+        return any(name.isdecimal() and not (checkpoints / name / "manifest.json").exists() for name in names)
+    return True
+
+
 @pytest.mark.slow
-def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path):
+def test_a_run_killed_20_times_ends_as_if_it_had_not_been(tmp_path):
+    """In the warm start, at any time of an iteration (generation, reward, update), while a checkpoint is written."""
     whole, killed, cache = tmp_path / "whole", tmp_path / "killed", tmp_path / "cache"
     end(start(whole, cache))
-    for step in (-50, 3, 13, 42, 90):  # the first one in the warm start
+    rng, moments, caught_in = random.Random(0), ("any", "writing", "before the manifest"), collections.Counter()
+    for kill, step in enumerate([-50, *sorted(rng.sample(range(1, 136), 19))]):
         process = start(killed, cache, *(["--resume"] if killed.exists() else []))
         wait_for(process, killed, step)
+        moment, until = moments[kill % 3] if step > 0 else "any", time.monotonic() + 5
+        if moment == "any":
+            time.sleep(rng.uniform(0, 0.2))
+        while not (hit := caught(killed / "checkpoints", moment)) and time.monotonic() < until:
+            assert process.poll() is None, process.communicate()[0]
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        assert process.returncode == -signal.SIGKILL, "killed too late to mean anything"
         assert max(finished_steps(killed / "checkpoints"), default=0) < 150, "killed too late to mean anything"
+        caught_in[moment] += hit
+    assert caught_in["any"] >= 7 and caught_in["writing"] >= 2, caught_in
     printed = end(start(killed, cache, "--resume"))
     assert "resumed at iteration" in printed
     for name in ("params", "opt_state", "objective", "slots"):
@@ -191,10 +254,12 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path):
         theirs, expected = restore_params(whole / "checkpoints", name=name)
         tiny.assert_same_params(ours, theirs)
         assert position == expected and position["iteration"] == 150
+    # Every iteration is there once, with the prompts, rewards and losses of the uninterrupted run.
     assert tiny.trained(killed) == tiny.trained(whole)
     assert [line["step"] for line in tiny.trained(killed)] == list(range(1, 151))
     assert tiny.lines(killed / "samples.jsonl") == tiny.lines(whole / "samples.jsonl")
     assert tiny.untimed(killed / "metrics.jsonl") == tiny.untimed(whole / "metrics.jsonl")
+    assert not [name for name in os.listdir(killed / "checkpoints") if not name.isdecimal()]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from jaxpo.batch import Rollouts, TokenStats, take
 from jaxpo.objectives import Protocol
 from jaxpo.objectives.base import State
+from jaxpo.parallel.distributed import to_host
 from jaxpo.policy.transformer import Params
 from jaxpo.primitives.aggregation import positive
 from jaxpo.primitives.shaping import mixed_groups
@@ -107,7 +108,7 @@ def in_batches(
         kept = min(size, len(tokens) - start)
         rows = start + np.minimum(np.arange(size), kept - 1)
         left = np.where(np.arange(size) < kept, budget[rows], 0).astype(np.int32)
-        out = jax.tree.map(np.asarray, complete(i, tokens[rows], length[rows], left))
+        out = to_host(complete(i, tokens[rows], length[rows], left))
         parts.append(take(out, np.arange(kept * responses), shared_prompt=responses))
     return stacked(parts)
 
@@ -145,11 +146,12 @@ def dynamic_sampling(max_batches: int = 10) -> Protocol:
         kept, found = [], 0
         for i in range(max_batches):
             run, rollouts = sample_once(run, tools, jax.random.fold_in(key, i))
+            rollouts = to_host(rollouts)
             mixed = np.asarray(mixed_groups(rollouts.correct, rollouts.group, jnp.ones(rollouts.rows)))
             responses = rollouts.shared_prompt
             groups = np.flatnonzero(mixed.reshape(-1, responses)[:, 0])[: tools.prompts - found]
             rows = (groups[:, None] * responses + np.arange(responses)).reshape(-1)
-            part = take(jax.tree.map(np.asarray, rollouts), rows, shared_prompt=responses)
+            part = take(rollouts, rows, shared_prompt=responses)
             kept.append(part.replace(group=part.group + i * tools.prompts))
             found += len(groups)
             if found == tools.prompts:

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from jaxpo.batch import Rollouts
 from jaxpo.objectives import Protocol
+from jaxpo.parallel.distributed import to_host
 from jaxpo.primitives.aggregation import positive
 from jaxpo.registry import register
 from jaxpo.training.protocols.base import Run, Tools, sample_once
@@ -35,8 +36,8 @@ def ppo_outer_loop(gradient_noise: bool = True, log_ratio_clip: float = 20.0) ->
         return run, rollouts
 
     def after(run: Run, tools: Tools, rollouts: Rollouts) -> Run:
-        new = np.asarray(tools.score(run.state.params, rollouts).logp)
-        for name, value in outer_step(rollouts, new, log_ratio_clip).items():
+        new = to_host(tools.score(run.state.params, rollouts).logp)
+        for name, value in outer_step(to_host(rollouts), new, log_ratio_clip).items():
             tools.note(f"outer/{name}", value)
         return run
 

@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from jaxpo.batch import Rollouts, role_id
 from jaxpo.objectives import Protocol
+from jaxpo.parallel.distributed import to_host
 from jaxpo.registry import register
 from jaxpo.training.protocols.base import Run, Tools, advance, sample_once, with_rows
 
@@ -36,7 +37,7 @@ def replay(fraction: float = 0.5, capacity: int = 4) -> Protocol:
         return dict(batches=batches, iteration=np.full(capacity, -1, np.int32))
 
     def before(run: Run, tools: Tools, rollouts: Rollouts) -> tuple[Run, Rollouts]:
-        fresh, past, born = jax.tree.map(np.asarray, rollouts), run.tables["batches"], run.tables["iteration"]
+        fresh, past, born = to_host(rollouts), run.tables["batches"], run.tables["iteration"]
         mixed, ages = fresh, np.zeros(1)
         if (born >= 0).any():
             # Seeds are drawn from (seed, iteration), so this is a function of them too.

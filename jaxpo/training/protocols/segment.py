@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from jaxpo.batch import Rollouts
 from jaxpo.objectives import Protocol
 from jaxpo.objectives.parts.surrogates import unused
+from jaxpo.parallel.distributed import to_host
 from jaxpo.primitives.advantages import choice
 from jaxpo.primitives.token_advantages import cutpoints, previous_at
 from jaxpo.registry import register
@@ -76,8 +77,8 @@ def chain(interval: int, threshold: float, completions: int) -> Collect:
 
     def collect(run: Run, tools: Tools, key: Array) -> tuple[Run, Rollouts]:
         run, batch = sample_once(run, tools, jax.random.fold_in(key, 0))
-        logp = np.asarray(tools.score(run.state.params, batch).logp)
-        batch = jax.tree.map(np.asarray, batch)
+        logp = to_host(tools.score(run.state.params, batch).logp)
+        batch = to_host(batch)
         cuts = np.asarray(cutpoints(logp, batch.mask, interval=interval, threshold=threshold))
         row, at = np.nonzero(cuts)
         value = np.zeros(batch.mask.shape, np.float32)

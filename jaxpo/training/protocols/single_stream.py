@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from jaxpo.batch import Rollouts
 from jaxpo.objectives import Protocol
 from jaxpo.objectives.base import check_rewards
+from jaxpo.parallel.distributed import to_host
 from jaxpo.primitives import trackers
 from jaxpo.primitives.aggregation import positive
 from jaxpo.registry import register
@@ -87,12 +88,12 @@ def spo_single_stream(
         )
 
     def after(run: Run, tools: Tools, rollouts: Rollouts) -> Run:
-        at, params = np.asarray(rollouts.prompt), run.state.params
-        now = {name: np.asarray(x) for name, x in (("tokens", rollouts.completions), ("mask", rollouts.mask))}
-        now["logp"] = np.asarray(tools.score(params, rollouts).logp)
+        rollouts, params = to_host(rollouts), run.state.params
+        at, now = rollouts.prompt, {"tokens": rollouts.completions, "mask": rollouts.mask}
+        now["logp"] = to_host(tools.score(params, rollouts).logp)
         drift = drift_of(run.tables, at, tools, params, rollouts)
         rho = trackers.forgetting(drift, d_half=d_half, rho_min=rho_min, rho_max=rho_max)
-        reward = np.asarray(rollouts.extras["tracker_reward"])
+        reward = rollouts.extras["tracker_reward"]
         alpha, beta = trackers.tracker_update(run.tables["alpha"][at], run.tables["beta"][at], reward, rho)
         new = {**now, "alpha": np.asarray(alpha), "beta": np.asarray(beta), "seen": np.ones(len(at), np.float32)}
         tools.note("tracker/value", float(trackers.tracker_value(alpha, beta).mean()))
@@ -114,7 +115,7 @@ def drift_of(tables: dict[str, Any], at: np.ndarray, tools: Tools, params: Any, 
     if not tables["seen"][at].any():
         return np.zeros(len(at), np.float32)
     mask = tables["mask"][at]
-    prompts = np.asarray(rollouts.tokens)[:, : rollouts.prompt_width]
+    prompts = rollouts.tokens[:, : rollouts.prompt_width]
     previous = rollouts.replace(tokens=np.concatenate([prompts, tables["tokens"][at]], 1), mask=mask)
-    gap = np.abs(np.asarray(tools.score(params, previous).logp) - tables["logp"][at])
+    gap = np.abs(to_host(tools.score(params, previous).logp) - tables["logp"][at])
     return np.where(mask > 0, gap, 0).sum(1) / np.maximum(mask.sum(1), 1)

@@ -1,0 +1,206 @@
+"""Other meshes, microbatches and options for a config: ranked on paper, and those that are named, compiled."""
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from jaxpo.parallel import AXES, roofline
+from jaxpo.parallel.topology import Topology
+from jaxpo.policy import transformer
+from jaxpo.policy.attention import QUERIES_AT_ONCE
+from jaxpo.policy.config import TransformerConfig
+from jaxpo.training import config as config_lib
+from jaxpo.training.plan import Plan, Say, StepPlan, make_plan
+from jaxpo.training.planned import Data, data_of
+
+Changes = Mapping[str, Any]  # fields of a config by path
+LOGITS = 2**31  # bytes that a block of logits takes, see `jaxpo.kernels.token_logprob.plan`
+
+
+def changed(config: ConfigDict, changes: Changes) -> ConfigDict:
+    """A filled copy with other fields."""
+    out = ConfigDict(config.to_dict())
+    for path, value in changes.items():
+        *blocks, name = path.split(".")
+        block = out
+        for part in blocks:
+            block = block[part]
+        block[name] = value
+    return config_lib.fill(out)
+
+
+def described(changes: Changes) -> str:
+    """As flags of the command line."""
+    return " ".join(f"--config.{path}={value}" for path, value in changes.items())
+
+
+def allowed(config: ConfigDict, changes: Changes, devices: int) -> bool:
+    """Whether the changed config divides over the devices."""
+    try:
+        config_lib.validate(changed(config, changes), devices)
+    except ValueError:
+        return False
+    return True
+
+
+def meshes(devices: int) -> Iterator[dict[str, int]]:
+    """Every (data, fsdp, tensor) whose product is ``devices``, as changes."""
+    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+    for tensor in divisors:
+        for fsdp in divisors:
+            if devices % (tensor * fsdp) == 0:
+                sizes = devices // (tensor * fsdp), fsdp, tensor
+                yield {f"mesh.{axis}": n for axis, n in zip(AXES, sizes, strict=True)}
+
+
+# ---- on paper
+
+
+class Sizes(NamedTuple):
+    """parameters: numbers; active: of those, what a token meets; tokens: of an iteration, prompts included."""
+
+    parameters: float
+    active: float
+    rows: int
+    tokens: int
+    width: int
+    length: int
+
+
+def sizes_of(config: ConfigDict, model: TransformerConfig, data: Data) -> Sizes:
+    """What an estimate needs to know."""
+    shapes = jax.eval_shape(partial(transformer.init, model), jax.random.key(0))
+    share = 1 if model.experts is None else model.experts_per_token / model.experts
+    total = active = 0.0
+    for path, x in jax.tree_util.tree_leaves_with_path(shapes):
+        expert = model.experts is not None and x.ndim == 5 - (path[-1].key == "w_down")
+        total, active = total + x.size, active + x.size * (share if expert and "w_" in path[-1].key else 1)
+    rows, width = config.rollout.prompts * config.rollout.responses, config.sampling.max_new_tokens
+    length = data.prompt_width + width
+    return Sizes(total, active, rows, rows * width + config.rollout.prompts * data.prompt_width, width, length)
+
+
+def estimate(config: ConfigDict, where: Topology, data: Data) -> tuple[float, float]:
+    """(bytes of a chip at the peak, seconds of an iteration), from formulas that only rank.
+
+    Parameters and moments are float32 and cut over fsdp and tensor, computed with in bfloat16; fsdp gathers them for
+    every microbatch (forward, recomputation, backward) and scatters the gradients; tensor adds up activations four
+    times a layer; decoding reads the parameters and the cache at every token.
+    """
+    model = config_lib.transformer_of(config, data.vocab_size or 1)
+    s, chip = sizes_of(config, model, data), where.chip
+    d, f, t = (config.mesh[axis] for axis in AXES)
+    m, chips = config.training.microbatches * config.training.minibatches, d * f * t
+    slots = 1 if config.objective.get("beta") else 0
+    again = 0 if config.policy.remat == "none" else 1
+    heads = model.heads * model.head_dim
+    # update (and a forward pass for the reference)
+    passes = 3 + again + slots
+    scores = 4 * model.layers * heads * s.length * s.tokens
+    moved = m * passes * 2 * s.parameters / t + 28 * s.parameters / (f * t)
+    activation = 2 * model.width * s.tokens / (d * f)  # bytes of the residual stream of one layer
+    gathered = m * (passes + 2) * 2 * s.parameters / t * (f - 1) / f
+    summed = 8 * s.parameters / (f * t) * (d - 1) / d
+    added = passes * 2 * model.layers * activation * 2 * (t - 1) / t
+    update = roofline.Work(
+        passes * (2 * s.active * s.tokens + scores) / chips,
+        moved + passes * 12 * model.layers * activation,
+        gathered + summed + added,
+    )
+    # rollout: per token of all rows
+    cache = 4 * model.layers * model.kv_heads * model.head_dim * s.rows * s.width / chips
+    row = 2 * model.width * s.rows / (d * f)
+    exchanged = 7 * model.layers * row * ((f > 1) * f + (t > 1) * 2)
+    rollout = roofline.Work(
+        (2 * s.active * s.tokens + scores) / chips,
+        s.width * (2 * s.active / (f * t) + cache),
+        s.width * min(exchanged, 2 * s.parameters / t * (f - 1) / f + (t > 1) * 4 * model.layers * row),
+    )
+    held = 4 * s.parameters / (f * t) * (3 + slots)
+    rows = s.rows / (m * d * f)
+    part = 12 * rows * model.heads / t * min(QUERIES_AT_ONCE, s.width) * s.length
+    layers = model.layers * (1 if again else 12)
+    training = 6 * s.parameters / (f * t) + layers * 2 * rows * s.length * model.width + part + LOGITS
+    sampling = 2 * s.parameters / (f * t) + cache
+    return held + max(training, sampling), sum(max(roofline.seconds(w, chip).values()) for w in (update, rollout))
+
+
+def ranked(config: ConfigDict, where: Topology, data: Data) -> list[Changes]:
+    """Meshes and microbatch counts that divide, best first: those that seem to fit, by time, then by bytes."""
+    rows = config.rollout.prompts * config.rollout.responses // config.training.minibatches
+    counts = [n for n in range(1, rows + 1) if rows % n == 0]
+    every = ({**mesh, "training.microbatches": n} for mesh in meshes(where.size) for n in counts)
+    scored = []
+    for changes in every:
+        if allowed(config, changes, where.size):
+            need, seconds = estimate(changed(config, changes), where, data)
+            scored.append((need > where.chip.hbm, seconds if need <= where.chip.hbm else need, len(scored), changes))
+    return [changes for *_, changes in sorted(scored, key=lambda x: x[:3])]
+
+
+# ---- compiled
+
+
+def fastest(config: ConfigDict, where: Topology, *, compile_most: int, say: Say) -> Plan:
+    """The plan of the fastest mesh and microbatch count that fits, of the ``compile_most`` that rank best; the last
+    one compiled if none of them fits.
+
+    Raises:
+      ValueError: no mesh of so many chips divides the config.
+    """
+    data = data_of(config)
+    order = ranked(config, where, data)
+    if not order:
+        raise ValueError(
+            f"no mesh of {where.size} chips divides the config: make config.rollout.prompts a multiple of more of them"
+        )
+    plans = []
+    for changes in order[:compile_most]:
+        say(f"compiling {described(changes)}")
+        plans.append(make_plan(changed(config, changes), where, data=data, say=say))
+    return min((p for p in plans if p.fits), key=lambda p: p.seconds, default=plans[-1])
+
+
+def failing(plan: Plan) -> dict[str, StepPlan]:
+    """The steps that find no room."""
+    return {s.name: s for s in plan.steps if s.error is not None or s.peak > plan.chip.hbm}
+
+
+def ideas(config: ConfigDict, where: Topology, failed: set[str]) -> Iterator[Changes]:
+    """Changes that make a step smaller, the cheapest first; of those that divide."""
+    d, f, t = (where.size if n == -1 else n for n in (config.mesh[axis] for axis in AXES))
+    n = config.training.microbatches
+    smaller = [{"training.microbatches": n * 2}, {"training.microbatches": n * 4}] if failed != {"rollout"} else []
+    if failed != {"rollout"} and config.policy.remat != "full":
+        smaller = [{"policy.remat": "full"}, *smaller]
+    if d > 1:
+        smaller.append({"mesh.data": d // math.gcd(d, 2), "mesh.fsdp": f * math.gcd(d, 2)})
+    smaller += [{"mesh.fsdp": f // 2, "mesh.tensor": t * 2}] if f % 2 == 0 else []
+    if failed != {"rollout"}:
+        smaller += [{**a, "training.microbatches": n * 4} for a in smaller if "training.microbatches" not in a]
+    width = config.sampling.max_new_tokens
+    smaller += [{"sampling.max_new_tokens": width // 2}, {"sampling.max_new_tokens": width // 4}]
+    return (changes for changes in smaller if allowed(config, changes, where.size))
+
+
+def proposals(config: ConfigDict, where: Topology, plan: Plan, *, most: int = 6, say: Say) -> list[tuple[str, Plan]]:
+    """What was compiled in the place of a plan that does not fit: (change, its plan), until one fits, at most ``most``.
+
+    Of each change the steps that failed are compiled first, and the others only if those fit.
+    """
+    data, names = data_of(config), set(failing(plan))
+    out = []
+    for changes, _ in zip(ideas(config, where, names), range(most), strict=False):
+        say(f"trying {described(changes)}")
+        other = changed(config, changes)
+        tried = make_plan(other, where, data=data, only=names, say=say)
+        if tried.fits:
+            tried = make_plan(other, where, data=data, known={s.name: s for s in tried.steps}, say=say)
+        out.append((described(changes), tried))
+        if tried.fits:
+            break
+    return out

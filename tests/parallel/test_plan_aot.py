@@ -1,0 +1,73 @@
+"""Plans of a small run through the real compiler, for chips that are not there (`make tpu_aot`; needs libtpu)."""
+
+import importlib.util
+import json
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from experiments import plan as program
+from tests.training import tiny
+
+pytestmark = pytest.mark.tpu_aot
+
+POLICY = ["width=256", "heads=2", "kv_heads=2", "head_dim=128", "layers=1", "dtype=bfloat16", "remat=full"]
+SMALL = [
+    f"--config={tiny.FILE}",
+    "--topology=v5e:2x4",
+    *(f"--config.policy.{field}" for field in POLICY),
+    "--config.mesh.data=1",
+    "--config.mesh.fsdp=4",
+    "--config.mesh.tensor=2",
+    "--config.training.epochs=1",
+    "--config.training.minibatches=1",
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libtpu():
+    if importlib.util.find_spec("libtpu") is None:  # a tier that skips everything would have checked nothing
+        pytest.fail("libtpu is not installed: make tpu_aot installs it")
+    yield  # the planner turns the cache of compiled programs off
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
+def run(tmp_path, *flags):
+    program.main([*SMALL, f"--json={tmp_path / 'plan.json'}", *flags])
+    return json.loads((tmp_path / "plan.json").read_text())
+
+
+def test_a_run_that_fits(tmp_path, capsys):
+    numbers = run(tmp_path, "--price=2")
+    out = capsys.readouterr().out
+    assert numbers["fits"] and [s["name"] for s in numbers["steps"]] == ["rollout", "scoring", "update"]
+    for step in numbers["steps"]:
+        assert step["operations"] > 0 and step["hbm"] > 0 and step["time"] > 0 and not step["endless"]
+        assert {c["kind"] for c in step["collectives"]} >= {"all-reduce"}
+        assert step["bound"] in out and step["peak"] < 2**30
+    update = numbers["steps"][-1]
+    assert update["useful"] < update["operations"]  # remat
+    assert numbers["cost"] == pytest.approx(2 * numbers["chip_hours"])
+    assert "8 chips (v5litepod-8), mesh data=1 fsdp=4 tensor=2" in out and "MFU" in out
+
+
+def test_a_cache_that_does_not_fit_and_a_shorter_one_that_does(tmp_path, capsys):
+    """64k tokens of 2048 rows: 17 GB of keys and values a chip."""
+    long = ["--config.mesh.tensor=1", "--config.mesh.fsdp=8", "--config.objective.beta=0"]
+    long += ["--config.rollout.responses=256", "--config.training.microbatches=256"]
+    numbers = run(tmp_path, *long, "--config.sampling.max_new_tokens=65536")
+    out = capsys.readouterr().out
+    assert not numbers["fits"]
+    rollout = numbers["steps"][0]
+    assert "exceeds available HBM (15.75G)" in rollout["error"] and rollout["error"] in out.replace("\n", " ")
+    assert "GiB" in rollout["buffers"][0]
+    proposal = numbers["proposals"][-1]
+    assert proposal["plan"]["fits"] and proposal["plan"]["max_new_tokens"] < 65536
+    assert f"{proposal['change']}: fits" in out
+
+
+def test_the_search_compiles_the_best_and_returns_one_that_fits(tmp_path, capsys):
+    numbers = run(tmp_path, "--search=2")
+    assert numbers["fits"] and capsys.readouterr().err.count("compiling --config.mesh.data=") == 2
