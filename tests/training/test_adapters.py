@@ -118,7 +118,7 @@ def test_the_reference_is_the_base_and_no_second_copy(finished):
 def reference_run(finished):
     workspace = finished.result.workspace
     session = loop.Session(workspace, workspace.protocol, None, loop.keys_of(0), loop.Clock(), {}, None, None)
-    return loop.begin(session, {}, print, restoring=True)
+    return loop.begin(session, {}, print)
 
 
 def some_batch(workspace):
