@@ -1,4 +1,4 @@
-"""Plans of a small run through the real compiler, for chips that are not there (`make tpu_aot`; needs libtpu, no TPU)."""
+"""Plans of a small run through the real compiler, for chips that are not there (make tpu_aot; needs libtpu, no TPU)."""
 
 import importlib.util
 import json
