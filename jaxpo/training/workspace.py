@@ -393,6 +393,15 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, objectiv
     return TrainState(params, opt_state, place(objective.init(), replicated(mesh)))
 
 
+def where_parameters_lie(mesh: Mesh, grads: Params) -> Params:
+    """Inside jit: gradients cut as their parameters are, before they are added to those of other microbatches."""
+    if mesh.size == 1:
+        return grads
+    # The barrier: XLA's TPU compiler fails (RET_CHECK in while_loop_all_reduce_code_motion) where it tries to move the
+    # sum over devices of an untied embedding's gradient out of the loop over microbatches.
+    return jax.lax.optimization_barrier(jax.lax.with_sharding_constraint(grads, shardings(grads, mesh)))
+
+
 def make_step(
     objective: Objective,
     apply: Apply,
@@ -425,6 +434,7 @@ def make_step(
             fresh=fresh,
             look=look,
             fused=fused,
+            place=partial(where_parameters_lie, mesh),
         )
         where = TrainState(shardings(params, mesh), shardings(opt_state, mesh), replicated(mesh))
         return jax.lax.with_sharding_constraint(TrainState(params, opt_state, memory), where), out
