@@ -138,6 +138,8 @@ class Checkpoints:
         self._prune()
 
     def _prune(self) -> None:
+        if jax.process_index() != 0:
+            return
         steps = self.steps()
         for step in set(steps[: -self.keep]) - {self._best(steps)}:
             self._delete(self.directory / str(step))

@@ -12,7 +12,7 @@ from jaxpo.batch import Rollouts, take
 from jaxpo.parallel.distributed import to_host
 from jaxpo.policy.transformer import Params
 from jaxpo.rollout import SamplingOptions
-from jaxpo.training.workspace import Prompts, Workspace, shard_count
+from jaxpo.training.workspace import Prompts, Workspace, judge, shard_count
 
 Z95 = 1.959963984540054
 
@@ -71,7 +71,7 @@ def greedy(workspace: Workspace, params: Params, prompts: Prompts) -> tuple[dict
     samples, verdicts = [], np.zeros((0, 3))
     for indices, rollouts in complete(workspace, params, prompts, options, jax.random.key(0)):
         examples, texts = [prompts.examples[i] for i in indices], workspace.texts(rollouts)
-        judged = workspace.judge(examples, rollouts)
+        judged = judge(workspace, examples, rollouts)
         verdicts = np.concatenate([verdicts, judged])
         samples += [
             dict(question=e.question, answer=e.answer, completion=t, reward=float(r), correct=bool(c))
@@ -109,7 +109,7 @@ def sampled(
             chunk=workspace.config.rollout.prompts,
         ):
             examples = [prompts.examples[i] for i in np.repeat(indices, responses)]
-            correct = workspace.judge(examples, rollouts)[:, 1].astype(np.int64)
+            correct = judge(workspace, examples, rollouts)[:, 1].astype(np.int64)
             right[indices] += correct.reshape(-1, responses)[:, :use].sum(1)
         drawn += use
     out = {}

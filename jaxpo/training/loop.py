@@ -25,7 +25,7 @@ from jaxpo.policy.families import tensors
 from jaxpo.policy.hf import check_source, load, open_source, read_config
 from jaxpo.policy.transformer import Params, parameter_count
 from jaxpo.training import evaluation
-from jaxpo.training.checkpoint import Checkpoints, Restored
+from jaxpo.training.checkpoint import Checkpoints, Restored, finished_steps
 from jaxpo.training.manifest import config_hash, differences
 from jaxpo.training.needs import heads_of, slots_of
 from jaxpo.training.plots import plot_curves
@@ -194,7 +194,10 @@ def train_rl(config: ConfigDict, workdir: str, *, resume: bool = False, profile_
 
 def _train(config: ConfigDict, workdir: str, resume: bool, profile_steps: int) -> Result:
     prepare_process(config.compilation_cache)
-    done = from_first(lambda: find_checkpoint(workdir)) if resume else None
+    directory = checkpoints_of(workdir, config)
+    done = from_first(lambda: max(finished_steps(directory), default=None))
+    if config.checkpoint.directory and done is not None and not resume:
+        raise FileExistsError(f"{directory} holds checkpoint {done}; go on with --resume or choose another directory")
     left = config.steps - (done or 0) - PROFILE_AFTER
     if profile_steps < 0 or profile_steps > max(left, 0):
         raise ValueError(
@@ -206,7 +209,6 @@ def _train(config: ConfigDict, workdir: str, resume: bool, profile_steps: int) -
     clock, notes, started = Clock(), {}, time.perf_counter()
     tools = make_tools(workspace, clock, notes, lambda text: say(text))
     tables = workspace.protocol.tables(tools) if workspace.protocol.tables else {}
-    directory = checkpoints_of(workdir, config)
     run, found = (None, None) if done is None else restore(workspace, tables, directory)
     if found is None:
         check_start(workspace)

@@ -188,13 +188,11 @@ def plan_step(
         with jax.set_mesh(mesh):
             compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        message, buffers = out_of_memory(str(error))
-        buffers = buffers or [
-            f"{n / 2**30:.2f} GiB over all chips: {what}" for n, what in operations.largest(traced.jaxpr)
-        ]
-        say(f"{step.name}: does not fit")
+        message, buffers = refusal(str(error))
+        if "RESOURCE_EXHAUSTED" in str(error) and not buffers:  # it does not always list them
+            arrays = operations.largest(traced.jaxpr)
+            buffers = [f"{n / 2**30:.2f} GiB over all chips: {what}" for n, what in arrays]
+        say(f"{step.name}: refused by the compiler")
         return StepPlan(
             step.name, step.times, time.perf_counter() - start, operations=counted, error=message, buffers=buffers
         )
@@ -254,9 +252,13 @@ def memory_of(step: Step, planned: Planned, config: ConfigDict, mesh: jax.shardi
     )
 
 
-def out_of_memory(message: str) -> tuple[str, list[str]]:
-    """The compiler's sentence, and the largest buffers where it lists them, a line each: size, shape, origin."""
-    sentence = next(line for line in message.splitlines() if "RESOURCE_EXHAUSTED" in line).split(": ", 1)[1]
+def refusal(message: str) -> tuple[str, list[str]]:
+    """The compiler's sentence, and the largest buffers where memory is what it lacks and it lists them, a line each:
+    size, shape, origin."""
+    lines = message.splitlines()
+    sentence = next((line for line in lines if "RESOURCE_EXHAUSTED" in line), lines[0]).removeprefix(
+        "RESOURCE_EXHAUSTED: "
+    )
     buffers = []
     for block in re.split(r"\n\s*\d+\. (?=Size: )", message)[1:]:
         fields = dict(re.findall(r"(Size|Operator|Shape): ([^\n]*)", block))

@@ -1,5 +1,6 @@
 """Other meshes, microbatches and options for a config: ranked on paper, and those that are named, compiled."""
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -18,12 +19,13 @@ from jaxpo.training.plan import Plan, Say, StepPlan, make_plan
 from jaxpo.training.planned import Data, data_of
 
 Changes = Mapping[str, Any]  # fields of a config by path
+SCORE_BYTES = 64  # that an attention score moves in an update step, as compiled for v5e (docs/plans.md)
 LOGITS = 2**31  # bytes that a block of logits takes, see `jaxpo.kernels.token_logprob.plan`
 
 
 def changed(config: ConfigDict, changes: Changes) -> ConfigDict:
     """A filled copy with other fields."""
-    out = ConfigDict(config.to_dict())
+    out = copy.deepcopy(config)
     for path, value in changes.items():
         *blocks, name = path.split(".")
         block = out
@@ -84,41 +86,42 @@ def sizes_of(config: ConfigDict, model: TransformerConfig, data: Data) -> Sizes:
     return Sizes(total, active, rows, rows * width + config.rollout.prompts * data.prompt_width, width, length)
 
 
-def estimate(config: ConfigDict, where: Topology, data: Data) -> tuple[float, float]:
-    """(bytes of a chip at the peak, seconds of an iteration), from formulas that only rank.
+class Estimate(NamedTuple):
+    """bytes: of a chip at the peak. seconds: of an iteration, by the binding terms; hidden: of the other terms."""
+
+    bytes: float
+    seconds: float
+    hidden: float
+
+
+def estimate(config: ConfigDict, where: Topology, model: TransformerConfig, s: Sizes) -> Estimate:
+    """An iteration on paper, by formulas that only rank.
 
     Parameters and moments are float32 and cut over fsdp and tensor, computed with in bfloat16; fsdp gathers them for
     every microbatch (forward, recomputation, backward) and scatters the gradients; tensor adds up activations four
-    times a layer; decoding reads the parameters and the cache at every token.
+    times a layer; attention scores go through memory; decoding reads the parameters and the cache at every token.
     """
-    model = config_lib.transformer_of(config, data.vocab_size or 1)
-    s, chip = sizes_of(config, model, data), where.chip
     d, f, t = (config.mesh[axis] for axis in AXES)
     m, chips = config.training.microbatches * config.training.minibatches, d * f * t
     slots = 1 if config.objective.get("beta") else 0
     again = 0 if config.policy.remat == "none" else 1
-    heads = model.heads * model.head_dim
     # update (and a forward pass for the reference)
     passes = 3 + again + slots
-    scores = 4 * model.layers * heads * s.length * s.tokens
-    moved = m * passes * 2 * s.parameters / t + 28 * s.parameters / (f * t)
-    activation = 2 * model.width * s.tokens / (d * f)  # bytes of the residual stream of one layer
+    scores = model.layers * model.heads * s.length * s.tokens
+    activation = 2 * model.width * s.tokens / (d * f)  # bytes of the residual stream
+    stored = m * passes * 2 * s.parameters / t + 28 * s.parameters / (f * t) + passes * 12 * model.layers * activation
     gathered = m * (passes + 2) * 2 * s.parameters / t * (f - 1) / f
     summed = 8 * s.parameters / (f * t) * (d - 1) / d
     added = passes * 2 * model.layers * activation * 2 * (t - 1) / t
-    update = roofline.Work(
-        passes * (2 * s.active * s.tokens + scores) / chips,
-        moved + passes * 12 * model.layers * activation,
-        gathered + summed + added,
-    )
+    products = 2 * s.active * s.tokens + 4 * model.head_dim * scores
+    update = roofline.Work(passes * products / chips, stored + SCORE_BYTES * scores / chips, gathered + summed + added)
     # rollout: per token of all rows
     cache = 4 * model.layers * model.kv_heads * model.head_dim * s.rows * s.width / chips
     row = 2 * model.width * s.rows / (d * f)
-    exchanged = 7 * model.layers * row * ((f > 1) * f + (t > 1) * 2)
+    moved = 7 * model.layers * row * ((f > 1) * f + (t > 1) * 2)  # activations to where the parameters lie, or
+    gathered = 2 * s.parameters / t * (f - 1) / f + (t > 1) * 4 * model.layers * row
     rollout = roofline.Work(
-        (2 * s.active * s.tokens + scores) / chips,
-        s.width * (2 * s.active / (f * t) + cache),
-        s.width * min(exchanged, 2 * s.parameters / t * (f - 1) / f + (t > 1) * 4 * model.layers * row),
+        products / chips, s.width * (2 * s.active / (f * t) + cache), s.width * min(moved, gathered)
     )
     held = 4 * s.parameters / (f * t) * (3 + slots)
     rows = s.rows / (m * d * f)
@@ -126,20 +129,29 @@ def estimate(config: ConfigDict, where: Topology, data: Data) -> tuple[float, fl
     layers = model.layers * (1 if again else 12)
     training = 6 * s.parameters / (f * t) + layers * 2 * rows * s.length * model.width + part + LOGITS
     sampling = 2 * s.parameters / (f * t) + cache
-    return held + max(training, sampling), sum(max(roofline.seconds(w, chip).values()) for w in (update, rollout))
+    terms = [roofline.seconds(work, where.chip).values() for work in (update, rollout)]
+    bound = sum(map(max, terms))
+    return Estimate(held + max(training, sampling), bound, sum(map(sum, terms)) - bound)
 
 
-def ranked(config: ConfigDict, where: Topology, data: Data) -> list[Changes]:
-    """Meshes and microbatch counts that divide, best first: those that seem to fit, by time, then by bytes."""
-    rows = config.rollout.prompts * config.rollout.responses // config.training.minibatches
-    counts = [n for n in range(1, rows + 1) if rows % n == 0]
-    every = ({**mesh, "training.microbatches": n} for mesh in meshes(where.size) for n in counts)
-    scored = []
-    for changes in every:
-        if allowed(config, changes, where.size):
-            need, seconds = estimate(changed(config, changes), where, data)
-            scored.append((need > where.chip.hbm, seconds if need <= where.chip.hbm else need, len(scored), changes))
-    return [changes for *_, changes in sorted(scored, key=lambda x: x[:3])]
+def ranked(config: ConfigDict, where: Topology, data: Data) -> list[tuple[Changes, Estimate]]:
+    """Meshes and microbatch counts that divide, best first: those that seem to fit by time, then the rest by bytes."""
+    model = config_lib.transformer_of(config, data.vocab_size or 1)
+    sizes, minibatches = sizes_of(config, model, data), config.training.minibatches
+    rows = config.rollout.prompts * config.rollout.responses // minibatches
+    out = []
+    for mesh in meshes(where.size):
+        shards = mesh["mesh.data"] * mesh["mesh.fsdp"]
+        counts = [n for n in range(1, rows + 1) if rows % (n * shards) == 0]
+        if counts and allowed(config, {**mesh, "training.microbatches": counts[0]}, where.size):
+            every = [{**mesh, "training.microbatches": n} for n in counts]
+            out += [(changes, estimate(changed(config, changes), where, model, sizes)) for changes in every]
+
+    def rank(pair: tuple[Changes, Estimate]) -> tuple[float, ...]:
+        e = pair[1]
+        return (1, e.bytes, 0) if e.bytes > where.chip.hbm else (0, e.seconds, e.hidden)
+
+    return sorted((x for x in out if allowed(config, x[0], where.size)), key=rank)
 
 
 # ---- compiled
@@ -159,8 +171,8 @@ def fastest(config: ConfigDict, where: Topology, *, compile_most: int, say: Say)
             f"no mesh of {where.size} chips divides the config: make config.rollout.prompts a multiple of more of them"
         )
     plans = []
-    for changes in order[:compile_most]:
-        say(f"compiling {described(changes)}")
+    for changes, guess in order[:compile_most]:
+        say(f"compiling {described(changes)}: {guess.seconds:.3g} s, {guess.bytes / 2**30:.3g} GiB on paper")
         plans.append(make_plan(changed(config, changes), where, data=data, say=say))
     return min((p for p in plans if p.fits), key=lambda p: p.seconds, default=plans[-1])
 

@@ -42,6 +42,7 @@ def accumulate(
     *,
     microbatches: int = 1,
     fused: Fused | None = None,
+    place: Callable[[Params], Params] = lambda grads: grads,
 ) -> tuple[Array, Params, metrics_lib.Metrics]:
     """Loss, gradient and metrics of a weighed batch, summed over ``microbatches`` slices of its rows.
 
@@ -52,6 +53,7 @@ def accumulate(
     Args:
       fused: gives the loss of a microbatch in one pass over the logits, slice by slice (`jaxpo.policy.loss`); None =
         the loss of what ``apply`` says of it.
+      place: says where gradients lie, of each microbatch and summed: on a mesh, where their parameters do.
 
     Raises:
       ValueError: the rows do not divide, or a slice would cut a unit; an objective with ``coupling="group"`` needs
@@ -74,7 +76,7 @@ def accumulate(
             return value, metrics_lib.merge(reports)
 
         (value, report), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return value, jax.tree.map(promote, grads), report
+        return value, place(jax.tree.map(promote, grads)), report
 
     if microbatches == 1:
         value, grads, report = value_and_grad(batch)
@@ -86,7 +88,7 @@ def accumulate(
                 f"{microbatches} microbatches cut groups of {batch.shared_prompt} rows, which this objective "
                 "must see whole"
             )
-        zero = jax.tree.map(lambda p: jnp.zeros_like(promote(p)), params)
+        zero = place(jax.tree.map(lambda p: jnp.zeros_like(promote(p)), params))
 
         def add(grads: Params, part: Rollouts) -> tuple[Params, tuple[Array, metrics_lib.Metrics]]:
             value, more, report = value_and_grad(part)
@@ -124,6 +126,7 @@ def optimizer_step(
     fresh: bool = False,
     look: Apply | None = None,
     fused: Fused | None = None,
+    place: Callable[[Params], Params] = lambda grads: grads,
 ) -> tuple[Params, Any, State, dict[str, Array]]:
     """``weigh -> accumulate -> optimizer -> update`` on one optimizer batch (already prepared).
 
@@ -135,7 +138,7 @@ def optimizer_step(
       fresh: the parameters are those that scored ``logp_old``: the peek is free, and what the policy gives measures
         the gap to the sampler.
       look: what gives the statistics that the objective peeks at; None = ``apply``.
-      fused: as of `accumulate`.
+      fused, place: as of `accumulate`.
     """
     peek = None
     if objective.peeks:
@@ -147,7 +150,8 @@ def optimizer_step(
             else score(look or apply, params, batch, microbatches=microbatches)
         )
     batch = objective.weigh(batch, state, peek)
-    value, grads, report = accumulate(objective, apply, params, batch, state, microbatches=microbatches, fused=fused)
+    slicing = dict(microbatches=microbatches, fused=fused, place=place)
+    value, grads, report = accumulate(objective, apply, params, batch, state, **slicing)
     norm = optax.tree.norm(jax.tree.map(promote, grads))
     finite, filled = jnp.isfinite(value) & jnp.isfinite(norm), any_weight(batch)
     updates, new_opt_state = optimizer.update(grads, opt_state, params)

@@ -17,7 +17,7 @@ from jaxpo.rollout.sampling import validate as validate_sampling
 from jaxpo.training.needs import must_score, slots_of
 from jaxpo.training.protocols import Run, Tools, advance
 from jaxpo.training.protocols.base import in_batches
-from jaxpo.training.workspace import TrainState, Workspace
+from jaxpo.training.workspace import TrainState, Workspace, judge
 
 
 class Clock:
@@ -98,7 +98,7 @@ def make_tools(workspace: Workspace, clock: Clock, notes: dict[str, float], say:
     def reward(rollouts: Rollouts) -> Rollouts:
         with clock.phase("reward"):
             examples = [prompts.examples[i] for i in to_host(rollouts.prompt)]
-            rewards, correct, errors = workspace.judge(examples, rollouts).T
+            rewards, correct, errors = judge(workspace, examples, rollouts).T
             notes["reward/errors"] = notes.get("reward/errors", 0) + int(errors.sum())
             return rollouts.replace(reward=rewards.astype(np.float32), correct=correct.astype(np.float32))
 

@@ -118,15 +118,6 @@ class Workspace:
         """Arrays onto every device of the mesh."""
         return place(tree, replicated(self.mesh))
 
-    def judge(self, examples: Sequence[Example], rollouts: Rollouts) -> np.ndarray:
-        """reward, correct and error (0 or 1) [B, 3] of the rows, which answer ``examples`` [B]. Each process judges
-        rows of its own; all get the whole."""
-        rows = own_rows(rollouts.tokens)
-        own = Rollouts(tokens=take_rows(rollouts.tokens, rows), mask=take_rows(rollouts.mask, rows))
-        scores = self.task.score([examples[i] for i in rows], self.texts(own)) if len(rows) else []
-        values = np.array([(s.reward, s.correct, s.error is not None) for s in scores], np.float64).reshape(-1, 3)
-        return from_rows(values, rows, rollouts.rows)
-
     def texts(self, rollouts: Rollouts) -> list[str]:
         """The completions as text, without special tokens and cut before a stop string."""
         completions, mask = np.asarray(rollouts.completions), np.asarray(rollouts.mask)
@@ -134,6 +125,17 @@ class Workspace:
         for stop in self.config.sampling.stop:
             texts = [text.split(stop)[0] for text in texts]
         return texts
+
+
+def judge(workspace: Workspace, examples: Sequence[Example], rollouts: Rollouts) -> np.ndarray:
+    """reward, correct and error (0 or 1) [B, 3] of the rows, which answer ``examples`` [B]. Each process judges rows of
+    its own; all get the whole."""
+    rows = own_rows(rollouts.tokens)
+    said = Rollouts(tokens=rollouts.tokens, mask=rollouts.mask, truncated=rollouts.truncated)
+    own = jax.tree.map(lambda x: take_rows(x, rows), said)
+    scores = workspace.task.score([examples[i] for i in rows], workspace.texts(own)) if len(rows) else []
+    values = np.array([(s.reward, s.correct, s.error is not None) for s in scores], np.float64).reshape(-1, 3)
+    return from_rows(values, rows, rollouts.rows)
 
 
 def prepare_process(cache: str | None) -> None:
@@ -421,6 +423,15 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, objectiv
     return TrainState(params, opt_state, place(objective.init(), replicated(mesh)))
 
 
+def where_parameters_lie(mesh: Mesh, grads: Params) -> Params:
+    """Inside jit: gradients cut as their parameters are, before they are added to those of other microbatches."""
+    if mesh.size == 1:
+        return grads
+    # The barrier: XLA's TPU compiler fails (RET_CHECK in while_loop_all_reduce_code_motion) where it tries to move the
+    # sum over devices of an untied embedding's gradient out of the loop over microbatches.
+    return jax.lax.optimization_barrier(jax.lax.with_sharding_constraint(grads, shardings(grads, mesh)))
+
+
 def make_step(
     config: ConfigDict,
     objective: Objective,
@@ -456,6 +467,7 @@ def make_step(
             fresh=fresh,
             look=seen(base, look or apply),
             fused=fused and (lambda params, *args, **unit: fused(with_base(config, base, params), *args, **unit)),
+            place=partial(where_parameters_lie, mesh),
         )
         where = TrainState(shardings(params, mesh), shardings(opt_state, mesh), replicated(mesh))
         return jax.lax.with_sharding_constraint(TrainState(params, opt_state, memory), where), out

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as Spec
 from jaxpo.batch import from_sequences
 from jaxpo.parallel import batch_shards, constrain_rows, make_mesh, replicated, rows_over_mesh, shardings
 from jaxpo.parallel.sharding import spec_of
-from jaxpo.policy.stats import token_stats
+from jaxpo.policy.stats import completion_hidden, token_stats
 from jaxpo.policy.transformer import TransformerConfig, build, init
 from tests.oracles.cases import COMPILE_FAST
 
@@ -140,3 +140,17 @@ def test_eight_devices_compute_what_one_computes(vocabulary, transform):
     for a, b in zip(jax.tree.leaves(eight), jax.tree.leaves(one), strict=True):
         assert len(a.sharding.device_set) == 8
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [2, 8])
+def test_a_prompt_is_run_where_its_rows_are(shared):
+    """4 devices have rows: 2 rows of a prompt stay together, 8 are a prompt that each of the 4 runs."""
+    _, params, _ = problem(12)
+    model, mesh, rng = build(TransformerConfig(**SHAPE)), cube(), np.random.default_rng(1)
+    prompts = [rng.integers(0, 12, n).tolist() for n in (3, 1, 4, 2)][: 8 // shared]
+    completions = rng.integers(0, 12, (8, 5)).tolist()
+    batch = from_sequences([s for s in prompts for _ in range(shared)], completions, shared_prompt=shared)
+    run = jax.jit(completion_hidden, static_argnums=(0, 3), compiler_options=COMPILE_FAST)
+    spread = run(model, jax.device_put(params, shardings(params, mesh)), rows_over_mesh(batch, mesh), mesh)
+    np.testing.assert_allclose(spread, run(model, params, batch, None), rtol=1e-5, atol=1e-5)
+    assert {s.data.shape[0] for s in spread.addressable_shards} == {2}
