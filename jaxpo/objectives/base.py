@@ -300,8 +300,12 @@ def _sanitise(stats: TokenStats, batch: Rollouts) -> tuple[TokenStats, Rollouts]
     def clean(x: Array | None) -> Array | None:
         return None if x is None else jnp.where(counts, promote(x), 0)
 
+    def clean_row(x: Array | None) -> Array | None:
+        return None if x is None else jnp.where((batch.count > 0).reshape(-1, *[1] * (x.ndim - 1)), promote(x), 0)
+
     stats = stats.replace(
         **{f: clean(getattr(stats, f)) for f in ("logp", "entropy", "value")},
+        **{f: clean_row(getattr(stats, f)) for f in ("score", "embed", "gate")},
         derived={name: clean(x) for name, x in stats.derived.items()},
     )
     old = clean(batch.logp_old) if batch.logp_old is not None else lax.stop_gradient(stats.logp)

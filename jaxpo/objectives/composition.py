@@ -1,4 +1,4 @@
-"""How published objectives are put together: interchangeable parts for policy gradients, a link for preferences."""
+"""How published policy gradients are put together: interchangeable parts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxpo.batch import Rollouts, TokenStats, role_id
+from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.kernels.policy_surrogate.api import best, policy_surrogate
 from jaxpo.metrics import Mean, Metrics
 from jaxpo.objectives.base import NONE, Objective, State, Statistic, Term, from_terms, is_off, per_token
@@ -261,52 +261,3 @@ def _check_parts(
         raise ValueError(
             f"the surrogate {surrogate.id} spares the tokens that the regularizer {surrogate.requires} picks: add it"
         )
-
-
-def preference(
-    link: Callable[[Array, Rollouts], Array],
-    *,
-    beta: float | Array,
-    reference: str | None = "ref",
-    normalize_length: bool = False,
-    layout: tuple[str, ...] = ("chosen", "rejected"),
-    **options: Any,
-) -> Objective:
-    """Compose a direct-alignment objective: ``mean over pairs of link(beta (s_chosen - s_rejected))``.
-
-    ``s = sum_t (logp - logp_<reference>)`` of a row, or its mean over tokens with ``normalize_length``;
-    ``reference=None`` leaves the companion out.
-
-    Args:
-      link: ``(margin [N], batch) -> loss [N]``, e.g. ``-log_sigmoid`` for DPO (arXiv:2305.18290, eq. 7).
-      layout: roles of a unit's rows; must hold "chosen" and "rejected".
-      options: passed on to `from_terms`."""
-    chosen, rejected = layout.index("chosen"), layout.index("rejected")
-
-    def margin(stats: TokenStats, batch: Rollouts) -> Array:
-        score = stats.logp if reference is None else stats.logp - batch.get(f"logp_{reference}")
-        score = jnp.where(batch.mask > 0, score, 0).sum(-1)
-        if normalize_length:
-            score = score / jnp.maximum(batch.lengths, 1)
-        unit = batch.unit(score)
-        return beta * (unit[:, chosen] - unit[:, rejected])
-
-    def value(stats: TokenStats, batch: Rollouts, state: State) -> Array:
-        return jnp.repeat(link(margin(stats, batch), batch), len(layout))
-
-    def report(stats: TokenStats, batch: Rollouts, state: State) -> Metrics:
-        h, count = margin(stats, batch), batch.unit(promote(batch.count))[:, 0]
-        row = jnp.where(batch.mask > 0, stats.logp, 0).sum(-1)
-        by_role = {
-            f"logp/{r}": Mean.of(row, promote(batch.count) * (batch.role == role_id(r))) for r in ("chosen", "rejected")
-        }
-        return {"preference/accuracy": Mean.of(h > 0, count), "preference/margin": Mean.of(h, count), **by_role}
-
-    needs = {"role"} | ({f"logp_{reference}"} if reference else set())
-    return from_terms(
-        [Term("preference", value, aggregation.unit_mean, per="row")],
-        metrics=report,
-        needs=needs,
-        layout=layout,
-        **options,
-    )
