@@ -130,14 +130,15 @@ def orpo(lam: float = 0.1, include_prompt: bool = False) -> Objective:
     return unit_objective(
         [
             nll_term("expert" if include_prompt else "chosen"),
-            unit_term("odds_ratio", lambda units, state: preferences.logistic(_log_odds_ratio(units)), coef=lam),
+            unit_term("odds_ratio", lambda units, state: preferences.logistic(log_odds_ratio(units)), coef=lam),
         ],
-        margin=_log_odds_ratio,
+        margin=log_odds_ratio,
         layout=(*PAIR, "expert") if include_prompt else PAIR,
     )
 
 
-def _log_odds_ratio(units: Units) -> Array:
+def log_odds_ratio(units: Units) -> Array:
+    """[N] difference of the log-odds of length-averaged log-probs."""
     w, l = (preferences.log_odds(units.logp(role) / units.length(role)) for role in PAIR)  # noqa: E741
     return w - l
 

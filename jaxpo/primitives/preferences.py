@@ -20,6 +20,11 @@ def logistic(z: Array, eps: Array | float = 0.0) -> Array:
     return -(1 - eps) * jax.nn.log_sigmoid(z) - eps * jax.nn.log_sigmoid(-z)
 
 
+def soft_logistic(z: Array, gap: Array) -> Array:
+    """``-t log sig(z) - (1 - t) log sig(-z)`` with the target ``t = sig(gap)``; least at ``z = gap``."""
+    return logistic(z, jax.nn.sigmoid(-gap))
+
+
 def denoised_logistic(z: Array, eps: Array | float) -> Array:
     """``(-(1 - eps) log sig(z) + eps log sig(-z)) / (1 - 2 eps)``: an unbiased estimate of the clean logistic loss
     from labels flipped with probability ``eps`` < 1/2; unbounded below (rDPO, arXiv:2403.00409)."""
