@@ -149,7 +149,10 @@ def opa_dpo(
         """Log-ratios [N, T] of a role's tokens, weighted by a field at the rows of a role, and where they are."""
         mask = units.of(units.batch.mask > 0, role)
         d = units.of(log_ratios(units.stats, units.batch, "ref"), role)
-        return (d if weight is None else jnp.where(mask, d * units.get(weight, of or role), 0)), mask
+        if weight is not None:
+            there = units.of(units.batch.mask > 0, of or role)
+            d = d * jnp.where(there, units.get(weight, of or role), 0)
+        return d, mask
 
     def loss(x: Array, mask: Array, shift: float = 0.0, sign: int = 1) -> Array:
         if granularity == "sequence":

@@ -25,7 +25,7 @@ class Part(NamedTuple):
     tokens: (batch, state) -> [B, T] tokens (shares in [0, 1]) that stay in the denominator of the policy term.
     clipped: of a surrogate, ``fn``'s arguments -> which tokens lose their gradient.
     kernel: batch -> the options of `jaxpo.kernels.policy_surrogate` that say the same as ``fn``; None = none do.
-    aggregate: of a regularizer; None = as the policy term.
+    aggregate: of a regularizer; None = as the policy term. outer: of a regularizer, see `linearized`.
     sees_advantage: of a filter. uses_ratio: of a surrogate. requires: id of a regularizer that it does not work
       without.
     id: its name in the registry.
@@ -40,6 +40,7 @@ class Part(NamedTuple):
     clipped: Callable[..., Array] | None = None
     kernel: Callable[[Rollouts], Mapping[str, Any]] | None = None
     aggregate: aggregation.Aggregation | None = None
+    outer: Callable[[Array], Array] | None = None
     name: str = ""
     prepare: Callable[[Rollouts, State], Rollouts] | None = None
     weigh: Callable[[Rollouts, State, TokenStats | None], Rollouts] | None = None
@@ -198,7 +199,10 @@ def policy_gradient(
             per="row" if per_row else "token",
         )
     ]
-    terms += [Term(p.name, p.fn, p.aggregate or aggregate, coef=coef) for coef, p in regularizers]
+    terms += [
+        Term(p.name, p.fn, p.aggregate or aggregate, coef=coef, per=p.per or "token", outer=p.outer)
+        for coef, p in regularizers
+    ]
     ranges = {p.rewards for p in parts if p.rewards}
     return from_terms(
         terms,

@@ -8,7 +8,7 @@ from jaxpo.metrics import Mean, Metrics
 from jaxpo.objectives.base import Objective, State, Term, from_terms
 from jaxpo.objectives.parts.surrogates import unused
 from jaxpo.objectives.units import PAIR, Units, log_ratios, nll_term, preference, unit_objective, unit_term
-from jaxpo.primitives import aggregation, preferences
+from jaxpo.primitives import aggregation, preference_data, preferences
 from jaxpo.primitives.advantages import choice
 from jaxpo.primitives.aggregation import positive
 from jaxpo.primitives.numerics import promote, ratio_or_zero
@@ -295,7 +295,7 @@ def mpo_mixed(gap: float = 1.0, beta: float = 0.1) -> Objective:
       it orders against their label are kept (assumed)."""
 
     def easy(batch: Rollouts, state: State) -> Array:
-        rm = batch.unit(promote(batch.get("rm")))
-        return jnp.repeat(promote(jnp.abs(rm[:, 0] - rm[:, 1]) > gap), len(PAIR))
+        rm = batch.unit(batch.get("rm"))
+        return jnp.repeat(promote(preference_data.easy_pairs(rm[:, 0], rm[:, 1], gap=gap)), len(PAIR))
 
     return preference(lambda z, units: preferences.logistic(z), beta=beta, rows=easy, needs=("rm",))

@@ -219,9 +219,16 @@ def preference_extras(b: int) -> dict[str, np.ndarray]:
         "label": np.resize([1, 0, 0, 1, 0, 1], b),
         **{name: rng.uniform(size=b) for name in ("win", "pref_prob", "pref_opp")},
         **{name: rng.normal(size=b) for name in ("rm", "pref_score", "margin")},
-        **{name: rng.normal(size=(b, 3)) for name in ("rm_scores", "cand_scores", "adapter_logits", "obj_scores")},
+        **{name: rng.normal(size=(b, 3)) for name in ("cand_scores", "adapter_logits", "obj_scores")},
+        "rm_scores": rng.normal(size=(b, 2)),
         **{name: rng.uniform(0.5, 3, (b, WIDTH)) for name in ("severity", "relevance")},
         "segment": rng.integers(0, 4, (b, WIDTH)),
+        **{name: rng.normal(size=(b, 2)) for name in ("pos_ll", "neg_ll")},
+        **{name: rng.normal(size=b) for name in ("rel_query", "rel_answer")},
+        "open_ended": np.resize([1, 0, 0], b),
+        "num_words": rng.integers(1, 9, b),
+        "num_tri": np.resize([4, 0, 6], b),
+        "uniq_tri": np.resize([3, 0, 5], b),
     }
 
 
@@ -254,8 +261,8 @@ def bigram(objective: Objective, wants: frozenset[str], params: dict[str, Array]
         "value": value,
         "entropy": -jnp.sum(jnp.exp(logps) * logps, -1),
         "score": jnp.sum(value * (batch.mask > 0), -1),
-        "embed": jnp.sum(logits * (batch.mask > 0)[..., None], 1)[:, :6],
-        "gate": logits[:, 0, :3],
+        "embed": jnp.sum(logits * (batch.mask > 0)[..., None], 1)[:, :4],
+        "gate": logits[:, 0, :2],
     }
     flat = logits.reshape(-1, VOCABULARY), batch.completions.reshape(-1)
     derived = {n: f(*flat).reshape(batch.mask.shape) for n, f in objective.derived.items() if n in wants}

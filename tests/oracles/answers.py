@@ -36,7 +36,7 @@ def rationale_orpo(b, *, lam=0.1, gamma=1.0):
 def opa_dpo(b, *, beta=0.1, c_g=1.0, c_v=1.0, c_ctx=0.2, c_a=1.0, a=0.0, granularity="sequence", rev_anchor_sign=1):
     g, v, o, gc, vc = (b.rows(r) for r in b.layout)
     d = np.where(b.mask, b.logp - b.ref, 0)
-    sev, rel = b.extra["severity"], b.extra["relevance"]
+    sev, rel = (np.where(b.mask, b.extra[name], 0) for name in ("severity", "relevance"))
 
     def minus_log_sig(x, y, rows, sign=1, shift=0.0):
         """x, y: [N, T] of two answers, on the tokens of either."""
