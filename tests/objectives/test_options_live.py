@@ -51,6 +51,7 @@ OTHER = {
     ("orpo_chi2", "c"): 0.1,
     ("rdpo", "eps"): 0.3,
     ("opa_dpo", "rev_anchor_sign"): -1,
+    ("slic_hinge", "target"): "expert",
     ("rluf", "weights"): (0.2, 0.3, 0.5),
     ("bnpo", "max"): 2.0,
     ("bnpo", "min"): -1.0,

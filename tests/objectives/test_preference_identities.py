@@ -7,7 +7,7 @@ import pytest
 
 import jaxpo
 from tests.oracles.preference import Batch, sig
-from tests.oracles.preference_cases import evaluate, make_batch
+from tests.oracles.preference_cases import evaluate, make_batch, rollouts
 
 PAIR = ("chosen", "rejected")
 LOG2 = np.log(2)
@@ -297,6 +297,16 @@ def test_easy_and_hard_pairs_part_the_data():
     hard = replace(PAIRS, count=np.repeat(~easy, 2).astype(float))
     total = easy.mean() * loss("mpo_mixed", PAIRS, gap=0.8) + (~easy).mean() * loss("dpo", hard)
     close(total, loss("dpo", PAIRS))
+
+
+@pytest.mark.parametrize(("name", "field"), [("sppo", "win"), ("online_ipo", "pref_prob"), ("kto", "label")])
+@pytest.mark.parametrize("value", (1.2, np.nan))
+def test_labels_are_probabilities(name, field, value):
+    batch = with_extra(batch_of(name), **{field: value})
+    with pytest.raises(
+        ValueError, match=rf"a {field} of {value:g} is outside \[0, 1\], it is a probability or a label"
+    ):
+        jaxpo.make(name).prepare(rollouts(batch), jaxpo.make(name).init())
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------------

@@ -64,8 +64,9 @@ def model_of(logp):
     """A model whose answer is these log-probs."""
     import torch
 
-    zeros = torch.zeros_like(logp)
-    said = SimpleNamespace(log_probs=logp, entropy=zeros.detach(), mean_logits=zeros.detach(), logits=zeros, loss=None)
+    zeros = torch.zeros_like(logp).detach()
+    for_its_metrics = dict(entropy=zeros, mean_logits=zeros, is_top1=zeros > 0)
+    said = SimpleNamespace(log_probs=logp, loss=None, **for_its_metrics)
     return MagicMock(side_effect=lambda **_: said)
 
 
