@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import jaxpo
+from jaxpo import make
 from jaxpo.batch import Pairs, Rollouts, TokenStats
 from jaxpo.metrics import results
 from jaxpo.primitives import preference_data as data
 from jaxpo.primitives import preference_diagnostics as diagnostics
 from jaxpo.primitives import preferences, regularizers, shaping
-from jaxpo.registry import make
 
 
 @pytest.fixture(autouse=True)
