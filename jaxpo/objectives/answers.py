@@ -116,6 +116,16 @@ def rationale_orpo(lam: float = 0.1, gamma: float = 1.0) -> Objective:
     )
 
 
+def token_ratios(units: Units, role: str, weight: str = "", of: str = "") -> tuple[Array, Array]:
+    """``logp - logp_ref`` [N, T] of the tokens of a role, times a field of the batch at the rows of a role (its own by
+    default), and where those tokens are."""
+    d, mask = (units.of(x, role) for x in (log_ratios(units.stats, units.batch, "ref"), units.batch.mask > 0))
+    if weight:
+        at = of or role
+        d = d * jnp.where(units.of(units.batch.mask > 0, at), units.get(weight, at), 0)
+    return d, mask
+
+
 EDITS = ("truth", "revised", "original", "truth_corrupted", "revised_corrupted")
 
 
@@ -145,16 +155,7 @@ def opa_dpo(
     if rev_anchor_sign not in (1, -1):
         raise ValueError(f"rev_anchor_sign must be 1 or -1, not {rev_anchor_sign}")
 
-    def part(units: Units, role: str, weight: str | None = None, of: str | None = None) -> tuple[Array, Array]:
-        """Log-ratios [N, T] of a role's tokens, weighted by a field at the rows of a role, and where they are."""
-        mask = units.of(units.batch.mask > 0, role)
-        d = units.of(log_ratios(units.stats, units.batch, "ref"), role)
-        if weight is not None:
-            there = units.of(units.batch.mask > 0, of or role)
-            d = d * jnp.where(there, units.get(weight, of or role), 0)
-        return d, mask
-
-    def loss(x: Array, mask: Array, shift: float = 0.0, sign: int = 1) -> Array:
+    def loss(x: Array, mask: Array, shift: float | Array = 0.0, sign: int = 1) -> Array:
         if granularity == "sequence":
             return preferences.logistic(sign * (beta * x.sum(-1) - shift))
         each = jnp.where(mask, preferences.logistic(sign * (beta * x - shift)), 0)
@@ -164,20 +165,20 @@ def opa_dpo(
         return loss(one[0] - other[0], one[1] | other[1])
 
     def anchors(units: Units, state: State) -> Array:
-        return 2 * (loss(*part(units, "truth"), a) + loss(*part(units, "revised"), a, rev_anchor_sign))
+        truth, revised = (token_ratios(units, role) for role in EDITS[:2])
+        return 2 * (loss(*truth, a) + loss(*revised, a, rev_anchor_sign))
 
-    def revised(units: Units, state: State) -> Array:
-        return against(part(units, "revised", "severity"), part(units, "original", "severity"))
+    def pair(name: str, one: str, other: str, coef: float | Array, weight: str = "", of: str = "") -> Term:
+        def value(units: Units, state: State) -> Array:
+            return against(token_ratios(units, one, weight), token_ratios(units, other, weight, of))
 
-    def revised_context(units: Units, state: State) -> Array:
-        clean, corrupted = EDITS[1], EDITS[4]
-        return against(part(units, clean, "relevance"), part(units, corrupted, "relevance", of=clean))
+        return unit_term(name, value, coef=coef)
 
     terms = [
-        unit_term("truth", lambda u, s: against(part(u, "truth"), part(u, "original")), coef=c_g),
-        unit_term("revised", revised, coef=c_v),
-        unit_term("truth_context", lambda u, s: against(part(u, "truth"), part(u, EDITS[3])), coef=c_ctx * c_g),
-        unit_term("revised_context", revised_context, coef=c_ctx * c_v),
+        pair("truth", "truth", "original", c_g),
+        pair("revised", "revised", "original", c_v, "severity"),
+        pair("truth_context", "truth", "truth_corrupted", c_ctx * c_g),
+        pair("revised_context", "revised", "revised_corrupted", c_ctx * c_v, "relevance", of="revised"),
         unit_term("anchor", anchors, coef=c_a),
     ]
     weights = [] if is_off(c_v) else ["severity"] if is_off(c_ctx) else ["severity", "relevance"]

@@ -1,6 +1,8 @@
 """Nash learning: losses whose fixed point is the equilibrium ``pi* ~ ref exp(P(. beats pi*) / tau)``, from samples of
 the policy and judged preferences. Who samples the opponent is the protocol's business, not the loss's."""
 
+from collections.abc import Callable, Sequence
+
 from jax import Array, lax
 
 from jaxpo.batch import Rollouts, TokenStats
@@ -47,13 +49,19 @@ def ipo_md(tau: float = 1.0) -> Objective:
     return online_ipo(tau, "expanded")
 
 
-def against_opponent(advantage, *, needs: tuple[str, ...] = (), penalty=None) -> Objective:
-    """``-mean_b sg(pref_opp - 1/2 - advantage(stats, batch)) sum_t logp + mean_b penalty(stats, batch)``: the policy
-    gradient of winning against an opponent; only the policy's own samples get a gradient."""
+OfRows = Callable[[TokenStats, Rollouts], Array]  # [B]
+
+
+def against_opponent(
+    *, pull: OfRows | None = None, penalty: OfRows | None = None, needs: Sequence[str] = ()
+) -> Objective:
+    """``-mean_b sg(pref_opp - 1/2 - pull) sum_t logp + mean_b penalty``: the policy gradient of winning against an
+    opponent; only the policy's own samples get a gradient."""
 
     def value(stats: TokenStats, batch: Rollouts, state: State) -> Array:
-        win = promote(batch.get("pref_opp")) - 0.5 - (advantage(stats, batch) if advantage else 0)
-        loss = -lax.stop_gradient(win) * stats.logp.sum(-1)
+        gain = promote(batch.get("pref_opp")) - 0.5
+        gain = gain - pull(stats, batch) if pull else gain
+        loss = -lax.stop_gradient(gain) * stats.logp.sum(-1)
         return loss + penalty(stats, batch) if penalty else loss
 
     return from_terms([Term("policy", value, aggregation.unit_mean, per="row")], needs=("pref_opp", "logp_ref", *needs))
@@ -71,12 +79,12 @@ def nash_md(tau: float = 0.008, kl: str = "sequence") -> Objective:
       kl: "token" (TRL): ``-(pref_opp - 1/2) sum_t logp + tau sum_t sg(logp - logp_ref) logp``."""
     choice("kl", kl, ("sequence", "token"))
     if kl == "sequence":
-        return against_opponent(lambda stats, batch: tau * log_ratios(stats, batch, "ref").sum(-1))
+        return against_opponent(pull=lambda stats, batch: tau * log_ratios(stats, batch, "ref").sum(-1))
 
     def penalty(stats: TokenStats, batch: Rollouts) -> Array:
         return tau * (lax.stop_gradient(log_ratios(stats, batch, "ref")) * stats.logp).sum(-1)
 
-    return against_opponent(None, penalty=penalty)
+    return against_opponent(penalty=penalty)
 
 
 @register(source="Nash-EMA-PG, arXiv:2312.00886")
@@ -105,7 +113,7 @@ def nash_mp(beta: float = 0.1, eta: float | None = None) -> Objective:
         center = (stats.logp - batch.logp_old).sum(-1)
         return beta * log_ratios(stats, batch, "ref").sum(-1) + beta / eta * center
 
-    return against_opponent(pull, needs=("logp_old",))
+    return against_opponent(pull=pull, needs=("logp_old",))
 
 
 @register(source="EGPO, arXiv:2503.08942; zhourunlong/EGPO")

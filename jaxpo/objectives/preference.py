@@ -1,5 +1,7 @@
 """Direct alignment: losses of pairs (chosen, rejected) and of labelled answers, on the policy's own log-probs."""
 
+from collections.abc import Callable, Sequence
+
 import jax.numpy as jnp
 from jax import Array
 
@@ -189,7 +191,9 @@ def sppo(beta: float = 0.001, half: bool = True, hard: bool = False) -> Objectiv
     return regression(target, scale=0.5 if half else 1.0, needs=() if hard else ("win",))
 
 
-def regression(target, *, reference: str = "ref", scale: float = 0.5, needs: tuple[str, ...] = ()) -> Objective:
+def regression(
+    target: Callable[[Units, str], Array], *, reference: str = "ref", scale: float = 0.5, needs: Sequence[str] = ()
+) -> Objective:
     """``scale sum over both answers of (D - target)^2``, a mean over pairs; ``target(units, role) -> [N]``."""
 
     def value(units: Units, state: State) -> Array:

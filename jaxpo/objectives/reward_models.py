@@ -1,5 +1,8 @@
 """Reward and preference models: losses of scalar scores, of embeddings, of reactions and of traces of tool calls."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -16,7 +19,7 @@ from jaxpo.primitives.numerics import promote
 from jaxpo.registry import register
 
 
-def ranker(terms: list[Term], margin, **options) -> Objective:
+def ranker(terms: Sequence[Term], margin: Callable[[Units], Array], **options: Any) -> Objective:
     """`from_terms` over pairs with the share of pairs that the model orders as labelled, and its mean margin [N]."""
 
     def report(stats: TokenStats, batch: Rollouts, state: State) -> Metrics:
@@ -111,7 +114,7 @@ def themis(
     for name, value in (("alpha", alpha), ("beta", beta), ("omega", omega)):
         unused(name, value, 1.0, not released, "form='paper'")
 
-    def nll(name: str, kinds: tuple[int, ...], coef) -> Term:
+    def nll(name: str, kinds: tuple[int, ...], coef: float | Array) -> Term:
         def tokens(batch: Rollouts, state: State) -> Array:
             return promote(jnp.isin(batch.get("segment"), jnp.asarray(kinds)))
 

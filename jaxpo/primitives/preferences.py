@@ -125,7 +125,9 @@ def leave_one_out_mean(x: Array) -> Array:
     return ratio_or_zero(x.sum(-1, keepdims=True) - x, jnp.asarray(k - 1, promote(x).dtype))
 
 
-def contrastive_share(drift: Array, reward: Array, mean_drift: Array, mean_reward: Array, k: Array, beta) -> Array:
+def contrastive_share(
+    drift: Array, reward: Array, mean_drift: Array, mean_reward: Array, k: Array, beta: Array | float
+) -> Array:
     """[B] a sample's share of its prompt's ``(1/(k-1)) sum_{i<j} ((beta/2) (d_i - d_j)^2 - (r_i - r_j)(d_i - d_j))``,
     times k, so that their mean over the k samples is that sum; 0 for k = 1 (CoPG, arXiv:2406.19185).
 

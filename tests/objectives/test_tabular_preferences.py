@@ -1,5 +1,5 @@
-"""Optima of offline losses and Nash learning on a matrix game, exactly: answers of one token, expectations by enumeration (a row's count is its
-probability), gradients in the logits of a tabular policy."""
+"""Optima of offline losses and Nash learning on a matrix game, exactly: answers of one token, expectations by
+enumeration (a row's count is its probability), gradients in the logits of a tabular policy."""
 
 import numpy as np
 import pytest

@@ -1,5 +1,7 @@
 """Rewards made of other models' words, penalties against other references, and diagnostics of pairs."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -108,7 +110,9 @@ def orpo_chi2(kind: str = "sqrt_chi2", c: float = 10.0) -> Part:
 
 
 @register("diagnostic", source="arXiv:2405.19534; angie-chen55/pref-learning-ranking-acc")
-def dpo_ranking_accuracy(beta: float = 0.1, pref_prob: float | None = 0.75, normalized: bool = False):
+def dpo_ranking_accuracy(
+    beta: float = 0.1, pref_prob: float | None = 0.75, normalized: bool = False
+) -> Callable[[TokenStats, Rollouts], Metrics]:
     """Of a batch of pairs with ``logp_ref``: the shares that the policy ranks right, that it classifies right relative
     to the reference, that the idealised optimum would rank right, and the mean difficulty ``ref_l - ref_w``.
 
@@ -139,7 +143,7 @@ def dpo_ranking_accuracy(beta: float = 0.1, pref_prob: float | None = 0.75, norm
 
 
 @register("diagnostic", source="arXiv:2404.14367; arXiv:2405.08448")
-def mode_seeking(direction: str = "reverse"):
+def mode_seeking(direction: str = "reverse") -> Callable[[Array, Array], Array]:
     """``(logits, target_logits) -> gradient`` [..., V] of a categorical policy towards a target: "forward" KL(q || p)
     covers modes (SFT, best-of-N, reward-weighted regression), "reverse" KL(p || q) seeks them (on-policy RL, or any
     loss with a
