@@ -154,6 +154,8 @@ def opa_dpo(
     choice("granularity", granularity, ("sequence", "position"))
     if rev_anchor_sign not in (1, -1):
         raise ValueError(f"rev_anchor_sign must be 1 or -1, not {rev_anchor_sign}")
+    for name, value, default in (("a", a, 0.0), ("rev_anchor_sign", rev_anchor_sign, 1)):
+        unused(name, value, default, not is_off(c_a), "the anchors, c_a > 0")
 
     def loss(x: Array, mask: Array, shift: float | Array = 0.0, sign: int = 1) -> Array:
         if granularity == "sequence":

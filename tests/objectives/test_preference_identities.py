@@ -328,6 +328,7 @@ def test_labels_are_probabilities(name, field, value):
         ("themis", dict(alpha=0.5), "alpha has no effect here; it belongs to form='paper'"),
         ("themis", dict(form="paper", rationale=False), "rationale has no effect here"),
         ("hypo", dict(k=0), "k, the fresh samples of a prompt, must be a whole number of at least 1, not 0"),
+        ("opa_dpo", dict(c_a=0.0, rev_anchor_sign=-1), "rev_anchor_sign has no effect here; it belongs to the anchors"),
         ("opa_dpo", dict(rev_anchor_sign=0), "rev_anchor_sign must be 1 or -1, not 0"),
     ],
 )

@@ -346,13 +346,8 @@ def test_gpm_ranks_in_circles():
     circle = np.concatenate([[points[(i + 1) % 3], points[i]] for i in range(3)])  # each beats the one before
     circle = np.concatenate([circle, np.tile(circle[:2], (N - 3, 1))])
     batch = replace(PAIRS, extra={**PAIRS.extra, "embed": circle})
-    for i in range(3):
-        pair = replace(batch, count=np.repeat(np.arange(N) == i, 2).astype(float))
-        assert abs(loss("gpm_rm", pair, ("embed",), gate=False) - LOG2) > 0.5
-        assert (loss("gpm_rm", pair, ("embed",), gate=False) < LOG2) == (
-            loss("gpm_rm", replace(batch, count=np.repeat(np.arange(N) == 0, 2).astype(float)), ("embed",), gate=False)
-            < LOG2
-        )
+    only = [replace(batch, count=np.repeat(np.arange(N) == i, 2).astype(float)) for i in range(3)]
+    assert max(loss("gpm_rm", pair, ("embed",), gate=False) for pair in only) < 0.01  # no scalar score can do that
 
 
 def test_themis_without_trace_is_half_bradley_terry():
