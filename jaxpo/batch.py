@@ -16,7 +16,13 @@ from jax import Array
 
 from jaxpo.registry import unknown
 
-ROLES = ("own", "expert", "replay", "rehearsal", "ptx", "hinted", "previous", "chosen", "rejected", "kl")
+ROLES = (
+    *("own", "expert", "replay", "rehearsal", "ptx", "hinted", "previous", "chosen", "rejected", "kl"),
+    # "A_given_B": answer A to the prompt with B as a draft
+    *("chosen_given_rejected", "rejected_given_chosen", "chosen_given_chosen", "rejected_given_rejected"),
+    *("rationale", "truth", "revised", "original", "truth_corrupted", "revised_corrupted"),
+    *("matching", "violating", "multi_chosen", "multi_rejected"),  # one answer to two prompts, a pair to a longer one
+)
 
 
 def role_id(name: str) -> int:
@@ -38,8 +44,9 @@ class MissingField(ValueError):
 class TokenStats:
     """What a policy says of a batch. ``logp`` always; the rest only when asked for.
 
-    logp, entropy, value: [B, T]; score: [B]; embed: [B, D]; logits: [B, T, V] (per slice only, never stored); derived:
-    [B, T] by name, what an objective computes from the logits (`Objective.derived`).
+    logp, entropy, value: [B, T]; score: [B]; embed: [B, D]; gate: [B, M], a head on the prompt alone;
+    logits: [B, T, V] (per slice only, never stored); derived: [B, T] by name, what an objective computes from the
+    logits (`Objective.derived`).
     """
 
     logp: Array | None = None
@@ -47,6 +54,7 @@ class TokenStats:
     value: Array | None = None
     score: Array | None = None
     embed: Array | None = None
+    gate: Array | None = None
     logits: Array | None = None
     topk: Any = None
     derived: dict[str, Array] = struct.field(default_factory=dict)

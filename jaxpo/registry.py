@@ -151,7 +151,7 @@ def check_arguments(what: str, given: Iterable[str], parameters: Mapping[str, in
         raise ValueError(f"{what} needs {', '.join(absent)}")
 
 
-def make(name: str, kind: str = "objective", **hyperparameters: Any) -> Any:
+def make(name: str, kind: str = "objective", /, **hyperparameters: Any) -> Any:
     """Build what is registered as ``name``: ``make("grpo", eps_high=0.28)``.
 
     Raises:

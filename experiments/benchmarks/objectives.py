@@ -21,6 +21,7 @@ from jaxpo.registry import entry, unknown
 from jaxpo.testing import example
 from jaxpo.training.config import parse
 
+HEADS = {"score": (), "embed": (4,), "gate": (2,)}  # what a row's heads say, by their shapes
 LIMIT = 3.0  # times grpo, above which a reason is due
 REASONS = {
     "gtpo": "compares every token with those of the other rows of its group, from both ends",
@@ -35,10 +36,12 @@ REASONS = {
 
 
 def batch_of(objective: Objective, rows: int, width: int) -> Rollouts:
-    """The contracts' example with so many rows (groups of 8) and tokens."""
+    """The contracts' example with so many rows (groups of 8; whole units) and tokens."""
     rng = np.random.default_rng(0)
     small = example(objective)
-    pick = rng.integers(0, small.rows, rows)
+    unit = max(len(objective.layout), 1)
+    pick = (rng.integers(0, small.rows // unit, rows // unit)[:, None] * unit + np.arange(unit)).reshape(-1)
+    rows = len(pick)
     columns = rng.integers(0, small.width, width)
 
     def grow(x: jax.Array) -> jax.Array:
@@ -63,11 +66,12 @@ def measure(name: str, rows: int, width: int, repeats: int) -> dict[str, float]:
     objective = make(name, **entry(name).of_run(width, 100))
     batch = batch_of(objective, rows, width)
     logp = batch.logp_old + 0.02
-    more = {f: jnp.full((rows, width), -1.0) for f in objective.derived}
+    more = {f: jnp.full((batch.rows, width), -1.0) for f in objective.derived}
     entropy = batch.entropy_old
+    heads = {f: jnp.ones((batch.rows, *shape)) for f, shape in HEADS.items() if f in objective.wants}
 
     def loss(logp: jax.Array, batch: Rollouts) -> jax.Array:
-        stats = TokenStats(logp=logp, entropy=entropy, derived=more)
+        stats = TokenStats(logp=logp, entropy=entropy, derived=more, **heads)
         return evaluate(objective, lambda _: stats, batch)[0]
 
     compiled = jax.jit(jax.value_and_grad(loss)).lower(logp, batch).compile()

@@ -22,6 +22,7 @@ from jaxpo.primitives.numerics import promote, ratio_or_zero
 Policy = Callable[[Rollouts], TokenStats]
 Statistic = Callable[[Array, Array], Array]  # (logits [N, V] at the policy's temperature, tokens [N]) -> [N]
 NONE: Mapping[str, Any] = MappingProxyType({})
+PROBABILITIES = frozenset({"win", "pref_prob", "pref_opp", "label"})  # fields that must lie in [0, 1]
 
 
 @struct.dataclass
@@ -183,6 +184,8 @@ def from_terms(
         for name in sorted(frozenset(needs)):  # before `complete`, which would fill in some of them
             batch.get(name)
         check_rewards(rewards, batch)
+        for name in sorted(PROBABILITIES.intersection(needs)):
+            check_range(name, batch.get(name), (0, 1), batch, "it is a probability or a label")
         batch, state = complete(batch), state.replace(iteration=state.iteration + 1)
         if layout and batch.layout != layout:
             raise ValueError(f"Rollouts.layout is {batch.layout}; this objective needs units of rows {layout}")
@@ -245,17 +248,21 @@ def from_terms(
 def check_rewards(allowed: tuple[float, float] | None, batch: Rollouts) -> None:
     """Raise ``ValueError`` for a reward outside the range that an objective is defined for. Traced rewards pass: the
     training loop looks at them before."""
+    why = "the range this objective is defined for: scale the rewards, or say the range if the objective takes one"
     for reward in (batch.reward, batch.extras.get("rewards_multi")):
-        if allowed is None or reward is None or isinstance(reward, jax.core.Tracer):
-            continue
-        low, high = allowed
-        counted = np.ones(reward.shape[0], bool) if batch.count is None else np.asarray(batch.count) > 0
-        bad = (lambda x: x[~((x >= low) & (x <= high))])(np.asarray(reward)[counted])
-        if bad.size:
-            raise ValueError(
-                f"a reward of {bad[0]:g} is outside [{low:g}, {high:g}], the range this objective is defined for: "
-                "scale the rewards, or say the range if the objective takes one"
-            )
+        if allowed is not None and reward is not None:
+            check_range("reward", reward, allowed, batch, why)
+
+
+def check_range(name: str, x: Array, allowed: tuple[float, float], batch: Rollouts, why: str) -> None:
+    """Raise ``ValueError`` naming a number of a counted row that is outside a range; traced arrays pass."""
+    if isinstance(x, jax.core.Tracer):
+        return
+    low, high = allowed
+    counted = np.ones(x.shape[0], bool) if batch.count is None else np.asarray(batch.count) > 0
+    bad = (lambda x: x[~((x >= low) & (x <= high))])(np.asarray(x)[counted])
+    if bad.size:
+        raise ValueError(f"a {name} of {bad[0]:g} is outside [{low:g}, {high:g}], {why}")
 
 
 def _weight(t: Term, batch: Rollouts, state: State) -> Array:
@@ -300,8 +307,12 @@ def _sanitise(stats: TokenStats, batch: Rollouts) -> tuple[TokenStats, Rollouts]
     def clean(x: Array | None) -> Array | None:
         return None if x is None else jnp.where(counts, promote(x), 0)
 
+    def clean_row(x: Array | None) -> Array | None:
+        return None if x is None else jnp.where((batch.count > 0).reshape(-1, *[1] * (x.ndim - 1)), promote(x), 0)
+
     stats = stats.replace(
         **{f: clean(getattr(stats, f)) for f in ("logp", "entropy", "value")},
+        **{f: clean_row(getattr(stats, f)) for f in ("score", "embed", "gate")},
         derived={name: clean(x) for name, x in stats.derived.items()},
     )
     old = clean(batch.logp_old) if batch.logp_old is not None else lax.stop_gradient(stats.logp)

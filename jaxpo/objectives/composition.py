@@ -1,4 +1,4 @@
-"""How published objectives are put together: interchangeable parts for policy gradients, a link for preferences."""
+"""How published policy gradients are put together: interchangeable parts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxpo.batch import Rollouts, TokenStats, role_id
+from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.kernels.policy_surrogate.api import best, policy_surrogate
 from jaxpo.metrics import Mean, Metrics
 from jaxpo.objectives.base import NONE, Objective, State, Statistic, Term, from_terms, is_off, per_token
@@ -25,7 +25,7 @@ class Part(NamedTuple):
     tokens: (batch, state) -> [B, T] tokens (shares in [0, 1]) that stay in the denominator of the policy term.
     clipped: of a surrogate, ``fn``'s arguments -> which tokens lose their gradient.
     kernel: batch -> the options of `jaxpo.kernels.policy_surrogate` that say the same as ``fn``; None = none do.
-    aggregate: of a regularizer; None = as the policy term.
+    aggregate: of a regularizer; None = as the policy term. outer: of a regularizer, see `linearized`.
     sees_advantage: of a filter. uses_ratio: of a surrogate. requires: id of a regularizer that it does not work
       without.
     id: its name in the registry.
@@ -40,6 +40,7 @@ class Part(NamedTuple):
     clipped: Callable[..., Array] | None = None
     kernel: Callable[[Rollouts], Mapping[str, Any]] | None = None
     aggregate: aggregation.Aggregation | None = None
+    outer: Callable[[Array], Array] | None = None
     name: str = ""
     prepare: Callable[[Rollouts, State], Rollouts] | None = None
     weigh: Callable[[Rollouts, State, TokenStats | None], Rollouts] | None = None
@@ -198,7 +199,10 @@ def policy_gradient(
             per="row" if per_row else "token",
         )
     ]
-    terms += [Term(p.name, p.fn, p.aggregate or aggregate, coef=coef) for coef, p in regularizers]
+    terms += [
+        Term(p.name, p.fn, p.aggregate or aggregate, coef=coef, per=p.per or "token", outer=p.outer)
+        for coef, p in regularizers
+    ]
     ranges = {p.rewards for p in parts if p.rewards}
     return from_terms(
         terms,
@@ -261,52 +265,3 @@ def _check_parts(
         raise ValueError(
             f"the surrogate {surrogate.id} spares the tokens that the regularizer {surrogate.requires} picks: add it"
         )
-
-
-def preference(
-    link: Callable[[Array, Rollouts], Array],
-    *,
-    beta: float | Array,
-    reference: str | None = "ref",
-    normalize_length: bool = False,
-    layout: tuple[str, ...] = ("chosen", "rejected"),
-    **options: Any,
-) -> Objective:
-    """Compose a direct-alignment objective: ``mean over pairs of link(beta (s_chosen - s_rejected))``.
-
-    ``s = sum_t (logp - logp_<reference>)`` of a row, or its mean over tokens with ``normalize_length``;
-    ``reference=None`` leaves the companion out.
-
-    Args:
-      link: ``(margin [N], batch) -> loss [N]``, e.g. ``-log_sigmoid`` for DPO (arXiv:2305.18290, eq. 7).
-      layout: roles of a unit's rows; must hold "chosen" and "rejected".
-      options: passed on to `from_terms`."""
-    chosen, rejected = layout.index("chosen"), layout.index("rejected")
-
-    def margin(stats: TokenStats, batch: Rollouts) -> Array:
-        score = stats.logp if reference is None else stats.logp - batch.get(f"logp_{reference}")
-        score = jnp.where(batch.mask > 0, score, 0).sum(-1)
-        if normalize_length:
-            score = score / jnp.maximum(batch.lengths, 1)
-        unit = batch.unit(score)
-        return beta * (unit[:, chosen] - unit[:, rejected])
-
-    def value(stats: TokenStats, batch: Rollouts, state: State) -> Array:
-        return jnp.repeat(link(margin(stats, batch), batch), len(layout))
-
-    def report(stats: TokenStats, batch: Rollouts, state: State) -> Metrics:
-        h, count = margin(stats, batch), batch.unit(promote(batch.count))[:, 0]
-        row = jnp.where(batch.mask > 0, stats.logp, 0).sum(-1)
-        by_role = {
-            f"logp/{r}": Mean.of(row, promote(batch.count) * (batch.role == role_id(r))) for r in ("chosen", "rejected")
-        }
-        return {"preference/accuracy": Mean.of(h > 0, count), "preference/margin": Mean.of(h, count), **by_role}
-
-    needs = {"role"} | ({f"logp_{reference}"} if reference else set())
-    return from_terms(
-        [Term("preference", value, aggregation.unit_mean, per="row")],
-        metrics=report,
-        needs=needs,
-        layout=layout,
-        **options,
-    )

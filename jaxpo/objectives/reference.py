@@ -6,7 +6,18 @@ import re
 from jaxpo.objectives.base import Objective
 from jaxpo.registry import Entry, entry, make, names
 
-PART_KINDS = ("advantage", "ratio", "surrogate", "regularizer", "aggregation", "filter", "reward", "correction")
+PART_KINDS = (
+    "advantage",
+    "ratio",
+    "surrogate",
+    "regularizer",
+    "aggregation",
+    "filter",
+    "reward",
+    "correction",
+    "diagnostic",
+)
+HERE = ("jaxpo.objectives", "jaxpo.primitives")  # parts of other modules are there only if those are imported
 INTRODUCTION = """# Objectives
 
 Written by `python -m jaxpo.objectives docs docs/objectives.md` from the registry; a test fails when they differ.
@@ -18,6 +29,16 @@ before and corrections of the gap between sampler and trainer beside it. Any of 
 ```
 --config.objective.name=policy_gradient --config.objective.advantage=bnpo --config.objective.ratio=sequence \\
     --config.objective.agg=seq_mean --config.objective.regularizers="0.04 * kl_to_reference(estimator='k2')"
+```
+
+A preference objective (`dpo`, `simpo`, ..., `opa_dpo`, the Nash methods, reward models) is one number for a *unit* of
+consecutive rows: `layout` names their roles (chosen, rejected, and third answers where it has them), the policy scores
+them like any other rows, and what a judge says of an answer is a field of the batch: `win`, `pref_prob`, `pref_opp` and
+`label` in [0, 1], `rm`, `pref_score`, `margin`; a number of the whole unit is read from its first row. One of its own
+is a link of the margin:
+
+```python
+jaxpo.preference(lambda z, units: -jax.nn.log_sigmoid(z), beta=0.1)  # DPO
 ```
 
 `python -m jaxpo.objectives describe gtpo` prints one entry with all of its docstring.
@@ -82,6 +103,7 @@ def section(name: str) -> str:
 def table(kind: str) -> str:
     """Markdown of the parts of a kind."""
     rows = [entry(name, kind) for name in names(kind)]
+    rows = [r for r in rows if r.factory.__module__.startswith(HERE)]
     lines = [f"| `{r.id}` | {cell(first_paragraph(r))} | {cell(settings(r))} | {cell(r.source)} |" for r in rows]
     return "\n".join(["| name | what it is | options | source |", "|---|---|---|---|", *lines])
 

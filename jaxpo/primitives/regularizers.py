@@ -92,3 +92,49 @@ def forward_kl_to_proxy(logits: Array, tokens: Array, *, kappa: float) -> Array:
 def log_prob_at(logits: Array, tokens: Array, *, temperature: float) -> Array:
     """[N] log-prob of ``tokens`` under ``softmax(logits / temperature)``."""
     return jnp.take_along_axis(jax.nn.log_softmax(logits / temperature), tokens[:, None], -1)[:, 0]
+
+
+def linear_tailed_expm1(x: Array, c: float = 10.0) -> Array:
+    """``exp(x) - 1`` below c, and its tangent at c beyond: ``exp(c) (1 + x - c) - 1``."""
+    low = jnp.minimum(x, c)
+    return jnp.expm1(low) + jnp.exp(low) * (x - low)
+
+
+def response_divergence(log_ratio: Array, kind: str, *, c: float = 10.0) -> Array:
+    """[B] a response's share of a divergence to the reference from ``R = sum_t (logp - logp_ref)``, with e of
+    `linear_tailed_expm1`: "kl" ``R + e(-R)``, "chi2" ``e(R) + e(-R)``; never negative, 0 at R = 0 (arXiv:2403.03185,
+    as released: differentiated at fixed samples)."""
+    e = linear_tailed_expm1(-log_ratio, c)
+    return log_ratio + e if kind == "kl" else linear_tailed_expm1(log_ratio, c) + e
+
+
+def sqrt_above(x: Array, floor: float = 1e-4) -> Array:
+    """``sqrt(max(x, floor))``, constant below the floor."""
+    return jnp.sqrt(jnp.where(x > floor, x, floor))
+
+
+OCCUPANCY = ("kl", "chi2", "sqrt_chi2", "tv")
+
+
+def occupancy_penalty(d: Array, kind: str) -> Array:
+    """[B] penalty of states from a discriminator ``d ~ log(mu_pi / mu_base)`` (arXiv:2403.03185): "kl" d, "chi2"
+    ``exp(d) - 1``, "sqrt_chi2" the same over the root of its mean without 1 % on each side (unscaled if that is not
+    positive), "tv" ``sign(d)``."""
+    match kind:
+        case "kl":
+            return promote(d)
+        case "chi2":
+            return jnp.expm1(promote(d))
+        case "sqrt_chi2":
+            x, cut = jnp.expm1(promote(d)), d.shape[0] // 100
+            mean = jnp.sort(x)[cut : d.shape[0] - cut].mean()
+            return jnp.where(mean > 0, x * lax.rsqrt(jnp.where(mean > 0, mean, 1)), x)
+        case "tv":
+            return jnp.sign(promote(d))
+    raise ValueError(f"kind must be one of {', '.join(OCCUPANCY)}, not {kind!r}")
+
+
+def discriminator_loss(d: Array, of_policy: Array) -> Array:
+    """[B] ``softplus(-d)`` of the policy's states, ``softplus(d)`` of the base's: least at
+    ``d = log(mu_pi/mu_base)``."""
+    return jnp.where(of_policy > 0, jax.nn.softplus(-d), jax.nn.softplus(d))

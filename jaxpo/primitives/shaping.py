@@ -1,11 +1,12 @@
-"""Reward shaping and filters: [B] in, [B] out, no gradient."""
+"""Reward shaping and filters: [B] out, no gradient."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxpo.primitives.aggregation import positive
-from jaxpo.primitives.grouping import group_constant, group_size
-from jaxpo.primitives.numerics import promote
+from jaxpo.primitives.grouping import group_constant, group_size, weighted_std
+from jaxpo.primitives.numerics import promote, ratio_or_zero
 
 
 def overlong_penalty(length: Array, *, max_len: int, buffer: int, penalty: float = 1.0) -> Array:
@@ -23,3 +24,29 @@ def overlong_penalty(length: Array, *, max_len: int, buffer: int, penalty: float
 def mixed_groups(outcome: Array, group: Array, count: Array) -> Array:
     """[B] bool: the row's group has more than one outcome, or is a single row (DAPO dynamic sampling keeps these)."""
     return ~group_constant(outcome, group, count) | (group_size(group, count) == 1)
+
+
+def standardized(x: Array, count: Array) -> Array:
+    """[B, M] columns of mean 0 and standard deviation 1 (ddof 0) over the counted rows; 0 in a constant column."""
+
+    def column(x: Array) -> Array:
+        n = promote(count).sum()
+        mean = ratio_or_zero(jnp.sum(jnp.where(count > 0, x, 0) * count), n)
+        return ratio_or_zero(x - mean, weighted_std(x, count, 0))
+
+    return jax.vmap(column, 1, 1)(promote(x))
+
+
+def relevance(
+    rel_query: Array, rel_answer: Array, open_ended: Array, num_words: Array, num_tri: Array, uniq_tri: Array
+) -> Array:
+    """[B] regularized relevance reward: ``rel_query words/100 rep`` of an open-ended question, ``rel_answer rep`` of
+    another; ``rep`` is the share of distinct trigrams, 1 without any (R^3, arXiv:2402.03469)."""
+    repetition = jnp.where(num_tri > 0, ratio_or_zero(promote(uniq_tri), promote(num_tri)), 1)
+    return jnp.where(open_ended > 0, rel_query * num_words / 100, rel_answer) * repetition
+
+
+def followup_likelihood(pos_ll: Array, neg_ll: Array) -> Array:
+    """[B] ``mean_c (pos_ll - neg_ll)`` over sub-categories [B, C] of what a user would say next (FLR,
+    arXiv:2409.13948; the aggregation is assumed)."""
+    return (promote(pos_ll) - promote(neg_ll)).mean(-1)

@@ -163,12 +163,16 @@ def example(objective: Objective) -> Rollouts:
         "edge_adv": rng.normal(size=b),
         "mc_value": rng.uniform(size=(b, WIDTH)),
     }
+    extras |= preference_extras(b)
     known = {"logp", *Rollouts.__dataclass_fields__, *extras}
     strange = sorted(n for n in objective.needs if n not in known and not n.startswith("logp_"))
     if strange:
         raise ValueError(f"no example of {strange[0]!r}, which this objective needs: give check a batch that has it")
     group = np.arange(b, dtype=np.int32) // (GROUP if unit == 1 else unit)
-    roles = [role_id(r) for r in objective.layout or ("own",)]
+    roles = [
+        role_id(r)
+        for r in objective.layout or (("own", "own", "own", "kl") if "label" in objective.needs else ("own",))
+    ]
     batch = Rollouts(
         tokens=rng.integers(0, VOCABULARY, (b, PROMPT + WIDTH)).astype(np.int32),
         mask=mask,
@@ -208,6 +212,26 @@ def example(objective: Objective) -> Rollouts:
     )
 
 
+def preference_extras(b: int) -> dict[str, np.ndarray]:
+    """What preference objectives ask for besides: win rates, labels, scores, weights and kinds of tokens."""
+    rng = np.random.default_rng(2)
+    return {
+        "label": np.resize([1, 0, 0, 1, 0, 1], b),
+        **{name: rng.uniform(size=b) for name in ("win", "pref_prob", "pref_opp")},
+        **{name: rng.normal(size=b) for name in ("rm", "pref_score", "margin")},
+        **{name: rng.normal(size=(b, 3)) for name in ("cand_scores", "adapter_logits", "obj_scores")},
+        "rm_scores": rng.normal(size=(b, 2)),
+        **{name: rng.uniform(0.5, 3, (b, WIDTH)) for name in ("severity", "relevance")},
+        "segment": rng.integers(0, 4, (b, WIDTH)),
+        **{name: rng.normal(size=(b, 2)) for name in ("pos_ll", "neg_ll")},
+        **{name: rng.normal(size=b) for name in ("rel_query", "rel_answer")},
+        "open_ended": np.resize([1, 0, 0], b),
+        "num_words": rng.integers(1, 9, b),
+        "num_tri": np.resize([4, 0, 6], b),
+        "uniq_tri": np.resize([3, 0, 5], b),
+    }
+
+
 def parameters() -> dict[str, Array]:
     """Parameters of the policy `bigram`."""
     rng = np.random.default_rng(1)
@@ -237,7 +261,8 @@ def bigram(objective: Objective, wants: frozenset[str], params: dict[str, Array]
         "value": value,
         "entropy": -jnp.sum(jnp.exp(logps) * logps, -1),
         "score": jnp.sum(value * (batch.mask > 0), -1),
-        "embed": jnp.sum(logits * (batch.mask > 0)[..., None], 1),
+        "embed": jnp.sum(logits * (batch.mask > 0)[..., None], 1)[:, :4],
+        "gate": logits[:, 0, :2],
     }
     flat = logits.reshape(-1, VOCABULARY), batch.completions.reshape(-1)
     derived = {n: f(*flat).reshape(batch.mask.shape) for n, f in objective.derived.items() if n in wants}

@@ -20,6 +20,17 @@ OPTIONAL = {
     "grpo": {"scale": "batch", "dual_clip": 3.0, "kl_is": True, "agg": "group_mean"},
     "dapo": {"dual_clip": 10.0},
     "sft": {"agg": "seq_sum_const", "L_const": 6.0},
+    "policy_gradient": {"regularizers": "0.1 * orpo_chi2", "shaping": "salsa"},
+    "orpo": {"include_prompt": True},
+    "dpa_logic": {"program": "uncpo", "link": "square", "length_norm": False, "use_ref": True},
+    "srpo": {"soft": True},
+    "opa_dpo": {"granularity": "position", "rev_anchor_sign": -1},
+    "hypo": {"k": 3},
+    "mapl": {"form": "dpo"},
+    "dno": {"variant": "prct"},
+    "nash_md": {"kl": "token"},
+    "bradley_terry_rm": {"margins": True},
+    "themis": {"form": "paper"},
 }
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import jaxpo
+from jaxpo import testing
 from jaxpo.objectives import base
 from jaxpo.primitives import grouping, selection, token_advantages
 from jaxpo.registry import entry
@@ -45,6 +46,13 @@ OTHER = {
     "rho": 0.5,
     "steps": 3,
     "target": 0.2,
+    ("dpa_logic", "program"): "TT FF / TF",
+    ("nash_mp", "eta"): 0.1,
+    ("orpo_chi2", "c"): 0.1,
+    ("rdpo", "eps"): 0.3,
+    ("opa_dpo", "rev_anchor_sign"): -1,
+    ("slic_hinge", "target"): "expert",
+    ("rluf", "weights"): (0.2, 0.3, 0.5),
     ("bnpo", "max"): 2.0,
     ("bnpo", "min"): -1.0,
     ("dcpo_distribution", "H0"): 0.05,
@@ -85,6 +93,10 @@ BESIDE = {
     ("rec", "temp"): {"weight": "advantage"},
     ("reinforce_pp", "kl_estimator"): {"variant": "baseline"},
     ("reinforce_pp", "singleton"): {"variant": "baseline"},
+    ("dno", "scale"): {"eta": 0.2},
+    ("mapl", "beta"): {"form": "dpo"},
+    ("slic_hinge", "delta"): {"delta": 20.0},
+    **{("themis", option): {"form": "paper"} for option in ("alpha", "beta", "omega")},
     **{("lp_reg", option): {"rho": 0.5} for option in ("beta", "form", "kappa")},
     **{("rloo", option): {"form": "ppo"} for option in ("eps", "eps_low", "eps_high", "log_ratio_clip")},
 }
@@ -215,6 +227,8 @@ def prepared(kind: str, name: str, given: tuple, i: int):
     """An objective, what it makes of a batch in the second of three iterations, its state, and the policy's word."""
     objective = build(kind, name, dict(given))
     batch, logits, logp = example(i)
+    if objective.layout or not objective.needs <= set(batch.fields()) | {f"logp_{n}" for n in objective.derived}:
+        return on_its_own_example(objective)
     if objective.rewards:
         batch = batch.replace(reward=jax.nn.sigmoid(batch.reward))
     derived = {n: f(logits, batch.tokens.reshape(-1)).reshape(logp.shape) for n, f in objective.derived.items()}
@@ -223,6 +237,14 @@ def prepared(kind: str, name: str, given: tuple, i: int):
     state = objective.init()
     batch, state = objective.prepare(batch, state.replace(iteration=state.iteration + 1))
     return objective, batch, state, jaxpo.TokenStats(logp=logp, entropy=batch.entropy_old, derived=derived)
+
+
+def on_its_own_example(objective: jaxpo.Objective):
+    """`prepared` for an objective that asks for units of rows, or for what other models say of them."""
+    batch, params = testing.example(objective), testing.parameters()
+    stats = testing.bigram(objective, objective.wants | objective.peeks, params, batch)
+    batch, state = objective.prepare(batch, objective.init())
+    return objective, batch, state, stats
 
 
 def before(*what):
@@ -245,7 +267,7 @@ def gradient(*what):
     """What it does with the policy's log-probs."""
     objective, batch, state, stats = prepared(*what)
     batch = objective.weigh(batch, state, stats)
-    return jax.grad(lambda logp: objective.loss(lambda _: stats.replace(logp=logp), batch, state)[0])(stats.logp)
+    return jax.grad(lambda stats: objective.loss(lambda _: stats, batch, state)[0])(stats)
 
 
 def differ(kind: str, name: str, one: dict, other: dict) -> bool:

@@ -28,17 +28,21 @@ def test_the_ids_of_the_cards_are_there():
     ids = """reinforce rloo reinforce_pp grpo dr_grpo dapo gspo gspo_token cispo rec opmd asymre bnpo gtpo bapo
     spo_single_stream spo_segment a_grae adora canon hapo d3s clip_cov kl_cov mhpo r2vpo dcpo_distribution lp_reg
     lite_ppo ppo_outer_loop""".split()
+    ids += """dpo ipo slic_hinge kto orpo simpo cpo sppo bradley_terry_rm rso rdpo rpo srpo copg hypo online_ipo ipo_md
+    nash_md nash_ema nash_mp egpo inpo dno gpm_rm gpo mpo_mixed mapl rationale_dpo rationale_orpo opa_dpo seppo
+    dpa_logic preference_orchestrator rluf themis""".split()
     assert set(ids) <= set(names())
     slots = {
         "advantage": "rloo reinforce_pp asymre bnpo gtpo spo_single_stream spo_segment a_grae adora canon hapo "
         "lite_ppo dcpo_distribution",
         "ratio": "gspo gspo_token mhpo",
         "surrogate": "cispo bapo hapo clip_cov mhpo rec",
-        "regularizer": "kl_estimators kl_cov r2vpo lp_reg ppo_outer_loop",
+        "regularizer": "kl_estimators kl_cov r2vpo lp_reg ppo_outer_loop orpo_chi2",
+        "reward": "salsa flr relevance_reward_r3 preference_orchestrator rluf",
         "filter": "dapo d3s",
         "sampler": "hapo spo_single_stream",
         "protocol": "dapo ppo_outer_loop hapo spo_single_stream spo_segment",
-        "diagnostic": "ppo_outer_loop",
+        "diagnostic": "ppo_outer_loop dpo_ranking_accuracy mode_seeking",
     }
     import jaxpo.training.protocols  # noqa: F401 (for its registrations)
 

@@ -11,6 +11,20 @@ from tests.oracles import Case, Gradient
 
 ROWS, WIDTH = 24, 6  # one shape everywhere, so that everything compiles once
 
+
+def other_models(b: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """What rewards made of other models' words read."""
+    return {
+        **{name: rng.normal(size=(b, 2)) for name in ("pos_ll", "neg_ll")},
+        **{name: rng.normal(size=(b, 3)) for name in ("cand_scores", "adapter_logits", "obj_scores")},
+        **{name: rng.normal(size=b) for name in ("rel_query", "rel_answer")},
+        "open_ended": rng.integers(0, 2, b).astype(float),
+        "num_words": rng.integers(1, 99, b).astype(float),
+        "num_tri": rng.integers(0, 3, b) * 4.0,
+        "uniq_tri": rng.integers(0, 3, b) * 1.0,
+    }
+
+
 UNEQUAL = (8, 4, 4, 2, 2, 2, 1, 1)
 
 
@@ -74,6 +88,7 @@ def make_case(seed: int, sizes=UNEQUAL, *, rewards="real", stale=0.3, extreme=Fa
             "seed": more.integers(0, 2**32, b, dtype=np.uint32),
         },
     )
+    case = case.replace(extra={**case.extra, **other_models(b, np.random.default_rng((seed, 2)))})
     case = case.take(rng.permutation(b))
     hidden = ("logp", "logp_old", "ref", "entropy", "entropy_old")
     case = case.replace(**{name: np.where(case.mask, getattr(case, name), np.nan) for name in hidden})

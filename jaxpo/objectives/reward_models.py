@@ -1,0 +1,172 @@
+"""Reward and preference models: losses of scalar scores, of embeddings, of reactions and of traces of tool calls."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxpo.batch import Rollouts, TokenStats
+from jaxpo.metrics import Mean, Metrics
+from jaxpo.objectives.base import Objective, State, Term, from_terms
+from jaxpo.objectives.parts.surrogates import unused
+from jaxpo.objectives.units import PAIR, Units, unit_term
+from jaxpo.primitives import aggregation, preferences, shaping
+from jaxpo.primitives.advantages import choice
+from jaxpo.primitives.aggregation import positive
+from jaxpo.primitives.numerics import promote
+from jaxpo.registry import register
+
+
+def ranker(terms: Sequence[Term], margin: Callable[[Units], Array], **options: Any) -> Objective:
+    """`from_terms` over pairs with the share of pairs that the model orders as labelled, and its mean margin [N]."""
+
+    def report(stats: TokenStats, batch: Rollouts, state: State) -> Metrics:
+        z, count = margin(Units(stats, batch)), batch.unit(promote(batch.count))[:, 0]
+        return {"preference/accuracy": Mean.of(z > 0, count), "preference/margin": Mean.of(z, count)}
+
+    return from_terms(terms, metrics=report, layout=PAIR, **options)
+
+
+def score_gap(units: Units) -> Array:
+    """[N] score of the chosen answer minus that of the rejected one."""
+    return units.score("chosen") - units.score("rejected")
+
+
+@register(source="Bradley-Terry; InstructGPT, arXiv:2203.02155; margin: arXiv:2307.09288; centring: arXiv:2312.09244")
+def bradley_terry_rm(margin: float = 0.0, c: float = 0.0, margins: bool = False) -> Objective:
+    """Bradley-Terry reward model: ``-log sig(rm_w - rm_l - margin) + c (rm_w + rm_l)^2``, means over pairs.
+
+    Shapes: score [B], rows in pairs chosen, rejected; margin [B] if margins.
+
+    Args:
+      margin: of all pairs. c: keeps scores around 0 (0.01); without it they mean nothing across prompts.
+      margins: each pair has a margin of its own besides, on its first row."""
+
+    def rank(units: Units, state: State) -> Array:
+        own = units.get("margin") if margins else 0
+        return preferences.logistic(score_gap(units) - margin - own)
+
+    def center(units: Units, state: State) -> Array:
+        return jnp.square(units.score("chosen") + units.score("rejected"))
+
+    return ranker(
+        [unit_term("preference", rank), unit_term("center", center, coef=c)],
+        score_gap,
+        wants=("score",),
+        needs=("margin",) if margins else (),
+    )
+
+
+@register(source="GPM, arXiv:2410.02197; general-preference/general-preference-model")
+def gpm_rm(tau: float = 0.1, gate: bool = True, normalize: bool = True) -> Objective:
+    """General preference model: ``-log sig(s/tau)``, ``s = sum_l lambda_l (v_{2l} u_{2l+1} - v_{2l+1} u_{2l})`` of the
+    embeddings v of the chosen and u of the rejected answer, ``lambda = k softmax(gate)``, a mean over pairs.
+
+    Shapes: embed [B, 2k], gate [B, k] (of the prompt); rows in pairs chosen, rejected.
+
+    Args:
+      gate: False: lambda = 1. normalize: embeddings of unit length."""
+    positive("tau", tau)
+
+    def score(units: Units) -> Array:
+        v, u = (units.of(units.stats.embed, role) for role in PAIR)
+        if normalize:
+            v, u = preferences.unit_length(v), preferences.unit_length(u)
+        k = v.shape[-1] // 2
+        scale = k * jax.nn.softmax(units.of(units.stats.gate, "chosen")) if gate else jnp.ones(k)
+        return preferences.skew_score(v, u, scale)
+
+    return ranker(
+        [unit_term("preference", lambda units, state: preferences.logistic(score(units) / tau))],
+        score,
+        wants=("embed", "gate") if gate else ("embed",),
+    )
+
+
+@register(source="Themis, arXiv:2310.01045; ernie-research/Tool-Augmented-Reward-Model")
+def themis(
+    form: str = "released",
+    rm_coef: float = 0.5,
+    observation: bool = True,
+    rationale: bool = True,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    omega: float = 1.0,
+) -> Objective:
+    """Tool-augmented reward model: the language-model loss of a trace of tool calls and ``rm_coef`` times
+    ``-log sig(rm_w - rm_l)`` after it.
+
+    Shapes: logp, segment [B, T] (0 question or answer, 1 tool call, 2 observation, 3 rationale), score [B]; rows in
+      pairs chosen, rejected.
+
+    Args:
+      form: "released": one mean over all trained tokens of both rows, plus rm_coef times the ranking loss; "paper":
+        ranking loss ``+ alpha (NLL_tool + beta NLL_observation) + omega NLL_rationale``, a mean each (coefficients
+        assumed).
+      observation, rationale: whether those tokens are trained ("released"). alpha, beta, omega: of "paper"."""
+    choice("form", form, ("released", "paper"))
+    released = form == "released"
+    unused("rm_coef", rm_coef, 0.5, released, "form='released'")
+    for name, value in (("observation", observation), ("rationale", rationale)):
+        unused(name, value, True, released, "form='released'")
+    for name, value in (("alpha", alpha), ("beta", beta), ("omega", omega)):
+        unused(name, value, 1.0, not released, "form='paper'")
+
+    def nll(name: str, kinds: tuple[int, ...], coef: float | Array) -> Term:
+        def tokens(batch: Rollouts, state: State) -> Array:
+            return promote(jnp.isin(batch.get("segment"), jnp.asarray(kinds)))
+
+        return Term(name, lambda stats, batch, state: -stats.logp, tokens=tokens, coef=coef)
+
+    if released:
+        lm = [nll("lm", (1, *[2] * observation, *[3] * rationale), 1.0)]
+    else:
+        lm = [nll("tool", (1,), alpha), nll("observation", (2,), alpha * beta), nll("rationale", (3,), omega)]
+    rank = unit_term(
+        "preference", lambda units, state: preferences.logistic(score_gap(units)), coef=rm_coef if released else 1.0
+    )
+    return ranker([*lm, rank], score_gap, wants=("score",), needs=("segment",))
+
+
+@register(source="RLUF, arXiv:2505.14946 (reconstructed from the paper's text)")
+def rluf() -> Objective:
+    """P[Love]: ``-y log sig(s) - (1 - y) log sig(-s)`` of a binary reaction y, a mean over single responses; the
+    reward of the same name mixes the model into others. Reconstructed from the paper's text.
+
+    Shapes: score [B], label [B] (1 = loved)."""
+
+    def value(stats: TokenStats, batch: Rollouts, state: State) -> Array:
+        return preferences.binary_cross_entropy(stats.score, promote(batch.get("label")))
+
+    def report(stats: TokenStats, batch: Rollouts, state: State) -> Metrics:
+        right = (stats.score > 0) == (batch.get("label") > 0)
+        return {"preference/accuracy": Mean.of(right, promote(batch.count))}
+
+    term = Term("reaction", value, aggregation.unit_mean, per="row")
+    return from_terms([term], metrics=report, needs=("label",), wants=("score",))
+
+
+@register(source="PRO, arXiv:2511.10656")
+def preference_orchestrator(T: float = 1.0, normalize: bool = True) -> Objective:  # noqa: N803 (the card's name)
+    """The adapter of Preference Orchestrator: ``KL(softmax(rm_scores/T) || softmax(gate))`` (direction assumed), a mean
+    over preferred responses; the gate reads the prompt alone, so it learns which rewards matter for which prompt.
+
+    Shapes: gate [B, M], rm_scores [B, M] (of the preferred response under M reward models).
+
+    Args:
+      T: temperature (assumed). normalize: scores to mean 0 and standard deviation 1 over the batch, model by model
+        (assumed)."""
+    positive("T", T)
+
+    def prepare(batch: Rollouts, state: State) -> tuple[Rollouts, State]:
+        scores = promote(batch.get("rm_scores"))
+        scores = shaping.standardized(scores, batch.count) if normalize else scores
+        return batch.replace(extras={**batch.extras, "importance": jax.nn.softmax(scores / T)}), state
+
+    def value(stats: TokenStats, batch: Rollouts, state: State) -> Array:
+        return preferences.categorical_kl(batch.get("importance"), stats.gate)
+
+    term = Term("adapter", value, aggregation.unit_mean, per="row")
+    return from_terms([term], prepare=prepare, needs=("rm_scores",), wants=("gate",))

@@ -1,0 +1,46 @@
+"""What preference training achieved, and where a loss moves probability: diagnostics, no loss among them."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxpo.primitives.numerics import promote
+
+
+def ranking_accuracy(logp_w: Array, logp_l: Array) -> Array:
+    """[N] ``1{logp_w > logp_l}`` of sequence sums, or of averages for the length-normalised form (arXiv:2405.19534)."""
+    return promote(logp_w > logp_l)
+
+
+def reward_accuracy(log_ratio_w: Array, log_ratio_l: Array) -> Array:
+    """[N] ``1{D_w > D_l}``: the policy as a classifier."""
+    return promote(log_ratio_w > log_ratio_l)
+
+
+def idealized_accuracy(ref_w: Array, ref_l: Array, pref_prob: Array, beta: Array | float) -> Array:
+    """[N] ``1{ref_w - ref_l + logit(pref_prob)/beta > 0}``: what the optimum of DPO would rank right, where
+    ``pref_prob`` is the share of annotators who prefer w (0.75 if there are only labels), kept in [1e-9, 1 - 1e-9]."""
+    p = jnp.clip(promote(pref_prob), 1e-9, 1 - 1e-9)
+    return promote(ref_w - ref_l + (jnp.log(p) - jnp.log1p(-p)) / beta > 0)
+
+
+def difficulty(ref_w: Array, ref_l: Array) -> Array:
+    """[N] ``c = ref_l - ref_w``: how far the reference is on the wrong side."""
+    return promote(ref_l) - promote(ref_w)
+
+
+def loss_to_rank_right(ref_w: Array, ref_l: Array, beta: Array | float) -> Array:
+    """[N] ``-log sig(beta c)``: a pair is ranked right iff its DPO loss is below this."""
+    return -jax.nn.log_sigmoid(beta * difficulty(ref_w, ref_l))
+
+
+def forward_kl_gradient(logits: Array, target_logits: Array) -> Array:
+    """[..., V] gradient of ``KL(q || p)`` in the logits of p: ``p - q``, which covers modes (SFT, best-of-N)."""
+    return jax.nn.softmax(logits) - jax.nn.softmax(target_logits)
+
+
+def reverse_kl_gradient(logits: Array, target_logits: Array) -> Array:
+    """[..., V] gradient of ``KL(p || q)`` in the logits of p: ``p (c - E_p c)``, ``c = log p/q``, which seeks modes
+    (on-policy RL, and losses with a negative gradient)."""
+    p, c = jax.nn.softmax(logits), jax.nn.log_softmax(logits) - jax.nn.log_softmax(target_logits)
+    return p * (c - jnp.sum(p * c, -1, keepdims=True))
