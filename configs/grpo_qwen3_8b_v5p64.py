@@ -1,7 +1,7 @@
 """GRPO of Qwen3-8B with completions of 8192 tokens, on 64 v5p chips (v5p-128: v5p is counted in cores).
 
-The shape of the model is in configs/models/Qwen3-8B; to train, put its safetensors and tokenizer files beside it. The plan
-needs neither:
+The shape of the model is in configs/models/Qwen3-8B; to train, put its safetensors and tokenizer files beside it. The
+plan needs neither:
 
     python -m experiments.plan --config=configs/grpo_qwen3_8b_v5p64.py --topology=v5p:4x4x4
 """

@@ -10,9 +10,9 @@ MIB = 2**20
 class Chip(NamedTuple):
     """One JAX device, which on v5p is a pair of cores, in the numbers that its maker publishes.
 
-    vmem: bytes of a core; hbm: bytes that the compiler grants a program; flops: bfloat16 operations per second; bandwidth: bytes per second between HBM
-    and the cores; ici: bytes per second that a chip sends to its neighbors, over all links together (half of the
-    published figure, which counts both directions).
+    vmem: bytes of a core; hbm: bytes that the compiler grants a program; flops: bfloat16 operations per second;
+    bandwidth: bytes per second between HBM and the cores; ici: bytes per second that a chip sends to its neighbors,
+    over all links together (half of the published figure, which counts both directions).
 
     Sources: cloud.google.com/tpu/docs/v5e, /v5p and /v6e; vmem and hbm: libtpu, which keeps 256 MiB for itself.
     """
