@@ -168,7 +168,9 @@ class Checkpoints:
         """Rename damaged checkpoints to ``STEP.damaged``, so that the run can write these steps again."""
         for step in steps if jax.process_index() == 0 else ():
             folder = self.directory / str(step)
-            if folder.exists():
+            if not _is_finished(folder):  # a kill left it half written
+                self._delete(folder)
+            else:
                 self._delete(folder.with_name(folder.name + _DAMAGED))
                 folder.rename(folder.with_name(folder.name + _DAMAGED))
         _together("damaged ones set aside")

@@ -269,6 +269,13 @@ def test_config_files(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "devices", "message"),
     (
+        (["--config.checkpoint.keep_best=eval/gredy"], 1, "keep_best 'eval/gredy': did you mean 'eval/greedy'"),
+        (
+            ["--config.checkpoint.keep_best=eval/reward", "--config.checkpoint.every=3"],
+            1,
+            "config.checkpoint.every 3 must be a multiple of config.evaluation.every 2, or a checkpoint would have no "
+            "eval/reward",
+        ),
         (
             ["--config.training.minibatches=3"],
             1,

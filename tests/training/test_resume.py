@@ -164,6 +164,19 @@ def test_another_model_is_refused_and_nothing_is_touched(finished, tmp_path, cha
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
+def test_the_checkpoints_of_a_run_carry_what_the_best_is_chosen_by(finished, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    changes = {"checkpoint.keep_best": "eval/greedy", "checkpoint.keep": 1, "checkpoint.directory": str(elsewhere)}
+    config = tiny.warm(finished, {"steps": 4, "evaluation.every": 1, "checkpoint.every": 1, **changes})
+    with pytest.MonkeyPatch.context() as patch:
+        greedy, whole = iter((0.2, 0.6, 0.4, 0.0)), loop.evaluate_greedy
+        patch.setattr(loop, "evaluate_greedy", lambda *a, **k: whole(*a, **k) | {"eval/greedy": next(greedy)})
+        tiny.run(config, tmp_path / "run")
+    assert finished_steps(elsewhere) == [2, 4] and not (tmp_path / "run" / "checkpoints").exists()
+    with pytest.raises(FileExistsError, match="elsewhere holds checkpoint 4; go on with --resume"):
+        tiny.run(config, tmp_path / "other")
+
+
 def test_a_changed_config_is_told_field_by_field(finished, tmp_path):
     shutil.copytree(finished.path, tmp_path / "run")
     run = tiny.run(tiny.config({"optimizer.learning_rate": 2e-3}), tmp_path / "run", resume=True)
