@@ -56,7 +56,7 @@ class Compiled:
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         """The traced computation: its jaxpr, and what may be lowered and compiled."""
-        return self._jit.trace(*args, **kwargs)
+        return self._jit.trace(*self._bound, *args, **kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """The lowered computation, for inspection."""

@@ -1,5 +1,6 @@
 """The functions that a run of a config compiles, traced for a mesh of devices that need not be there: shapes only."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from jaxpo.training import config as config_lib
 from jaxpo.training.compiled import Compiled
 from jaxpo.training.needs import must_score, slots_of
 from jaxpo.training.tools import as_scored
+from jaxpo.training.trained import random_params
 from jaxpo.training.workspace import TrainState, compile_functions, make_tokenizer, optimizer_of, tokenize
 
 
@@ -92,44 +94,49 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
     config_lib.validate(config, mesh.size)
     objective, protocol = config_lib.objective_of(config), config_lib.protocol_of(config)
     model = transformer.build(config_lib.transformer_of(config, data.vocab_size or 1))
-    functions = compile_functions(config, mesh, model, objective, protocol, data.pad_id, lambda message: None)
     key = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=replicated(mesh))
     rows = NamedSharding(mesh, PartitionSpec(ROWS))
 
-    shapes = jax.eval_shape(partial(transformer.init, model.config), key)
-    params = placed(shapes, shardings(shapes, mesh))
-    moments = jax.eval_shape(optimizer_of(config).init, shapes)
+    def shapes_of(make: Callable[..., Any]) -> Any:
+        made = jax.eval_shape(make, key)
+        return placed(made, shardings(made, mesh))
+
+    base = shapes_of(partial(transformer.init, model.config)) if config.lora.rank else None
+    functions = compile_functions(config, mesh, model, objective, protocol, data.pad_id, lambda message: None, base)
+    params = shapes_of(partial(random_params, config, model, objective))
+    moments = jax.eval_shape(optimizer_of(config).init, params)
     memory = everywhere(jax.eval_shape(objective.init), replicated(mesh))
     state = TrainState(params, placed(moments, shardings(moments, mesh)), memory)
     companions = dict.fromkeys(slots_of(objective, protocol), params)
+    frozen = {} if base is None else {"base": base}
 
     g, k = config.rollout.prompts, config.rollout.responses
     tokens, length = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for shape in ((g, data.prompt_width), (g,)))
     options = config_lib.sampling_of(config, data.eos_ids)
     rollout = Step(
         *("rollout", functions["generate"], (params, tokens, length, key, options), dict(responses=k)),
-        *(1, ("params",), max(config.sampling.max_new_tokens - 1, 1)),
+        *(1, ("params", *frozen), max(config.sampling.max_new_tokens - 1, 1)),
     )
     batch = labelled_shapes(rollout.trace(mesh).out_info, rows)
     seen = as_scored(batch)
-    score = Step("scoring", functions["score"], (params, seen), {}, 0, ("params",))
+    score = Step("scoring", functions["score"], (params, seen), {}, 0, ("params", *frozen))
     stats = everywhere(score.trace(mesh).out_info, rows)
     batch = batch.replace(slots={name: stats.logp for name in companions})
     updates = config.training.epochs * config.training.minibatches
     old = protocol.stale or updates > 1 or must_score(objective, batch, memory)
     if old:
-        batch = batch.replace(logp_old=stats.logp, entropy_old=stats.entropy, slots={**batch.slots, **stats.derived})
+        constants = dict(logp_old=stats.logp, entropy_old=stats.entropy, value_old=stats.value)
+        batch = batch.replace(**constants, slots={**batch.slots, **stats.derived})
     score = score._replace(times=len(companions) + old)
     prepared = everywhere(jax.eval_shape(objective.prepare, batch, memory)[0], rows)
     chosen = jax.ShapeDtypeStruct((g * k // config.training.minibatches,), jnp.int32, sharding=replicated(mesh))
-    update = Step(
-        *("update", functions["step"], (state, prepared, chosen), dict(fresh=False), updates, ("params", "opt_state"))
-    )
+    held = "params", "opt_state", *frozen
+    update = Step("update", functions["step"], (state, prepared, chosen), dict(fresh=False), updates, held)
     return Planned(
         model,
         data,
         [rollout, *([score] if score.times else []), update],
-        dict(params=params, opt_state=state.opt_state, **companions),
+        dict(params=params, opt_state=state.opt_state, **companions, **frozen),
     )
 
 

@@ -10,12 +10,14 @@ from experiments.export import export_run
 from jaxpo import registry
 from jaxpo.batch import Rollouts
 from jaxpo.objectives.base import Term, from_terms
+from jaxpo.parallel import make_mesh
 from jaxpo.policy import hf, lora
 from jaxpo.policy.stats import token_stats
 from jaxpo.primitives import aggregation
 from jaxpo.training import loop
 from jaxpo.training.checkpoint import restore_params
 from jaxpo.training.config import validate
+from jaxpo.training.planned import data_of, trace_run
 from jaxpo.training.restore import open_finished
 from jaxpo.training.workspace import setup
 from tests.policy import tiny_gguf
@@ -147,6 +149,18 @@ def test_what_is_exported_is_merged(finished, tmp_path):
 def test_what_is_refused(model, changes, message):
     with pytest.raises(ValueError, match=message):
         validate(config(model, **changes), 1)
+
+
+def test_a_plan_counts_the_frozen_weights(model):
+    """The steps of a run with adapters, traced from shapes: the base is an argument of each."""
+    filled = validate(config(model), 1)
+    mesh = make_mesh(filled.mesh, jax.devices()[:1])
+    planned = trace_run(filled, mesh, data_of(filled))
+    sizes = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in planned.state.items()}
+    assert sizes["base"] > sizes["params"] == sizes["ref"]
+    for step in planned.steps:
+        taken = {x.shape for x in step.trace(mesh).jaxpr.in_avals}
+        assert planned.state["base"]["embedding"].shape in taken and "base" in step.state
 
 
 def test_adapters_need_weights_to_lie_beside():
