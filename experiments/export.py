@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    from jaxpo.training.config import parse
+    from jaxpo.training.command_line import parse
 
     try:
         _, flags = parse(

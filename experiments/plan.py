@@ -15,7 +15,7 @@ from pathlib import Path
 def main(argv: Sequence[str] | None = None) -> None:
     import jax
 
-    from jaxpo.training.config import parse
+    from jaxpo.training.command_line import parse
 
     if jax.config.jax_platforms is None:  # with libtpu installed and no chip, jax would try the chip first
         jax.config.update("jax_platforms", "cpu")

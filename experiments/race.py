@@ -44,7 +44,7 @@ HELP = dict(
 def main(argv: Sequence[str] | None = None) -> "Results":
     """The command. Raises ``SystemExit`` with one line for what cannot be raced."""
     from jaxpo.training.arena import Rules
-    from jaxpo.training.config import parse
+    from jaxpo.training.command_line import parse
     from jaxpo.training.race import CURVES, RESULTS, race
 
     flags = {name: (default, HELP[name]) for name, default in asdict(Rules()).items()}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    from jaxpo.training.config import parse
+    from jaxpo.training.command_line import parse
 
     try:
         argv = list(sys.argv[1:] if argv is None else argv)

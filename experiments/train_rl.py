@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         join_by_flags(argv)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    from jaxpo.training.config import parse
+    from jaxpo.training.command_line import parse
     from jaxpo.training.loop import Diverged, train_rl
     from jaxpo.training.protocols import NothingLeft
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    from jaxpo.training.config import parse
+    from jaxpo.training.command_line import parse
     from jaxpo.training.loop import train_rl
 
     try:

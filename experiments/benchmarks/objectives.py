@@ -19,7 +19,7 @@ from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.objectives import Objective, evaluate, make, names
 from jaxpo.registry import entry, unknown
 from jaxpo.testing import example
-from jaxpo.training.config import parse
+from jaxpo.training.command_line import parse
 
 HEADS = {"score": (), "embed": (4,), "gate": (2,)}  # what a row's heads say, by their shapes
 LIMIT = 3.0  # times grpo, above which a reason is due

@@ -7,17 +7,13 @@ tokenizer) hold the arguments of what they name: `fill` adds their defaults *bef
 ``--config.objective.name=dapo --config.objective.eps_high=0.3`` works and a misspelt field fails with the nearest one.
 """
 
-import importlib.util
 import inspect
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from absl import flags
 from ml_collections import ConfigDict, config_dict
-from ml_collections.config_flags import config_flags
 
 from jaxpo import registry
 from jaxpo.objectives import Objective, Protocol, make
@@ -166,7 +162,7 @@ def default() -> ConfigDict:
 # ---- filling and flags
 
 
-def _block(config: ConfigDict, path: str) -> ConfigDict:
+def block_of(config: ConfigDict, path: str) -> ConfigDict:
     for part in path.split("."):
         config = config[part]
     return config
@@ -206,7 +202,7 @@ def fill(config: ConfigDict) -> ConfigDict:
     _check_fields(config, default())
     with config.unlocked():
         for path, arguments in NAMED.items():
-            block = _block(config, path)
+            block = block_of(config, path)
             parameters = dict(arguments(block.name))
             variadic = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
             parameters = {k: p for k, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
@@ -279,103 +275,6 @@ def transformer_of(config: ConfigDict, vocab_size: int = 1) -> TransformerConfig
     return TransformerConfig(vocab_size=vocab_size, **fields)
 
 
-def read(path: str) -> ConfigDict:
-    """``get_config()`` of a Python file.
-
-    Raises:
-      ValueError: no such file (the nearest one is named), or it has no ``get_config``.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(unknown("config file", str(file), [str(p) for p in file.parent.glob("*.py")]))
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"{path} has no function get_config()")
-    return module.get_config()
-
-
-def _check_paths(config: ConfigDict, overrides: Sequence[str]) -> None:
-    """``ValueError`` naming the nearest field for the first override whose path does not exist."""
-    for path in overrides:
-        here: Any = config
-        for i, part in enumerate(path.split(".")):
-            if not isinstance(here, ConfigDict) or part not in here:
-                where = ".".join(["config", *path.split(".")[:i]])
-                raise ValueError(unknown(f"field of {where}", part, list(here) if isinstance(here, ConfigDict) else []))
-            here = here.get_ref(part).get() if not isinstance(here[part], ConfigDict) else here[part]
-
-
-def parse(
-    argv: Sequence[str], *, config_required: bool = True, **extra: Any
-) -> tuple[ConfigDict | None, dict[str, Any]]:
-    """Read ``--config=file.py``, its ``--config.a.b=value`` overrides, and the other flags of an experiment.
-
-    Args:
-      argv: the command line without the program's name.
-      extra: flag name -> (default, help); the type is that of the default (a bool makes a switch).
-
-    Returns:
-      the filled and locked config (None without ``--config``, if that is allowed), and the values of the other flags.
-
-    Raises:
-      ValueError: anything misspelt or of the wrong type, with the nearest valid choice.
-    """
-    values = flags.FlagValues()
-    known = {"config": "configuration file", **{k: v[1] for k, v in extra.items()}}
-    config = None
-    given, overrides = {}, []
-    for arg in argv:
-        name, _, value = arg.removeprefix("--").partition("=")
-        if not arg.startswith("--"):
-            raise ValueError(f"unexpected argument {arg!r}: flags are written --name=value")
-        if name.startswith("config."):
-            overrides.append((name[len("config.") :], value))
-        elif name in ("help", "helpfull"):
-            raise SystemExit(
-                "\n".join(["flags:", *[f"  --{k}: {v}" for k, v in known.items()], "  --config.FIELD=VALUE: overrides"])
-            )
-        elif name not in known and name.removeprefix("no") not in known:
-            raise ValueError(unknown("flag", f"--{name}", [f"--{k}" for k in known]))
-        elif name == "config":
-            given["config"] = value
-    if "config" in given:
-        config = read(given["config"])
-        for path, value in overrides:  # a new name brings its own arguments: the file's belong to the old one
-            block = path.rsplit(".", 1)[0]
-            if path.endswith(".name") and block in NAMED and _block(config, block).name != value:
-                with config.unlocked():
-                    if block == "objective":  # it brings its own protocol
-                        config.protocol = ConfigDict(dict(name=config_dict.placeholder(str)))
-                    for field in [f for f in _block(config, block) if f not in ("name", *OWN.get(block, ()))]:
-                        del _block(config, block)[field]
-                    _block(config, block).name = value
-        for path, value in overrides:  # the generation budget decides defaults
-            if path == "sampling.max_new_tokens" and value.isdigit():
-                config.sampling.max_new_tokens = int(value)
-            if path == "steps" and value.isdigit():
-                config.steps = int(value)
-            if path == "protocol.name":
-                config.protocol.name = value
-        fill(config)
-        _check_paths(config, [path for path, _ in overrides])
-        argv = [a for a in argv if not a.startswith("--config=")]
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["", *argv])
-    elif config_required or overrides:
-        raise ValueError("--config=FILE is required, e.g. --config=configs/quickstart.py")
-    for name, (value, text) in extra.items():
-        define = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DEFINE_float}.get(
-            type(value), flags.DEFINE_string
-        )
-        define(name, value, text, flag_values=values)
-    try:
-        values(["", *argv])
-    except (flags.Error, TypeError) as error:
-        raise ValueError(str(error)) from error
-    return (values["config"].value if config is not None else None), {name: values[name].value for name in extra}
-
-
 # ---- checks
 
 
@@ -394,7 +293,7 @@ def validate(config: ConfigDict, devices: int) -> ConfigDict:
 
     def positive(*paths: str) -> None:
         for path in paths:
-            value = _block(config, path)
+            value = block_of(config, path)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"config.{path} must be a whole number of at least 1, not {value!r}")
 
@@ -415,11 +314,11 @@ def validate(config: ConfigDict, devices: int) -> ConfigDict:
         "nonfinite_patience",
     )
     for path in ("steps", "warm_start.steps"):
-        if _block(config, path) < 0:
-            raise ValueError(f"config.{path} must not be negative, not {_block(config, path)}")
+        if block_of(config, path) < 0:
+            raise ValueError(f"config.{path} must not be negative, not {block_of(config, path)}")
     for path in ("seed", "logging.samples"):
-        if _block(config, path) < 0:
-            raise ValueError(f"config.{path} must not be negative, not {_block(config, path)}")
+        if block_of(config, path) < 0:
+            raise ValueError(f"config.{path} must not be negative, not {block_of(config, path)}")
     if not config.policy_temperature > 0:
         raise ValueError(f"config.policy_temperature must be positive, not {config.policy_temperature}")
     if any(k < 1 for k in config.evaluation.pass_at):

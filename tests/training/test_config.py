@@ -9,7 +9,8 @@ from jaxpo.objectives import make, names
 from jaxpo.registry import entry
 from jaxpo.training import config as config_lib
 from jaxpo.training import loop
-from jaxpo.training.config import fill, objective_of, parse, validate
+from jaxpo.training.command_line import parse
+from jaxpo.training.config import fill, objective_of, validate
 from jaxpo.training.optimizers import OPTIMIZERS, SCHEDULES
 from jaxpo.training.rundir import RunDirectory
 from tests.training import tiny
@@ -141,10 +142,10 @@ def get_config():
 def test_optional_fields_are_none_or_typed(flag, value):
     path = flag.split("=")[0]
     config = of(f"--config.{flag}")
-    found = config_lib._block(config, path)
+    found = config_lib.block_of(config, path)
     assert found == value and type(found) is type(value)
     if path != "optimizer.eps":
-        assert config_lib._block(of(), path) is None
+        assert config_lib.block_of(of(), path) is None
 
 
 @pytest.mark.parametrize(
@@ -162,7 +163,7 @@ def test_optional_fields_are_none_or_typed(flag, value):
     ),
 )
 def test_values_of_flags(flag, value):
-    found = config_lib._block(of(f"--config.{flag}"), flag.split("=")[0])
+    found = config_lib.block_of(of(f"--config.{flag}"), flag.split("=")[0])
     assert found == value and type(found) is type(value)
 
 
