@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
 from jaxpo.batch import Rollouts
 from jaxpo.policy.attention import narrowed, prompt_attend, prompt_mask
@@ -20,7 +21,9 @@ from jaxpo.rollout.sampling import SamplingOptions, sample
 Cache = list[tuple[Array, Array]]  # per layer: keys, values [rows, KV, positions, d]
 
 
-def prefill(model: Model, params: Params, prompts: Array, prompt_length: Array | None) -> tuple[Array, Cache, Array]:
+def prefill(
+    model: Model, params: Params, prompts: Array, prompt_length: Array | None, mesh: Mesh | None = None
+) -> tuple[Array, Cache, Array]:
     """Run the prompts [G, P] once.
 
     Returns:
@@ -29,7 +32,7 @@ def prefill(model: Model, params: Params, prompts: Array, prompt_length: Array |
     """
     g, p = prompts.shape
     ok = prompt_mask(prompt_length, g, p)
-    x, cache, attend = model.embed(params, prompts), [], prompt_attend(model.config, ok)
+    x, cache, attend = model.embed(params, prompts), [], prompt_attend(model.config, ok, mesh)
     positions = jnp.maximum(jnp.cumsum(ok, -1) - 1, 0)
     for i in range(model.config.layers):
         x, kept = model.run_block(model.layer(params, i), x, positions, attend)
@@ -85,6 +88,7 @@ def generate(
     responses: int = 1,
     policy_temperature: float = 1.0,
     pad_id: int = 0,
+    mesh: Mesh | None = None,
 ) -> Rollouts:
     """Sample ``responses`` completions of each prompt; jit it with ``options`` as an ordinary argument.
 
@@ -93,6 +97,7 @@ def generate(
       budget: [G] at most so many tokens of each completion, within ``options.max_new_tokens``; None = all of those.
       key: source of the uniforms (one per row and position).
       policy_temperature: the temperature at which the trainer scores.
+      mesh: over which rows and heads are spread; None = the partitioner decides.
 
     Returns:
       Rollouts of B = G * responses rows in the order of the prompts: ``tokens``, ``mask`` (1 up to and with the token
@@ -103,7 +108,7 @@ def generate(
     """
     g, p = prompts.shape
     b, width = g * responses, options.max_new_tokens
-    hidden, prompt_cache, ok = prefill(model, params, prompts, prompt_length)
+    hidden, prompt_cache, ok = prefill(model, params, prompts, prompt_length, mesh)
     layers = [model.layer(params, i) for i in range(model.config.layers)]
     uniform = jax.random.uniform(key, (width, b))
     start = jnp.repeat(ok.sum(-1), responses)

@@ -282,9 +282,9 @@ def compile_functions(
         responses: int,
     ) -> Rollouts:
         lengths = dict(prompt_length=length, budget=budget, responses=responses)
-        temperature = config.policy_temperature
+        how = dict(policy_temperature=config.policy_temperature, pad_id=pad_id, mesh=several(mesh))
         whole = beside(base, params)
-        out = generate(model, whole, tokens, key, options, **lengths, policy_temperature=temperature, pad_id=pad_id)
+        out = generate(model, whole, tokens, key, options, **lengths, **how)
         return constrain_rows(out, mesh)
 
     def run_generate(
