@@ -46,8 +46,10 @@ def attention(
     """
     b, tq, heads, _ = q.shape
     kv = k.shape[2]
-    (block_q, queries), (_, keys) = padded(tq), padded(k.shape[1] - tq + padded(tq)[1])
-    behind, before = queries - tq, keys - k.shape[1] - (queries - tq)
+    queries = padded(tq)[1]
+    behind = queries - tq
+    keys = padded(k.shape[1] + behind)[1]
+    before = keys - k.shape[1] - behind
     q = jnp.pad(q * config.attention_scale, ((0, 0), (0, behind), (0, 0), (0, 0))).swapaxes(1, 2)
     k, v = (jnp.pad(x, ((0, 0), (before, behind), (0, 0), (0, 0))).swapaxes(1, 2) for x in (k, v))
     of_query = jnp.pad(of_query, ((0, 0), (0, behind))).astype(jnp.int32)

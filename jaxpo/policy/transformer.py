@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from jaxpo.parallel.offload import fetched
 from jaxpo.policy import lora
 from jaxpo.policy.config import ACTIVATIONS, REMAT, TransformerConfig, of_layers
 
@@ -188,8 +189,9 @@ class Model(NamedTuple):
     def run_block(
         self, layer: tuple[Params, dict[str, Array]], x: Array, positions: Array, attend: Attend
     ) -> tuple[Array, Any]:
-        """One block: ``layer`` is that of `layer`, or a slice of `layers`."""
-        params, own = layer
+        """One block: ``layer`` is that of `layer`, or a slice of `layers`. Parameters in the memory of the host are
+        copied to the device here, so that it holds those of a layer at a time."""
+        params, own = fetched(layer[0]), layer[1]
         return nnx.merge(self.block, nnx.State(params))(x, positions, attend, **of_layers(self.config)[0], **own)
 
     def run_blocks(self, params: Params, x: Array, positions: Array, attend: Attend) -> tuple[Array, Any]:

@@ -27,6 +27,7 @@ from jaxpo.rollout.sampling import SamplingOptions
 from jaxpo.rollout.sampling import validate as validate_sampling
 from jaxpo.tasks.base import task_arguments
 from jaxpo.training import protocols  # noqa: F401 (imported for its registrations)
+from jaxpo.training.needs import slots_of
 from jaxpo.training.optimizers import make_optimizer, optimizer_arguments, schedule_arguments
 
 EMPTY = inspect.Parameter.empty
@@ -129,8 +130,9 @@ def default() -> ConfigDict:
             training=dict(
                 epochs=1,  # passes over a rollout batch
                 minibatches=1,  # optimizer steps per pass
-                microbatches=1,
-            ),  # slices per optimizer step: memory only, the result is the same
+                microbatches=1,  # slices per optimizer step: memory only, the result is the same
+                offload_reference=False,  # the reference waits in the host's memory while it does not score
+            ),
             policy_temperature=1.0,  # at which the trainer scores
             warm_start=dict(
                 steps=0,  # optimizer steps of supervised training before; 0 = none
@@ -336,6 +338,7 @@ def validate(config: ConfigDict, devices: int) -> ConfigDict:
     if config.sampling.temperature != 1 and not isinstance(config.sampling.temperature, int | float):
         raise ValueError(f"config.sampling.temperature must be a number, not {config.sampling.temperature!r}")
     _check_division(config, objective, policy, devices)
+    _check_offload(config, objective, protocol)
     _check_checkpoint(config)
     if not 0 <= config.warm_start.drop_last <= 1:
         raise ValueError(f"config.warm_start.drop_last is a share in [0, 1], not {config.warm_start.drop_last}")
@@ -358,6 +361,21 @@ def _check_lora(config: ConfigDict, policy: TransformerConfig) -> None:
         )
     if not config.lora.alpha > 0:
         raise ValueError(f"config.lora.alpha must be positive, not {config.lora.alpha}")
+
+
+def _check_offload(config: ConfigDict, objective: Objective, protocol: Protocol) -> None:
+    if not config.training.offload_reference:
+        return
+    if not slots_of(objective, protocol):
+        raise ValueError(
+            f"config.training.offload_reference has no effect: objective {config.objective.name} uses no reference "
+            "policy; set it to False"
+        )
+    if config.lora.rank:
+        raise ValueError(
+            "config.training.offload_reference has no effect with config.lora.rank: the reference is the frozen "
+            "weights themselves; set it to False"
+        )
 
 
 def _check_checkpoint(config: ConfigDict) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax import Array
@@ -291,7 +290,7 @@ def begin(session: Session, tables: dict[str, Any], report: Callable[[str], None
     if config.warm_start.steps:
         with session.clock.phase("warm start"):
             params = warm_start(workspace, params, session.log, report=report)
-    slots = {name: jax.tree.map(jnp.copy, params) for name in slots_of(workspace.objective, workspace.protocol)}
+    slots = {name: workspace.companion(params) for name in slots_of(workspace.objective, workspace.protocol)}
     run = Run(workspace.init_state(params), slots, tables)
     if session.protocol.init is None:
         return run

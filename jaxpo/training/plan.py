@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from jaxpo.kernels.chips import Chip
 from jaxpo.parallel import make_mesh, operations, program, roofline, topology
+from jaxpo.parallel.offload import is_on_host
 from jaxpo.parallel.topology import Topology
 from jaxpo.training.planned import Data, Planned, Step, data_of, trace_run
 
@@ -24,7 +25,8 @@ Say = Callable[[str], None]
 class StepPlan:
     """A compiled step. Bytes and times are of one chip and one call.
 
-    times: calls per iteration. memory: bytes by what they hold; their sum is the peak. operations: of all chips;
+    times: calls per iteration. memory: bytes by what they hold; their sum is the peak. host: bytes that wait in the
+    host's memory; fetched: bytes that come from there. operations: of all chips;
     useful: of those, what is left without recomputation. seconds: of each term of the roofline. error: why the compiler
     refused it; buffers: the largest, then.
     """
@@ -33,6 +35,8 @@ class StepPlan:
     times: int
     compile_seconds: float
     memory: dict[str, float] = field(default_factory=dict)
+    host: float = 0.0
+    fetched: float = 0.0
     operations: float = 0.0
     useful: float = 0.0
     hbm: float = 0.0
@@ -199,12 +203,16 @@ def plan_step(
     spent = time.perf_counter() - start
     say(f"{step.name}: compiled in {spent:.0f} s")
     moved = program.traffic(compiled.as_text(), mesh.size)
-    work = roofline.Work(counted / mesh.size, moved.hbm, sum(c.bytes for c in moved.collectives))
+    passes = config.training.minibatches * config.training.microbatches  # each scores a slice of the rows
+    fetched = passes * shard_bytes(step.arguments, host=True)
+    work = roofline.Work(counted / mesh.size, moved.hbm, sum(c.bytes for c in moved.collectives), fetched)
     return StepPlan(
         name=step.name,
         times=step.times,
         compile_seconds=spent,
         memory=memory_of(step, planned, config, mesh, compiled.memory_analysis()),
+        host=shard_bytes(planned.state, host=True),
+        fetched=fetched,
         operations=counted,
         useful=useful,
         hbm=moved.hbm,
@@ -214,9 +222,9 @@ def plan_step(
     )
 
 
-def shard_bytes(tree: Any) -> int:
-    """Bytes of a tree of placed shapes on one device."""
-    leaves = jax.tree.leaves(tree)
+def shard_bytes(tree: Any, *, host: bool = False) -> int:
+    """Bytes of a tree of placed shapes on one device, or, of those that lie there, in its ``host``'s memory."""
+    leaves = [x for x in jax.tree.leaves(tree) if is_on_host(x) == host]
     return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
 
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from jaxpo.batch import Rollouts
 from jaxpo.parallel import ROWS, replicated, shardings
+from jaxpo.parallel.offload import host_shardings
 from jaxpo.policy import transformer
 from jaxpo.policy.hf import read_config
 from jaxpo.tasks import build
@@ -107,7 +108,9 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
     moments = jax.eval_shape(optimizer_of(config).init, params)
     memory = everywhere(jax.eval_shape(objective.init), replicated(mesh))
     state = TrainState(params, placed(moments, shardings(moments, mesh)), memory)
-    companions = dict.fromkeys(slots_of(objective, protocol), params)
+    offloaded = config.training.offload_reference
+    frozen_copy = placed(params, host_shardings(params, mesh)) if offloaded else params
+    companions = dict.fromkeys(slots_of(objective, protocol), frozen_copy)
     frozen = {} if base is None else {"base": base}
 
     g, k = config.rollout.prompts, config.rollout.responses
@@ -127,16 +130,15 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
     if old:
         constants = dict(logp_old=stats.logp, entropy_old=stats.entropy, value_old=stats.value)
         batch = batch.replace(**constants, slots={**batch.slots, **stats.derived})
-    score = score._replace(times=len(companions) + old)
+    own = score._replace(times=old if offloaded else len(companions) + old)
+    reference = score._replace(name="reference", arguments=(frozen_copy, seen), state=(*frozen,))
+    scoring = [reference._replace(times=len(companions))] * offloaded + [own] * (own.times > 0)
     prepared = everywhere(jax.eval_shape(objective.prepare, batch, memory)[0], rows)
     chosen = jax.ShapeDtypeStruct((g * k // config.training.minibatches,), jnp.int32, sharding=replicated(mesh))
     held = "params", "opt_state", *frozen
     update = Step("update", functions["step"], (state, prepared, chosen), dict(fresh=False), updates, held)
     return Planned(
-        model,
-        data,
-        [rollout, *([score] if score.times else []), update],
-        dict(params=params, opt_state=state.opt_state, **companions, **frozen),
+        model, data, [rollout, *scoring, update], dict(params=params, opt_state=state.opt_state, **companions, **frozen)
     )
 
 

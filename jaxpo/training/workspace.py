@@ -22,6 +22,7 @@ from jaxpo.objectives import Objective, Protocol, State
 from jaxpo.parallel import batch_shards, constrain_rows, make_mesh, replicated, rows_over_mesh, shardings
 from jaxpo.parallel.distributed import from_rows, own_rows, place, take_rows
 from jaxpo.parallel.host import keep_freed_memory
+from jaxpo.parallel.offload import check_host_memory, fetched, host_shardings, to_host_memory
 from jaxpo.policy import hf, lora, stats, transformer
 from jaxpo.policy.loss import policy_loss
 from jaxpo.policy.transformer import Model, Params
@@ -99,6 +100,16 @@ class Workspace:
         that the objective asks for."""
         init = partial(random_params, self.config, self.model, self.objective)
         return jax.jit(init, out_shardings=shardings(jax.eval_shape(init, key), self.mesh))(key)
+
+    def companion(self, params: Params) -> Params:
+        """A frozen copy of the parameters, where such copies lie."""
+        if self.config.training.offload_reference:
+            return to_host_memory(params, self.mesh)
+        return jax.tree.map(jnp.copy, params)
+
+    def companion_shardings(self, params: Params) -> Any:
+        """Where the arrays of `companion` lie."""
+        return (host_shardings if self.config.training.offload_reference else shardings)(params, self.mesh)
 
     def whole(self, params: Params) -> Params:
         """The parameters of a plain policy: adapters added to the weights they belong to."""
@@ -219,6 +230,8 @@ def setup(
     task = build({k: v for k, v in config.task.items() if v is not None})
     tokenizer = tokenizer or make_tokenizer(config, task)
     mesh = make_mesh(config.mesh)
+    if config.training.offload_reference:
+        check_host_memory(mesh)
     limit = config.rollout.prompt_width
     (train, train_ids), (test, test_ids) = (
         tokenize(task.train, tokenizer, limit),
@@ -299,6 +312,8 @@ def compile_functions(
         return run_complete(base, params, tokens, length, None, key, options, responses)
 
     def run_score(base: Params | None, params: Params, batch: Rollouts) -> TokenStats:
+        # What is not of a block is small, and used in several places; blocks are fetched in turn (`Model.run_block`).
+        params = {name: x if name == "blocks" else fetched(x) for name, x in params.items()}
         return score(seen(base, recall), params, batch, microbatches=slices)
 
     def run_noise(base: Params | None, state: TrainState, batch: Rollouts, halves: Array) -> dict[str, Array]:
@@ -314,7 +329,8 @@ def compile_functions(
         # training rollouts and greedy evaluation differ in shape and in what is compiled
         generate=compiled("generate", run_generate, 2, static_argnames="responses"),
         complete=compiled("complete", run_complete, static_argnames="responses"),
-        score=compiled("score", run_score),
+        # once more for parameters in the memory of the host
+        score=compiled("score", run_score, 1 + training.offload_reference),
         prepare=compiled("prepare", lambda _, batch, state: objective.prepare(batch, state)),
         noise=compiled("noise", run_noise),
         step=make_step(
