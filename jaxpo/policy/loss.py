@@ -34,13 +34,14 @@ def policy_loss(
     temperature: float = 1.0,
     mesh: Mesh | None = None,
     platform: str | None = None,
+    bins: int = 0,
 ) -> tuple[Array, Any]:
     """``sum_c loss(token_stats of slice c, slice c)`` over equal slices of the rows; differentiable in ``params``.
 
     The value and the gradient of ``loss(token_stats(model, params, batch), batch)``, for a loss that is a sum over
     rows. On accelerators the logits are made once, 6 N D V operations in place of 8, if those of a slice fit the
     budget of `whole_vocabulary_slices`; otherwise, and on CPUs, where it gains nothing, the whole batch is one slice
-    whose logits the backward pass makes again.
+    whose logits the backward pass makes again. So is a batch that is packed into ``bins``.
 
     Args:
       loss: constant in all but the statistics. unit: consecutive rows that no cut may part.
@@ -56,13 +57,11 @@ def policy_loss(
         if name not in AVAILABLE:
             raise ValueError(unknown("policy statistic", name, AVAILABLE))
     options, platform = dict(temperature=temperature, mesh=mesh), platform or target_platform()
-    shape = batch.rows, batch.width, model.config.vocab_size
-    around = {} if mesh is None else mesh.shape
-    token_shards, vocab_shards = (math.prod(around.get(x, 1) for x in axes) for axes in (("data", "fsdp"), ("tensor",)))
-    count = whole_vocabulary_slices(platform, *shape, unit, token_shards=token_shards, vocab_shards=vocab_shards)
+    count = None if bins else slice_count(model, batch, unit, mesh, platform)
     if count is None:
-        log.info("policy_loss: the logits are made twice: no slices of %d rows for %s", unit, platform)
-        value, aux = loss(token_stats(model, params, batch, wants=wants, **options), batch)
+        why = "packed rows" if bins else f"no slices of {unit} rows for {platform}"
+        log.info("policy_loss: the logits are made twice: %s", why)
+        value, aux = loss(token_stats(model, params, batch, wants=wants, bins=bins, **options), batch)
         return value, jax.tree.map(lambda x: x[None], aux)
 
     def of_slice(out: TokenLogProb, part: Rollouts) -> tuple[Array, Any]:
@@ -80,3 +79,11 @@ def policy_loss(
         want=[name for name in AVAILABLE if name == "logp" or name in wants],
         **options,
     )
+
+
+def slice_count(model: Model, batch: Rollouts, unit: int, mesh: Mesh | None, platform: str) -> int | None:
+    """Into how many slices the rows are cut, so that the logits of one fit; None = there is no such number."""
+    around = {} if mesh is None else mesh.shape
+    token_shards, vocab_shards = (math.prod(around.get(x, 1) for x in axes) for axes in (("data", "fsdp"), ("tensor",)))
+    shape = batch.rows, batch.width, model.config.vocab_size
+    return whole_vocabulary_slices(platform, *shape, unit, token_shards=token_shards, vocab_shards=vocab_shards)

@@ -15,6 +15,7 @@ from jaxpo.kernels import token_logprob
 from jaxpo.parallel import batch_shards, constrain_rows
 from jaxpo.policy import heads
 from jaxpo.policy.attention import prompt_mask, shared_prompt_attend
+from jaxpo.policy.packing import packed_hidden
 from jaxpo.policy.transformer import Model, Params
 from jaxpo.registry import unknown
 
@@ -69,6 +70,7 @@ def token_stats(
     temperature: float = 1.0,
     second_temperature: float | None = None,
     mesh: Mesh | None = None,
+    bins: int = 0,
 ) -> TokenStats:
     """`TokenStats` of the completion tokens; logp and entropy [B, T] of ``softmax(logits / temperature)``, in float32.
 
@@ -81,6 +83,8 @@ def token_stats(
       second_temperature: of "logp_at_temperature".
       mesh: a head that is spread over its axis "tensor" is used where it lies: each device reduces its part of the
         vocabulary, and a few floats a token are exchanged. None = the partitioner decides.
+      bins: into which the rows of a device are packed, by the plan in ``batch.extras`` (`jaxpo.policy.packing`); 0 =
+        they are not.
 
     Raises:
       ValueError: ``wants`` holds a statistic that this policy does not give, or "logp_at_temperature" and
@@ -89,10 +93,16 @@ def token_stats(
     for name in wants:
         if name not in AVAILABLE and name not in derived and name not in heads.NAMES:
             raise ValueError(unknown("policy statistic", name, (*AVAILABLE, *derived, *heads.NAMES)))
-    hidden = completion_hidden(model, params, batch, mesh, read_last="score" in wants)
-    own = head_stats(params, hidden, batch, wants)
-    hidden = hidden[:, : batch.width]
-    hidden, tokens = hidden.reshape(-1, hidden.shape[-1]), batch.completions.reshape(-1)
+    if bins:
+        if "score" in wants:
+            raise ValueError("a packed batch has no 'score' of its rows: set config.training.packing to False")
+        hidden, tokens, as_rows = packed_hidden(model, params, batch, bins, mesh)
+        own = {"value": as_rows(heads.apply(params, "value", hidden))} if "value" in wants else {}
+    else:
+        hidden = completion_hidden(model, params, batch, mesh, read_last="score" in wants)
+        own = head_stats(params, hidden, batch, wants)
+        hidden, tokens = hidden[:, : batch.width].reshape(-1, hidden.shape[-1]), batch.completions.reshape(-1)
+        as_rows = partial(jnp.reshape, shape=(batch.rows, batch.width))
     out = token_logprob(
         hidden,
         model.unembed(params).T,
@@ -106,7 +116,7 @@ def token_stats(
     asked = {name: f for name, f in derived.items() if name in wants}
     more = derived_stats(model, params, hidden, tokens, asked, temperature=temperature) if asked else {}
     given = {name: x for name, x in out._asdict().items() if x is not None} | more
-    given = {name: x.reshape(batch.rows, batch.width) for name, x in given.items()}
+    given = {name: as_rows(x) for name, x in given.items()}
     return TokenStats(logp=given.pop("logp"), entropy=given.pop("entropy", None), derived=given, **own)
 
 

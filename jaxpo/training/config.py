@@ -131,6 +131,7 @@ def default() -> ConfigDict:
                 epochs=1,  # passes over a rollout batch
                 minibatches=1,  # optimizer steps per pass
                 microbatches=1,  # slices per optimizer step: memory only, the result is the same
+                packing=False,  # short completions share rows (`jaxpo.policy.packing`): the result is the same
                 offload_reference=False,  # the reference waits in the host's memory while it does not score
             ),
             policy_temperature=1.0,  # at which the trainer scores
@@ -429,6 +430,12 @@ def _check_division(config: ConfigDict, objective: Objective, policy: Transforme
             raise ValueError(
                 f"config.mesh.tensor {tensor} does not divide config.policy.{field} {getattr(policy, field)}"
             )
+    lane = rows // (microbatches * data * fsdp)
+    if config.training.packing and lane == 1:
+        raise ValueError(
+            "config.training.packing has no effect: each device has one row in a microbatch; lower "
+            f"config.training.microbatches {microbatches} or set it to False"
+        )
     if policy.width % fsdp:
         raise ValueError(f"config.mesh.fsdp {fsdp} does not divide config.policy.width {policy.width}")
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -14,13 +15,14 @@ from jaxpo.parallel import ROWS, replicated, shardings
 from jaxpo.parallel.offload import host_shardings
 from jaxpo.policy import transformer
 from jaxpo.policy.hf import read_config
+from jaxpo.policy.packing import lanes_of
 from jaxpo.tasks import build
 from jaxpo.training import config as config_lib
 from jaxpo.training.compiled import Compiled
 from jaxpo.training.needs import must_score, slots_of
 from jaxpo.training.tools import as_scored
 from jaxpo.training.trained import random_params
-from jaxpo.training.workspace import TrainState, compile_functions, make_tokenizer, optimizer_of, tokenize
+from jaxpo.training.workspace import TrainState, compile_functions, make_tokenizer, optimizer_of, rows_of, tokenize
 
 
 class Data(NamedTuple):
@@ -122,7 +124,7 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
     )
     batch = labelled_shapes(rollout.trace(mesh).out_info, rows)
     seen = as_scored(batch)
-    score = Step("scoring", functions["score"], (params, seen), {}, 0, ("params", *frozen))
+    score = Step("scoring", functions["score"], (params, seen), longest(config, mesh, g * k), 0, ("params", *frozen))
     stats = everywhere(score.trace(mesh).out_info, rows)
     batch = batch.replace(slots={name: stats.logp for name in companions})
     updates = config.training.epochs * config.training.minibatches
@@ -134,12 +136,20 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
     reference = score._replace(name="reference", arguments=(frozen_copy, seen), state=(*frozen,))
     scoring = [reference._replace(times=len(companions))] * offloaded + [own] * (own.times > 0)
     prepared = everywhere(jax.eval_shape(objective.prepare, batch, memory)[0], rows)
-    chosen = jax.ShapeDtypeStruct((g * k // config.training.minibatches,), jnp.int32, sharding=replicated(mesh))
-    held = "params", "opt_state", *frozen
-    update = Step("update", functions["step"], (state, prepared, chosen), dict(fresh=False), updates, held)
+    n, held = g * k // config.training.minibatches, ("params", "opt_state", *frozen)
+    chosen, how = everywhere(np.zeros(n, np.int32), replicated(mesh)), dict(fresh=False) | longest(config, mesh, n)
+    update = Step("update", functions["step"], (state, prepared, chosen), how, updates, held)
     return Planned(
         model, data, [rollout, *scoring, update], dict(params=params, opt_state=state.opt_state, **companions, **frozen)
     )
+
+
+def longest(config: ConfigDict, mesh: Mesh, rows: int) -> dict[str, Any]:
+    """The arguments by which so many rows are packed that are all as long as can be: where packing gains nothing."""
+    if not config.training.packing:
+        return {}
+    bins = rows_of(config) // lanes_of(mesh, rows_of(config))
+    return dict(plan=jax.ShapeDtypeStruct((rows, 3), jnp.int32, sharding=replicated(mesh)), bins=bins)
 
 
 def labelled_shapes(out: Rollouts, rows: NamedSharding) -> Rollouts:
