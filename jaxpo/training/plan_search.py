@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from jaxpo.parallel import AXES, roofline
 from jaxpo.parallel.topology import Topology
 from jaxpo.policy import transformer
-from jaxpo.policy.attention import QUERIES_AT_ONCE
+from jaxpo.policy.attention import LONG, QUERIES_AT_ONCE
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.training import config as config_lib
 from jaxpo.training.plan import Plan, Say, StepPlan, make_plan
@@ -99,7 +99,8 @@ def estimate(config: ConfigDict, where: Topology, model: TransformerConfig, s: S
 
     Parameters and moments are float32 and cut over fsdp and tensor, computed with in bfloat16; fsdp gathers them for
     every microbatch (forward, recomputation, backward) and scatters the gradients; tensor adds up activations four
-    times a layer; attention scores go through memory; decoding reads the parameters and the cache at every token.
+    times a layer; attention scores go through memory, unless they are fused; decoding reads the parameters and the
+    cache at every token.
     """
     d, f, t = (config.mesh[axis] for axis in AXES)
     m, chips = config.training.microbatches * config.training.minibatches, d * f * t
@@ -108,13 +109,15 @@ def estimate(config: ConfigDict, where: Topology, model: TransformerConfig, s: S
     # update (and a forward pass for the reference)
     passes = 3 + again + slots
     scores = model.layers * model.heads * s.length * s.tokens
+    fused = model.attention != "xla" and s.length >= LONG
+    moved_scores = 0 if fused else SCORE_BYTES * scores / chips
     activation = 2 * model.width * s.tokens / (d * f)  # bytes of the residual stream
     stored = m * passes * 2 * s.parameters / t + 28 * s.parameters / (f * t) + passes * 12 * model.layers * activation
     gathered = m * (passes + 2) * 2 * s.parameters / t * (f - 1) / f
     summed = 8 * s.parameters / (f * t) * (d - 1) / d
     added = passes * 2 * model.layers * activation * 2 * (t - 1) / t
     products = 2 * s.active * s.tokens + 4 * model.head_dim * scores
-    update = roofline.Work(passes * products / chips, stored + SCORE_BYTES * scores / chips, gathered + summed + added)
+    update = roofline.Work(passes * products / chips, stored + moved_scores, gathered + summed + added)
     # rollout: per token of all rows
     cache = 4 * model.layers * model.kv_heads * model.head_dim * s.rows * s.width / chips
     row = 2 * model.width * s.rows / (d * f)
@@ -125,7 +128,7 @@ def estimate(config: ConfigDict, where: Topology, model: TransformerConfig, s: S
     )
     held = 4 * s.parameters / (f * t) * (3 + slots)
     rows = s.rows / (m * d * f)
-    part = 12 * rows * model.heads / t * min(QUERIES_AT_ONCE, s.width) * s.length
+    part = 0 if fused else 12 * rows * model.heads / t * min(QUERIES_AT_ONCE, s.width) * s.length
     layers = model.layers * (1 if again else 12)
     training = 6 * s.parameters / (f * t) + layers * 2 * rows * s.length * model.width + part + LOGITS
     sampling = 2 * s.parameters / (f * t) + cache

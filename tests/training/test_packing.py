@@ -6,25 +6,13 @@ import pytest
 
 from jaxpo.batch import Rollouts
 from jaxpo.parallel import make_mesh
-from jaxpo.parallel.sharding import rows_over_mesh
 from jaxpo.training import planned
 from jaxpo.training.config import validate
-from jaxpo.training.workspace import TrainState, packed
+from jaxpo.training.workspace import packed
 from tests.training import tiny
 
 MESH = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2}
 SMALL = {"sampling.max_new_tokens": 32, "training.epochs": 1, "training.minibatches": 1, "training.microbatches": 2}
-
-
-def filled(shape, rng):
-    """Numbers where a shape says where they lie."""
-    if jax.numpy.issubdtype(shape.dtype, jax.dtypes.prng_key):
-        x = jax.random.key(0)
-    elif jax.numpy.issubdtype(shape.dtype, jax.numpy.integer):
-        x = np.zeros(shape.shape, shape.dtype)
-    else:
-        x = 0.5 * rng.normal(size=shape.shape).astype(shape.dtype)
-    return jax.device_put(x, shape.sharding)
 
 
 def test_a_step_on_a_mesh_is_that_of_rows_one_by_one_in_fewer_bytes():
@@ -37,17 +25,7 @@ def test_a_step_on_a_mesh_is_that_of_rows_one_by_one_in_fewer_bytes():
         config = tiny.config(MESH | SMALL | {"training.packing": packs, "objective.beta": 0.1})
         of_run = planned.trace_run(config, mesh, planned.data_of(config))
         update = of_run.steps[-1]
-        state, batch, rows = jax.tree.map(lambda x: filled(x, np.random.default_rng(1)), update.arguments)
-        tokens = np.repeat(np.random.default_rng(2).integers(0, 4, (8, batch.tokens.shape[1])), 4, 0).astype(np.int32)
-        tokens[:, -32:] = np.random.default_rng(3).integers(0, 4, (32, 32))
-        fields = dict(tokens=tokens, mask=(np.arange(32) < length[:, None]).astype(np.float32))
-        fields |= dict(reward=np.arange(32) % 3, count=np.ones(32))
-        fields |= dict(prompt_length=np.full(32, batch.prompt_width, np.int32), group=np.arange(32) // 4)
-        batch = batch.replace(
-            **rows_over_mesh({k: np.asarray(v, getattr(batch, k).dtype) for k, v in fields.items()}, mesh)
-        )
-        moments = jax.tree.map(lambda x: 0 * x, state.opt_state)
-        state = TrainState(state.params, moments, jax.tree.map(lambda x: 0 * x, state.objective))
+        state, batch = tiny.update_arguments(update, mesh, length)
         plan = packed(config, mesh, batch, 2)
         assert bool(plan) == packs and (not packs or plan["bins"] <= 4)
         rows = np.arange(32, dtype=np.int32)
