@@ -18,6 +18,7 @@ SHAPES = {
     "gemma": dict(attention_softcap=9.0, window=3, local_layers=(0,), final_softcap=20.0, kv_heads=1),
     "experts": dict(experts=4, experts_per_token=2),
 }
+SLOW = pytest.param("experts", 1, marks=pytest.mark.slow)
 
 
 def batch_of(lanes=1, prompts=PROMPTS):
@@ -39,7 +40,7 @@ def model_of(**fields):
     return transformer.build(config), jax.tree.map(lambda x: 2 * x, params)
 
 
-@pytest.mark.parametrize(("case", "lanes"), [("plain", 4), ("gemma", 1), ("experts", 1)])
+@pytest.mark.parametrize(("case", "lanes"), [("plain", 4), ("gemma", 1), SLOW])
 def test_statistics_and_gradients_are_those_of_rows_one_by_one(case, lanes):
     model, params = model_of(**SHAPES[case])
     batch, bins = batch_of(lanes)
