@@ -20,6 +20,8 @@ from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.transformer import Attend, Model, Params, softcap
 from jaxpo.rollout.sampling import SamplingOptions, sample
 
+POSITIONS_AT_ONCE = 1024  # of a row's cache, when it is read
+
 # Keys and values [rows, KV, positions, d] of each layer: a list, or, scanned, one pair with a leading axis of layers.
 Cache = list[tuple[Array, Array]] | tuple[Array, Array]
 
@@ -82,40 +84,54 @@ def decode_attend(
     layer: Array | None = None,
 ) -> Attend:
     """Attention of one new token per row: over the prompt's keys [G, KV, P, d] and the row's own [B, KV, T, d] up to
-    and with position ``t``; with ``layer``, ``own`` is that of all layers [L, B, KV, T, d]."""
+    and with position ``t``; with ``layer``, ``own`` is that of all layers [L, B, KV, T, d].
+
+    A long cache is read `POSITIONS_AT_ONCE` positions at a time, and only as far as it is filled, with the running
+    maximum and sums of an online softmax (arXiv:1805.02867) in float32.
+    """
     kp, vp = of_prompt
     g, kv, p, d = kp.shape
     b, width = own[0].shape[-4], own[0].shape[-2]
-    at = () if layer is None else (layer,)
+    at, size = () if layer is None else (layer,), min(width, POSITIONS_AT_ONCE)
 
     def written(cache: Array, new: Array) -> Array:
         new = new[:, :, None].astype(cache.dtype).reshape((1,) * len(at) + (b, kv, 1, d))
         return jax.lax.dynamic_update_slice(cache, new, (*at, 0, 0, t, 0))
 
-    def read(cache: Array) -> Array:
-        return cache if layer is None else jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
+    def read(cache: Array, start: Array | int) -> Array:
+        sizes = (1,) * len(at) + (b, kv, size, d)
+        return jax.lax.dynamic_slice(cache, (*at, 0, 0, start, 0), sizes).reshape(b, kv, size, d)
 
     def attend(q: Array, k: Array, v: Array, window: int | Array | None) -> tuple[Array, tuple[Array, Array]]:
         kept = written(own[0], k), written(own[1], v)
-        kc, vc = map(read, kept)
         dtype = jnp.promote_types(q.dtype, jnp.float32)
         qs = (q * config.attention_scale).reshape(b, kv, -1, d)
         r = qs.shape[2]
         shared = qs.reshape(g, b // g, kv, r, d)
-        sp = jnp.einsum("gkhrd,ghpd->gkhrp", shared, kp, preferred_element_type=dtype)
-        seen = narrowed(ok, p + t - jnp.arange(p), window)
-        sp = jnp.where(seen[:, None, None, None], softcap(sp, config.attention_softcap), -jnp.inf).reshape(b, kv, r, p)
-        sc = jnp.einsum("bhrd,bhtd->bhrt", qs, kc, preferred_element_type=dtype)
-        seen = narrowed(jnp.arange(width) <= t, t - jnp.arange(width), window)
-        sc = jnp.where(seen, softcap(sc, config.attention_softcap), -jnp.inf)
-        top = jnp.maximum(sp.max(-1, keepdims=True), sc.max(-1, keepdims=True))
-        ep, ec = jnp.exp(sp - top), jnp.exp(sc - top)
-        total = ep.sum(-1, keepdims=True) + ec.sum(-1, keepdims=True)
-        op = jnp.einsum(
-            "gkhrp,ghpd->gkhrd", ep.reshape(g, b // g, kv, r, -1).astype(vp.dtype), vp, preferred_element_type=dtype
-        )
-        oc = jnp.einsum("bhrt,bhtd->bhrd", ec.astype(vc.dtype), vc, preferred_element_type=dtype)
-        return ((op.reshape(oc.shape) + oc) / total).reshape(q.shape).astype(q.dtype), kept
+
+        def scored(equation: str, q: Array, k: Array, seen: Array) -> Array:
+            score = jnp.einsum(equation, q, k, preferred_element_type=dtype)
+            return jnp.where(seen, softcap(score, config.attention_softcap), -jnp.inf)
+
+        def part(i: Array | int, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            top, total, out = so_far
+            positions = i * size + jnp.arange(size)
+            seen = narrowed(positions <= t, t - positions, window)
+            s = scored("bhrd,bhtd->bhrt", qs, read(kept[0], i * size), seen)
+            new = jnp.maximum(top, s.max(-1, keepdims=True))
+            e, again = jnp.exp(s - new), jnp.exp(top - new)
+            v = read(kept[1], i * size)
+            o = jnp.einsum("bhrt,bhtd->bhrd", e.astype(v.dtype), v, preferred_element_type=dtype)
+            return new, total * again + e.sum(-1, keepdims=True), out * again + o
+
+        seen = narrowed(ok, p + t - jnp.arange(p), window)[:, None, None, None]
+        s = scored("gkhrd,ghpd->gkhrp", shared, kp, seen)
+        top = jnp.maximum(s.max(-1, keepdims=True), jnp.finfo(dtype).min)  # a window may have left the prompt behind
+        e = jnp.exp(s - top)
+        o = jnp.einsum("gkhrp,ghpd->gkhrd", e.astype(vp.dtype), vp, preferred_element_type=dtype)
+        so_far = tuple(x.reshape(b, kv, r, -1) for x in (top, e.sum(-1, keepdims=True), o))
+        _, total, out = part(0, so_far) if size == width else jax.lax.fori_loop(0, t // size + 1, part, so_far)
+        return (out / total).reshape(q.shape).astype(q.dtype), kept
 
     return attend
 
@@ -123,6 +139,8 @@ def decode_attend(
 def empty_cache(of_prompt: Cache, rows: int, width: int, mesh: Mesh | None) -> Cache:
     """Room for ``width`` positions of each row beside the cache of its prompt: rows and heads where the mesh has
     theirs."""
+    if width > POSITIONS_AT_ONCE:
+        width += -width % POSITIONS_AT_ONCE
 
     def room(x: Array) -> Array:
         *layers, _, kv, _, d = x.shape
@@ -133,6 +151,15 @@ def empty_cache(of_prompt: Cache, rows: int, width: int, mesh: Mesh | None) -> C
         return jax.lax.with_sharding_constraint(room, NamedSharding(mesh, where))
 
     return jax.tree.map(room, of_prompt)
+
+
+def decode_trips(width: int) -> tuple[float, ...]:
+    """Trips of the loops of `generate` for completions that are all ``width`` tokens long, by depth: tokens, and parts
+    of the cache that one of them reads, on average."""
+    read = max(width - 1, 1)  # the first comes from the prompt
+    if read <= POSITIONS_AT_ONCE:
+        return (read,)
+    return read, sum(t // POSITIONS_AT_ONCE + 1 for t in range(read)) / read
 
 
 def generate(

@@ -198,7 +198,7 @@ def plan_step(
         )
     spent = time.perf_counter() - start
     say(f"{step.name}: compiled in {spent:.0f} s")
-    moved = program.traffic(compiled.as_text(), mesh.size)
+    moved = program.traffic(compiled.as_text(), mesh.size, loop=step.loop[-1] if step.loop else None)
     work = roofline.Work(counted / mesh.size, moved.hbm, sum(c.bytes for c in moved.collectives))
     return StepPlan(
         name=step.name,

@@ -13,6 +13,7 @@ from jaxpo.batch import Rollouts
 from jaxpo.parallel import ROWS, replicated, reshaped, shardings
 from jaxpo.policy import transformer
 from jaxpo.policy.hf import read_config
+from jaxpo.rollout.engine import decode_trips
 from jaxpo.tasks import build
 from jaxpo.training import config as config_lib
 from jaxpo.training.compiled import Compiled
@@ -33,7 +34,7 @@ class Data(NamedTuple):
 
 class Step(NamedTuple):
     """A compiled function of a run. times: calls per iteration; state: what of the run's state it is given (the rest
-    waits in memory beside it); loop: trips of the loops whose end depends on the data."""
+    waits in memory beside it); loop: trips of the loops whose end depends on the data, by depth."""
 
     name: str
     function: Compiled
@@ -41,7 +42,7 @@ class Step(NamedTuple):
     options: dict[str, Any]
     times: int
     state: tuple[str, ...]
-    loop: int = 1
+    loop: tuple[float, ...] = ()
 
     def trace(self, mesh: Mesh) -> Any:
         """The step traced for the mesh: `jax.stages.Traced`."""
@@ -123,7 +124,7 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
     options = config_lib.sampling_of(config, data.eos_ids)
     rollout = Step(
         *("rollout", functions["generate"], (sampler or params, tokens, length, key, options), dict(responses=k)),
-        *(1, ("sampler",) if sampler else ("params", *frozen), max(config.sampling.max_new_tokens - 1, 1)),
+        *(1, ("sampler",) if sampler else ("params", *frozen), decode_trips(config.sampling.max_new_tokens)),
     )
     batch = labelled_shapes(rollout.trace(mesh).out_info, rows)
     seen = as_scored(batch)

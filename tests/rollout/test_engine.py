@@ -16,7 +16,7 @@ from jaxpo.batch import validate
 from jaxpo.parallel import make_mesh, rows_over_mesh, shardings
 from jaxpo.policy.stats import completion_hidden, token_stats
 from jaxpo.policy.transformer import Model, TransformerConfig, build, init
-from jaxpo.rollout import SamplingOptions, generate
+from jaxpo.rollout import SamplingOptions, engine, generate
 from jaxpo.rollout.stopping import stop_table
 from jaxpo.tasks.tokenizers import CharTokenizer
 from tests.oracles import sampling as oracle
@@ -67,8 +67,7 @@ def run(
         budget=budget,
         responses=responses,
         policy_temperature=policy_temperature,
-        pad_id=PAD,
-        **dict(layout),
+        **{"pad_id": PAD, **dict(layout)},
     )
 
 
@@ -296,6 +295,25 @@ def test_scanned_layers_sample_what_unrolled_ones_do():
         unrolled = sample_rows(9, model=model)
         np.testing.assert_array_equal(scanned.tokens, unrolled.tokens)
         np.testing.assert_allclose(scanned.logp_beh, unrolled.logp_beh, atol=1e-6)
+
+
+@pytest.mark.parametrize("scan_layers", (False, True))
+@pytest.mark.parametrize("fields", ({}, dict(window=3, attention_softcap=2.0)), ids=["plain", "window"])
+def test_a_long_cache_is_read_in_parts(scan_layers, fields, monkeypatch):
+    """As far as it is filled; what does not divide into parts is padded. A window leaves whole parts behind it."""
+    model, layout = build(dataclasses.replace(CONFIG, **fields)), (("scan_layers", scan_layers), ("pad_id", 2))
+    whole = sample_rows(9, model=model)
+    monkeypatch.setattr(engine, "POSITIONS_AT_ONCE", 2)
+    in_parts = sample_rows(9, model=model, layout=layout)  # another pad id: compiled anew
+    np.testing.assert_array_equal(in_parts.mask, whole.mask)
+    np.testing.assert_array_equal(in_parts.completions, np.where(whole.mask > 0, whole.completions, 2))
+    np.testing.assert_allclose(in_parts.logp_beh, whole.logp_beh, atol=1e-6)
+
+
+def test_trips_of_the_loops():
+    assert engine.decode_trips(1) == (1,) and engine.decode_trips(1025) == (1024,)
+    assert engine.decode_trips(1026) == (1025, 1026 / 1025)
+    assert engine.decode_trips(8193) == (8192, 4.5)
 
 
 def test_a_budget_cuts_the_rows_of_each_prompt():
