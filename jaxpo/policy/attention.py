@@ -1,13 +1,21 @@
 """Where queries meet keys: plain attention, and the form that runs each prompt once for all of its completions."""
 
+import importlib
+import logging
+
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
+from jaxpo.kernels.chips import target_platform
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.transformer import Attend, softcap
 
 QUERIES_AT_ONCE = 1024  # in the attention of longer sequences
+LONG = 1024  # keys from which on "auto" takes the fused form
+
+log = logging.getLogger(__name__)
 
 
 def prompt_mask(prompt_length: Array | None, rows: int, width: int) -> Array:
@@ -20,6 +28,43 @@ def prompt_mask(prompt_length: Array | None, rows: int, width: int) -> Array:
 def narrowed(mask: Array, distance: Array, window: int | Array | None) -> Array:
     """``mask`` without what lies ``window`` positions back, or more. ``distance``: how far each key lies back."""
     return mask if window is None else mask & (distance < window)
+
+
+def causal_attention(
+    config: TransformerConfig,
+    q: Array,
+    k: Array,
+    v: Array,
+    of_query: Array,
+    of_key: Array,
+    window: int | Array | None,
+    mesh: Mesh | None = None,
+) -> Array:
+    """Attention of the last tokens of sequences to what is before them and to themselves: q [B, Tq, H, d], k, v
+    [B, Tk, KV, d] -> [B, Tq, H, d].
+
+    The last query is the last key. A query sees the keys of its own segment (``of_query`` [B, Tq], ``of_key``
+    [B, Tk]) up to itself, within ``window`` (None = all). The form is ``config.attention``: "xla", "splash" (fused, on
+    TPUs: `jaxpo.policy.splash`), or "auto".
+
+    Args:
+      mesh: over which rows and heads are spread; the fused form needs it, where there are several devices.
+
+    Raises:
+      ValueError: "splash" where it cannot run; the reason is given.
+    """
+    if config.attention != "xla" and (config.attention == "splash" or target_platform() == "tpu"):
+        splash = importlib.import_module("jaxpo.policy.splash")  # Pallas takes a second to import
+        reason = splash.why_not(q, mesh)
+        if reason and config.attention == "splash":
+            raise ValueError(f"policy.attention='splash' cannot be used: {reason}; set it to 'auto' or 'xla'")
+        if not reason and (config.attention == "splash" or k.shape[1] >= LONG):
+            return splash.attention(config, q, k, v, of_query, of_key, window, mesh)
+        log.info("attention: xla in place of splash: %s", reason or f"only {k.shape[1]} keys")
+    at = jnp.arange(k.shape[1])
+    distance = at[k.shape[1] - q.shape[1] :, None] - at
+    mask = (distance >= 0) & (of_query[:, :, None] == of_key[:, None])
+    return attention(config, q, k, v, narrowed(mask, distance, window))
 
 
 def attention(config: TransformerConfig, q: Array, k: Array, v: Array, mask: Array) -> Array:
@@ -62,19 +107,18 @@ def _attention(config: TransformerConfig, q: Array, k: Array, v: Array, mask: Ar
     return jnp.einsum("bgrqk,bkgd->bqgrd", weight.astype(v.dtype), v).reshape(q.shape)
 
 
-def prompt_attend(config: TransformerConfig, ok: Array) -> Attend:
+def prompt_attend(config: TransformerConfig, ok: Array, mesh: Mesh | None = None) -> Attend:
     """Attention of left-padded prompts to themselves; keeps keys and values. ``ok`` [G, P] marks real tokens."""
-    at = jnp.arange(ok.shape[1])
-    distance = at[:, None] - at
-    mask = (distance >= 0) & ok[:, None, :]
 
     def attend(q: Array, k: Array, v: Array, window: int | Array | None) -> tuple[Array, tuple[Array, Array]]:
-        return attention(config, q, k, v, narrowed(mask, distance, window)), (k, v)
+        return causal_attention(config, q, k, v, ok, ok, window, mesh), (k, v)
 
     return attend
 
 
-def shared_prompt_attend(config: TransformerConfig, per_prompt: int, width: int, prompt_ok: Array) -> Attend:
+def shared_prompt_attend(
+    config: TransformerConfig, per_prompt: int, width: int, prompt_ok: Array, mesh: Mesh | None = None
+) -> Attend:
     """Attention over [G, P + K T] tokens: each prompt, and after it its K = ``per_prompt`` completions of T = ``width``
     tokens, one behind the other.
 
@@ -83,11 +127,9 @@ def shared_prompt_attend(config: TransformerConfig, per_prompt: int, width: int,
     """
     prompts, prompt_width = prompt_ok.shape
     rows = prompts * per_prompt
-    of_prompts = prompt_attend(config, prompt_ok)
-    at = jnp.arange(prompt_width + width)  # prompts end where completions begin, so places differ as positions do
-    distance = at[prompt_width:, None] - at
-    ok = jnp.concatenate([jnp.repeat(prompt_ok, per_prompt, 0), jnp.ones((rows, width), bool)], 1)
-    mask = (distance >= 0) & ok[:, None]
+    of_prompts = prompt_attend(config, prompt_ok, mesh)
+    own = jnp.ones((rows, width), bool)
+    ok = jnp.concatenate([jnp.repeat(prompt_ok, per_prompt, 0), own], 1)
 
     def attend(q: Array, k: Array, v: Array, window: int | Array | None) -> tuple[Array, None]:
         def parts(x: Array) -> tuple[Array, Array]:
@@ -99,7 +141,7 @@ def shared_prompt_attend(config: TransformerConfig, per_prompt: int, width: int,
             return of_prompt, None
         keys = jnp.concatenate([jnp.repeat(kp, per_prompt, 0), kc], 1)
         values = jnp.concatenate([jnp.repeat(vp, per_prompt, 0), vc], 1)
-        of_completion = attention(config, qc, keys, values, narrowed(mask, distance, window))
+        of_completion = causal_attention(config, qc, keys, values, own, ok, window, mesh)
         return jnp.concatenate([of_prompt, of_completion.reshape(prompts, -1, *q.shape[2:])], 1), None
 
     return attend

@@ -51,7 +51,7 @@ def completion_hidden(
     positions = jnp.concatenate([prompt_positions, positions], 1)
     if spread:  # what rows are made of lies where they do, whatever the partitioner would think of the parameters
         tokens, positions, ok = constrain_rows((tokens, positions, ok), mesh)
-    attend = shared_prompt_attend(model.config, k, read, ok)
+    attend = shared_prompt_attend(model.config, k, read, ok, mesh)
     x = model.embed(params, tokens)
     x, _ = model.run_blocks(params, constrain_rows(x, mesh) if spread else x, positions, attend)
     last = jnp.repeat(x[:, p - 1 : p], k, 0)

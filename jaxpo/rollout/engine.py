@@ -27,7 +27,13 @@ Cache = list[tuple[Array, Array]] | tuple[Array, Array]
 
 
 def prefill(
-    model: Model, params: Params, prompts: Array, prompt_length: Array | None, *, scan_layers: bool = False
+    model: Model,
+    params: Params,
+    prompts: Array,
+    prompt_length: Array | None,
+    mesh: Mesh | None = None,
+    *,
+    scan_layers: bool = False,
 ) -> tuple[Array, Cache, Array]:
     """Run the prompts [G, P] once.
 
@@ -37,7 +43,7 @@ def prefill(
     """
     g, p = prompts.shape
     ok = prompt_mask(prompt_length, g, p)
-    x, cache, attend = model.embed(params, prompts), [], prompt_attend(model.config, ok)
+    x, cache, attend = model.embed(params, prompts), [], prompt_attend(model.config, ok, mesh)
     positions = jnp.maximum(jnp.cumsum(ok, -1) - 1, 0)
 
     def block(x: Array, layer: Any) -> tuple[Array, tuple[Array, Array]]:
@@ -199,7 +205,7 @@ def generate(
     b, width = g * responses, options.max_new_tokens
     if mesh is not None:
         prompts, prompt_length = constrain_rows((prompts, prompt_length), mesh)
-    hidden, prompt_cache, ok = prefill(model, params, prompts, prompt_length, scan_layers=scan_layers)
+    hidden, prompt_cache, ok = prefill(model, params, prompts, prompt_length, mesh, scan_layers=scan_layers)
     layers = model.layers(params) if scan_layers else [model.layer(params, i) for i in range(model.config.layers)]
     uniform = jax.random.uniform(key, (width, b))
     start = jnp.repeat(ok.sum(-1), responses)

@@ -63,6 +63,7 @@ def policy_arguments(name: str) -> Mapping[str, inspect.Parameter]:
             param_dtype: str = "float32",
             scan_layers: bool = True,
             remat: str = "none",
+            attention: str = "auto",
         ): ...
 
         return inspect.signature(pretrained).parameters
