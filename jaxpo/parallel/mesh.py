@@ -1,4 +1,8 @@
-"""The device mesh: axes ``data`` (replicas), ``fsdp`` (parameters and rows), ``tensor`` (heads, MLP, vocabulary)."""
+"""The device mesh: axes ``data`` (replicas), ``fsdp`` (parameters and rows), ``expert`` (experts and rows), ``context``
+(positions of a sequence), ``tensor`` (heads, MLP, vocabulary).
+
+The last axes exchange most often, and lie closest together.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,7 +11,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
 def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
@@ -36,7 +40,7 @@ def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over ``devices`` (all by default). ``{"data": -1, "fsdp": 1, "tensor": 1}`` is the default shape."""
+    """A mesh over ``devices`` (all by default). ``{"data": -1}`` is the default shape."""
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape({"data": -1} if sizes is None else sizes, len(devices))
     # An axis may be a part of one of the machine's: 2 of the 4 chips along a side of a pod.
