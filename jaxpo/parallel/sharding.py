@@ -80,9 +80,14 @@ def rows_over_mesh(tree: Any, mesh: Mesh) -> Any:
     return place(tree, sharding)
 
 
-def constrain_rows(tree: Any, mesh: Mesh, *axes: Any) -> Any:
-    """Inside jit: keep the rows of arrays [B, ...] spread over the mesh, and the dimensions after it over ``axes``."""
-    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec(ROWS, *axes)))
+def constrain(tree: Any, mesh: Mesh, *axes: Any) -> Any:
+    """Inside jit: keep the leading dimensions of arrays spread over ``axes`` of the mesh, each over one or several."""
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec(*axes)))
+
+
+def constrain_rows(tree: Any, mesh: Mesh) -> Any:
+    """Inside jit: keep the rows of arrays [B, ...] spread over the mesh."""
+    return constrain(tree, mesh, ROWS)
 
 
 def by_token(x: Array, mesh: Mesh | None) -> Array:

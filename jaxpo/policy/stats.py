@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.kernels import token_logprob
-from jaxpo.parallel import POSITIONS, batch_shards, by_row, by_token, constrain_rows
+from jaxpo.parallel import POSITIONS, ROWS, batch_shards, by_row, by_token, constrain
 from jaxpo.policy import heads
 from jaxpo.policy.attention import joined, parted, prompt_mask, shared_prompt_attend
 from jaxpo.policy.transformer import Model, Params
@@ -65,15 +65,15 @@ def completion_hidden(
         inputs, at = (widened(x, -(-inputs.shape[1] // parts) * parts) for x in (inputs, at))
     tokens, positions = joined(prompt, inputs, parts), joined(prompt_positions, at, parts)
     if spread:  # what rows are made of lies where they do, whatever the partitioner would think of the parameters
-        tokens, positions = constrain_rows((tokens, positions), mesh, POSITIONS)
-        ok = constrain_rows(ok, mesh)
+        tokens, positions = constrain((tokens, positions), mesh, ROWS, POSITIONS)
+        ok = constrain(ok, mesh, ROWS)
     attend = shared_prompt_attend(model.config, k, inputs.shape[1], ok, mesh if parts > 1 else None)
     x = model.embed(params, tokens)
-    x, _ = model.run_blocks(params, constrain_rows(x, mesh, POSITIONS) if spread else x, positions, attend)
+    x, _ = model.run_blocks(params, constrain(x, mesh, ROWS, POSITIONS) if spread else x, positions, attend)
     of_prompt, x = parted(x, ok.shape[1], k, parts)
     if parts == 1:
         x = jnp.concatenate([jnp.repeat(of_prompt[:, -1:], k, 0), x], 1)
-    return model.final(params, constrain_rows(x, mesh, POSITIONS) if spread else x)
+    return model.final(params, constrain(x, mesh, ROWS, POSITIONS) if spread else x)
 
 
 def widened(x: Array, width: int, *, left: bool = False) -> Array:

@@ -8,6 +8,7 @@ tokenizer) hold the arguments of what they name: `fill` adds their defaults *bef
 """
 
 import inspect
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict, config_dict
 
 from jaxpo import registry
 from jaxpo.objectives import Objective, Protocol, make
+from jaxpo.parallel import AXES, POSITIONS, ROWS
 from jaxpo.parallel.mesh import mesh_shape
 from jaxpo.policy import lora
 from jaxpo.policy.config import TransformerConfig
@@ -150,7 +152,7 @@ def default() -> ConfigDict:
                 keep_best=optional(str),  # and the one with the highest "eval/greedy" or "eval/reward"
                 directory=optional(str),  # a bucket (gs://...) or a folder; None = WORKDIR/checkpoints
             ),
-            mesh=dict(data=-1, fsdp=1, tensor=1),
+            mesh=dict(data=-1, fsdp=1, expert=1, context=1, tensor=1),  # see docs/scaling.md
             protocol=dict(name=optional(str)),  # how data is gathered; None = as the objective says
             logging=dict(tensorboard=False, wandb_project=optional(str), samples=8, plot_seconds=20.0),
             nonfinite_patience=5,  # consecutive skipped steps before the run stops
@@ -371,7 +373,8 @@ def _check_checkpoint(config: ConfigDict) -> None:
 
 
 def _check_division(config: ConfigDict, objective: Objective, policy: TransformerConfig, devices: int) -> None:
-    data, fsdp, tensor = mesh_shape(config.mesh, devices)
+    mesh = dict(zip(AXES, mesh_shape(config.mesh, devices), strict=True))
+    shards, row_axes = (math.prod(mesh[axis] for axis in ROWS), " * ".join(f"mesh.{axis}" for axis in ROWS))
     prompts, responses = config.rollout.prompts, config.rollout.responses
     minibatches, microbatches = config.training.minibatches, config.training.microbatches
     if prompts % minibatches:
@@ -385,19 +388,24 @@ def _check_division(config: ConfigDict, objective: Objective, policy: Transforme
             f"config.training.microbatches {microbatches} does not divide the {rows} rows of a minibatch "
             f"(rollout.prompts / training.minibatches * rollout.responses): choose one of {_divisors(rows)}"
         )
-    if prompts % (data * fsdp):
-        raise ValueError(f"config.rollout.prompts {prompts} does not divide over mesh.data * mesh.fsdp = {data * fsdp}")
-    if rows // microbatches % (data * fsdp):
+    if prompts % shards:
+        raise ValueError(f"config.rollout.prompts {prompts} does not divide over {row_axes} = {shards}")
+    if prompts % (shards * mesh[POSITIONS]):
+        every = shards * mesh[POSITIONS]
         raise ValueError(
-            f"the {rows // microbatches} rows of a microbatch do not divide over mesh.data * mesh.fsdp = "
-            f"{data * fsdp}: "
+            f"config.rollout.prompts {prompts} does not divide over {row_axes} * mesh.{POSITIONS} = {every}, which all "
+            f"decode: choose {-(-prompts // every) * every}, or a smaller config.mesh.{POSITIONS}"
+        )
+    if rows // microbatches % shards:
+        raise ValueError(
+            f"the {rows // microbatches} rows of a microbatch do not divide over {row_axes} = {shards}: "
             "change config.rollout.prompts, config.rollout.responses or config.training.microbatches"
         )
     demonstrations, parts = config.warm_start.batch, config.warm_start.microbatches
-    if config.warm_start.steps and demonstrations % (parts * data * fsdp):
+    if config.warm_start.steps and demonstrations % (parts * shards):
         raise ValueError(
             f"config.warm_start.batch {demonstrations} does not divide into config.warm_start.microbatches {parts} "
-            f"times mesh.data * mesh.fsdp = {data * fsdp}"
+            f"times {row_axes} = {shards}"
         )
     if objective.coupling == "group" and prompts // minibatches % microbatches:
         raise ValueError(
@@ -406,12 +414,21 @@ def _check_division(config: ConfigDict, objective: Objective, policy: Transforme
             f"choose one of {_divisors(prompts // minibatches)}"
         )
     for field in ("heads", "kv_heads", "mlp_width"):
-        if getattr(policy, field) % tensor:
+        if getattr(policy, field) % mesh["tensor"]:
             raise ValueError(
-                f"config.mesh.tensor {tensor} does not divide config.policy.{field} {getattr(policy, field)}"
+                f"config.mesh.tensor {mesh['tensor']} does not divide config.policy.{field} {getattr(policy, field)}"
             )
-    if policy.width % fsdp:
-        raise ValueError(f"config.mesh.fsdp {fsdp} does not divide config.policy.width {policy.width}")
+    if policy.width % mesh["fsdp"]:
+        raise ValueError(f"config.mesh.fsdp {mesh['fsdp']} does not divide config.policy.width {policy.width}")
+    if mesh["expert"] > 1 and policy.experts is None:
+        raise ValueError(
+            f"config.mesh.expert {mesh['expert']} has no effect: config.policy has no experts; set it to 1"
+        )
+    if mesh["expert"] > 1 and policy.experts % mesh["expert"]:
+        raise ValueError(
+            f"config.mesh.expert {mesh['expert']} does not divide config.policy.experts {policy.experts}: choose one "
+            f"of {_divisors(policy.experts)}"
+        )
 
 
 def _divisors(n: int) -> str:

@@ -1,6 +1,7 @@
 """Everything a run computes with, built once from its config: task, tokenizer, mesh, policy, objective, compiled
 functions."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,16 @@ from ml_collections import ConfigDict
 
 from jaxpo.batch import Rollouts, TokenStats, take
 from jaxpo.objectives import Objective, Protocol, State
-from jaxpo.parallel import batch_shards, constrain_rows, make_mesh, replicated, rows_over_mesh, shardings
+from jaxpo.parallel import (
+    TOKENS,
+    batch_shards,
+    constrain,
+    constrain_rows,
+    make_mesh,
+    replicated,
+    rows_over_mesh,
+    shardings,
+)
 from jaxpo.parallel.distributed import from_rows, own_rows, place, take_rows
 from jaxpo.parallel.host import keep_freed_memory
 from jaxpo.policy import hf, lora, stats, transformer
@@ -230,7 +240,7 @@ def setup(
         )
     width = limit or max(map(len, [*train_ids, *test_ids]))
     dropped = len(task.train) - len(train) + min(len(task.test), config.evaluation.prompts) - len(test)
-    model = transformer.build(config_lib.transformer_of(config, tokenizer.vocab_size))
+    model = transformer.build(config_lib.transformer_of(config, tokenizer.vocab_size), several(mesh))
     unused = unused_ids(model, tokenizer)
     base = hf.load(hf.open_source(config.policy.path), model.config, mesh) if config.lora.rank else None
     table = None
@@ -284,6 +294,8 @@ def compile_functions(
         lengths = dict(prompt_length=length, budget=budget, responses=responses)
         temperature = config.policy_temperature
         whole = beside(base, params)
+        # Each device decodes: rows are spread over the axis of positions too, which one token at a time has no use for.
+        tokens, length, budget = constrain((tokens, length, budget), mesh, TOKENS)
         out = generate(model, whole, tokens, key, options, **lengths, policy_temperature=temperature, pad_id=pad_id)
         return constrain_rows(out, mesh)
 
@@ -477,5 +489,5 @@ def make_step(
 
 
 def shard_count(workspace: Workspace) -> int:
-    """Rows of any batch must be a multiple of this."""
-    return batch_shards(workspace.mesh)
+    """Prompts of any rollout must be a multiple of this."""
+    return math.prod(workspace.mesh.shape[axis] for axis in TOKENS)
