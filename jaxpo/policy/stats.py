@@ -68,7 +68,12 @@ def completion_hidden(
         tokens, positions = constrain((tokens, positions), mesh, ROWS, POSITIONS)
         ok = constrain(ok, mesh, ROWS)
     attend = shared_prompt_attend(model.config, k, inputs.shape[1], ok, mesh if parts > 1 else None)
-    x = model.embed(params, tokens)
+    if spread:  # else tables over fsdp and tensor make the partitioner hold the embeddings of all rows everywhere
+        table = params["embedding"]
+        vocabulary = "tensor" if table.shape[0] % mesh.shape["tensor"] == 0 else None
+        x = model.embed({"embedding": constrain(table, mesh, vocabulary)}, tokens)
+    else:
+        x = model.embed(params, tokens)
     x, _ = model.run_blocks(params, constrain(x, mesh, ROWS, POSITIONS) if spread else x, positions, attend)
     of_prompt, x = parted(x, ok.shape[1], k, parts)
     if parts == 1:
