@@ -17,8 +17,8 @@ def count(jaxpr: ClosedJaxpr | Jaxpr, *, loop: Sequence[float] = ()) -> float:
 
     Element-wise work is left out: it is done by other units, while it waits for memory. The branch of a ``cond`` that
     costs most is taken; a kernel without an estimate costs its body at every step of its grid that it does not skip;
-    what a ``shard_map`` holds is done by each of its devices; recomputation (``jax.checkpoint``) is counted, since it is
-    done.
+    what a ``shard_map`` holds is done by each of its devices; recomputation (``jax.checkpoint``) is counted, since it
+    is done.
 
     Args:
       loop: trips of a ``while``, whose end depends on values, and (on average) of those within it, by depth; 1 where
@@ -56,11 +56,11 @@ def _of_equation(eqn: Any, loop: Sequence[float]) -> float:
     return sum(count(inner, loop=loop) for inner in _inner(p))
 
 
-def _steps(name: str, mapping: Any, eqn: Any) -> int:
+def _steps(name: str | None, mapping: Any, eqn: Any) -> int:
     """Steps of a kernel's grid that do something. Splash attention (`jaxpo.policy.splash`) skips the blocks of scores
     behind the diagonal, the last query being the last key; of windows its grid holds the blocks within already."""
     steps = math.prod(mapping.grid)
-    if not name.startswith("splash_"):
+    if not (name or "").startswith("splash_"):
         return steps
     q, k = (v.aval.shape for v in eqn.invars[mapping.num_index_operands :][:2])  # [..., heads, tokens, d]
     block_q, block_k = (mapping.block_mappings[i].block_shape[-2].block_size for i in range(2))

@@ -44,8 +44,8 @@ class TransformerConfig:
         float32 parameters is training with master weights: the optimizer reads and writes the float32 ones.
       scan_layers: one compiled block, scanned (short compile time), instead of one per layer. remat: what of a block
         is recomputed in the backward pass: "none", "dots" (all but the products with parameters), or "full".
-      attention: "xla", which writes the scores to memory, a part of the queries at a time; "splash", the library's fused
-        kernel (TPU only); "auto": the latter on TPUs, for long sequences. Decoding has a form of its own.
+      attention: "xla", which writes the scores to memory, a part of the queries at a time; "splash", the library's
+        fused kernel (TPU only); "auto": the latter on TPUs, for long sequences. Decoding has a form of its own.
 
     Raises:
       ValueError: a size out of range, or fields that contradict each other; the field is named.

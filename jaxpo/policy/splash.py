@@ -46,7 +46,8 @@ def attention(
     """
     b, tq, heads, _ = q.shape
     kv = k.shape[2]
-    (block_q, queries), (_, keys) = padded(tq), padded(k.shape[1] - tq + padded(tq)[1])
+    queries = padded(tq)[1]
+    keys = padded(k.shape[1] - tq + queries)[1]
     behind, before = queries - tq, keys - k.shape[1] - (queries - tq)
     q = jnp.pad(q * config.attention_scale, ((0, 0), (0, behind), (0, 0), (0, 0))).swapaxes(1, 2)
     k, v = (jnp.pad(x, ((0, 0), (before, behind), (0, 0), (0, 0))).swapaxes(1, 2) for x in (k, v))

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxpo.batch import Rollouts
-from jaxpo.parallel import ROWS, constrain_rows
+from jaxpo.parallel import TOKENS, constrain
 from jaxpo.policy.attention import narrowed, prompt_attend, prompt_mask
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.transformer import Attend, Model, Params, softcap
@@ -27,13 +27,7 @@ Cache = list[tuple[Array, Array]] | tuple[Array, Array]
 
 
 def prefill(
-    model: Model,
-    params: Params,
-    prompts: Array,
-    prompt_length: Array | None,
-    mesh: Mesh | None = None,
-    *,
-    scan_layers: bool = False,
+    model: Model, params: Params, prompts: Array, prompt_length: Array | None, *, scan_layers: bool = False
 ) -> tuple[Array, Cache, Array]:
     """Run the prompts [G, P] once.
 
@@ -43,7 +37,7 @@ def prefill(
     """
     g, p = prompts.shape
     ok = prompt_mask(prompt_length, g, p)
-    x, cache, attend = model.embed(params, prompts), [], prompt_attend(model.config, ok, mesh)
+    x, cache, attend = model.embed(params, prompts), [], prompt_attend(model.config, ok, model.mesh)
     positions = jnp.maximum(jnp.cumsum(ok, -1) - 1, 0)
 
     def block(x: Array, layer: Any) -> tuple[Array, tuple[Array, Array]]:
@@ -153,8 +147,8 @@ def empty_cache(of_prompt: Cache, rows: int, width: int, mesh: Mesh | None) -> C
         room = jnp.zeros((*layers, rows, kv, width, d), x.dtype)
         if mesh is None:
             return room
-        where = PartitionSpec(*[None] * len(layers), ROWS, "tensor")
-        return jax.lax.with_sharding_constraint(room, NamedSharding(mesh, where))
+        where = [None] * len(layers)
+        return constrain(room, mesh, *where, TOKENS, "tensor")
 
     return jax.tree.map(room, of_prompt)
 
@@ -181,7 +175,6 @@ def generate(
     policy_temperature: float = 1.0,
     pad_id: int = 0,
     scan_layers: bool = False,
-    mesh: Mesh | None = None,
 ) -> Rollouts:
     """Sample ``responses`` completions of each prompt; jit it with ``options`` as an ordinary argument.
 
@@ -192,7 +185,9 @@ def generate(
       policy_temperature: the temperature at which the trainer scores.
       scan_layers: one compiled layer for all: a deep model compiles in a minute and not in many, and reads its cache
         through a slice of a larger buffer.
-      mesh: over which rows and heads are spread; None = the partitioner decides.
+
+    On ``model.mesh`` (None = the partitioner decides) rows are spread over all axes but "tensor", over which heads are:
+    a token at a time has no use for an axis of positions.
 
     Returns:
       Rollouts of B = G * responses rows in the order of the prompts: ``tokens``, ``mask`` (1 up to and with the token
@@ -202,10 +197,10 @@ def generate(
       policy when that is another one, ``group`` and ``shared_prompt``.
     """
     g, p = prompts.shape
-    b, width = g * responses, options.max_new_tokens
+    b, width, mesh = g * responses, options.max_new_tokens, model.mesh
     if mesh is not None:
-        prompts, prompt_length = constrain_rows((prompts, prompt_length), mesh)
-    hidden, prompt_cache, ok = prefill(model, params, prompts, prompt_length, mesh, scan_layers=scan_layers)
+        prompts, prompt_length, budget = constrain((prompts, prompt_length, budget), mesh, TOKENS)
+    hidden, prompt_cache, ok = prefill(model, params, prompts, prompt_length, scan_layers=scan_layers)
     layers = model.layers(params) if scan_layers else [model.layer(params, i) for i in range(model.config.layers)]
     uniform = jax.random.uniform(key, (width, b))
     start = jnp.repeat(ok.sum(-1), responses)
@@ -240,7 +235,7 @@ def generate(
         t, state, cache = carry
         x = model.embed(params, jax.lax.dynamic_index_in_dim(state["tokens"], t - 1, keepdims=False))
         if mesh is not None:
-            x = constrain_rows(x, mesh)
+            x = constrain(x, mesh, TOKENS)
         x, cache = decode(model, layers, x, start + t - 1, prompt_cache, cache, ok, t - 1)
         return t + 1, draw(t, model.final(params, x), state), cache
 

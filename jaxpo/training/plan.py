@@ -222,7 +222,7 @@ def shard_bytes(tree: Any) -> int:
 
 def cache_bytes(planned: Planned, config: ConfigDict, devices: int) -> int:
     """Keys and values of one chip's rows and heads while it samples: ``2 L KV d (B (T - 1) + G P)`` numbers, cut over
-    all axes of the mesh, of which rows take two and heads the third."""
+    all axes of the mesh: heads over tensor, rows over the others."""
     c, rollout = planned.model.config, config.rollout
     prompts = rollout.prompts * planned.data.prompt_width
     own = rollout.prompts * rollout.responses * max(config.sampling.max_new_tokens - 1, 1)

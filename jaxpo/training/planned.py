@@ -20,7 +20,7 @@ from jaxpo.training.compiled import Compiled
 from jaxpo.training.needs import must_score, slots_of
 from jaxpo.training.tools import as_scored
 from jaxpo.training.trained import random_params
-from jaxpo.training.workspace import TrainState, compile_functions, make_tokenizer, optimizer_of, tokenize
+from jaxpo.training.workspace import TrainState, compile_functions, make_tokenizer, optimizer_of, several, tokenize
 
 
 class Data(NamedTuple):
@@ -94,7 +94,7 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
     """
     config_lib.validate(config, mesh.size)
     objective, protocol = config_lib.objective_of(config), config_lib.protocol_of(config)
-    model = transformer.build(config_lib.transformer_of(config, data.vocab_size or 1))
+    model = transformer.build(config_lib.transformer_of(config, data.vocab_size or 1), several(mesh))
     key = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=replicated(mesh))
     rows = NamedSharding(mesh, PartitionSpec(ROWS))
 
