@@ -21,7 +21,7 @@ from jaxpo.batch import Rollouts
 from jaxpo.parallel import batch_shards, constrain_rows
 from jaxpo.policy.attention import causal_attention, prompt_attend, prompt_mask
 from jaxpo.policy.config import TransformerConfig
-from jaxpo.policy.transformer import Attend, Model, Params
+from jaxpo.policy.transformer import Attend, Model, Params, embedded
 
 PLAN = "packing"  # the plan in `Rollouts.extras`: [B, 3] int32, of each row its bin, and where it begins in the two
 SHARES = 8  # numbers of bins are multiples of an eighth of the rows: so many programs at most are compiled
@@ -196,7 +196,7 @@ def packed_hidden(
     packed = pack(batch, prompt_mask(length, batch.rows // per_prompt, batch.prompt_width), lanes, per_prompt, bins)
     if spread:
         packed = Packed(*constrain_rows(tuple(packed), mesh))
-    x = model.embed(params, packed.tokens)
+    x = embedded(model, params, packed.tokens, mesh if spread else None)
     attend = packed_attend(model.config, packed, mesh)
     x, _ = model.run_blocks(params, constrain_rows(x, mesh) if spread else x, packed.positions, attend)
     hidden = model.final(params, taken(x, packed.before)).reshape(-1, x.shape[-1])

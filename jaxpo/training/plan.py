@@ -202,7 +202,7 @@ def plan_step(
         )
     spent = time.perf_counter() - start
     say(f"{step.name}: compiled in {spent:.0f} s")
-    moved = program.traffic(compiled.as_text(), mesh.size)
+    moved = program.traffic(compiled.as_text(), mesh.size, loop=step.loop[-1] if step.loop else None)
     passes = config.training.minibatches * config.training.microbatches  # each scores a slice of the rows
     fetched = passes * shard_bytes(step.arguments, host=True)
     work = roofline.Work(counted / mesh.size, moved.hbm, sum(c.bytes for c in moved.collectives), fetched)
@@ -230,7 +230,7 @@ def shard_bytes(tree: Any, *, host: bool = False) -> int:
 
 def cache_bytes(planned: Planned, config: ConfigDict, devices: int) -> int:
     """Keys and values of one chip's rows and heads while it samples: ``2 L KV d (B (T - 1) + G P)`` numbers, cut over
-    all axes of the mesh, of which rows take two and heads the third."""
+    all axes of the mesh: heads over tensor, rows over the others."""
     c, rollout = planned.model.config, config.rollout
     prompts = rollout.prompts * planned.data.prompt_width
     own = rollout.prompts * rollout.responses * max(config.sampling.max_new_tokens - 1, 1)
@@ -247,11 +247,12 @@ def memory_of(step: Step, planned: Planned, config: ConfigDict, mesh: jax.shardi
     state = {name: shard_bytes(tree) for name, tree in planned.state.items()}
     given = sum(state[name] for name in step.state)
     cache = min(cache_bytes(planned, config, mesh.size), stats.temp_size_in_bytes) if step.name == "rollout" else 0
-    companions = sum(size for name, size in state.items() if name not in ("params", "opt_state", "base"))
+    companions = sum(size for name, size in state.items() if name not in ("params", "opt_state", "base", "sampler"))
     return dict(
         parameters=state["params"] + state.get("base", 0),
         optimizer=state["opt_state"],
         reference=companions,
+        sampler=state["sampler"] if "sampler" in step.state else 0,
         batch=max(stats.argument_size_in_bytes - given, 0),
         cache=cache,
         temporaries=stats.temp_size_in_bytes - cache,

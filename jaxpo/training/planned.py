@@ -11,18 +11,27 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jaxpo.batch import Rollouts
-from jaxpo.parallel import ROWS, replicated, shardings
+from jaxpo.parallel import ROWS, replicated, reshaped, shardings
 from jaxpo.parallel.offload import host_shardings
 from jaxpo.policy import transformer
 from jaxpo.policy.hf import read_config
 from jaxpo.policy.packing import lanes_of
+from jaxpo.rollout.engine import decode_trips
 from jaxpo.tasks import build
 from jaxpo.training import config as config_lib
 from jaxpo.training.compiled import Compiled
 from jaxpo.training.needs import must_score, slots_of
 from jaxpo.training.tools import as_scored
 from jaxpo.training.trained import random_params
-from jaxpo.training.workspace import TrainState, compile_functions, make_tokenizer, optimizer_of, rows_of, tokenize
+from jaxpo.training.workspace import (
+    TrainState,
+    compile_functions,
+    make_tokenizer,
+    optimizer_of,
+    rows_of,
+    several,
+    tokenize,
+)
 
 
 class Data(NamedTuple):
@@ -36,7 +45,7 @@ class Data(NamedTuple):
 
 class Step(NamedTuple):
     """A compiled function of a run. times: calls per iteration; state: what of the run's state it is given (the rest
-    waits in memory beside it); loop: trips of the loops whose end depends on the data."""
+    waits in memory beside it); loop: trips of the loops whose end depends on the data, by depth."""
 
     name: str
     function: Compiled
@@ -44,7 +53,7 @@ class Step(NamedTuple):
     options: dict[str, Any]
     times: int
     state: tuple[str, ...]
-    loop: int = 1
+    loop: tuple[float, ...] = ()
 
     def trace(self, mesh: Mesh) -> Any:
         """The step traced for the mesh: `jax.stages.Traced`."""
@@ -96,7 +105,7 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
     """
     config_lib.validate(config, mesh.size)
     objective, protocol = config_lib.objective_of(config), config_lib.protocol_of(config)
-    model = transformer.build(config_lib.transformer_of(config, data.vocab_size or 1))
+    model = transformer.build(config_lib.transformer_of(config, data.vocab_size or 1), several(mesh))
     key = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=replicated(mesh))
     rows = NamedSharding(mesh, PartitionSpec(ROWS))
 
@@ -110,6 +119,14 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
     moments = jax.eval_shape(optimizer_of(config).init, params)
     memory = everywhere(jax.eval_shape(objective.init), replicated(mesh))
     state = TrainState(params, placed(moments, shardings(moments, mesh)), memory)
+    reshard = sampler = None
+    if functions["reshard"]:
+        reshard = Step(
+            "reshard", functions["reshard"], (params,), {}, 1, ("params", *(() if base is None else ("base",)))
+        )
+        sampling = reshaped(mesh, config.rollout.mesh)
+        moved = reshard.trace(mesh).out_info
+        sampler = placed(moved, shardings(moved, sampling))
     offloaded = config.training.offload_reference
     frozen_copy = placed(params, host_shardings(params, mesh)) if offloaded else params
     companions = dict.fromkeys(slots_of(objective, protocol), frozen_copy)
@@ -119,8 +136,8 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
     tokens, length = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for shape in ((g, data.prompt_width), (g,)))
     options = config_lib.sampling_of(config, data.eos_ids)
     rollout = Step(
-        *("rollout", functions["generate"], (params, tokens, length, key, options), dict(responses=k)),
-        *(1, ("params", *frozen), max(config.sampling.max_new_tokens - 1, 1)),
+        *("rollout", functions["generate"], (sampler or params, tokens, length, key, options), dict(responses=k)),
+        *(1, ("sampler",) if sampler else ("params", *frozen), decode_trips(config.sampling.max_new_tokens)),
     )
     batch = labelled_shapes(rollout.trace(mesh).out_info, rows)
     seen = as_scored(batch)
@@ -140,7 +157,16 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
     chosen, how = everywhere(np.zeros(n, np.int32), replicated(mesh)), dict(fresh=False) | longest(config, mesh, n)
     update = Step("update", functions["step"], (state, prepared, chosen), how, updates, held)
     return Planned(
-        model, data, [rollout, *scoring, update], dict(params=params, opt_state=state.opt_state, **companions, **frozen)
+        model,
+        data,
+        [*([reshard] if reshard else []), rollout, *scoring, update],
+        dict(
+            params=params,
+            opt_state=state.opt_state,
+            **companions,
+            **frozen,
+            **({"sampler": sampler} if sampler else {}),
+        ),
     )
 
 

@@ -1,6 +1,7 @@
 """Everything a run computes with, built once from its config: task, tokenizer, mesh, policy, objective, compiled
 functions."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,17 @@ from ml_collections import ConfigDict
 
 from jaxpo.batch import Rollouts, TokenStats, take
 from jaxpo.objectives import Objective, Protocol, State
-from jaxpo.parallel import batch_shards, constrain_rows, make_mesh, replicated, rows_over_mesh, shardings
+from jaxpo.parallel import (
+    TOKENS,
+    batch_shards,
+    constrain_rows,
+    lay_out,
+    make_mesh,
+    replicated,
+    reshaped,
+    rows_over_mesh,
+    shardings,
+)
 from jaxpo.parallel.distributed import from_rows, own_rows, place, take_rows, to_host
 from jaxpo.parallel.host import keep_freed_memory
 from jaxpo.parallel.offload import check_host_memory, fetched, host_shardings, to_host_memory
@@ -78,19 +89,24 @@ class Workspace:
     train: Prompts
     test: Prompts
     report: dict[str, float]
-    generate: Compiled  # (params, tokens, length, key, options, responses) -> Rollouts
+    reshard: Compiled | None  # params -> as another mesh samples with them; None = the one that trains samples
+    generate: Compiled  # (sampler's params, tokens, length, key, options, responses) -> Rollouts
     score: Compiled  # (params, batch, plan, bins) -> TokenStats
     prepare: Compiled  # (batch, state) -> (batch, state)
     step: Compiled  # (train state, batch, rows, plan, fresh, bins) -> (train state, metrics)
     # of some protocols only:
-    complete: Compiled  # (params, tokens, length, budget, key, options, responses) -> Rollouts
+    complete: Compiled  # (sampler's params, tokens, length, budget, key, options, responses) -> Rollouts
     noise: Compiled  # (train state, batch, halves) -> the gradients of two half-batches, as numbers
 
     @property
     def compiled(self) -> tuple[Compiled, ...]:
         """The functions that this run has compiled."""
-        every = self.generate, self.score, self.prepare, self.step, self.complete, self.noise
-        return tuple(f for f in every if f.compilations)
+        every = self.reshard, self.generate, self.score, self.prepare, self.step, self.complete, self.noise
+        return tuple(f for f in every if f is not None and f.compilations)
+
+    def sampler_params(self, params: Params) -> Params:
+        """The parameters as ``generate`` and ``complete`` take them."""
+        return params if self.reshard is None else self.reshard(params)
 
     def optimizer_steps(self) -> int:
         """Optimizer steps of one iteration."""
@@ -244,7 +260,7 @@ def setup(
         )
     width = limit or max(map(len, [*train_ids, *test_ids]))
     dropped = len(task.train) - len(train) + min(len(task.test), config.evaluation.prompts) - len(test)
-    model = transformer.build(config_lib.transformer_of(config, tokenizer.vocab_size))
+    model = transformer.build(config_lib.transformer_of(config, tokenizer.vocab_size), several(mesh))
     unused = unused_ids(model, tokenizer)
     base = hf.load(hf.open_source(config.policy.path), model.config, mesh) if config.lora.rank else None
     table = None
@@ -285,6 +301,11 @@ def compile_functions(
     beside, seen = partial(with_base, config), partial(seen_with_base, config)
     slices, steps = training.minibatches * training.microbatches, training.epochs * training.minibatches
     packings = SHARES if training.packing else 1
+    sampling_mesh = reshaped(mesh, config.rollout.mesh)
+    elsewhere, sampler = sampling_mesh is not mesh, model._replace(mesh=several(sampling_mesh))
+
+    def run_reshard(base: Params | None, params: Params) -> Params:
+        return lay_out(in_compute_dtype(model, beside(base, params)), sampling_mesh)
 
     def run_complete(
         base: Params | None,
@@ -297,9 +318,13 @@ def compile_functions(
         responses: int,
     ) -> Rollouts:
         lengths = dict(prompt_length=length, budget=budget, responses=responses)
-        how = dict(policy_temperature=config.policy_temperature, pad_id=pad_id, mesh=several(mesh))
-        whole = beside(base, params)
-        out = generate(model, whole, tokens, key, options, **lengths, **how)
+        out = generate(
+            *(sampler, beside(base, params), tokens, key, options),
+            **lengths,
+            policy_temperature=config.policy_temperature,
+            pad_id=pad_id,
+            scan_layers=config.rollout.scan_layers,
+        )
         return constrain_rows(out, mesh)
 
     def run_generate(
@@ -325,14 +350,16 @@ def compile_functions(
         peek = seen(base, look or apply)
         return gradient_noise(objective, own, mesh, state, batch, halves, look=peek, rows_at_once=at_once)
 
-    def compiled(name: str, f: Callable[..., Any], shapes: int = 1, **options: Any) -> Compiled:
-        options = dict(bound=(base,), report=report, **options)
+    def compiled(name: str, f: Callable[..., Any], shapes: int = 1, bound: Params | None = base, **options: Any):
+        options = dict(bound=(bound,), report=report, **options)
         return Compiled(name, f, expected=shapes + protocol.compiles.get(name, 0), **options)
 
+    sampling = dict(bound=None if elsewhere else base, static_argnames="responses")
     return dict(
+        reshard=compiled("reshard", run_reshard) if elsewhere else None,
         # training rollouts and greedy evaluation differ in shape and in what is compiled
-        generate=compiled("generate", run_generate, 2, static_argnames="responses"),
-        complete=compiled("complete", run_complete, static_argnames="responses"),
+        generate=compiled("generate", run_generate, 2, **sampling),
+        complete=compiled("complete", run_complete, **sampling),
         # once more for parameters in the memory of the host
         score=compiled("score", run_score, (1 + training.offload_reference) * packings, static_argnames="bins"),
         prepare=compiled("prepare", lambda _, batch, state: objective.prepare(batch, state)),
@@ -351,6 +378,16 @@ def compile_functions(
             expected=(2 if objective.peeks and steps > 1 else 1) * packings,
         ),
     )
+
+
+def in_compute_dtype(model: Model, params: Params) -> Params:
+    """Parameters as the model multiplies with them: all but norms, whose arithmetic is wider than its results. The
+    values that it computes stay the same, bit for bit."""
+
+    def cast(path: tuple[Any, ...], x: Array) -> Array:
+        return x if "norm" in jax.tree_util.keystr(path) else x.astype(model.config.dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def rows_of(config: ConfigDict) -> int:
@@ -518,5 +555,6 @@ def packed(config: ConfigDict, mesh: Mesh, batch: Rollouts, slices: int, rows: n
 
 
 def shard_count(workspace: Workspace) -> int:
-    """Rows of any batch must be a multiple of this."""
-    return batch_shards(workspace.mesh)
+    """Prompts of any rollout must be a multiple of this."""
+    meshes = workspace.mesh, reshaped(workspace.mesh, workspace.config.rollout.mesh)
+    return math.lcm(*(math.prod(mesh.shape[axis] for axis in TOKENS) for mesh in meshes))

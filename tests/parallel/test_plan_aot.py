@@ -52,7 +52,7 @@ def test_a_run_that_fits(tmp_path, capsys):
     update = numbers["steps"][-1]
     assert update["useful"] < update["operations"]  # remat
     assert numbers["cost"] == pytest.approx(2 * numbers["chip_hours"])
-    assert "8 chips (v5litepod-8), mesh data=1 fsdp=4 tensor=2" in out and "MFU" in out
+    assert "8 chips (v5litepod-8), mesh data=1 fsdp=4 expert=1 context=1 tensor=2" in out and "MFU" in out
 
 
 def test_a_cache_that_does_not_fit_and_a_shorter_one_that_does(tmp_path, capsys):
