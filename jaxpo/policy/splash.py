@@ -39,10 +39,13 @@ def attention(
     *,
     interpret: bool = False,
 ) -> Array:
-    """q [B, Tq, H, d], k, v [B, Tk, KV, d] -> [B, Tq, H, d]: as `jaxpo.policy.attention.to_the_past`, where the
+    """q [B, Tq, H, d], k, v [B, Tk, KV, d] -> [B, Tq, H, d]: as `jaxpo.policy.attention.causal_attention`, where the
     arguments are explained. Queries are padded behind and keys before, to multiples of the blocks.
 
-    On a ``mesh`` each device has its rows (axes ``data`` and ``fsdp``) and heads (axis ``tensor``).
+    On a ``mesh`` each device has its rows (the axes ``ROWS``) and heads (axis ``tensor``).
+
+    Raises:
+      ValueError: heads that the axis ``tensor`` does not divide.
     """
     b, tq, heads, _ = q.shape
     kv = k.shape[2]
