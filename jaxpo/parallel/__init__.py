@@ -1,6 +1,6 @@
 """One mesh for rollout and training, and one table that says how arrays lie on it."""
 
-from jaxpo.parallel.mesh import AXES, make_mesh
+from jaxpo.parallel.mesh import AXES, make_mesh, reshaped
 from jaxpo.parallel.sharding import (
     POSITIONS,
     ROWS,
@@ -10,6 +10,8 @@ from jaxpo.parallel.sharding import (
     by_token,
     constrain,
     constrain_rows,
+    lay_out,
+    moved_bytes,
     replicated,
     rows_over_mesh,
     shardings,
@@ -25,8 +27,11 @@ __all__ = [
     "by_token",
     "constrain",
     "constrain_rows",
+    "lay_out",
     "make_mesh",
+    "moved_bytes",
     "replicated",
+    "reshaped",
     "rows_over_mesh",
     "shardings",
 ]

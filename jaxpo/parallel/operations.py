@@ -2,7 +2,7 @@
 does not."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
-def count(jaxpr: ClosedJaxpr | Jaxpr, *, loop: int = 1) -> float:
+def count(jaxpr: ClosedJaxpr | Jaxpr, *, loop: Sequence[float] = ()) -> float:
     """Multiplications and additions of all matrix products (and of what kernels say of themselves), over all devices.
 
     Element-wise work is left out: it is done by other units, while it waits for memory. The branch of a ``cond`` that
@@ -20,12 +20,13 @@ def count(jaxpr: ClosedJaxpr | Jaxpr, *, loop: int = 1) -> float:
     holds is done by each of its devices; recomputation (``jax.checkpoint``) is counted, since it is done.
 
     Args:
-      loop: trips of a ``while``, whose end depends on values.
+      loop: trips of a ``while``, whose end depends on values, and (on average) of those within it, by depth; 1 where
+        it says nothing.
     """
     return float(sum(_of_equation(eqn, loop) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns))
 
 
-def _of_equation(eqn: Any, loop: int) -> float:
+def _of_equation(eqn: Any, loop: Sequence[float]) -> float:
     name, p = eqn.primitive.name, eqn.params
     match name:
         case "dot_general":
@@ -39,7 +40,8 @@ def _of_equation(eqn: Any, loop: int) -> float:
         case "scan":
             return p["length"] * count(p["jaxpr"], loop=loop)
         case "while":
-            return loop * (count(p["body_jaxpr"], loop=loop) + count(p["cond_jaxpr"], loop=loop))
+            times, within = (loop[0], loop[1:]) if loop else (1, ())
+            return times * (count(p["body_jaxpr"], loop=within) + count(p["cond_jaxpr"], loop=within))
         case "cond":
             return max(count(branch, loop=loop) for branch in p["branches"])
         case "shard_map":

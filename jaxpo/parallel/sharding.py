@@ -41,6 +41,7 @@ def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     Raises:
       ValueError: a dimension that the axis of the mesh it is spread over does not divide.
     """
+    name = name.removesuffix("/weight")  # of a matrix beside its adapter (`jaxpo.policy.lora.Adapted`)
     for pattern, spec in RULES:
         if not re.search(pattern, name) or len(spec) != len(shape):
             continue
@@ -107,3 +108,36 @@ def by_row(x: Array, rows: int, mesh: Mesh | None) -> Array:
         x = x.reshape(shards, parts, rows // shards, -1, *x.shape[1:]).swapaxes(1, 2)
         return x.reshape(rows, -1, *x.shape[4:])
     return x.reshape(rows, -1, *x.shape[1:])
+
+
+def lay_out(tree: Any, mesh: Mesh) -> Any:
+    """Inside jit: parameters that lie on another mesh of the same devices, as the rules lay them on this one.
+
+    In two steps, since the partitioner would otherwise bring every array whole to every device: with the parts that
+    are copies of each other on ``mesh`` still apart (an exchange within groups), and then joined (a gather).
+    """
+
+    def apart(spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
+        axes = tuple(axis for axis in TOKENS if axis == "fsdp" or axis not in spec)
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        return PartitionSpec(
+            *(axes if a == "fsdp" and n % parts == 0 else a for a, n in zip(spec, shape, strict=False))
+        )
+
+    final = shardings(tree, mesh)
+    first = jax.tree.map(lambda x, s: NamedSharding(mesh, apart(s.spec, x.shape)), tree, final)
+    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(tree, first), final)
+
+
+def moved_bytes(tree: Any, old: Any, new: Any) -> int:
+    """Bytes that a device receives, the one that receives most, when arrays (or shapes) placed as ``old`` are placed as
+    ``new``: of each shard what it does not hold already."""
+    received: dict[jax.Device, int] = {}
+    for x, a, b in zip(*map(jax.tree.leaves, (tree, old, new)), strict=True):
+        held = a.devices_indices_map(x.shape)
+        for device, wanted in b.devices_indices_map(x.shape).items():
+            sides = [(s.indices(n), h.indices(n)) for s, h, n in zip(wanted, held[device], x.shape, strict=True)]
+            size = math.prod(s[1] - s[0] for s, _ in sides)
+            common = math.prod(max(0, min(s[1], h[1]) - max(s[0], h[0])) for s, h in sides)
+            received[device] = received.get(device, 0) + (size - common) * x.dtype.itemsize
+    return max(received.values())

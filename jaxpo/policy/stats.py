@@ -67,7 +67,7 @@ def completion_hidden(
     if spread:  # what rows are made of lies where they do, whatever the partitioner would think of the parameters
         tokens, positions = constrain((tokens, positions), mesh, ROWS, POSITIONS)
         ok = constrain(ok, mesh, ROWS)
-    attend = shared_prompt_attend(model.config, k, inputs.shape[1], ok, mesh if parts > 1 else None)
+    attend = shared_prompt_attend(model.config, k, inputs.shape[1], ok, mesh)
     if spread:  # else tables over fsdp and tensor make the partitioner hold the embeddings of all rows everywhere
         table = params["embedding"]
         vocabulary = "tensor" if table.shape[0] % mesh.shape["tensor"] == 0 else None

@@ -1,26 +1,34 @@
 """Generation in one compiled function: prefill once per prompt, then a loop that ends when every row has.
 
 The K responses to a prompt share its keys and values; each row keeps only those of its own completion. Layers are
-unrolled, so that each layer's cache
-is a buffer of its own that the loop updates in place.
+unrolled, so that each layer's cache is a buffer of its own that the loop updates in place, or scanned: one compiled
+layer and one stacked cache, which the layers update in turn.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpo.batch import Rollouts
+from jaxpo.parallel import TOKENS, constrain
 from jaxpo.policy.attention import narrowed, prompt_attend, prompt_mask
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.transformer import Attend, Model, Params, softcap
 from jaxpo.rollout.sampling import SamplingOptions, sample
 
-Cache = list[tuple[Array, Array]]  # per layer: keys, values [rows, KV, positions, d]
+POSITIONS_AT_ONCE = 1024  # of a row's cache, when it is read
+
+# Keys and values [rows, KV, positions, d] of each layer: a list, or, scanned, one pair with a leading axis of layers.
+Cache = list[tuple[Array, Array]] | tuple[Array, Array]
 
 
-def prefill(model: Model, params: Params, prompts: Array, prompt_length: Array | None) -> tuple[Array, Cache, Array]:
+def prefill(
+    model: Model, params: Params, prompts: Array, prompt_length: Array | None, *, scan_layers: bool = False
+) -> tuple[Array, Cache, Array]:
     """Run the prompts [G, P] once.
 
     Returns:
@@ -31,46 +39,127 @@ def prefill(model: Model, params: Params, prompts: Array, prompt_length: Array |
     ok = prompt_mask(prompt_length, g, p)
     x, cache, attend = model.embed(params, prompts), [], prompt_attend(model.config, ok)
     positions = jnp.maximum(jnp.cumsum(ok, -1) - 1, 0)
-    for i in range(model.config.layers):
-        x, kept = model.run_block(model.layer(params, i), x, positions, attend)
-        cache.append(tuple(y.swapaxes(1, 2) for y in kept))
+
+    def block(x: Array, layer: Any) -> tuple[Array, tuple[Array, Array]]:
+        x, kept = model.run_block(layer, x, positions, attend)
+        return x, tuple(y.swapaxes(1, 2) for y in kept)
+
+    if scan_layers:
+        x, cache = jax.lax.scan(block, x, model.layers(params))
+    else:
+        for i in range(model.config.layers):
+            x, kept = block(x, model.layer(params, i))
+            cache.append(kept)
     return model.final(params, x[:, -1]), cache, ok
 
 
+def decode(
+    model: Model, layers: Any, x: Array, positions: Array, of_prompt: Cache, own: Cache, ok: Array, t: Array
+) -> tuple[Array, Cache]:
+    """One new token of each row, x [B, D], through all layers: the new x, and the cache with position ``t`` filled."""
+    attend = partial(decode_attend, model.config, ok=ok, t=t)
+    if isinstance(own, list):
+        new = []
+        for layer, prompt, mine in zip(layers, of_prompt, own, strict=True):
+            x, kept = model.run_block(layer, x, positions, attend(prompt, mine))
+            new.append(kept)
+        return x, new
+
+    def block(i: Array, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
+        layer, prompt = jax.tree.map(
+            partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False), (layers, of_prompt)
+        )
+        return model.run_block(layer, carry[0], positions, attend(prompt, carry[1], layer=i))
+
+    return jax.lax.fori_loop(0, model.config.layers, block, (x, own))
+
+
 def decode_attend(
-    config: TransformerConfig, of_prompt: tuple[Array, Array], own: tuple[Array, Array], ok: Array, t: Array
+    config: TransformerConfig,
+    of_prompt: tuple[Array, Array],
+    own: tuple[Array, Array],
+    *,
+    ok: Array,
+    t: Array,
+    layer: Array | None = None,
 ) -> Attend:
     """Attention of one new token per row: over the prompt's keys [G, KV, P, d] and the row's own [B, KV, T, d] up to
-    and with position ``t``."""
+    and with position ``t``; with ``layer``, ``own`` is that of all layers [L, B, KV, T, d].
+
+    A long cache is read `POSITIONS_AT_ONCE` positions at a time, and only as far as it is filled, with the running
+    maximum and sums of an online softmax (arXiv:1805.02867) in float32.
+    """
     kp, vp = of_prompt
     g, kv, p, d = kp.shape
-    b, width = own[0].shape[0], own[0].shape[2]
+    b, width = own[0].shape[-4], own[0].shape[-2]
+    at, size = () if layer is None else (layer,), min(width, POSITIONS_AT_ONCE)
+
+    def written(cache: Array, new: Array) -> Array:
+        new = new[:, :, None].astype(cache.dtype).reshape((1,) * len(at) + (b, kv, 1, d))
+        return jax.lax.dynamic_update_slice(cache, new, (*at, 0, 0, t, 0))
+
+    def read(cache: Array, start: Array | int) -> Array:
+        sizes = (1,) * len(at) + (b, kv, size, d)
+        return jax.lax.dynamic_slice(cache, (*at, 0, 0, start, 0), sizes).reshape(b, kv, size, d)
 
     def attend(q: Array, k: Array, v: Array, window: int | Array | None) -> tuple[Array, tuple[Array, Array]]:
-        kc, vc = (
-            jax.lax.dynamic_update_slice_in_dim(c, x[:, :, None].astype(c.dtype), t, 2)
-            for c, x in zip(own, (k, v), strict=True)
-        )
+        kept = written(own[0], k), written(own[1], v)
         dtype = jnp.promote_types(q.dtype, jnp.float32)
         qs = (q * config.attention_scale).reshape(b, kv, -1, d)
         r = qs.shape[2]
         shared = qs.reshape(g, b // g, kv, r, d)
-        sp = jnp.einsum("gkhrd,ghpd->gkhrp", shared, kp, preferred_element_type=dtype)
-        seen = narrowed(ok, p + t - jnp.arange(p), window)
-        sp = jnp.where(seen[:, None, None, None], softcap(sp, config.attention_softcap), -jnp.inf).reshape(b, kv, r, p)
-        sc = jnp.einsum("bhrd,bhtd->bhrt", qs, kc, preferred_element_type=dtype)
-        seen = narrowed(jnp.arange(width) <= t, t - jnp.arange(width), window)
-        sc = jnp.where(seen, softcap(sc, config.attention_softcap), -jnp.inf)
-        top = jnp.maximum(sp.max(-1, keepdims=True), sc.max(-1, keepdims=True))
-        ep, ec = jnp.exp(sp - top), jnp.exp(sc - top)
-        total = ep.sum(-1, keepdims=True) + ec.sum(-1, keepdims=True)
-        op = jnp.einsum(
-            "gkhrp,ghpd->gkhrd", ep.reshape(g, b // g, kv, r, -1).astype(vp.dtype), vp, preferred_element_type=dtype
-        )
-        oc = jnp.einsum("bhrt,bhtd->bhrd", ec.astype(vc.dtype), vc, preferred_element_type=dtype)
-        return ((op.reshape(oc.shape) + oc) / total).reshape(q.shape).astype(q.dtype), (kc, vc)
+
+        def scored(equation: str, q: Array, k: Array, seen: Array) -> Array:
+            score = jnp.einsum(equation, q, k, preferred_element_type=dtype)
+            return jnp.where(seen, softcap(score, config.attention_softcap), -jnp.inf)
+
+        def part(i: Array | int, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            top, total, out = so_far
+            positions = i * size + jnp.arange(size)
+            seen = narrowed(positions <= t, t - positions, window)
+            s = scored("bhrd,bhtd->bhrt", qs, read(kept[0], i * size), seen)
+            new = jnp.maximum(top, s.max(-1, keepdims=True))
+            e, again = jnp.exp(s - new), jnp.exp(top - new)
+            v = read(kept[1], i * size)
+            o = jnp.einsum("bhrt,bhtd->bhrd", e.astype(v.dtype), v, preferred_element_type=dtype)
+            return new, total * again + e.sum(-1, keepdims=True), out * again + o
+
+        seen = narrowed(ok, p + t - jnp.arange(p), window)[:, None, None, None]
+        s = scored("gkhrd,ghpd->gkhrp", shared, kp, seen)
+        top = jnp.maximum(s.max(-1, keepdims=True), jnp.finfo(dtype).min)  # a window may have left the prompt behind
+        e = jnp.exp(s - top)
+        o = jnp.einsum("gkhrp,ghpd->gkhrd", e.astype(vp.dtype), vp, preferred_element_type=dtype)
+        so_far = tuple(x.reshape(b, kv, r, -1) for x in (top, e.sum(-1, keepdims=True), o))
+        _, total, out = part(0, so_far) if size == width else jax.lax.fori_loop(0, t // size + 1, part, so_far)
+        return (out / total).reshape(q.shape).astype(q.dtype), kept
 
     return attend
+
+
+def empty_cache(of_prompt: Cache, rows: int, width: int, mesh: Mesh | None) -> Cache:
+    """Room for ``width`` positions of each row beside the cache of its prompt: rows and heads where the mesh has
+    theirs."""
+    if width > POSITIONS_AT_ONCE:
+        width += -width % POSITIONS_AT_ONCE
+
+    def room(x: Array) -> Array:
+        *layers, _, kv, _, d = x.shape
+        room = jnp.zeros((*layers, rows, kv, width, d), x.dtype)
+        if mesh is None:
+            return room
+        where = PartitionSpec(*[None] * len(layers), TOKENS, "tensor")
+        return jax.lax.with_sharding_constraint(room, NamedSharding(mesh, where))
+
+    return jax.tree.map(room, of_prompt)
+
+
+def decode_trips(width: int) -> tuple[float, ...]:
+    """Trips of the loops of `generate` for completions that are all ``width`` tokens long, by depth: tokens, and parts
+    of the cache that one of them reads, on average."""
+    read = max(width - 1, 1)  # the first comes from the prompt
+    if read <= POSITIONS_AT_ONCE:
+        return (read,)
+    return read, sum(t // POSITIONS_AT_ONCE + 1 for t in range(read)) / read
 
 
 def generate(
@@ -85,6 +174,8 @@ def generate(
     responses: int = 1,
     policy_temperature: float = 1.0,
     pad_id: int = 0,
+    scan_layers: bool = False,
+    mesh: Mesh | None = None,
 ) -> Rollouts:
     """Sample ``responses`` completions of each prompt; jit it with ``options`` as an ordinary argument.
 
@@ -93,6 +184,10 @@ def generate(
       budget: [G] at most so many tokens of each completion, within ``options.max_new_tokens``; None = all of those.
       key: source of the uniforms (one per row and position).
       policy_temperature: the temperature at which the trainer scores.
+      scan_layers: one compiled layer for all: a deep model compiles in a minute and not in many, and reads its cache
+        through a slice of a larger buffer.
+      mesh: over which rows and heads are spread, rows over all axes but "tensor" (one token at a time has no positions
+        to spread); None = the partitioner decides.
 
     Returns:
       Rollouts of B = G * responses rows in the order of the prompts: ``tokens``, ``mask`` (1 up to and with the token
@@ -103,8 +198,10 @@ def generate(
     """
     g, p = prompts.shape
     b, width = g * responses, options.max_new_tokens
-    hidden, prompt_cache, ok = prefill(model, params, prompts, prompt_length)
-    layers = [model.layer(params, i) for i in range(model.config.layers)]
+    if mesh is not None:
+        prompts, prompt_length = constrain((prompts, prompt_length), mesh, TOKENS)
+    hidden, prompt_cache, ok = prefill(model, params, prompts, prompt_length, scan_layers=scan_layers)
+    layers = model.layers(params) if scan_layers else [model.layer(params, i) for i in range(model.config.layers)]
     uniform = jax.random.uniform(key, (width, b))
     start = jnp.repeat(ok.sum(-1), responses)
     eos = jnp.asarray(options.eos_ids, jnp.int32)
@@ -137,11 +234,10 @@ def generate(
     def step(carry: tuple[Array, dict[str, Any], Cache]) -> tuple[Array, dict[str, Any], Cache]:
         t, state, cache = carry
         x = model.embed(params, jax.lax.dynamic_index_in_dim(state["tokens"], t - 1, keepdims=False))
-        new_cache = []
-        for layer, of_prompt, own in zip(layers, prompt_cache, cache, strict=True):
-            x, kept = model.run_block(layer, x, start + t - 1, decode_attend(model.config, of_prompt, own, ok, t - 1))
-            new_cache.append(kept)
-        return t + 1, draw(t, model.final(params, x), state), new_cache
+        if mesh is not None:
+            x = constrain(x, mesh, TOKENS)
+        x, cache = decode(model, layers, x, start + t - 1, prompt_cache, cache, ok, t - 1)
+        return t + 1, draw(t, model.final(params, x), state), cache
 
     state: dict[str, Any] = dict(
         tokens=jnp.full((width, b), pad_id, jnp.int32),
@@ -154,9 +250,7 @@ def generate(
     if last_state is not None:
         state["stop"] = jnp.zeros(b, jnp.int32)
     state = draw(jnp.int32(0), jnp.repeat(hidden, responses, 0), state)
-    cache = [
-        tuple(jnp.zeros((b, x.shape[1], max(width - 1, 1), x.shape[3]), x.dtype) for x in kv) for kv in prompt_cache
-    ]
+    cache = empty_cache(prompt_cache, b, max(width - 1, 1), mesh)
     _, state, _ = jax.lax.while_loop(
         lambda c: (c[0] < width) & jnp.any(running(c[0], c[1])), step, (jnp.int32(1), state, cache)
     )

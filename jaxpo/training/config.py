@@ -18,8 +18,8 @@ from ml_collections import ConfigDict, config_dict
 
 from jaxpo import registry
 from jaxpo.objectives import Objective, Protocol, make
-from jaxpo.parallel import AXES, POSITIONS, ROWS
-from jaxpo.parallel.mesh import mesh_shape
+from jaxpo.parallel import ROWS, TOKENS
+from jaxpo.parallel.mesh import AXES, mesh_shape, reshaped_sizes
 from jaxpo.policy import lora
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.families import config_from_hf
@@ -117,8 +117,12 @@ def default() -> ConfigDict:
             rollout=dict(
                 prompts=32,  # prompts per iteration
                 responses=8,  # completions of each
-                prompt_width=optional(int),
-            ),  # None = the longest prompt; longer ones are dropped and counted
+                prompt_width=optional(int),  # None = the longest prompt; longer ones are dropped and counted
+                scan_layers=False,  # one compiled layer for all when decoding: deep models compile in a minute
+                # The mesh that samples, over the same devices; parameters are moved onto it before. All None = the mesh
+                # that trains; else data = the rest, if not given, and the other axes 1.
+                mesh={axis: optional(int) for axis in AXES},
+            ),
             sampling=dict(
                 max_new_tokens=32,
                 temperature=1.0,
@@ -374,7 +378,7 @@ def _check_checkpoint(config: ConfigDict) -> None:
 
 def _check_division(config: ConfigDict, objective: Objective, policy: TransformerConfig, devices: int) -> None:
     mesh = dict(zip(AXES, mesh_shape(config.mesh, devices), strict=True))
-    shards, row_axes = (math.prod(mesh[axis] for axis in ROWS), " * ".join(f"mesh.{axis}" for axis in ROWS))
+    shards, row_axes = math.prod(mesh[axis] for axis in ROWS), " * ".join(f"mesh.{axis}" for axis in ROWS)
     prompts, responses = config.rollout.prompts, config.rollout.responses
     minibatches, microbatches = config.training.minibatches, config.training.microbatches
     if prompts % minibatches:
@@ -387,14 +391,6 @@ def _check_division(config: ConfigDict, objective: Objective, policy: Transforme
         raise ValueError(
             f"config.training.microbatches {microbatches} does not divide the {rows} rows of a minibatch "
             f"(rollout.prompts / training.minibatches * rollout.responses): choose one of {_divisors(rows)}"
-        )
-    if prompts % shards:
-        raise ValueError(f"config.rollout.prompts {prompts} does not divide over {row_axes} = {shards}")
-    if prompts % (shards * mesh[POSITIONS]):
-        every = shards * mesh[POSITIONS]
-        raise ValueError(
-            f"config.rollout.prompts {prompts} does not divide over {row_axes} * mesh.{POSITIONS} = {every}, which all "
-            f"decode: choose {-(-prompts // every) * every}, or a smaller config.mesh.{POSITIONS}"
         )
     if rows // microbatches % shards:
         raise ValueError(
@@ -413,21 +409,37 @@ def _check_division(config: ConfigDict, objective: Objective, policy: Transforme
             "see whole: "
             f"choose one of {_divisors(prompts // minibatches)}"
         )
-    for field in ("heads", "kv_heads", "mlp_width"):
-        if getattr(policy, field) % mesh["tensor"]:
-            raise ValueError(
-                f"config.mesh.tensor {mesh['tensor']} does not divide config.policy.{field} {getattr(policy, field)}"
-            )
-    if policy.width % mesh["fsdp"]:
-        raise ValueError(f"config.mesh.fsdp {mesh['fsdp']} does not divide config.policy.width {policy.width}")
-    if mesh["expert"] > 1 and policy.experts is None:
+    sampling = reshaped_sizes(config.rollout.mesh)
+    sampling_mesh = dict(zip(AXES, mesh_shape(sampling, devices, "rollout.mesh"), strict=True)) if sampling else mesh
+    _check_mesh("mesh", mesh, ROWS, prompts, policy)
+    _check_mesh("rollout.mesh" if sampling else "mesh", sampling_mesh, TOKENS, prompts, policy)
+
+
+def _check_mesh(
+    name: str, mesh: Mapping[str, int], axes: Sequence[str], prompts: int, policy: TransformerConfig
+) -> None:
+    """``axes``: those that prompts are spread over."""
+    shards = math.prod(mesh[axis] for axis in axes)
+    if prompts % shards:
+        spread = " * ".join(f"{name}.{axis}" for axis in axes)
         raise ValueError(
-            f"config.mesh.expert {mesh['expert']} has no effect: config.policy has no experts; set it to 1"
+            f"config.rollout.prompts {prompts} does not divide over {spread} = {shards}: choose "
+            f"{-(-prompts // shards) * shards}, or a smaller mesh"
         )
-    if mesh["expert"] > 1 and policy.experts % mesh["expert"]:
+    tensor, fsdp, expert = mesh["tensor"], mesh["fsdp"], mesh["expert"]
+    for field in ("heads", "kv_heads", "mlp_width"):
+        if getattr(policy, field) % tensor:
+            raise ValueError(
+                f"config.{name}.tensor {tensor} does not divide config.policy.{field} {getattr(policy, field)}"
+            )
+    if policy.width % fsdp:
+        raise ValueError(f"config.{name}.fsdp {fsdp} does not divide config.policy.width {policy.width}")
+    if expert > 1 and policy.experts is None:
+        raise ValueError(f"config.{name}.expert {expert} has no effect: config.policy has no experts; set it to 1")
+    if expert > 1 and policy.experts % expert:
         raise ValueError(
-            f"config.mesh.expert {mesh['expert']} does not divide config.policy.experts {policy.experts}: choose one "
-            f"of {_divisors(policy.experts)}"
+            f"config.{name}.expert {expert} does not divide config.policy.experts {policy.experts}: choose one of "
+            f"{_divisors(policy.experts)}"
         )
 
 
