@@ -28,7 +28,9 @@ def mesh_shape(sizes: Mapping[str, int], devices: int, field: str = "mesh") -> t
         if size != -1 and size < 1:
             raise ValueError(f"{field}.{name} must be -1 (the rest) or at least 1, not {size}")
     if shape.count(-1) > 1:
-        raise ValueError(f"only one axis of {field} may be -1 (the rest): {dict(zip(AXES, shape, strict=True))}")
+        raise ValueError(
+            f"only one axis of the mesh may be -1 (the rest): {field} {dict(zip(AXES, shape, strict=True))}"
+        )
     known = int(np.prod([s for s in shape if s != -1]))
     if -1 in shape:
         shape[shape.index(-1)] = devices // known if devices % known == 0 else 0

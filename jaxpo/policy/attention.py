@@ -1,15 +1,22 @@
 """Where queries meet keys: plain attention, and the form that runs each prompt once for all of its completions."""
 
+import importlib
+import logging
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxpo.kernels.chips import target_platform
 from jaxpo.parallel import POSITIONS, ROWS
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.transformer import Attend, softcap
 
 QUERIES_AT_ONCE = 1024  # in the attention of longer sequences
+LONG = 1024  # keys from which on "auto" takes the fused form
+
+log = logging.getLogger(__name__)
 
 
 def prompt_mask(prompt_length: Array | None, rows: int, width: int) -> Array:
@@ -22,6 +29,43 @@ def prompt_mask(prompt_length: Array | None, rows: int, width: int) -> Array:
 def narrowed(mask: Array, distance: Array, window: int | Array | None) -> Array:
     """``mask`` without what lies ``window`` positions back, or more. ``distance``: how far each key lies back."""
     return mask if window is None else mask & (distance < window)
+
+
+def causal_attention(
+    config: TransformerConfig,
+    q: Array,
+    k: Array,
+    v: Array,
+    of_query: Array,
+    of_key: Array,
+    window: int | Array | None,
+    mesh: Mesh | None = None,
+) -> Array:
+    """Attention of the last tokens of sequences to what is before them and to themselves: q [B, Tq, H, d], k, v
+    [B, Tk, KV, d] -> [B, Tq, H, d].
+
+    The last query is the last key. A query sees the keys of its own segment (``of_query`` [B, Tq], ``of_key``
+    [B, Tk]) up to itself, within ``window`` (None = all). The form is ``config.attention``: "xla", "splash" (fused, on
+    TPUs: `jaxpo.policy.splash`), or "auto".
+
+    Args:
+      mesh: over which rows and heads are spread; the fused form needs it, where there are several devices.
+
+    Raises:
+      ValueError: "splash" where it cannot run; the reason is given.
+    """
+    if config.attention != "xla" and (config.attention == "splash" or target_platform() == "tpu"):
+        splash = importlib.import_module("jaxpo.policy.splash")  # Pallas takes a second to import
+        reason = splash.why_not(q, mesh)
+        if reason and config.attention == "splash":
+            raise ValueError(f"policy.attention='splash' cannot be used: {reason}; set it to 'auto' or 'xla'")
+        if not reason and (config.attention == "splash" or k.shape[1] >= LONG):
+            return splash.attention(config, q, k, v, of_query, of_key, window, mesh)
+        log.info("attention: xla in place of splash: %s", reason or f"only {k.shape[1]} keys")
+    at = jnp.arange(k.shape[1])
+    distance = at[k.shape[1] - q.shape[1] :, None] - at
+    mask = (distance >= 0) & (of_query[:, :, None] == of_key[:, None])
+    return attention(config, q, k, v, narrowed(mask, distance, window))
 
 
 def attention(config: TransformerConfig, q: Array, k: Array, v: Array, mask: Array) -> Array:
@@ -64,26 +108,11 @@ def _attention(config: TransformerConfig, q: Array, k: Array, v: Array, mask: Ar
     return jnp.einsum("bgrqk,bkgd->bqgrd", weight.astype(v.dtype), v).reshape(q.shape)
 
 
-def causal_attention(
-    config: TransformerConfig, q: Array, k: Array, v: Array, of_query: Array, of_key: Array, window: int | Array | None
-) -> Array:
-    """Attention of the last tokens of sequences to what is before them and to themselves: q [B, Tq, H, d], k, v
-    [B, Tk, KV, d] -> [B, Tq, H, d].
-
-    The last query is the last key. A query sees the keys of its own segment (``of_query`` [B, Tq], ``of_key``
-    [B, Tk]) up to itself, within ``window`` (None = all).
-    """
-    at = jnp.arange(k.shape[1])
-    distance = at[k.shape[1] - q.shape[1] :, None] - at
-    mask = (distance >= 0) & (of_query[:, :, None] == of_key[:, None])
-    return attention(config, q, k, v, narrowed(mask, distance, window))
-
-
-def prompt_attend(config: TransformerConfig, ok: Array) -> Attend:
+def prompt_attend(config: TransformerConfig, ok: Array, mesh: Mesh | None = None) -> Attend:
     """Attention of left-padded prompts to themselves; keeps keys and values. ``ok`` [G, P] marks real tokens."""
 
     def attend(q: Array, k: Array, v: Array, window: int | Array | None) -> tuple[Array, tuple[Array, Array]]:
-        return causal_attention(config, q, k, v, ok, ok, window), (k, v)
+        return causal_attention(config, q, k, v, ok, ok, window, mesh), (k, v)
 
     return attend
 
@@ -123,13 +152,14 @@ def shared_prompt_attend(
     """
     parts, prompt_width = 1 if mesh is None else mesh.shape[POSITIONS], prompt_ok.shape[1]
     real = prompt_ok.astype(jnp.int32)  # a segment; what is padding is another one
+    around = mesh if parts == 1 else None  # over several parts, each device is on its own
 
     def of_part(q: Array, k: Array, v: Array, real: Array, window: int | Array | None, part: int | Array = 0) -> Array:
         qp, qc = parted(q, prompt_width // parts, per_prompt)
         (kp, kc), (vp, vc) = (parted(x, prompt_width, per_prompt, parts) for x in (k, v))
         mine = jax.lax.dynamic_slice_in_dim(real, part * qp.shape[1], qp.shape[1], 1)
         before = _up_to(part, parts, prompt_width, kp, vp, real)
-        of_prompt = causal_attention(config, qp, *before[:2], mine, before[2], window)
+        of_prompt = causal_attention(config, qp, *before[:2], mine, before[2], window, around)
         if width == 0:
             return of_prompt
         keys, values, ok = (
@@ -138,7 +168,7 @@ def shared_prompt_attend(
         )
         before = _up_to(part, parts, width, keys, values, ok)
         mine = jnp.ones(qc.shape[:2], real.dtype)
-        return joined(of_prompt, causal_attention(config, qc, *before[:2], mine, before[2], window))
+        return joined(of_prompt, causal_attention(config, qc, *before[:2], mine, before[2], window, around))
 
     if parts == 1:
         return lambda q, k, v, window: (of_part(q, k, v, real, window), None)

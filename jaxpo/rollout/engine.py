@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxpo.batch import Rollouts
 from jaxpo.parallel import TOKENS, constrain
@@ -37,7 +37,7 @@ def prefill(
     """
     g, p = prompts.shape
     ok = prompt_mask(prompt_length, g, p)
-    x, cache, attend = model.embed(params, prompts), [], prompt_attend(model.config, ok)
+    x, cache, attend = model.embed(params, prompts), [], prompt_attend(model.config, ok, model.mesh)
     positions = jnp.maximum(jnp.cumsum(ok, -1) - 1, 0)
 
     def block(x: Array, layer: Any) -> tuple[Array, tuple[Array, Array]]:
@@ -147,8 +147,8 @@ def empty_cache(of_prompt: Cache, rows: int, width: int, mesh: Mesh | None) -> C
         room = jnp.zeros((*layers, rows, kv, width, d), x.dtype)
         if mesh is None:
             return room
-        where = PartitionSpec(*[None] * len(layers), TOKENS, "tensor")
-        return jax.lax.with_sharding_constraint(room, NamedSharding(mesh, where))
+        where = [None] * len(layers)
+        return constrain(room, mesh, *where, TOKENS, "tensor")
 
     return jax.tree.map(room, of_prompt)
 
@@ -175,7 +175,6 @@ def generate(
     policy_temperature: float = 1.0,
     pad_id: int = 0,
     scan_layers: bool = False,
-    mesh: Mesh | None = None,
 ) -> Rollouts:
     """Sample ``responses`` completions of each prompt; jit it with ``options`` as an ordinary argument.
 
@@ -186,8 +185,9 @@ def generate(
       policy_temperature: the temperature at which the trainer scores.
       scan_layers: one compiled layer for all: a deep model compiles in a minute and not in many, and reads its cache
         through a slice of a larger buffer.
-      mesh: over which rows and heads are spread, rows over all axes but "tensor" (one token at a time has no positions
-        to spread); None = the partitioner decides.
+
+    On ``model.mesh`` (None = the partitioner decides) rows are spread over all axes but "tensor", over which heads are:
+    a token at a time has no use for an axis of positions.
 
     Returns:
       Rollouts of B = G * responses rows in the order of the prompts: ``tokens``, ``mask`` (1 up to and with the token
@@ -197,9 +197,9 @@ def generate(
       policy when that is another one, ``group`` and ``shared_prompt``.
     """
     g, p = prompts.shape
-    b, width = g * responses, options.max_new_tokens
+    b, width, mesh = g * responses, options.max_new_tokens, model.mesh
     if mesh is not None:
-        prompts, prompt_length = constrain((prompts, prompt_length), mesh, TOKENS)
+        prompts, prompt_length, budget = constrain((prompts, prompt_length, budget), mesh, TOKENS)
     hidden, prompt_cache, ok = prefill(model, params, prompts, prompt_length, scan_layers=scan_layers)
     layers = model.layers(params) if scan_layers else [model.layer(params, i) for i in range(model.config.layers)]
     uniform = jax.random.uniform(key, (width, b))

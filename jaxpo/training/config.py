@@ -18,8 +18,8 @@ from ml_collections import ConfigDict, config_dict
 
 from jaxpo import registry
 from jaxpo.objectives import Objective, Protocol, make
-from jaxpo.parallel import ROWS, TOKENS
-from jaxpo.parallel.mesh import AXES, mesh_shape, reshaped_sizes
+from jaxpo.parallel import AXES, ROWS, TOKENS
+from jaxpo.parallel.mesh import mesh_shape, reshaped_sizes
 from jaxpo.policy import lora
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.families import config_from_hf
@@ -65,6 +65,7 @@ def policy_arguments(name: str) -> Mapping[str, inspect.Parameter]:
             param_dtype: str = "float32",
             scan_layers: bool = True,
             remat: str = "none",
+            attention: str = "auto",
         ): ...
 
         return inspect.signature(pretrained).parameters
@@ -378,7 +379,7 @@ def _check_checkpoint(config: ConfigDict) -> None:
 
 def _check_division(config: ConfigDict, objective: Objective, policy: TransformerConfig, devices: int) -> None:
     mesh = dict(zip(AXES, mesh_shape(config.mesh, devices), strict=True))
-    shards, row_axes = math.prod(mesh[axis] for axis in ROWS), " * ".join(f"mesh.{axis}" for axis in ROWS)
+    shards, row_axes = (math.prod(mesh[axis] for axis in ROWS), " * ".join(f"mesh.{axis}" for axis in ROWS))
     prompts, responses = config.rollout.prompts, config.rollout.responses
     minibatches, microbatches = config.training.minibatches, config.training.microbatches
     if prompts % minibatches:
@@ -410,36 +411,42 @@ def _check_division(config: ConfigDict, objective: Objective, policy: Transforme
             f"choose one of {_divisors(prompts // minibatches)}"
         )
     sampling = reshaped_sizes(config.rollout.mesh)
-    sampling_mesh = dict(zip(AXES, mesh_shape(sampling, devices, "rollout.mesh"), strict=True)) if sampling else mesh
-    _check_mesh("mesh", mesh, ROWS, prompts, policy)
-    _check_mesh("rollout.mesh" if sampling else "mesh", sampling_mesh, TOKENS, prompts, policy)
+    _check_mesh("mesh", mesh, policy)
+    _check_rows("mesh", mesh, prompts, ROWS if sampling else TOKENS)
+    if sampling:
+        other = dict(zip(AXES, mesh_shape(sampling, devices, "rollout.mesh"), strict=True))
+        _check_mesh("rollout.mesh", other, policy)
+        _check_rows("rollout.mesh", other, prompts, TOKENS)
 
 
-def _check_mesh(
-    name: str, mesh: Mapping[str, int], axes: Sequence[str], prompts: int, policy: TransformerConfig
-) -> None:
-    """``axes``: those that prompts are spread over."""
+def _check_rows(field: str, mesh: Mapping[str, int], prompts: int, axes: Sequence[str]) -> None:
+    """That every device has prompts: those over ``axes`` of it, of which a rollout decodes on all."""
+    axes = [axis for axis in axes if mesh[axis] > 1 or axis in ("data", "fsdp")]
     shards = math.prod(mesh[axis] for axis in axes)
     if prompts % shards:
-        spread = " * ".join(f"{name}.{axis}" for axis in axes)
         raise ValueError(
-            f"config.rollout.prompts {prompts} does not divide over {spread} = {shards}: choose "
-            f"{-(-prompts // shards) * shards}, or a smaller mesh"
+            f"config.rollout.prompts {prompts} does not divide over "
+            f"{' * '.join(f'{field}.{axis}' for axis in axes)} = {shards}: choose {-(-prompts // shards) * shards}, or "
+            f"a smaller axis of config.{field}"
         )
-    tensor, fsdp, expert = mesh["tensor"], mesh["fsdp"], mesh["expert"]
-    for field in ("heads", "kv_heads", "mlp_width"):
-        if getattr(policy, field) % tensor:
+
+
+def _check_mesh(field: str, mesh: Mapping[str, int], policy: TransformerConfig) -> None:
+    for size in ("heads", "kv_heads", "mlp_width"):
+        if getattr(policy, size) % mesh["tensor"]:
             raise ValueError(
-                f"config.{name}.tensor {tensor} does not divide config.policy.{field} {getattr(policy, field)}"
+                f"config.{field}.tensor {mesh['tensor']} does not divide config.policy.{size} {getattr(policy, size)}"
             )
-    if policy.width % fsdp:
-        raise ValueError(f"config.{name}.fsdp {fsdp} does not divide config.policy.width {policy.width}")
-    if expert > 1 and policy.experts is None:
-        raise ValueError(f"config.{name}.expert {expert} has no effect: config.policy has no experts; set it to 1")
-    if expert > 1 and policy.experts % expert:
+    if policy.width % mesh["fsdp"]:
+        raise ValueError(f"config.{field}.fsdp {mesh['fsdp']} does not divide config.policy.width {policy.width}")
+    if mesh["expert"] > 1 and policy.experts is None:
         raise ValueError(
-            f"config.{name}.expert {expert} does not divide config.policy.experts {policy.experts}: choose one of "
-            f"{_divisors(policy.experts)}"
+            f"config.{field}.expert {mesh['expert']} has no effect: config.policy has no experts; set it to 1"
+        )
+    if mesh["expert"] > 1 and policy.experts % mesh["expert"]:
+        raise ValueError(
+            f"config.{field}.expert {mesh['expert']} does not divide config.policy.experts {policy.experts}: choose "
+            f"one of {_divisors(policy.experts)}"
         )
 
 

@@ -287,7 +287,7 @@ def compile_functions(
     beside, seen = partial(with_base, config), partial(seen_with_base, config)
     slices, steps = training.minibatches * training.microbatches, training.epochs * training.minibatches
     sampling_mesh = reshaped(mesh, config.rollout.mesh)
-    elsewhere = sampling_mesh is not mesh
+    elsewhere, sampler = sampling_mesh is not mesh, model._replace(mesh=several(sampling_mesh))
 
     def run_reshard(base: Params | None, params: Params) -> Params:
         return lay_out(in_compute_dtype(model, beside(base, params)), sampling_mesh)
@@ -304,12 +304,11 @@ def compile_functions(
     ) -> Rollouts:
         lengths = dict(prompt_length=length, budget=budget, responses=responses)
         out = generate(
-            *(model._replace(mesh=several(sampling_mesh)), beside(base, params), tokens, key, options),
+            *(sampler, beside(base, params), tokens, key, options),
             **lengths,
             policy_temperature=config.policy_temperature,
             pad_id=pad_id,
             scan_layers=config.rollout.scan_layers,
-            mesh=several(sampling_mesh),
         )
         return constrain_rows(out, mesh)
 
@@ -336,12 +335,12 @@ def compile_functions(
         options = dict(bound=(bound,), report=report, **options)
         return Compiled(name, f, expected=shapes + protocol.compiles.get(name, 0), **options)
 
-    sampler = dict(bound=None if elsewhere else base, static_argnames="responses")
+    sampling = dict(bound=None if elsewhere else base, static_argnames="responses")
     return dict(
         reshard=compiled("reshard", run_reshard) if elsewhere else None,
         # training rollouts and greedy evaluation differ in shape and in what is compiled
-        generate=compiled("generate", run_generate, 2, **sampler),
-        complete=compiled("complete", run_complete, **sampler),
+        generate=compiled("generate", run_generate, 2, **sampling),
+        complete=compiled("complete", run_complete, **sampling),
         score=compiled("score", run_score),
         prepare=compiled("prepare", lambda _, batch, state: objective.prepare(batch, state)),
         noise=compiled("noise", run_noise),
@@ -516,5 +515,5 @@ def make_step(
 
 def shard_count(workspace: Workspace) -> int:
     """Prompts of any rollout must be a multiple of this."""
-    sampling = reshaped(workspace.mesh, workspace.config.rollout.mesh)
-    return math.lcm(batch_shards(workspace.mesh), math.prod(sampling.shape[axis] for axis in TOKENS))
+    meshes = workspace.mesh, reshaped(workspace.mesh, workspace.config.rollout.mesh)
+    return math.lcm(*(math.prod(mesh.shape[axis] for axis in TOKENS) for mesh in meshes))

@@ -36,7 +36,7 @@ def test_shape(sizes, shape):
         ({"model": 2}, "mesh.model does not exist; axes: data, fsdp, expert, context, tensor"),
         ({"fsdp": 0}, r"mesh.fsdp must be -1 \(the rest\) or at least 1, not 0"),
         ({"tensor": -2}, "mesh.tensor must be -1"),
-        ({"data": -1, "fsdp": -1}, "only one axis of mesh may be -1"),
+        ({"data": -1, "fsdp": -1}, "only one axis of the mesh may be -1"),
         ({"data": 2}, "does not fit 8 devices: the product of its axes must be 8"),
         ({"data": -1, "tensor": 3}, "does not fit 8 devices"),
         ({"data": -1, "tensor": 16}, "does not fit 8 devices"),

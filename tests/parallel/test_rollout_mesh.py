@@ -111,7 +111,7 @@ def test_sizes():
         ({"rollout.mesh.fsdp": 0}, "rollout.mesh.fsdp must be -1 .the rest. or at least 1, not 0"),
         (
             {"rollout.mesh.tensor": 1, "rollout.prompts": 4, "mesh": dict(data=1, fsdp=4, tensor=2)},
-            "config.rollout.prompts 4 does not divide over rollout.mesh.data . rollout.mesh.fsdp . .* = 8: choose 8,",
+            "config.rollout.prompts 4 does not divide over rollout.mesh.data . rollout.mesh.fsdp = 8",
         ),
     ),
     ids=("devices", "heads", "zero", "prompts"),

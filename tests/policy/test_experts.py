@@ -92,7 +92,7 @@ def test_rollouts(sizes):
 
     def run(mesh):
         model = build(CONFIG, mesh)
-        sample = partial(generate, model, key=jax.random.key(1), options=options, responses=2, mesh=mesh)
+        sample = partial(generate, model, key=jax.random.key(1), options=options, responses=2)
         return jax.jit(sample, compiler_options=COMPILE_FAST)
 
     got = run(mesh)(jax.device_put(params, shardings(params, mesh)), rows_over_mesh(prompts, mesh))

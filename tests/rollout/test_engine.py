@@ -278,8 +278,8 @@ def test_padding_of_the_prompts_does_not_matter():
 def test_eight_devices_sample_what_one_samples(scan_layers):
     mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
     placed = jax.device_put(params(), shardings(params(), mesh))
-    layout = (("mesh", mesh), ("scan_layers", scan_layers))
-    out = run(placed, *rows_over_mesh((prompts(), LENGTH), mesh), 9, ANY, layout=layout)
+    layout, model = (("scan_layers", scan_layers),), MODEL._replace(mesh=mesh)
+    out = run(placed, *rows_over_mesh((prompts(), LENGTH), mesh), 9, ANY, layout=layout, model=model)
     one = sample_rows(9)
     assert len(out.tokens.sharding.device_set) == 8
     np.testing.assert_array_equal(out.tokens, one.tokens)

@@ -290,7 +290,7 @@ def test_config_files(tmp_path):
         (
             ["--config.rollout.prompts=6"],
             4,
-            r"config.rollout.prompts 6 does not divide over mesh.data \* mesh.fsdp \* mesh.expert = 4",
+            r"config.rollout.prompts 6 does not divide over mesh.data \* mesh.fsdp = 4",
         ),
         (
             ["--config.training.microbatches=8"],
@@ -303,7 +303,7 @@ def test_config_files(tmp_path):
             r"config.warm_start.batch 12 does not divide into .*mesh.data \* mesh.fsdp \* mesh.expert = 8",
         ),
         (["--config.mesh.data=3"], 8, "mesh .*'data': 3.* does not fit 8 devices"),
-        (["--config.mesh.fsdp=-1"], 8, "only one axis of mesh may be -1"),
+        (["--config.mesh.fsdp=-1"], 8, "only one axis of the mesh may be -1"),
         (["--config.mesh.tensor=0"], 8, "mesh.tensor must be -1 .* or at least 1, not 0"),
         (["--config.mesh.tensor=4"], 4, "config.mesh.tensor 4 does not divide config.policy.heads 2"),
         (
@@ -319,7 +319,7 @@ def test_config_files(tmp_path):
         (
             ["--config.mesh.context=4", "--config.rollout.prompts=12"],
             8,
-            r"config.rollout.prompts 12 does not divide over .* \* mesh.context = 8: choose 16, or a smaller mesh",
+            r"config.rollout.prompts 12 does not divide over .* \* mesh.context = 8: choose 16, or a smaller axis",
         ),
         (["--config.mesh.expert=2"], 2, "config.mesh.expert 2 has no effect: config.policy has no experts"),
         (

@@ -81,6 +81,7 @@ POLICY = {
     "param_dtype": "bfloat16",
     "scan_layers": False,
     "remat": "full",
+    "attention": "xla",
 }
 NEEDS = {  # fields that have no effect without others
     "local_layers": ("window",),
