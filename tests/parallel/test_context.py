@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxpo.batch import from_sequences
 from jaxpo.kernels.token_logprob import plan
 from jaxpo.parallel import ROWS, by_row, by_token, make_mesh, rows_over_mesh, shardings
-from jaxpo.policy import attention
+from jaxpo.policy import attention, splash
 from jaxpo.policy.loss import policy_loss
 from jaxpo.policy.stats import completion_hidden, token_stats
 from jaxpo.policy.transformer import TransformerConfig, build, init
@@ -93,6 +93,27 @@ def test_queries_in_parts_are_each_devices_own(monkeypatch):
     assert {s.data.shape for s in got.addressable_shards} == {(2, 15, 16)}
     program = str(jax.make_jaxpr(lambda p, b: completion_hidden(model, p, b, mesh))(params, batch))
     assert "2,4,4,4,4" in program  # of 15 queries: 4 parts of 4, [parts, rows, queries, heads, d] = [4, 2, 4, 4, 4]
+
+
+@pytest.mark.slow
+def test_the_fused_form_over_positions(monkeypatch):
+    """What a part of the queries may see is turned around, the future first: its kernel takes that, too."""
+    monkeypatch.setattr(splash, "BLOCK", 128)
+    monkeypatch.setattr(splash, "attention", partial(splash.attention, interpret=True))
+    monkeypatch.setattr(splash, "why_not", lambda q, mesh: None)
+    mesh, batch = make_mesh(dict(context=2), jax.devices()[:2]), ragged((3, 1), width=150)
+    plain, fused = (TransformerConfig(**SHAPE, window=100, attention=name) for name in ("xla", "splash"))
+    params = init(plain, jax.random.key(0))
+
+    def run(config, mesh, *arrays):
+        def loss(params, batch):
+            hidden = completion_hidden(build(config), params, batch, mesh)[:, :150]
+            return jnp.sum(jnp.sin(hidden)), hidden
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=COMPILE_FAST)(*arrays)
+
+    got, want = run(fused, mesh, *on(mesh, params, batch)), run(plain, None, params, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), got, want)
 
 
 def test_memory_and_work_of_a_device_are_a_share():
