@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as Spec
 
 from jaxpo.batch import from_sequences
-from jaxpo.parallel import make_mesh, rows_over_mesh, shardings
+from jaxpo.parallel import make_mesh, operations, rows_over_mesh, shardings
 from jaxpo.policy import experts
 from jaxpo.policy.stats import token_stats
 from jaxpo.policy.transformer import TransformerConfig, build, init
@@ -47,6 +47,18 @@ def test_exact_whatever_the_router_does(monkeypatch, sizes, shape, at_once):
     for chosen in (spread, np.broadcast_to([5, 4, 7], (*shape, 3))):  # the latter: all of them to one device
         got = run(arrays[0], arrays[1], jnp.asarray(chosen), *arrays[2:])
         np.testing.assert_allclose(got, by_definition(*arrays[:2], chosen, *arrays[2:]), rtol=1e-4, atol=1e-5)
+
+
+def test_operations_are_those_of_the_experts_that_were_chosen():
+    """On a mesh as without one: 3 experts a token, three products of 8 x 4, and twice as many for each gradient."""
+    arrays = jnp.ones((16, 8)), jnp.ones((16, 3)), jnp.zeros((16, 3), int), jnp.ones((8, 8, 2, 4)), jnp.ones((8, 4, 8))
+    for mesh in (None, make_mesh(MESHES[1]), make_mesh(MESHES[0])):
+
+        def loss(x, w_in, w_down, mesh=mesh):
+            return jnp.sum(jnp.sin(experts.mixture(CONFIG, x, *arrays[1:3], w_in, w_down, mesh)))
+
+        program = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(arrays[0], *arrays[3:])
+        assert operations.count(program) == 3 * 16 * 3 * 3 * 2 * 8 * 4
 
 
 def rollouts():
