@@ -10,8 +10,6 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import plan as program
-from jaxpo.parallel import topology
-from jaxpo.training.plan import make_plan
 from jaxpo.batch import Rollouts
 from jaxpo.parallel import ROWS, make_mesh, shardings, topology
 from jaxpo.parallel.program import traffic
@@ -19,6 +17,7 @@ from jaxpo.policy import transformer
 from jaxpo.policy.stats import completion_hidden
 from jaxpo.policy.transformer import TransformerConfig
 from jaxpo.training import planned
+from jaxpo.training.plan import make_plan
 from tests.training import tiny
 
 pytestmark = pytest.mark.tpu_aot
