@@ -155,7 +155,7 @@ def make_plan(
         if step.name in known:
             steps.append(known[step.name])
         elif only is None or step.name in only:
-            useful = operations.count(other.trace(mesh).jaxpr, loop=other.loop)
+            useful = operations.count(other.trace().jaxpr, loop=other.loop)
             steps.append(plan_step(step, planned, config, mesh, slice_.chip, useful, say))
     rollout, sampling = config.rollout, config.sampling
     return Plan(
@@ -181,11 +181,11 @@ def plan_step(
     step: Step, planned: Planned, config: ConfigDict, mesh: jax.sharding.Mesh, chip: Chip, useful: float, say: Say
 ) -> StepPlan:
     """Compile one step and read what it needs."""
-    traced = step.trace(mesh)
+    traced = step.trace()
     counted = operations.count(traced.jaxpr, loop=step.loop)
     start = time.perf_counter()
     try:
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(step.mesh):
             compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         message, buffers = refusal(str(error))
