@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_dict
 
 from jaxpo import registry
 from jaxpo.objectives import Objective, Protocol, make
-from jaxpo.parallel import AXES, POSITIONS, ROWS, TOKENS
+from jaxpo.parallel import AXES, ROWS, TOKENS
 from jaxpo.parallel.mesh import mesh_shape, reshaped_sizes
 from jaxpo.policy import lora
 from jaxpo.policy.config import TransformerConfig
@@ -445,11 +445,6 @@ def _check_division(config: ConfigDict, objective: Objective, policy: Transforme
         other = dict(zip(AXES, mesh_shape(sampling, devices, "rollout.mesh"), strict=True))
         _check_mesh("rollout.mesh", other, policy)
         _check_rows("rollout.mesh", other, prompts, TOKENS)
-    if mesh[POSITIONS] > 1 and policy.attention == "splash":
-        raise ValueError(
-            f"config.policy.attention 'splash' has no form for config.mesh.{POSITIONS} {mesh[POSITIONS]}: set it to "
-            "'auto' or 'xla'"
-        )
 
 
 def _check_rows(field: str, mesh: Mapping[str, int], prompts: int, axes: Sequence[str]) -> None:
