@@ -109,6 +109,7 @@ def default() -> ConfigDict:
             tokenizer=dict(name="characters"),
             policy=dict(name="transformer"),  # made here, or "pretrained"
             lora=dict(rank=0, alpha=32.0, targets=lora.TARGETS),  # adapters beside a pretrained policy; rank 0 = none
+            heads=dict(embed=optional(int), gate=optional(int)),  # sizes of the heads that the objective asks for
             init_from=optional(str),  # run directory whose last checkpoint the parameters come from
             objective=dict(name="grpo"),
             optimizer=_optimizer(1e-4),

@@ -305,7 +305,7 @@ def first_params(workspace: Workspace, key: Array) -> Params:
         return load_params(workspace, config.init_from)[0]
     if config.policy.name == "pretrained" and not config.lora.rank:
         loaded = load(open_source(config.policy.path), workspace.model.config, workspace.mesh)
-        fresh = heads.init(workspace.model.config.width, heads_of(workspace.objective))
+        fresh = heads.init(workspace.model.config.width, heads_of(workspace.objective, config.heads), key)
         return {**loaded, **workspace.put_whole(fresh)}
     return workspace.init_params(key)
 

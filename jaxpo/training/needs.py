@@ -1,6 +1,7 @@
 """What an objective asks the loop for: fields of its batches, frozen companions, heads of the policy."""
 
 import jax
+from ml_collections import ConfigDict
 
 from jaxpo.batch import MissingField, Rollouts
 from jaxpo.objectives import Objective, Protocol, State
@@ -25,6 +26,7 @@ PROVIDED = frozenset(
     }
 )
 SLOTS = ("ref",)
+EMBED = 8  # numbers of an embedding, unless config.heads.embed says otherwise
 
 
 def slots_of(objective: Objective, protocol: Protocol) -> list[str]:
@@ -71,7 +73,22 @@ def derived_needs(objective: Objective) -> frozenset[str]:
     return derived | ({"value"} if "value_old" in objective.needs else set())
 
 
-def heads_of(objective: Objective) -> tuple[str, ...]:
-    """The heads besides that of the vocabulary that the objective asks for."""
-    asked = objective.wants | objective.peeks | derived_needs(objective)
-    return tuple(name for name in heads.NAMES if name in asked)
+def heads_of(objective: Objective, sizes: ConfigDict) -> dict[str, tuple[int, ...]]:
+    """The shapes of the heads besides that of the vocabulary that the objective asks for, by ``config.heads``.
+
+    Raises:
+      ValueError: a size that nothing reads, that is missing, or that does not go with another one."""
+    wanted = objective.wants | objective.peeks | derived_needs(objective)
+    asked = [name for name in heads.NAMES if name in wanted]
+    for name in ("embed", "gate"):
+        if sizes[name] is not None and name not in asked:
+            raise ValueError(f"config.heads.{name} is {sizes[name]}, but the objective asks for no {name} head")
+    embed, gate = EMBED if sizes.embed is None else sizes.embed, sizes.gate
+    if "embed" in asked and (embed < 2 or embed % 2):
+        raise ValueError(f"config.heads.embed must be an even number of at least 2, not {embed}")
+    if "gate" in asked and "embed" in asked and gate not in (None, embed // 2):
+        raise ValueError(f"config.heads.gate is {gate}, but there is one for each two of config.heads.embed {embed}")
+    if "gate" in asked and "embed" not in asked and (gate is None or gate < 1):
+        raise ValueError("config.heads.gate is required: the number of reward models that the prompt weighs")
+    shapes = {"value": (), "score": (), "embed": (embed,), "gate": (gate or embed // 2,)}
+    return {name: shapes[name] for name in asked}

@@ -42,7 +42,7 @@ from jaxpo.tasks import Example, Task, build
 from jaxpo.tasks.tokenizers import CharTokenizer, IntegerTokenizer, PretrainedTokenizer, Tokenizer
 from jaxpo.training import config as config_lib
 from jaxpo.training.compiled import Compiled
-from jaxpo.training.needs import derived_needs, slots_of
+from jaxpo.training.needs import derived_needs, heads_of, slots_of
 from jaxpo.training.optimizers import make_optimizer
 from jaxpo.training.step import Apply, Fused, accumulate, optimizer_step, score
 from jaxpo.training.trained import lora_scale, random_params, seen_with_base, with_base
@@ -226,6 +226,7 @@ def setup(
     config_lib.validate(config, len(jax.devices()))
     objective, protocol = config_lib.objective_of(config), config_lib.protocol_of(config)
     slots_of(objective, protocol)
+    heads_of(objective, config.heads)
     if objective.layout:
         raise ValueError(
             f"objective {config.objective.name!r} learns from units {objective.layout}, which rollouts of "
