@@ -51,6 +51,7 @@ def sample(
         raise ValueError("--n has no effect with --greedy: every completion would be the same")
     plain = dict(top_k=None, top_p=None, min_p=None) if greedy else {}
     options = validate(workspace.sampling.replace(greedy=greedy, temperature=temperature, **plain))
+    params = workspace.sampler_params(params)
     rollouts = workspace.generate(params, batch.tokens, batch.length, jax.random.key(seed), options, responses=n)
     texts = workspace.texts(rollouts)
     for i, prompt in enumerate(prompts):

@@ -10,27 +10,27 @@ from jax.sharding import AxisType, Mesh
 AXES = ("data", "fsdp", "tensor")
 
 
-def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
-    """Sizes of ``AXES`` with one ``-1`` resolved to the rest.
+def mesh_shape(sizes: Mapping[str, int], devices: int, field: str = "mesh") -> tuple[int, ...]:
+    """Sizes of ``AXES`` with one ``-1`` resolved to the rest; ``field`` is what errors call it.
 
     Raises:
       ValueError: an axis that does not exist, a size below 1, more than one -1, or a product that is not the devices.
     """
     for name in sizes:
         if name not in AXES:
-            raise ValueError(f"mesh.{name} does not exist; axes: {', '.join(AXES)}")
+            raise ValueError(f"{field}.{name} does not exist; axes: {', '.join(AXES)}")
     shape = [sizes.get(name, 1) for name in AXES]
     for name, size in zip(AXES, shape, strict=True):
         if size != -1 and size < 1:
-            raise ValueError(f"mesh.{name} must be -1 (the rest) or at least 1, not {size}")
+            raise ValueError(f"{field}.{name} must be -1 (the rest) or at least 1, not {size}")
     if shape.count(-1) > 1:
-        raise ValueError(f"only one axis of the mesh may be -1 (the rest): {dict(zip(AXES, shape, strict=True))}")
+        raise ValueError(f"only one axis of {field} may be -1 (the rest): {dict(zip(AXES, shape, strict=True))}")
     known = int(np.prod([s for s in shape if s != -1]))
     if -1 in shape:
         shape[shape.index(-1)] = devices // known if devices % known == 0 else 0
     if int(np.prod(shape)) != devices:
         raise ValueError(
-            f"mesh {dict(sizes)} does not fit {devices} devices: the product of its axes must be {devices}"
+            f"{field} {dict(sizes)} does not fit {devices} devices: the product of its axes must be {devices}"
         )
     return tuple(shape)
 
@@ -42,3 +42,18 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     # An axis may be a part of one of the machine's: 2 of the 4 chips along a side of a pod.
     placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def reshaped(mesh: Mesh, sizes: Mapping[str, int | None]) -> Mesh:
+    """The same devices in the same order under other sizes of the axes (`reshaped_sizes`); ``mesh`` itself if none is
+    given."""
+    given = reshaped_sizes(sizes)
+    if not given:
+        return mesh
+    return Mesh(mesh.devices.reshape(mesh_shape(given, mesh.size)), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def reshaped_sizes(sizes: Mapping[str, int | None]) -> dict[str, int]:
+    """The sizes that are given, and "data" as the rest unless it is; nothing if none is."""
+    given = {name: n for name, n in sizes.items() if n is not None}
+    return {"data": -1, **given} if given else {}

@@ -1,5 +1,6 @@
 """Where arrays live: parameters by the pattern of their path, batches by rows."""
 
+import math
 import re
 from typing import Any
 
@@ -37,6 +38,7 @@ def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     Raises:
       ValueError: a dimension that the axis of the mesh it is spread over does not divide.
     """
+    name = name.removesuffix("/weight")  # of a matrix beside its adapter (`jaxpo.policy.lora.Adapted`)
     for pattern, spec in RULES:
         if not re.search(pattern, name) or len(spec) != len(shape):
             continue
@@ -79,3 +81,35 @@ def rows_over_mesh(tree: Any, mesh: Mesh) -> Any:
 def constrain_rows(tree: Any, mesh: Mesh) -> Any:
     """Inside jit: keep the rows of arrays [B, ...] spread over the mesh."""
     return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec(ROWS)))
+
+
+def lay_out(tree: Any, mesh: Mesh) -> Any:
+    """Inside jit: parameters that lie on another mesh of the same devices, as the rules lay them on this one.
+
+    In two steps, since the partitioner would otherwise bring every array whole to every device: with the parts that
+    are copies of each other on ``mesh`` still apart (an exchange within groups), and then joined (a gather).
+    """
+
+    def apart(spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
+        parts = batch_shards(mesh)
+        return PartitionSpec(
+            *(ROWS if a == "fsdp" and n % parts == 0 else a for a, n in zip(spec, shape, strict=False))
+        )
+
+    final = shardings(tree, mesh)
+    first = jax.tree.map(lambda x, s: NamedSharding(mesh, apart(s.spec, x.shape)), tree, final)
+    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(tree, first), final)
+
+
+def moved_bytes(tree: Any, old: Any, new: Any) -> int:
+    """Bytes that a device receives, the one that receives most, when arrays (or shapes) placed as ``old`` are placed as
+    ``new``: of each shard what it does not hold already."""
+    received: dict[jax.Device, int] = {}
+    for x, a, b in zip(*map(jax.tree.leaves, (tree, old, new)), strict=True):
+        held = a.devices_indices_map(x.shape)
+        for device, wanted in b.devices_indices_map(x.shape).items():
+            sides = [(s.indices(n), h.indices(n)) for s, h, n in zip(wanted, held[device], x.shape, strict=True)]
+            size = math.prod(s[1] - s[0] for s, _ in sides)
+            common = math.prod(max(0, min(s[1], h[1]) - max(s[0], h[0])) for s, h in sides)
+            received[device] = received.get(device, 0) + (size - common) * x.dtype.itemsize
+    return max(received.values())

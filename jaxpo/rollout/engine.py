@@ -1,26 +1,32 @@
 """Generation in one compiled function: prefill once per prompt, then a loop that ends when every row has.
 
 The K responses to a prompt share its keys and values; each row keeps only those of its own completion. Layers are
-unrolled, so that each layer's cache
-is a buffer of its own that the loop updates in place.
+unrolled, so that each layer's cache is a buffer of its own that the loop updates in place, or scanned: one compiled
+layer and one stacked cache, which the layers update in turn.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpo.batch import Rollouts
+from jaxpo.parallel import ROWS, constrain_rows
 from jaxpo.policy.attention import narrowed, prompt_attend, prompt_mask
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.transformer import Attend, Model, Params, softcap
 from jaxpo.rollout.sampling import SamplingOptions, sample
 
-Cache = list[tuple[Array, Array]]  # per layer: keys, values [rows, KV, positions, d]
+# Keys and values [rows, KV, positions, d] of each layer: a list, or, scanned, one pair with a leading axis of layers.
+Cache = list[tuple[Array, Array]] | tuple[Array, Array]
 
 
-def prefill(model: Model, params: Params, prompts: Array, prompt_length: Array | None) -> tuple[Array, Cache, Array]:
+def prefill(
+    model: Model, params: Params, prompts: Array, prompt_length: Array | None, *, scan_layers: bool = False
+) -> tuple[Array, Cache, Array]:
     """Run the prompts [G, P] once.
 
     Returns:
@@ -31,26 +37,67 @@ def prefill(model: Model, params: Params, prompts: Array, prompt_length: Array |
     ok = prompt_mask(prompt_length, g, p)
     x, cache, attend = model.embed(params, prompts), [], prompt_attend(model.config, ok)
     positions = jnp.maximum(jnp.cumsum(ok, -1) - 1, 0)
-    for i in range(model.config.layers):
-        x, kept = model.run_block(model.layer(params, i), x, positions, attend)
-        cache.append(tuple(y.swapaxes(1, 2) for y in kept))
+
+    def block(x: Array, layer: Any) -> tuple[Array, tuple[Array, Array]]:
+        x, kept = model.run_block(layer, x, positions, attend)
+        return x, tuple(y.swapaxes(1, 2) for y in kept)
+
+    if scan_layers:
+        x, cache = jax.lax.scan(block, x, model.layers(params))
+    else:
+        for i in range(model.config.layers):
+            x, kept = block(x, model.layer(params, i))
+            cache.append(kept)
     return model.final(params, x[:, -1]), cache, ok
 
 
+def decode(
+    model: Model, layers: Any, x: Array, positions: Array, of_prompt: Cache, own: Cache, ok: Array, t: Array
+) -> tuple[Array, Cache]:
+    """One new token of each row, x [B, D], through all layers: the new x, and the cache with position ``t`` filled."""
+    attend = partial(decode_attend, model.config, ok=ok, t=t)
+    if isinstance(own, list):
+        new = []
+        for layer, prompt, mine in zip(layers, of_prompt, own, strict=True):
+            x, kept = model.run_block(layer, x, positions, attend(prompt, mine))
+            new.append(kept)
+        return x, new
+
+    def block(i: Array, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
+        layer, prompt = jax.tree.map(
+            partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False), (layers, of_prompt)
+        )
+        return model.run_block(layer, carry[0], positions, attend(prompt, carry[1], layer=i))
+
+    return jax.lax.fori_loop(0, model.config.layers, block, (x, own))
+
+
 def decode_attend(
-    config: TransformerConfig, of_prompt: tuple[Array, Array], own: tuple[Array, Array], ok: Array, t: Array
+    config: TransformerConfig,
+    of_prompt: tuple[Array, Array],
+    own: tuple[Array, Array],
+    *,
+    ok: Array,
+    t: Array,
+    layer: Array | None = None,
 ) -> Attend:
     """Attention of one new token per row: over the prompt's keys [G, KV, P, d] and the row's own [B, KV, T, d] up to
-    and with position ``t``."""
+    and with position ``t``; with ``layer``, ``own`` is that of all layers [L, B, KV, T, d]."""
     kp, vp = of_prompt
     g, kv, p, d = kp.shape
-    b, width = own[0].shape[0], own[0].shape[2]
+    b, width = own[0].shape[-4], own[0].shape[-2]
+    at = () if layer is None else (layer,)
+
+    def written(cache: Array, new: Array) -> Array:
+        new = new[:, :, None].astype(cache.dtype).reshape((1,) * len(at) + (b, kv, 1, d))
+        return jax.lax.dynamic_update_slice(cache, new, (*at, 0, 0, t, 0))
+
+    def read(cache: Array) -> Array:
+        return cache if layer is None else jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
 
     def attend(q: Array, k: Array, v: Array, window: int | Array | None) -> tuple[Array, tuple[Array, Array]]:
-        kc, vc = (
-            jax.lax.dynamic_update_slice_in_dim(c, x[:, :, None].astype(c.dtype), t, 2)
-            for c, x in zip(own, (k, v), strict=True)
-        )
+        kept = written(own[0], k), written(own[1], v)
+        kc, vc = map(read, kept)
         dtype = jnp.promote_types(q.dtype, jnp.float32)
         qs = (q * config.attention_scale).reshape(b, kv, -1, d)
         r = qs.shape[2]
@@ -68,9 +115,24 @@ def decode_attend(
             "gkhrp,ghpd->gkhrd", ep.reshape(g, b // g, kv, r, -1).astype(vp.dtype), vp, preferred_element_type=dtype
         )
         oc = jnp.einsum("bhrt,bhtd->bhrd", ec.astype(vc.dtype), vc, preferred_element_type=dtype)
-        return ((op.reshape(oc.shape) + oc) / total).reshape(q.shape).astype(q.dtype), (kc, vc)
+        return ((op.reshape(oc.shape) + oc) / total).reshape(q.shape).astype(q.dtype), kept
 
     return attend
+
+
+def empty_cache(of_prompt: Cache, rows: int, width: int, mesh: Mesh | None) -> Cache:
+    """Room for ``width`` positions of each row beside the cache of its prompt: rows and heads where the mesh has
+    theirs."""
+
+    def room(x: Array) -> Array:
+        *layers, _, kv, _, d = x.shape
+        room = jnp.zeros((*layers, rows, kv, width, d), x.dtype)
+        if mesh is None:
+            return room
+        where = PartitionSpec(*[None] * len(layers), ROWS, "tensor")
+        return jax.lax.with_sharding_constraint(room, NamedSharding(mesh, where))
+
+    return jax.tree.map(room, of_prompt)
 
 
 def generate(
@@ -85,6 +147,8 @@ def generate(
     responses: int = 1,
     policy_temperature: float = 1.0,
     pad_id: int = 0,
+    scan_layers: bool = False,
+    mesh: Mesh | None = None,
 ) -> Rollouts:
     """Sample ``responses`` completions of each prompt; jit it with ``options`` as an ordinary argument.
 
@@ -93,6 +157,9 @@ def generate(
       budget: [G] at most so many tokens of each completion, within ``options.max_new_tokens``; None = all of those.
       key: source of the uniforms (one per row and position).
       policy_temperature: the temperature at which the trainer scores.
+      scan_layers: one compiled layer for all: a deep model compiles in a minute and not in many, and reads its cache
+        through a slice of a larger buffer.
+      mesh: over which rows and heads are spread; None = the partitioner decides.
 
     Returns:
       Rollouts of B = G * responses rows in the order of the prompts: ``tokens``, ``mask`` (1 up to and with the token
@@ -103,8 +170,10 @@ def generate(
     """
     g, p = prompts.shape
     b, width = g * responses, options.max_new_tokens
-    hidden, prompt_cache, ok = prefill(model, params, prompts, prompt_length)
-    layers = [model.layer(params, i) for i in range(model.config.layers)]
+    if mesh is not None:
+        prompts, prompt_length = constrain_rows((prompts, prompt_length), mesh)
+    hidden, prompt_cache, ok = prefill(model, params, prompts, prompt_length, scan_layers=scan_layers)
+    layers = model.layers(params) if scan_layers else [model.layer(params, i) for i in range(model.config.layers)]
     uniform = jax.random.uniform(key, (width, b))
     start = jnp.repeat(ok.sum(-1), responses)
     eos = jnp.asarray(options.eos_ids, jnp.int32)
@@ -137,11 +206,10 @@ def generate(
     def step(carry: tuple[Array, dict[str, Any], Cache]) -> tuple[Array, dict[str, Any], Cache]:
         t, state, cache = carry
         x = model.embed(params, jax.lax.dynamic_index_in_dim(state["tokens"], t - 1, keepdims=False))
-        new_cache = []
-        for layer, of_prompt, own in zip(layers, prompt_cache, cache, strict=True):
-            x, kept = model.run_block(layer, x, start + t - 1, decode_attend(model.config, of_prompt, own, ok, t - 1))
-            new_cache.append(kept)
-        return t + 1, draw(t, model.final(params, x), state), new_cache
+        if mesh is not None:
+            x = constrain_rows(x, mesh)
+        x, cache = decode(model, layers, x, start + t - 1, prompt_cache, cache, ok, t - 1)
+        return t + 1, draw(t, model.final(params, x), state), cache
 
     state: dict[str, Any] = dict(
         tokens=jnp.full((width, b), pad_id, jnp.int32),
@@ -154,9 +222,7 @@ def generate(
     if last_state is not None:
         state["stop"] = jnp.zeros(b, jnp.int32)
     state = draw(jnp.int32(0), jnp.repeat(hidden, responses, 0), state)
-    cache = [
-        tuple(jnp.zeros((b, x.shape[1], max(width - 1, 1), x.shape[3]), x.dtype) for x in kv) for kv in prompt_cache
-    ]
+    cache = empty_cache(prompt_cache, b, max(width - 1, 1), mesh)
     _, state, _ = jax.lax.while_loop(
         lambda c: (c[0] < width) & jnp.any(running(c[0], c[1])), step, (jnp.int32(1), state, cache)
     )

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, config_dict
 
 from jaxpo import registry
 from jaxpo.objectives import Objective, Protocol, make
-from jaxpo.parallel.mesh import mesh_shape
+from jaxpo.parallel.mesh import AXES, mesh_shape, reshaped_sizes
 from jaxpo.policy import lora
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.families import config_from_hf
@@ -115,8 +115,12 @@ def default() -> ConfigDict:
             rollout=dict(
                 prompts=32,  # prompts per iteration
                 responses=8,  # completions of each
-                prompt_width=optional(int),
-            ),  # None = the longest prompt; longer ones are dropped and counted
+                prompt_width=optional(int),  # None = the longest prompt; longer ones are dropped and counted
+                scan_layers=False,  # one compiled layer for all when decoding: deep models compile in a minute
+                # The mesh that samples, over the same devices; parameters are moved onto it before. All None = the mesh
+                # that trains; else data = the rest, if not given, and the other axes 1.
+                mesh={axis: optional(int) for axis in AXES},
+            ),
             sampling=dict(
                 max_new_tokens=32,
                 temperature=1.0,
@@ -385,8 +389,6 @@ def _check_division(config: ConfigDict, objective: Objective, policy: Transforme
             f"config.training.microbatches {microbatches} does not divide the {rows} rows of a minibatch "
             f"(rollout.prompts / training.minibatches * rollout.responses): choose one of {_divisors(rows)}"
         )
-    if prompts % (data * fsdp):
-        raise ValueError(f"config.rollout.prompts {prompts} does not divide over mesh.data * mesh.fsdp = {data * fsdp}")
     if rows // microbatches % (data * fsdp):
         raise ValueError(
             f"the {rows // microbatches} rows of a microbatch do not divide over mesh.data * mesh.fsdp = "
@@ -405,13 +407,23 @@ def _check_division(config: ConfigDict, objective: Objective, policy: Transforme
             "see whole: "
             f"choose one of {_divisors(prompts // minibatches)}"
         )
+    sampling = reshaped_sizes(config.rollout.mesh)
+    for field, sizes in {"mesh": config.mesh, **({"rollout.mesh": sampling} if sampling else {})}.items():
+        _check_mesh(field, *mesh_shape(sizes, devices, field), prompts, policy)
+
+
+def _check_mesh(mesh: str, data: int, fsdp: int, tensor: int, prompts: int, policy: TransformerConfig) -> None:
+    if prompts % (data * fsdp):
+        raise ValueError(
+            f"config.rollout.prompts {prompts} does not divide over {mesh}.data * {mesh}.fsdp = {data * fsdp}"
+        )
     for field in ("heads", "kv_heads", "mlp_width"):
         if getattr(policy, field) % tensor:
             raise ValueError(
-                f"config.mesh.tensor {tensor} does not divide config.policy.{field} {getattr(policy, field)}"
+                f"config.{mesh}.tensor {tensor} does not divide config.policy.{field} {getattr(policy, field)}"
             )
     if policy.width % fsdp:
-        raise ValueError(f"config.mesh.fsdp {fsdp} does not divide config.policy.width {policy.width}")
+        raise ValueError(f"config.{mesh}.fsdp {fsdp} does not divide config.policy.width {policy.width}")
 
 
 def _divisors(n: int) -> str:

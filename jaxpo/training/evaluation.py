@@ -53,6 +53,7 @@ def complete(
 ) -> Iterator[tuple[np.ndarray, Rollouts]]:
     """Generate for all prompts in chunks of one shape; yields (indices of the chunk's prompts, their rollouts as
     numpy)."""
+    params = workspace.sampler_params(params)
     chunk = chunk or min(len(prompts), workspace.config.rollout.prompts * workspace.config.rollout.responses)
     chunk = -(-chunk // shard_count(workspace)) * shard_count(workspace)
     for i, start in enumerate(range(0, len(prompts), chunk)):

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jaxpo.batch import Rollouts
-from jaxpo.parallel import ROWS, replicated, shardings
+from jaxpo.parallel import ROWS, replicated, reshaped, shardings
 from jaxpo.policy import transformer
 from jaxpo.policy.hf import read_config
 from jaxpo.tasks import build
@@ -107,6 +107,14 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
     moments = jax.eval_shape(optimizer_of(config).init, params)
     memory = everywhere(jax.eval_shape(objective.init), replicated(mesh))
     state = TrainState(params, placed(moments, shardings(moments, mesh)), memory)
+    reshard = sampler = None
+    if functions["reshard"]:
+        reshard = Step(
+            "reshard", functions["reshard"], (params,), {}, 1, ("params", *(() if base is None else ("base",)))
+        )
+        sampling = reshaped(mesh, config.rollout.mesh)
+        moved = reshard.trace(mesh).out_info
+        sampler = placed(moved, shardings(moved, sampling))
     companions = dict.fromkeys(slots_of(objective, protocol), params)
     frozen = {} if base is None else {"base": base}
 
@@ -114,8 +122,8 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
     tokens, length = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for shape in ((g, data.prompt_width), (g,)))
     options = config_lib.sampling_of(config, data.eos_ids)
     rollout = Step(
-        *("rollout", functions["generate"], (params, tokens, length, key, options), dict(responses=k)),
-        *(1, ("params", *frozen), max(config.sampling.max_new_tokens - 1, 1)),
+        *("rollout", functions["generate"], (sampler or params, tokens, length, key, options), dict(responses=k)),
+        *(1, ("sampler",) if sampler else ("params", *frozen), max(config.sampling.max_new_tokens - 1, 1)),
     )
     batch = labelled_shapes(rollout.trace(mesh).out_info, rows)
     seen = as_scored(batch)
@@ -135,8 +143,14 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
     return Planned(
         model,
         data,
-        [rollout, *([score] if score.times else []), update],
-        dict(params=params, opt_state=state.opt_state, **companions, **frozen),
+        [*([reshard] if reshard else []), rollout, *([score] if score.times else []), update],
+        dict(
+            params=params,
+            opt_state=state.opt_state,
+            **companions,
+            **frozen,
+            **({"sampler": sampler} if sampler else {}),
+        ),
     )
 
 

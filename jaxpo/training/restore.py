@@ -126,7 +126,7 @@ def open_finished(workdir: str, step: int | None = None, **changes: Any) -> tupl
     with config.unlocked():
         config.update(json.loads((folder / "config.json").read_text()))
         # Nothing is trained here, so batches need not divide as they did; rows are spread over the devices there are.
-        config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+        config.mesh, config.rollout.mesh = default().mesh, default().rollout.mesh
         config.rollout.prompts += -config.rollout.prompts % len(jax.devices())
         config.training.update(minibatches=1, microbatches=1)
         config.warm_start.steps = 0

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from jaxpo.batch import Rollouts, TokenStats
+from jaxpo.parallel import moved_bytes, shardings
 from jaxpo.parallel.distributed import to_host
 from jaxpo.policy.transformer import Params
 from jaxpo.rollout.sampling import SamplingOptions
@@ -56,14 +57,21 @@ def make_tools(workspace: Workspace, clock: Clock, notes: dict[str, float], say:
         options = workspace.sampling
         return validate_sampling(protocol.sampler(options, run.state.objective)) if protocol.sampler else options
 
+    def sampler_params(params: Params) -> Params:
+        there = workspace.sampler_params(params)
+        if workspace.reshard:
+            where = jax.tree.map(lambda x: x.sharding, there)
+            moved = moved_bytes(there, shardings(there, workspace.mesh), where)
+            notes["reshard/bytes"] = notes.get("reshard/bytes", 0) + moved
+        return there
+
     def generate(params: Params, indices: np.ndarray, key: Array, options: SamplingOptions | None = None) -> Rollouts:
         with clock.phase("generate"):
             responses = config.rollout.responses
             tokens, length = workspace.put(encoded(indices))
             draw_key, seed_key = jax.random.split(key)
-            out = workspace.generate(
-                params, tokens, length, draw_key, options or workspace.sampling, responses=responses
-            )
+            options = options or workspace.sampling
+            out = workspace.generate(sampler_params(params), tokens, length, draw_key, options, responses=responses)
             seeds = np.asarray(jax.random.bits(seed_key, (out.rows,)))
             return jax.block_until_ready(labelled(out, indices, seeds))
 
@@ -76,6 +84,8 @@ def make_tools(workspace: Workspace, clock: Clock, notes: dict[str, float], say:
         options: SamplingOptions,
         responses: int,
     ) -> Rollouts:
+        params = sampler_params(params)
+
         def batch(i: int, *rows: np.ndarray) -> Rollouts:
             draw_key = jax.random.fold_in(key, i)
             return workspace.complete(params, *workspace.put(rows), draw_key, options, responses=responses)
@@ -89,7 +99,8 @@ def make_tools(workspace: Workspace, clock: Clock, notes: dict[str, float], say:
             slots = {name: params for name in slots_of(workspace.objective, protocol)}
             run = Run(TrainState(params, None, workspace.objective.init()), slots)
             responses = config.rollout.responses
-            out = workspace.generate(params, *encoded(first), key, workspace.sampling, responses=responses)
+            sampler = workspace.sampler_params(params)
+            out = workspace.generate(sampler, *encoded(first), key, workspace.sampling, responses=responses)
             out = labelled(out, first, jax.random.bits(key, (out.rows,)))
             return score_companions(workspace, run, out.replace(reward=out.count, correct=out.count))
 

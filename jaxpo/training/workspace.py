@@ -1,6 +1,7 @@
 """Everything a run computes with, built once from its config: task, tokenizer, mesh, policy, objective, compiled
 functions."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,16 @@ from ml_collections import ConfigDict
 
 from jaxpo.batch import Rollouts, TokenStats, take
 from jaxpo.objectives import Objective, Protocol, State
-from jaxpo.parallel import batch_shards, constrain_rows, make_mesh, replicated, rows_over_mesh, shardings
+from jaxpo.parallel import (
+    batch_shards,
+    constrain_rows,
+    lay_out,
+    make_mesh,
+    replicated,
+    reshaped,
+    rows_over_mesh,
+    shardings,
+)
 from jaxpo.parallel.distributed import from_rows, own_rows, place, take_rows
 from jaxpo.parallel.host import keep_freed_memory
 from jaxpo.policy import hf, lora, stats, transformer
@@ -76,19 +86,24 @@ class Workspace:
     train: Prompts
     test: Prompts
     report: dict[str, float]
-    generate: Compiled  # (params, tokens, length, key, options, responses) -> Rollouts
+    reshard: Compiled | None  # params -> as another mesh samples with them; None = the one that trains samples
+    generate: Compiled  # (sampler's params, tokens, length, key, options, responses) -> Rollouts
     score: Compiled  # (params, batch) -> TokenStats
     prepare: Compiled  # (batch, state) -> (batch, state)
     step: Compiled  # (train state, batch, rows, fresh) -> (train state, metrics)
     # of some protocols only:
-    complete: Compiled  # (params, tokens, length, budget, key, options, responses) -> Rollouts
+    complete: Compiled  # (sampler's params, tokens, length, budget, key, options, responses) -> Rollouts
     noise: Compiled  # (train state, batch, halves) -> the gradients of two half-batches, as numbers
 
     @property
     def compiled(self) -> tuple[Compiled, ...]:
         """The functions that this run has compiled."""
-        every = self.generate, self.score, self.prepare, self.step, self.complete, self.noise
-        return tuple(f for f in every if f.compilations)
+        every = self.reshard, self.generate, self.score, self.prepare, self.step, self.complete, self.noise
+        return tuple(f for f in every if f is not None and f.compilations)
+
+    def sampler_params(self, params: Params) -> Params:
+        """The parameters as ``generate`` and ``complete`` take them."""
+        return params if self.reshard is None else self.reshard(params)
 
     def optimizer_steps(self) -> int:
         """Optimizer steps of one iteration."""
@@ -270,6 +285,11 @@ def compile_functions(
     recall = policy_of(model, config, objective, derived_needs(objective), mesh=mesh)
     beside, seen = partial(with_base, config), partial(seen_with_base, config)
     slices, steps = training.minibatches * training.microbatches, training.epochs * training.minibatches
+    sampling_mesh = reshaped(mesh, config.rollout.mesh)
+    elsewhere = sampling_mesh is not mesh
+
+    def run_reshard(base: Params | None, params: Params) -> Params:
+        return lay_out(in_compute_dtype(model, beside(base, params)), sampling_mesh)
 
     def run_complete(
         base: Params | None,
@@ -282,9 +302,14 @@ def compile_functions(
         responses: int,
     ) -> Rollouts:
         lengths = dict(prompt_length=length, budget=budget, responses=responses)
-        temperature = config.policy_temperature
-        whole = beside(base, params)
-        out = generate(model, whole, tokens, key, options, **lengths, policy_temperature=temperature, pad_id=pad_id)
+        out = generate(
+            *(model, beside(base, params), tokens, key, options),
+            **lengths,
+            policy_temperature=config.policy_temperature,
+            pad_id=pad_id,
+            scan_layers=config.rollout.scan_layers,
+            mesh=several(sampling_mesh),
+        )
         return constrain_rows(out, mesh)
 
     def run_generate(
@@ -306,14 +331,16 @@ def compile_functions(
         peek = seen(base, look or apply)
         return gradient_noise(objective, own, mesh, state, batch, halves, look=peek, rows_at_once=at_once)
 
-    def compiled(name: str, f: Callable[..., Any], shapes: int = 1, **options: Any) -> Compiled:
-        options = dict(bound=(base,), report=report, **options)
+    def compiled(name: str, f: Callable[..., Any], shapes: int = 1, bound: Params | None = base, **options: Any):
+        options = dict(bound=(bound,), report=report, **options)
         return Compiled(name, f, expected=shapes + protocol.compiles.get(name, 0), **options)
 
+    sampler = dict(bound=None if elsewhere else base, static_argnames="responses")
     return dict(
+        reshard=compiled("reshard", run_reshard) if elsewhere else None,
         # training rollouts and greedy evaluation differ in shape and in what is compiled
-        generate=compiled("generate", run_generate, 2, static_argnames="responses"),
-        complete=compiled("complete", run_complete, static_argnames="responses"),
+        generate=compiled("generate", run_generate, 2, **sampler),
+        complete=compiled("complete", run_complete, **sampler),
         score=compiled("score", run_score),
         prepare=compiled("prepare", lambda _, batch, state: objective.prepare(batch, state)),
         noise=compiled("noise", run_noise),
@@ -331,6 +358,16 @@ def compile_functions(
             expected=2 if objective.peeks and steps > 1 else 1,
         ),
     )
+
+
+def in_compute_dtype(model: Model, params: Params) -> Params:
+    """Parameters as the model multiplies with them: all but norms, whose arithmetic is wider than its results. The
+    values that it computes stay the same, bit for bit."""
+
+    def cast(path: tuple[Any, ...], x: Array) -> Array:
+        return x if "norm" in jax.tree_util.keystr(path) else x.astype(model.config.dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def rows_of(config: ConfigDict) -> int:
@@ -478,4 +515,5 @@ def make_step(
 
 def shard_count(workspace: Workspace) -> int:
     """Rows of any batch must be a multiple of this."""
-    return batch_shards(workspace.mesh)
+    sampling = reshaped(workspace.mesh, workspace.config.rollout.mesh)
+    return math.lcm(batch_shards(workspace.mesh), batch_shards(sampling))

@@ -4,6 +4,7 @@ Compiling is what takes the time: all tests share one small policy, 24 rows, and
 (temperature, truncations and stop tables are data of a compiled function).
 """
 
+import dataclasses
 from functools import cache, partial
 
 import jax
@@ -52,8 +53,10 @@ def prompts(width=P, fill=7):
     return out
 
 
-@partial(jax.jit, static_argnames=("responses", "model"), compiler_options=COMPILE_FAST)
-def run(params, prompts, length, seed, options, policy_temperature=1.0, *, budget=None, responses=K, model=MODEL):
+@partial(jax.jit, static_argnames=("responses", "model", "layout"), compiler_options=COMPILE_FAST)
+def run(
+    params, prompts, length, seed, options, policy_temperature=1.0, *, budget=None, responses=K, model=MODEL, layout=()
+):
     return generate(
         model,
         params,
@@ -65,6 +68,7 @@ def run(params, prompts, length, seed, options, policy_temperature=1.0, *, budge
         responses=responses,
         policy_temperature=policy_temperature,
         pad_id=PAD,
+        **dict(layout),
     )
 
 
@@ -271,15 +275,27 @@ def test_padding_of_the_prompts_does_not_matter():
     np.testing.assert_array_equal(narrow.mask, wide.mask)
 
 
-def test_eight_devices_sample_what_one_samples():
+@pytest.mark.parametrize("scan_layers", (False, True))
+def test_eight_devices_sample_what_one_samples(scan_layers):
     mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
     placed = jax.device_put(params(), shardings(params(), mesh))
-    out = run(placed, *rows_over_mesh((prompts(), LENGTH), mesh), 9, ANY)
+    layout = (("mesh", mesh), ("scan_layers", scan_layers))
+    out = run(placed, *rows_over_mesh((prompts(), LENGTH), mesh), 9, ANY, layout=layout)
     one = sample_rows(9)
     assert len(out.tokens.sharding.device_set) == 8
     np.testing.assert_array_equal(out.tokens, one.tokens)
     np.testing.assert_allclose(out.logp_beh, one.logp_beh, atol=1e-5)
     np.testing.assert_array_equal(out.truncated, one.truncated)
+
+
+def test_scanned_layers_sample_what_unrolled_ones_do():
+    """Of unequal layers too: local and global attention, each with its own positions."""
+    config = dataclasses.replace(CONFIG, window=3, local_layers=(1,), local_rope_theta=100.0)
+    for model in (MODEL, build(config)):
+        scanned = sample_rows(9, model=model, layout=(("scan_layers", True),))
+        unrolled = sample_rows(9, model=model)
+        np.testing.assert_array_equal(scanned.tokens, unrolled.tokens)
+        np.testing.assert_allclose(scanned.logp_beh, unrolled.logp_beh, atol=1e-6)
 
 
 def test_a_budget_cuts_the_rows_of_each_prompt():
