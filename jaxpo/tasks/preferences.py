@@ -68,13 +68,15 @@ class Row(NamedTuple):
 
 class PreferenceSet(NamedTuple):
     """Rows to train on and rows held out; no prompt is in both. ``kind`` is a key of ``KINDS``; ``report`` holds counts
-    as metrics: ``data/size``, ``data/held_out``, ``data/dropped`` and ``data/dropped/<reason>``, ``data/flipped``."""
+    as metrics: ``data/size``, ``data/held_out``, ``data/dropped`` and ``data/dropped/<reason>``, ``data/flipped``.
+    ``bad`` says what is to be done with rows that turn out bad as tokens."""
 
     name: str
     kind: str
     train: list[Row]
     test: list[Row]
     report: dict[str, float]
+    bad: str = "error"
 
 
 class BadRow(ValueError):
@@ -422,7 +424,7 @@ def from_records(
         parts.append(rows)
     train = parts[0]
     test = parts[1] if len(parts) > 1 else hold_out(train, test_size or 0, seed)
-    return finish(name, kind or "pair", train, test, sieve.report())
+    return finish(name, kind or "pair", train, test, sieve.report())._replace(bad=bad)
 
 
 def hold_out(rows: Sequence[Row], size: int, seed: int) -> list[Row]:

@@ -138,9 +138,12 @@ def encode_row(
             text = [*tokenizer.encode(answer.text), tokenizer.eos_ids[0]]
         except ValueError as error:
             raise BadRow("not_encodable", str(error)) from error
-        for what, ids, limit in (("prompt", prompt, prompt_width), ("answer", text, width)):
+        for what, ids, limit, field in (
+            ("prompt", prompt, prompt_width, "rollout.prompt_width"),
+            ("answer", text, width, "sampling.max_new_tokens"),
+        ):
             if limit is not None and len(ids) > limit:
-                raise BadRow(f"{what}_too_long", f"the {what} has {len(ids)} tokens, the limit is {limit}")
+                raise BadRow(f"{what}_too_long", f"the {what} has {len(ids)} tokens; {field}, the limit, is {limit}")
         out.append(Tokens(answer.role, prompt, text, answer.numbers))
     pair = [t.answer for t in out if t.role in PAIR]
     if len(pair) == 2 and pair[0] == pair[1]:

@@ -4,13 +4,18 @@ import random
 from collections.abc import Iterator, Sequence
 
 from jaxpo.tasks.base import Example, Task, check_sizes
-from jaxpo.tasks.preferences import PAIR, Answer, PreferenceSet, Row, finish
+from jaxpo.tasks.preferences import PAIR, Answer, PreferenceSet, Row, Sieve, finish
 
 TRIES = 64  # wrong answers that are proposed for an example before it is given up
 
 
 def verified_pairs(
-    task: Task, size: int | None = None, test_size: int | None = None, flipped: float = 0.0, seed: int = 0
+    task: Task,
+    size: int | None = None,
+    test_size: int | None = None,
+    flipped: float = 0.0,
+    seed: int = 0,
+    bad: str = "error",
 ) -> PreferenceSet:
     """A right answer against a wrong one for every example of a task, as its verifier says; test examples make the
     held-out pairs, whose labels are never flipped.
@@ -22,6 +27,7 @@ def verified_pairs(
     Args:
       size, test_size: pairs at most; None = one for every example.
       flipped: share of training pairs whose labels are exchanged, in [0, 1].
+      bad: "error", or "drop": pairs that are too long as tokens are left out and counted.
 
     Raises:
       ValueError: no answers to demonstrate, a share outside [0, 1], a right answer that the verifier refuses, or one
@@ -39,7 +45,7 @@ def verified_pairs(
     wrong = set(random.Random(f"{seed}:flipped").sample(range(len(train)), round(flipped * len(train))))
     train = [exchanged(row) if i in wrong else row for i, row in enumerate(train)]
     report = {"data/flipped": len(wrong) / len(train)}
-    return finish(task.name, "pair", train, test, report)
+    return finish(task.name, "pair", train, test, report)._replace(bad=Sieve(bad).bad)
 
 
 def pairs(task: Task, examples: Sequence[Example], seed: int, part: str) -> list[Row]:

@@ -26,7 +26,9 @@ from jaxpo.registry import unknown
 from jaxpo.rollout.sampling import SamplingOptions
 from jaxpo.rollout.sampling import validate as validate_sampling
 from jaxpo.tasks.base import task_arguments
+from jaxpo.tasks.preferences import set_arguments
 from jaxpo.training import protocols  # noqa: F401 (imported for its registrations)
+from jaxpo.training.needs import JUDGED
 from jaxpo.training.optimizers import make_optimizer, optimizer_arguments, schedule_arguments
 
 EMPTY = inspect.Parameter.empty
@@ -49,6 +51,21 @@ def tokenizer_arguments(name: str) -> Mapping[str, inspect.Parameter]:
     raise ValueError(unknown("tokenizer", name, ("characters", "integers", "pretrained")))
 
 
+def judge_arguments(name: str) -> Mapping[str, inspect.Parameter]:
+    """Arguments of a judge (`jaxpo.training.judges`): P(one beats another) is ``sig(scale (their scores' gap))``."""
+
+    def verifier(scale: float | None = None): ...  # None: the higher score wins
+
+    def function(path: str, scale: float | None = None): ...  # "module:function"
+
+    def model(path: str, scale: float | None = None): ...  # a run directory; None = 1
+
+    judges = {f.__name__: f for f in (verifier, function, model)}
+    if name not in judges:
+        raise ValueError(unknown("judge", name, judges))
+    return inspect.signature(judges[name]).parameters
+
+
 def policy_arguments(name: str) -> Mapping[str, inspect.Parameter]:
     """Arguments of the policy block: every field of a transformer made here; for a pretrained one, which has its shape
     from its own files, where they are and how to compute."""
@@ -69,10 +86,17 @@ def policy_arguments(name: str) -> Mapping[str, inspect.Parameter]:
     raise ValueError(unknown("policy", name, ("transformer", "pretrained")))
 
 
-# path of a named block -> (what it is called in errors, the arguments that its name takes)
+def optional_name(arguments: Any) -> Any:
+    """Arguments of a block whose name may be None, which takes none."""
+    return lambda name: {} if name is None else arguments(name)
+
+
+# path of a named block -> the arguments that its name takes
 NAMED = {
     "objective": lambda name: registry.entry(name).parameters,
-    "task": task_arguments,
+    "task": optional_name(task_arguments),
+    "data": optional_name(set_arguments),
+    "judge": judge_arguments,
     "tokenizer": tokenizer_arguments,
     "policy": policy_arguments,
     "optimizer": optimizer_arguments,
@@ -105,12 +129,17 @@ def default() -> ConfigDict:
         dict(
             seed=0,  # of parameters, prompt order and sampling; the task has its own
             steps=100,  # iterations of reinforcement learning
-            task=dict(name="toy"),
+            task=dict(name="toy"),  # None = none: the prompts are those of data, and nothing verifies answers
+            data=dict(name=optional(str)),  # preferences: "jsonl", "datasets" or "task" (made of the task's answers)
+            judge=dict(name="verifier"),  # of the policy's own answers, where a protocol compares them
             tokenizer=dict(name="characters"),
             policy=dict(name="transformer"),  # made here, or "pretrained"
             lora=dict(rank=0, alpha=32.0, targets=lora.TARGETS),  # adapters beside a pretrained policy; rank 0 = none
             heads=dict(embed=optional(int), gate=optional(int)),  # sizes of the heads that the objective asks for
             init_from=optional(str),  # run directory whose last checkpoint the parameters come from
+            soup=dict(
+                of=(), alpha=0.5
+            ),  # two run directories; slot "soup" = alpha of the first, the rest of the second
             objective=dict(name="grpo"),
             optimizer=_optimizer(1e-4),
             rollout=dict(
@@ -229,7 +258,7 @@ def fill(config: ConfigDict) -> ConfigDict:
 def _fill_protocol(config: ConfigDict) -> None:
     """The protocol's own options; those that the objective's hyperparameters set are not asked for again."""
     block, objective = config.protocol, objective_of(config)
-    name = block.name or objective.protocol
+    name = protocol_name(config, objective)
     parameters = registry.entry(name, "protocol").parameters
     taken = objective.protocol_options if name == objective.protocol else {}
     for field in block:
@@ -242,10 +271,20 @@ def _fill_protocol(config: ConfigDict) -> None:
             block[field] = _value(parameter)
 
 
+def protocol_name(config: ConfigDict, objective: Objective) -> str:
+    """The protocol that the config names, or the objective; otherwise preferences come from ``config.data``, or from
+    a judge if the objective cannot do without."""
+    if config.protocol.name or objective.protocol != "on_policy":
+        return config.protocol.name or objective.protocol
+    if config.data.name:
+        return "preference_data"
+    return "judged" if objective.layout or objective.needs & JUDGED else "on_policy"
+
+
 def protocol_of(config: ConfigDict) -> Protocol:
     """The protocol of a filled config: its own options, and those that the objective sets."""
     objective = objective_of(config)
-    name = config.protocol.name or objective.protocol
+    name = protocol_name(config, objective)
     parameters = registry.entry(name, "protocol").parameters
     taken = dict(objective.protocol_options) if name == objective.protocol else {}
     given = arguments_of(config.protocol, parameters)
@@ -339,8 +378,15 @@ def validate(config: ConfigDict, devices: int) -> ConfigDict:
     make_optimizer(config.warm_start.optimizer.to_dict(), max(config.warm_start.steps, 1))
     if config.sampling.temperature != 1 and not isinstance(config.sampling.temperature, int | float):
         raise ValueError(f"config.sampling.temperature must be a number, not {config.sampling.temperature!r}")
-    _check_division(config, objective, policy, devices)
+    _check_division(config, objective, protocol, policy, devices)
     _check_checkpoint(config)
+    if len(config.soup.of) not in (0, 2) or not 0 <= config.soup.alpha <= 1:
+        raise ValueError(
+            f"config.soup.of names two run directories and config.soup.alpha the share in [0, 1] of the first, not "
+            f"{tuple(config.soup.of)} and {config.soup.alpha}"
+        )
+    if config.task.name is None and config.data.name in (None, "task"):
+        raise ValueError("config.task.name is None: set config.data.name to jsonl or datasets, whose prompts are used")
     if not 0 <= config.warm_start.drop_last <= 1:
         raise ValueError(f"config.warm_start.drop_last is a share in [0, 1], not {config.warm_start.drop_last}")
     if config.evaluation.pass_at and max(config.evaluation.pass_at) > config.evaluation.samples:
@@ -375,9 +421,17 @@ def _check_checkpoint(config: ConfigDict) -> None:
         )
 
 
-def _check_division(config: ConfigDict, objective: Objective, policy: TransformerConfig, devices: int) -> None:
+def rows_per_prompt(config: ConfigDict, objective: Objective, protocol: Protocol) -> int:
+    """Rows that an iteration trains on for each of its prompts (or units of data)."""
+    responses = config.rollout.responses
+    return protocol.rows(objective, responses) if protocol.rows else responses
+
+
+def _check_division(
+    config: ConfigDict, objective: Objective, protocol: Protocol, policy: TransformerConfig, devices: int
+) -> None:
     data, fsdp, tensor = mesh_shape(config.mesh, devices)
-    prompts, responses = config.rollout.prompts, config.rollout.responses
+    prompts, responses = config.rollout.prompts, rows_per_prompt(config, objective, protocol)
     minibatches, microbatches = config.training.minibatches, config.training.microbatches
     if prompts % minibatches:
         raise ValueError(
@@ -389,6 +443,11 @@ def _check_division(config: ConfigDict, objective: Objective, policy: Transforme
         raise ValueError(
             f"config.training.microbatches {microbatches} does not divide the {rows} rows of a minibatch "
             f"(rollout.prompts / training.minibatches * rollout.responses): choose one of {_divisors(rows)}"
+        )
+    if objective.layout and prompts // minibatches % microbatches:
+        raise ValueError(
+            f"config.training.microbatches {microbatches} would cut units of {len(objective.layout)} rows: choose one "
+            f"of {_divisors(prompts // minibatches)}"
         )
     if rows // microbatches % (data * fsdp):
         raise ValueError(

@@ -67,11 +67,14 @@ def complete(
 
 def greedy(workspace: Workspace, params: Params, prompts: Prompts) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Greedy accuracy: ``eval/greedy`` with its Wilson interval (``_lo``, ``_hi``), ``eval/reward``, ``eval/errors``,
-    and every decoded sample."""
+    and every decoded sample. Where nothing verifies answers there are samples alone, of the first chunk."""
     options = workspace.sampling.replace(greedy=True, temperature=1.0, top_k=None, top_p=None, min_p=None)
     samples, verdicts = [], np.zeros((0, 3))
     for indices, rollouts in complete(workspace, params, prompts, options, jax.random.key(0)):
         examples, texts = [prompts.examples[i] for i in indices], workspace.texts(rollouts)
+        if workspace.task.score is None:
+            pairs = zip(examples, texts, strict=True)
+            return {}, [dict(question=e.question, answer=e.answer, completion=t) for e, t in pairs]
         judged = judge(workspace, examples, rollouts)
         verdicts = np.concatenate([verdicts, judged])
         samples += [

@@ -2,6 +2,7 @@
 leaves behind."""
 
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax import Array
@@ -24,7 +24,7 @@ from jaxpo.policy import heads
 from jaxpo.policy.families import tensors
 from jaxpo.policy.hf import check_source, load, open_source, read_config
 from jaxpo.policy.transformer import Params, parameter_count
-from jaxpo.training import evaluation
+from jaxpo.training import companions, evaluation, pair_evaluation
 from jaxpo.training.checkpoint import Checkpoints, Restored, finished_steps
 from jaxpo.training.manifest import config_hash, differences
 from jaxpo.training.needs import heads_of, slots_of
@@ -43,7 +43,7 @@ from jaxpo.training.restore import (
 from jaxpo.training.rundir import Elsewhere, Progress, RunDirectory, closing_table, read_metrics
 from jaxpo.training.supervised import demonstrations, warm_start
 from jaxpo.training.tools import Clock, make_tools, score_companions
-from jaxpo.training.workspace import Workspace, prepare_process, setup
+from jaxpo.training.workspace import TrainState, Workspace, prepare_process, setup
 
 BEFORE_ALL = -(2**31)  # resuming from here keeps nothing of an earlier attempt's logs
 
@@ -120,7 +120,8 @@ def keys_of(seed: int) -> dict[str, Array]:
 
 def update(workspace: Workspace, run: Run, batch: Rollouts, key: Array) -> tuple[Run, list[dict[str, Array]]]:
     """All optimizer steps of an iteration; minibatches are made of whole groups."""
-    config, responses, state, steps = workspace.config, batch.shared_prompt, run.state, []
+    config, state, steps = workspace.config, run.state, []
+    responses = math.lcm(batch.shared_prompt, max(len(batch.layout), 1))
     groups = batch.rows // responses
     looks = bool(workspace.objective.peeks) and not workspace.protocol.stale
     for epoch in range(config.training.epochs):
@@ -169,7 +170,8 @@ def iterate(session: Session, run: Run, key: Array) -> tuple[Run, dict[str, floa
         jax.block_until_ready(run.state.params)
     if protocol.after:
         run = protocol.after(run, tools, batch)
-    return advance(run, iteration=run.iteration + 1), merge_steps(steps)
+    slots = companions.moved(run.slots, protocol, run.state.params, run.iteration + 1)
+    return advance(run, iteration=run.iteration + 1, slots=slots), merge_steps(steps)
 
 
 # ---- the run
@@ -209,6 +211,7 @@ def _train(config: ConfigDict, workdir: str, resume: bool, profile_steps: int) -
     clock, notes, started = Clock(), {}, time.perf_counter()
     tools = make_tools(workspace, clock, notes, lambda text: say(text))
     tables = workspace.protocol.tables(tools) if workspace.protocol.tables else {}
+    tables |= pair_evaluation.tables(workspace)
     run, found = (None, None) if done is None else restore(workspace, tables, directory)
     if found is None:
         check_start(workspace)
@@ -291,11 +294,26 @@ def begin(session: Session, tables: dict[str, Any], report: Callable[[str], None
     if config.warm_start.steps:
         with session.clock.phase("warm start"):
             params = warm_start(workspace, params, session.log, report=report)
-    slots = {name: jax.tree.map(jnp.copy, params) for name in slots_of(workspace.objective, workspace.protocol)}
-    run = Run(workspace.init_state(params), slots, tables)
+    state = workspace.init_state(params)
+    run = Run(state, first_slots(workspace, state), pair_evaluation.started(workspace, params, tables))
     if session.protocol.init is None:
         return run
     return session.protocol.init(run, session.tools, session.keys["protocol"])
+
+
+def first_slots(workspace: Workspace, state: TrainState) -> dict[str, Any]:
+    """The frozen companions at the start of a run: copies of the policy, of which there is one for all; the soup is
+    made of two other runs."""
+    needed = slots_of(workspace.objective, workspace.protocol)
+    if not needed and not workspace.protocol.keeps:
+        return {}
+    opt_state = companions.copied(state.opt_state) if "center" in workspace.protocol.keeps else None
+    slots = companions.held(needed, workspace.protocol, companions.copied(state.params), opt_state)
+    if "soup" in slots:
+        soup = workspace.config.soup
+        first, second = (load_params(workspace, path)[0] for path in soup.of)
+        slots["soup"] = companions.blended(first, second, 1 - soup.alpha)
+    return slots
 
 
 def first_params(workspace: Workspace, key: Array) -> Params:
@@ -315,7 +333,8 @@ def evaluate_both(session: Session, run: Run) -> dict[str, float]:
     workspace, config = session.workspace, session.workspace.config.evaluation
     with session.clock.phase("evaluate"):
         metrics, samples = evaluation.greedy(workspace, run.state.params, workspace.test)
-        if config.pass_at:
+        metrics |= pair_evaluation.held_out(workspace, run)
+        if config.pass_at and workspace.task.score:
             key = jax.random.fold_in(session.keys["evaluate"], run.iteration)
             metrics |= evaluation.sampled(
                 workspace, run.state.params, workspace.test, key, samples=config.samples, ks=config.pass_at
@@ -394,6 +413,7 @@ def evaluate_greedy(session: Session, run: Run, logged: int | None = None) -> di
     logged = workspace.config.logging.samples if logged is None else logged
     with session.clock.phase("evaluate"):
         metrics, samples = evaluation.greedy(workspace, run.state.params, workspace.test)
+        metrics |= pair_evaluation.held_out(workspace, run)
     session.log.samples(run.iteration, samples[:logged])
     return metrics
 
@@ -420,6 +440,13 @@ def check_start(workspace: Workspace) -> None:
         check_source(open_source(config.policy.path), tensors(workspace.model.config))
     if config.warm_start.steps:
         demonstrations(workspace, np.arange(len(workspace.train)))
+    for path in config.soup.of:
+        if find_checkpoint(path) is None:
+            raise ValueError(f"config.soup.of {path!r} is no run directory with a checkpoint")
+    if bool(config.soup.of) != ("soup" in slots_of(workspace.objective, workspace.protocol)):
+        raise ValueError(
+            "config.soup.of names two runs exactly where an objective needs logp_soup, the log-probs of their average"
+        )
 
 
 def draw_curves(workdir: str) -> None:
@@ -438,11 +465,12 @@ def summarise(
     """The closing tables: accuracy before and after, and where the time went."""
 
     def shown(metrics: Mapping[str, float], name: str) -> str:
-        return (
-            f"{metrics[name]:.3f} [{metrics[name + '_lo']:.3f}, {metrics[name + '_hi']:.3f}]" if name in metrics else ""
+        return (f"{metrics[name]:.3f}" if name in metrics else "") + (
+            f" [{metrics[name + '_lo']:.3f}, {metrics[name + '_hi']:.3f}]" if name + "_lo" in metrics else ""
         )
 
     names = ["eval/greedy", *[f"eval/pass@{k}" for k in workspace.config.evaluation.pass_at]]
+    names = [name for name in (*names, *pair_evaluation.SHOWN) if name in {**before, **after}]
     closing_table(
         f"{workspace.task.name}, {len(workspace.test)} test prompts: before and after {run.iteration} "
         "iterations (95% intervals)",

@@ -1,4 +1,6 @@
-"""What an objective asks the loop for: fields of its batches, frozen companions, heads of the policy."""
+"""What an objective asks the loop for: fields of its batches, frozen companions, heads of the policy, preferences."""
+
+from typing import NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -6,6 +8,8 @@ from ml_collections import ConfigDict
 from jaxpo.batch import MissingField, Rollouts
 from jaxpo.objectives import Objective, Protocol, State
 from jaxpo.policy import heads
+from jaxpo.tasks.preferences import NUMBERS, PAIR
+from jaxpo.training.companions import COMPANIONS
 
 PROVIDED = frozenset(
     {
@@ -25,12 +29,47 @@ PROVIDED = frozenset(
         "value_old",
     }
 )
-SLOTS = ("ref",)
 EMBED = 8  # numbers of an embedding, unless config.heads.embed says otherwise
+# Fields that come from data, or from a judge of the policy's own answers.
+JUDGED = frozenset({*NUMBERS, "label", "pref_opp"})
+
+
+class Form(NamedTuple):
+    """In which form an objective takes preferences.
+
+    kind: of rows (`jaxpo.tasks.preferences.KINDS`). layout: roles of a unit; () = answers as they are. numbers: that
+    each answer must have. size: rows of a unit. mismatched: half of them are other prompts' answers (KTO).
+    """
+
+    kind: str
+    layout: tuple[str, ...]
+    numbers: tuple[str, ...]
+    size: int
+    mismatched: bool = False
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The roles of a unit that data have; the policy samples the others."""
+        return tuple(role for role in self.layout if role != "own")
+
+
+def form_of(objective: Objective, responses: int) -> Form | None:
+    """The form in which the objective takes preferences; None if it takes none. ``responses``: scored answers a
+    prompt."""
+    numbers = tuple(sorted(objective.needs & {*NUMBERS, "label", "reward"}))
+    if objective.layout:
+        known = set(PAIR) <= set(objective.layout)
+        return Form("pair", objective.layout, numbers, len(objective.layout)) if known else None
+    if "label" in objective.needs:
+        mismatched = "role" in objective.needs
+        return Form("label", (), numbers, 1 + mismatched, mismatched)
+    if {"reward", "group"} <= objective.needs:
+        return Form("scored", (), numbers, responses)
+    return None
 
 
 def slots_of(objective: Objective, protocol: Protocol) -> list[str]:
-    """Frozen companions that the objective needs (``ref`` = the policy at the start of the run).
+    """Frozen companions whose log-probs the objective needs (``ref`` = the policy at the start of the run).
 
     Raises:
       ValueError: it needs something that neither this loop nor its protocol provides; the message says what they do.
@@ -38,12 +77,12 @@ def slots_of(objective: Objective, protocol: Protocol) -> list[str]:
     provided = PROVIDED | {f"logp_{name}" for name in objective.derived} | protocol.provides
     wanted = sorted(n[len("logp_") :] for n in objective.needs - provided if n.startswith("logp_"))
     other = sorted(n for n in objective.needs - provided if not n.startswith("logp_")) + [
-        f"logp_{s}" for s in wanted if s not in SLOTS
+        f"logp_{s}" for s in wanted if s not in COMPANIONS
     ]
     if other:
         raise ValueError(
             f"the objective needs {', '.join(other)}; the training loop provides "
-            f"{', '.join(sorted(provided))} and {', '.join(f'logp_{s}' for s in SLOTS)}"
+            f"{', '.join(sorted(provided))} and {', '.join(f'logp_{s}' for s in COMPANIONS)}"
         )
     return wanted
 

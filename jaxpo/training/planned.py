@@ -14,6 +14,7 @@ from jaxpo.parallel import ROWS, replicated, reshaped, shardings
 from jaxpo.policy import transformer
 from jaxpo.policy.hf import read_config
 from jaxpo.tasks import build
+from jaxpo.training import companions
 from jaxpo.training import config as config_lib
 from jaxpo.training.compiled import Compiled
 from jaxpo.training.needs import must_score, slots_of
@@ -115,7 +116,7 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
         sampling = reshaped(mesh, config.rollout.mesh)
         moved = reshard.trace(mesh).out_info
         sampler = placed(moved, shardings(moved, sampling))
-    companions = dict.fromkeys(slots_of(objective, protocol), params)
+    kept = companions.held(slots_of(objective, protocol), protocol, params, state.opt_state)
     frozen = {} if base is None else {"base": base}
 
     g, k = config.rollout.prompts, config.rollout.responses
@@ -129,13 +130,13 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
     seen = as_scored(batch)
     score = Step("scoring", functions["score"], (params, seen), {}, 0, ("params", *frozen))
     stats = everywhere(score.trace(mesh).out_info, rows)
-    batch = batch.replace(slots={name: stats.logp for name in companions})
+    batch = batch.replace(slots={name: stats.logp for name in companions.scored(objective, kept)})
     updates = config.training.epochs * config.training.minibatches
     old = protocol.stale or updates > 1 or must_score(objective, batch, memory)
     if old:
         constants = dict(logp_old=stats.logp, entropy_old=stats.entropy, value_old=stats.value)
         batch = batch.replace(**constants, slots={**batch.slots, **stats.derived})
-    score = score._replace(times=len(companions) + old)
+    score = score._replace(times=len(companions.scored(objective, kept)) + old)
     prepared = everywhere(jax.eval_shape(objective.prepare, batch, memory)[0], rows)
     chosen = jax.ShapeDtypeStruct((g * k // config.training.minibatches,), jnp.int32, sharding=replicated(mesh))
     held = "params", "opt_state", *frozen
@@ -144,13 +145,7 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
         model,
         data,
         [*([reshard] if reshard else []), rollout, *([score] if score.times else []), update],
-        dict(
-            params=params,
-            opt_state=state.opt_state,
-            **companions,
-            **frozen,
-            **({"sampler": sampler} if sampler else {}),
-        ),
+        dict(params=params, opt_state=state.opt_state, **kept, **frozen, **({"sampler": sampler} if sampler else {})),
     )
 
 

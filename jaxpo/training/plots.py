@@ -35,6 +35,11 @@ class Panel(NamedTuple):
 DEFAULT = (
     Panel("reward", ("reward/mean",)),
     Panel("held-out accuracy, greedy", ("eval/greedy",)),
+    Panel("preference accuracy", ("preference/accuracy",)),
+    Panel("held-out preference accuracy", ("eval/accuracy",)),
+    Panel("log-prob of chosen answers", ("logp/chosen",)),
+    Panel("log-prob of rejected answers", ("logp/rejected",)),
+    Panel("win rate against the opponent", ("judge/win",)),
     Panel("entropy (nats a token)", ("entropy",)),
     Panel("KL to the reference (k3)", ("kl/ref_k3",)),
     Panel("KL to the old policy (k3)", ("kl/old_k3",)),

@@ -34,7 +34,7 @@ from jaxpo.objectives.base import check_rewards
 from jaxpo.policy import stats
 from jaxpo.training.arena import QUICK, Arena, Rules, build_arena, draws, parse_calls, survey
 from jaxpo.training.gathering import ByProtocol, Together, protocol_of, shape
-from jaxpo.training.needs import PROVIDED, SLOTS, derived_needs
+from jaxpo.training.needs import PROVIDED, derived_needs
 from jaxpo.training.optimizers import make_optimizer
 from jaxpo.training.plots import COLORS, INK, PALE
 from jaxpo.training.race_pairs import Offline, in_pairs, unfit_for_pairs
@@ -73,7 +73,7 @@ def unfit(objective: Objective, rules: Rules) -> str:
             shape(protocol, rules)
     except ValueError as error:
         return str(error)
-    given = PROVIDED - {"value_old"} | {f"logp_{name}" for name in (*objective.derived, *SLOTS)}
+    given = PROVIDED - {"value_old"} | {f"logp_{name}" for name in (*objective.derived, "ref")}
     if lacking := sorted(objective.needs - given - (protocol.provides if protocol else set())):
         return f"needs {', '.join(lacking)}, which neither the race nor its protocol {objective.protocol!r} provides"
     return ""

@@ -14,6 +14,7 @@ from jaxpo.registry import unknown
 from jaxpo.tasks.tokenizers import from_json
 from jaxpo.training import checkpoint
 from jaxpo.training.checkpoint import finished_steps, restore_params
+from jaxpo.training.companions import held
 from jaxpo.training.config import default
 from jaxpo.training.needs import slots_of
 from jaxpo.training.protocols import Run
@@ -47,8 +48,8 @@ def template(workspace: Workspace, tables: dict[str, Any]) -> dict[str, Any]:
 
     def whole(key: jax.Array) -> dict[str, Any]:
         params = workspace.init_params(key)
-        slots = {name: params for name in slots_of(workspace.objective, workspace.protocol)}
         opt_state = optimizer_of(workspace.config).init(params)
+        slots = held(slots_of(workspace.objective, workspace.protocol), workspace.protocol, params, opt_state)
         return dict(params=params, opt_state=opt_state, objective=workspace.objective.init(), slots=slots)
 
     shapes = jax.eval_shape(whole, jax.random.key(0))
