@@ -51,9 +51,11 @@ def reverse_kl_gradient(logits: Array, target_logits: Array) -> Array:
 
 def confident(p: Array, outcome: Array) -> tuple[Array, Array]:
     """[N] ``max(p, 1 - p)``, and the probability that the side it takes is right: of stated probabilities ``p`` that
-    the first answer wins, and ``outcome`` in [0, 1], the share of judges who say so (1 for a label)."""
+    the first answer wins, and ``outcome`` in [0, 1], the share of judges who say so (1 for a label). Who says 1/2 is
+    half right, as a coin is."""
     p, outcome = promote(p), promote(outcome)
-    return jnp.maximum(p, 1 - p), jnp.where(p >= 0.5, outcome, 1 - outcome)
+    right = jnp.where(p > 0.5, outcome, 1 - outcome)
+    return jnp.maximum(p, 1 - p), jnp.where(p == 0.5, 0.5, right)
 
 
 def reliability(confidence: Array, right: Array, bins: int = 10, low: float = 0.5) -> tuple[Array, Array, Array]:

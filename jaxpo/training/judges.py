@@ -17,15 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxpo.batch import Rollouts, TokenStats, from_sequences
+from jaxpo.batch import Rollouts, TokenStats, from_sequences, pad
 from jaxpo.parallel.distributed import to_host
 from jaxpo.primitives import preference_data, preferences
 from jaxpo.tasks import Example
 from jaxpo.tasks.base import locate
+from jaxpo.training.needs import is_reward_model
 from jaxpo.training.protocols import Verdict
 from jaxpo.training.restore import open_finished
-from jaxpo.training.trained import seen_with_base
-from jaxpo.training.workspace import Workspace, policy_of
+from jaxpo.training.workspace import Workspace, shard_count
 
 STEP = 32  # widths of what a model judges are rounded up to this: few shapes are compiled
 
@@ -105,22 +105,27 @@ def by_function(path: str, scale: float | None, examples: Sequence[Example], ans
 def by_model(path: str, scale: float | None) -> Opinion:
     """By a trained model: its score head, or its embeddings and gate (general preference model)."""
     workspace, params, _ = open_finished(path)
-    wants = workspace.objective.wants
-    if not wants & {"score", "embed"}:
+    if not is_reward_model(workspace.objective):
         raise ValueError(
             f"config.judge.path {path!r} holds no reward or preference model: it has no score or embed head"
         )
-    apply = policy_of(workspace.model, workspace.config, workspace.objective, wants)
-    look = jax.jit(partial(seen_with_base, workspace.config)(workspace.base, apply))
 
     def judge(examples: Sequence[Example], answers: Answers) -> Verdict:
-        stats = look(params, rows_of(workspace, examples, answers))
-        shape = (len(answers), len(answers[0]))
-        if "score" in wants:
-            return of_scores(np.asarray(stats.score).reshape(shape), 1.0 if scale is None else scale)
-        return of_wins(np.asarray(preferred(stats, shape, workspace.config.objective)))
+        rows = rows_of(workspace, examples, answers)
+        spread = pad(rows, rows=-(-rows.rows // shard_count(workspace)) * shard_count(workspace))
+        stats = to_host(workspace.opinion(params, workspace.put(spread)))
+        stats = jax.tree.map(lambda x: x[: rows.rows], stats)
+        return of_stats(workspace, stats, (len(answers), len(answers[0])), scale)
 
     return judge
+
+
+def of_stats(workspace: Workspace, stats: TokenStats, shape: tuple[int, int], scale: float | None = None) -> Verdict:
+    """Of what the heads of a reward model say of K answers to each of G prompts: ``shape`` is (G, K), rows in that
+    order."""
+    if "score" in workspace.objective.wants:
+        return of_scores(np.asarray(stats.score).reshape(shape), 1.0 if scale is None else scale)
+    return of_wins(np.asarray(preferred(stats, shape, workspace.config.objective)))
 
 
 def rows_of(workspace: Workspace, examples: Sequence[Example], answers: Answers) -> Rollouts:

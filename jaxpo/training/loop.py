@@ -24,11 +24,11 @@ from jaxpo.policy import heads
 from jaxpo.policy.families import tensors
 from jaxpo.policy.hf import check_source, load, open_source, read_config
 from jaxpo.policy.transformer import Params, parameter_count
-from jaxpo.training import companions, evaluation, pair_evaluation
+from jaxpo.training import companions, evaluation, pair_evaluation, reward_evaluation
 from jaxpo.training.checkpoint import Checkpoints, Restored, finished_steps
 from jaxpo.training.manifest import config_hash, differences
-from jaxpo.training.needs import heads_of, slots_of
-from jaxpo.training.plots import plot_curves
+from jaxpo.training.needs import heads_of, is_reward_model, slots_of
+from jaxpo.training.plots import plot_curves, plot_reliability
 from jaxpo.training.protocols import NothingLeft, Run, Tools, advance
 from jaxpo.training.restore import (
     MODEL,
@@ -45,6 +45,7 @@ from jaxpo.training.supervised import demonstrations, warm_start
 from jaxpo.training.tools import Clock, make_tools, score_companions
 from jaxpo.training.workspace import TrainState, Workspace, prepare_process, setup
 
+RELIABILITY = "reliability.json"
 BEFORE_ALL = -(2**31)  # resuming from here keeps nothing of an earlier attempt's logs
 
 
@@ -329,19 +330,34 @@ def first_params(workspace: Workspace, key: Array) -> Params:
 
 
 def evaluate_both(session: Session, run: Run) -> dict[str, float]:
-    """Greedy accuracy and pass@k at the current iteration, logged."""
+    """What `evaluated` says at the current iteration, and pass@k of a policy; logged."""
     workspace, config = session.workspace, session.workspace.config.evaluation
     with session.clock.phase("evaluate"):
-        metrics, samples = evaluation.greedy(workspace, run.state.params, workspace.test)
-        metrics |= pair_evaluation.held_out(workspace, run)
-        if config.pass_at and workspace.task.score:
+        metrics, samples, pictured = evaluated(workspace, run)
+        if config.pass_at and workspace.task.score and not is_reward_model(workspace.objective):
             key = jax.random.fold_in(session.keys["evaluate"], run.iteration)
             metrics |= evaluation.sampled(
                 workspace, run.state.params, workspace.test, key, samples=config.samples, ks=config.pass_at
             )
     session.log.write(run.iteration, metrics)
     session.log.samples(run.iteration, samples[: workspace.config.logging.samples])
+    if pictured and is_first():
+        session.log.save_json(RELIABILITY, {"iteration": run.iteration, **pictured})
+        plot_reliability(pictured, session.log.path / f"{Path(RELIABILITY).stem}.png")
     return metrics
+
+
+def evaluated(workspace: Workspace, run: Run) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, Any]]:
+    """Metrics, samples, and the bins of a reliability picture: of a policy its greedy answers, of a reward model how
+    well it orders held-out pairs; of both what held-out pairs say."""
+    metrics = pair_evaluation.held_out(workspace, run)
+    if not is_reward_model(workspace.objective):
+        greedy, samples = evaluation.greedy(workspace, run.state.params, workspace.test)
+        return {**greedy, **metrics}, samples, {}
+    if not pair_evaluation.measurable(workspace):
+        return metrics, [], {}
+    calibrated, bins = reward_evaluation.calibration(*reward_evaluation.stated(workspace, run))
+    return {**metrics, **calibrated}, [], bins
 
 
 def loop(session: Session, run: Run, progress: Progress, interrupt: Interrupt, profile_steps: int) -> tuple[Run, bool]:
@@ -408,12 +424,11 @@ def timed_iteration(session: Session, run: Run) -> tuple[Run, dict[str, float]]:
 
 
 def evaluate_greedy(session: Session, run: Run, logged: int | None = None) -> dict[str, float]:
-    """Greedy accuracy during the run; a few samples are logged (None = as many as configured)."""
+    """What `evaluated` says during the run; a few samples are logged (None = as many as configured)."""
     workspace = session.workspace
     logged = workspace.config.logging.samples if logged is None else logged
     with session.clock.phase("evaluate"):
-        metrics, samples = evaluation.greedy(workspace, run.state.params, workspace.test)
-        metrics |= pair_evaluation.held_out(workspace, run)
+        metrics, samples, _ = evaluated(workspace, run)
     session.log.samples(run.iteration, samples[:logged])
     return metrics
 

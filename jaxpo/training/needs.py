@@ -29,6 +29,7 @@ PROVIDED = frozenset(
         "value_old",
     }
 )
+JUDGING = frozenset({"score", "embed", "gate"})  # what a reward or preference model says of a whole answer
 EMBED = 8  # numbers of an embedding, unless config.heads.embed says otherwise
 # Fields that come from data, or from a judge of the policy's own answers.
 JUDGED = frozenset({*NUMBERS, "label", "pref_opp"})
@@ -110,6 +111,11 @@ def derived_needs(objective: Objective) -> frozenset[str]:
     """Derived statistics that the objective needs of the old policy, as ``logp_<name>``; "value", as ``value_old``."""
     derived = frozenset(name for name in objective.derived if f"logp_{name}" in objective.needs)
     return derived | ({"value"} if "value_old" in objective.needs else set())
+
+
+def is_reward_model(objective: Objective) -> bool:
+    """Whether the objective trains a judge of pairs of answers rather than a policy."""
+    return bool(objective.wants & {"score", "embed"})
 
 
 def heads_of(objective: Objective, sizes: ConfigDict) -> dict[str, tuple[int, ...]]:

@@ -17,7 +17,7 @@ from jaxpo.training.protocols import Run
 from jaxpo.training.tools import as_scored, score_companions
 from jaxpo.training.workspace import Prompts, Workspace
 
-SHOWN = ("eval/accuracy", "eval/margin", "eval/ranking_accuracy", "eval/idealized_accuracy")
+SHOWN = ("eval/accuracy", "eval/ece", "eval/margin", "eval/ranking_accuracy", "eval/idealized_accuracy")
 START = "start_logp"  # table: log-probs of the held-out answers under the policy at the start [units, rows of a unit]
 LABELS_ONLY = 0.75  # share of annotators who agree with a hard label, where nothing says it (arXiv:2405.19534)
 

@@ -131,10 +131,17 @@ def make_tools(workspace: Workspace, clock: Clock, notes: dict[str, float], say:
 
     def reward(rollouts: Rollouts) -> Rollouts:
         with clock.phase("reward"):
-            examples = [prompts.examples[i] for i in to_host(rollouts.prompt)]
-            rewards, correct, errors = judge(workspace, examples, rollouts).T
-            notes["reward/errors"] = notes.get("reward/errors", 0) + int(errors.sum())
-            return rollouts.replace(reward=rewards.astype(np.float32), correct=correct.astype(np.float32))
+            given = {}
+            if workspace.task.score:
+                examples = [prompts.examples[i] for i in to_host(rollouts.prompt)]
+                rewards, correct, errors = judge(workspace, examples, rollouts).T
+                notes["reward/errors"] = notes.get("reward/errors", 0) + int(errors.sum())
+                given = dict(reward=rewards.astype(np.float32), correct=correct.astype(np.float32))
+            if config.judge.name != "verifier":
+                if given:  # what the judge is a stand-in for
+                    notes["reward/verified"] = float(given["reward"].mean())
+                given["reward"] = verdict(prompts.examples, rollouts).scores.reshape(-1).astype(np.float32)
+            return rollouts.replace(**given)
 
     def score(params: Params, rollouts: Rollouts) -> TokenStats:
         with clock.phase("score"):

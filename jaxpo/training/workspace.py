@@ -45,7 +45,7 @@ from jaxpo.tasks.tokenizers import CharTokenizer, IntegerTokenizer, PretrainedTo
 from jaxpo.training import companions, preference_units
 from jaxpo.training import config as config_lib
 from jaxpo.training.compiled import Compiled
-from jaxpo.training.needs import derived_needs, heads_of, slots_of
+from jaxpo.training.needs import JUDGING, derived_needs, heads_of, slots_of
 from jaxpo.training.optimizers import make_optimizer
 from jaxpo.training.step import Apply, Fused, accumulate, in_slices, optimizer_step, score
 from jaxpo.training.trained import lora_scale, random_params, seen_with_base, with_base
@@ -99,12 +99,13 @@ class Workspace:
     complete: Compiled  # (sampler's params, tokens, length, budget, key, options, responses) -> Rollouts
     noise: Compiled  # (train state, batch, halves) -> the gradients of two half-batches, as numbers
     measure: Compiled  # (params, batch, objective state) -> its metrics on held-out units, to be merged
+    opinion: Compiled  # (params, batch) -> what the heads of a reward model say of its rows, without log-probs
 
     @property
     def compiled(self) -> tuple[Compiled, ...]:
         """The functions that this run has compiled."""
         every = self.reshard, self.generate, self.score, self.prepare, self.step, self.complete, self.noise
-        every += (self.measure,)
+        every += (self.measure, self.opinion)
         return tuple(f for f in every if f is not None and f.compilations)
 
     def sampler_params(self, params: Params) -> Params:
@@ -351,6 +352,11 @@ def compile_functions(
         peek = seen(base, look or apply)
         return gradient_noise(objective, own, mesh, state, batch, halves, look=peek, rows_at_once=at_once)
 
+    def run_opinion(base: Params | None, params: Params, batch: Rollouts) -> TokenStats:
+        heads = policy_of(model, config, objective, objective.wants & JUDGING, mesh=mesh)
+        said = score(seen(base, heads), params, batch, microbatches=slices if batch.rows % slices == 0 else 1)
+        return said.replace(logp=None, entropy=None)  # so that nothing of the vocabulary is computed
+
     def run_measure(base: Params | None, params: Params, batch: Rollouts, state: State) -> Metrics:
         return measured(objective, seen(base, apply), seen(base, look or apply), params, batch, state, slices)
 
@@ -368,6 +374,7 @@ def compile_functions(
         prepare=compiled("prepare", lambda _, batch, state: objective.prepare(batch, state)),
         noise=compiled("noise", run_noise),
         measure=compiled("measure", run_measure),
+        opinion=compiled("opinion", run_opinion),
         step=make_step(
             config,
             objective,

@@ -10,7 +10,8 @@ from jaxpo.primitives import preference_diagnostics as diagnostics
 def by_hand(p, outcome, bins):
     held = [[] for _ in range(bins)]
     for stated, won in zip(p.tolist(), outcome.tolist(), strict=True):
-        confidence, right = (stated, won) if stated >= 0.5 else (1 - stated, 1 - won)
+        confidence, right = (stated, won) if stated > 0.5 else (1 - stated, 1 - won)
+        right = 0.5 if stated == 0.5 else right
         held[min(int((confidence - 0.5) / 0.5 * bins), bins - 1)].append((confidence, right))
     error = 0.0
     for pairs in held:
