@@ -27,6 +27,11 @@ def stays(slot: Params, policy: Params, iteration: int) -> Params:
     return slot
 
 
+def kept(slot: Params, policy: Params, iteration: int, every: int | None = None) -> Params:
+    """As it is, or the policy at the start of the round, which lasts ``every`` iterations."""
+    return slot if every is None else renewed(slot, policy, iteration, every)
+
+
 def renewed(slot: Params, policy: Params, iteration: int, every: int = 1) -> Params:
     """The policy at the start of the round, which lasts ``every`` iterations."""
     return copied(policy) if iteration % every == 0 else slot
@@ -59,7 +64,7 @@ class Companion(NamedTuple):
 
 # Those that an objective may need the log-probs of ...
 COMPANIONS: Mapping[str, Companion] = {
-    "ref": Companion("the policy at the start of the run", stays),
+    "ref": Companion("the policy at the start of the run", kept),
     "prev": Companion("the policy at the start of the round", renewed),
     "ema": Companion("an average of past policies", averaged),
     "soup": Companion("the average of two models (config.soup)", stays),
@@ -74,12 +79,14 @@ KEPT: Mapping[str, Companion] = {
 }
 
 
-def check(protocol: Protocol) -> None:
-    """``ValueError`` for a companion that does not exist, or an option of it that does not."""
+def check(objective: Objective, protocol: Protocol) -> None:
+    """``ValueError`` for a companion that does not exist, an option of it that does not, or one without effect."""
     for name, options in protocol.keeps.items():
         if name not in KEPT:
             raise ValueError(unknown("frozen companion", name, KEPT))
         check_arguments(f"companion {name!r}", options, KEPT[name].options)
+        if name in ("prev", "ref") and options and f"logp_{name}" not in objective.needs:
+            raise ValueError(f"config.protocol.{name}_every has no effect: this objective does not need logp_{name}")
 
 
 def held(needed: list[str], protocol: Protocol, policy: Params, opt_state: Any) -> dict[str, Any]:

@@ -378,13 +378,14 @@ def validate(config: ConfigDict, devices: int) -> ConfigDict:
     make_optimizer(config.warm_start.optimizer.to_dict(), max(config.warm_start.steps, 1))
     if config.sampling.temperature != 1 and not isinstance(config.sampling.temperature, int | float):
         raise ValueError(f"config.sampling.temperature must be a number, not {config.sampling.temperature!r}")
-    _check_division(config, objective, protocol, policy, devices)
+    _check_division(config, objective, policy, devices)
     _check_checkpoint(config)
     if len(config.soup.of) not in (0, 2) or not 0 <= config.soup.alpha <= 1:
         raise ValueError(
             f"config.soup.of names two run directories and config.soup.alpha the share in [0, 1] of the first, not "
             f"{tuple(config.soup.of)} and {config.soup.alpha}"
         )
+    _check_judge(config, objective, protocol)
     if config.task.name is None and config.data.name in (None, "task"):
         raise ValueError("config.task.name is None: set config.data.name to jsonl or datasets, whose prompts are used")
     if not 0 <= config.warm_start.drop_last <= 1:
@@ -395,6 +396,18 @@ def validate(config: ConfigDict, devices: int) -> ConfigDict:
             f"samples; config.evaluation.samples is {config.evaluation.samples}"
         )
     return config
+
+
+def _check_judge(config: ConfigDict, objective: Objective, protocol: Protocol) -> None:
+    """A judge compares answers, or its scores are the rewards; where answers come from data it has nothing to say."""
+    compares = "pref_opp" in protocol.provides  # what only a judge gives
+    rewards = protocol.rows is None
+    given, name = config.judge.name != "verifier", protocol_name(config, objective)
+    if (given and not (compares or rewards)) or (config.judge.scale is not None and not compares):
+        field = "config.judge" if given and not rewards else "config.judge.scale"
+        raise ValueError(f"{field} has no effect with protocol {name!r}, which compares no answers")
+    if config.task.name is None and (compares or rewards) and not given:
+        raise ValueError("config.task.name is None, so nothing verifies answers: set config.judge.name")
 
 
 def _check_lora(config: ConfigDict, policy: TransformerConfig) -> None:
@@ -421,17 +434,15 @@ def _check_checkpoint(config: ConfigDict) -> None:
         )
 
 
-def rows_per_prompt(config: ConfigDict, objective: Objective, protocol: Protocol) -> int:
+def rows_per_prompt(config: ConfigDict, objective: Objective) -> int:
     """Rows that an iteration trains on for each of its prompts (or units of data)."""
-    responses = config.rollout.responses
+    responses, protocol = config.rollout.responses, protocol_of(config)
     return protocol.rows(objective, responses) if protocol.rows else responses
 
 
-def _check_division(
-    config: ConfigDict, objective: Objective, protocol: Protocol, policy: TransformerConfig, devices: int
-) -> None:
+def _check_division(config: ConfigDict, objective: Objective, policy: TransformerConfig, devices: int) -> None:
     data, fsdp, tensor = mesh_shape(config.mesh, devices)
-    prompts, responses = config.rollout.prompts, rows_per_prompt(config, objective, protocol)
+    prompts, responses = config.rollout.prompts, rows_per_prompt(config, objective)
     minibatches, microbatches = config.training.minibatches, config.training.microbatches
     if prompts % minibatches:
         raise ValueError(

@@ -9,6 +9,7 @@ import numpy as np
 from jaxpo import metrics as metrics_lib
 from jaxpo.batch import Rollouts
 from jaxpo.parallel.distributed import to_host
+from jaxpo.policy import heads
 from jaxpo.policy.transformer import Params
 from jaxpo.primitives import preference_diagnostics as diagnostics
 from jaxpo.tasks.preferences import PAIR
@@ -51,10 +52,11 @@ def sums(workspace: Workspace, params: Params) -> np.ndarray:
 
 
 def tables(workspace: Workspace) -> dict[str, np.ndarray]:
-    """The table that a checkpoint holds."""
-    if not measurable(workspace):
-        return {}
+    """The table that a checkpoint holds, of pairs that the policy itself is to rank."""
     data = workspace.preferences
+    scores = workspace.objective.wants & set(heads.NAMES)  # a reward model's log-probs say nothing
+    if not measurable(workspace) or data.form.kind != "pair" or scores:
+        return {}
     return {START: np.zeros((len(data.test), data.form.size), np.float32)}
 
 
@@ -83,9 +85,9 @@ def held_out(workspace: Workspace, run: Run) -> dict[str, float]:
     results = {k: float(v) for k, v in metrics_lib.results(report).items()}
     wanted = {name: f"eval/{name.split('/')[-1]}" for name in results if name.startswith("preference/")}
     out = {"eval/loss": results["loss"] / len(reports), **{to: results[name] for name, to in wanted.items()}}
-    if workspace.preferences.form.kind == "pair":
-        out |= ranked(workspace, run)
-    return out | implicit_kl(workspace, run)
+    if START in run.tables:
+        out |= ranked(workspace, run) | implicit_kl(workspace, run)
+    return out
 
 
 def implicit_kl(workspace: Workspace, run: Run) -> dict[str, float]:

@@ -236,7 +236,7 @@ def setup(
     objective, protocol = config_lib.objective_of(config), config_lib.protocol_of(config)
     slots_of(objective, protocol)
     heads_of(objective, config.heads)
-    companions.check(protocol)
+    companions.check(objective, protocol)
     if objective.layout and protocol.rows is None:
         raise ValueError(
             f"objective {config.objective.name!r} learns from units {objective.layout}, which rollouts of "

@@ -42,7 +42,7 @@ def test_the_objectives_defaults_are_there_before_flags_are_parsed():
 
 
 # what the protocol of an objective asks of the rest of the config
-ALONE = {"spo_single_stream": ["--config.rollout.responses=1"]}
+ALONE = {"spo_single_stream": ["--config.rollout.responses=1"], "nash_mp": ["--config.steps=8"]}
 
 
 @pytest.mark.parametrize("name", names())

@@ -73,7 +73,9 @@ def seppo(size: int = 7, every: int = 30) -> Protocol:
     for name, value, least in (("size", size, 2), ("every", every, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
-    protocol = Protocol(preference_data().collect, rows=rows, keeps={"pool": dict(size=size, every=every)})
+    protocol = Protocol(
+        preference_data().collect, rows=rows, keeps={"pool": dict(size=size, every=every)}, compiles={"score": 1}
+    )
 
     def collect(run: Run, tools: Tools, key: Array) -> tuple[Run, Rollouts]:
         run, batch = next_units(run, tools)
@@ -84,7 +86,7 @@ def seppo(size: int = 7, every: int = 30) -> Protocol:
         run = advance(run, slots={**run.slots, "ref": past})
         return run, with_samples(batch, run, tools, past, key, ["rejected"])
 
-    return protocol._replace(collect=collect, provides=frozenset(NUMBERS))
+    return protocol._replace(collect=collect)
 
 
 def next_units(run: Run, tools: Tools) -> tuple[Run, Rollouts]:
