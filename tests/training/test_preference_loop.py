@@ -9,6 +9,8 @@ import pytest
 from experiments import train_preference
 from jaxpo.training import loop
 from jaxpo.training.checkpoint import finished_steps
+from jaxpo.training.command_line import parse
+from jaxpo.training.config import objective_of, protocol_name, validate
 from jaxpo.training.pair_evaluation import START, tables
 from jaxpo.training.restore import checkpoints_of, restore
 from jaxpo.training.workspace import setup
@@ -208,3 +210,12 @@ def test_the_start_is_kept_in_the_checkpoint(dpo):
     workspace = dpo.result.workspace
     run, found = restore(workspace, tables(workspace), checkpoints_of(str(dpo.path)))
     assert found.step == 4 and run.tables[START].shape == (5, 2) and (run.tables[START] < 0).all()
+
+
+@pytest.mark.parametrize("name", ("dpo_reasoning_gym", "online_dpo_reasoning_gym", "nash_md_reasoning_gym"))
+def test_the_configs_that_are_offered_can_run(name):
+    config, _ = parse([f"--config={tiny.ROOT / 'configs' / name}.py"])
+    validate(config, 1)
+    assert protocol_name(config, objective_of(config)) == {"dpo": "preference_data", "online": "judged"}.get(
+        name.split("_")[0], "nash_md"
+    )
