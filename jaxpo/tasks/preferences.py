@@ -8,10 +8,11 @@ known of it as numbers. There are three kinds of rows, in JSON lines or in a fol
   scored    {"prompt", "completions", "scores"}      K answers "own" with the number reward
 
 A prompt is a text or a list of messages ``{"role", "content"}``, which need the chat template of the tokenizer; an
-answer a text or one assistant message. Without "prompt" chosen and rejected are whole conversations with a common
-beginning. An answer of a further role may bring a prompt of its own: ``{"prompt", "completion"}``. Of numbers a pair
-may have those of ``NUMBERS``: one for the pair (``"pref_prob": 0.8``, a soft preference for chosen), or one an answer
-(``"win": {"chosen": 0.7, "rejected": 0.4}`` or ``"win_chosen": 0.7, ...``).
+answer a text or one assistant message, tool calls after it ``"chosen_trace": [["tool", "2+2"], ...]``. Without "prompt"
+chosen and rejected are whole conversations with a common beginning. An answer of a further role may bring a prompt of
+its own: ``{"prompt", "completion"}``. Of numbers a pair may have those of ``NUMBERS``: one for the pair
+(``"pref_prob": 0.8``, a soft preference for chosen), or one an answer (``"win": {"chosen": 0.7, "rejected": 0.4}`` or
+``"win_chosen": 0.7, ...``).
 
 `build(config, task)` reads or makes a set. `jaxpo.tasks.units`: ``as_kind(rows, have, want)`` turns pairs into labelled
 or scored answers and scored answers into pairs, ``encode(rows, tokenizer, ...)`` makes tokens of them, and
@@ -33,6 +34,7 @@ from typing import Any, NamedTuple
 from jaxpo.batch import ROLES
 from jaxpo.registry import check_arguments, unknown
 from jaxpo.tasks.base import Task, check_sizes, locate
+from jaxpo.tasks.traces import Trace, check_trace
 
 PAIR = ("chosen", "rejected")
 Prompt = str | tuple[Mapping[str, str], ...]
@@ -43,12 +45,14 @@ BAD = ("error", "drop")
 
 
 class Answer(NamedTuple):
-    """An answer of a row. ``prompt``: its own, if it has not the row's. ``numbers``: what is known of it, by name."""
+    """An answer of a row. ``prompt``: its own, if it has not the row's. ``numbers``: what is known of it, by name.
+    ``trace``: of tool calls after it (`jaxpo.tasks.traces`)."""
 
     role: str
     text: str
     numbers: Mapping[str, float] = {}
     prompt: Prompt | None = None
+    trace: Trace = ()
 
 
 class Row(NamedTuple):
@@ -216,7 +220,7 @@ def pair_row(record: Mapping[str, Any]) -> Row:
             if absent:
                 raise BadRow("missing_field", f"field {role!r}: {absent[0]!r} is missing")
             value, own = value["completion"], prompt_of(value["prompt"])
-        answers.append(Answer(role, text_of(value, role), numbers_of(record, role), own))
+        answers.append(Answer(role, text_of(value, role), numbers_of(record, role), own, trace_of(record, role)))
     return Row(prompt, tuple(answers))
 
 
@@ -245,6 +249,15 @@ def numbers_of(record: Mapping[str, Any], role: str) -> dict[str, float]:
         if value is not None:
             out[name] = number_of(value, name)
     return out
+
+
+def trace_of(record: Mapping[str, Any], role: str) -> Trace:
+    """The tool calls after the answer of a role, from the field ``<role>_trace``; () without it."""
+    value = record.get(f"{role}_trace")
+    try:
+        return () if value is None else check_trace(value)
+    except ValueError as error:
+        raise BadRow("wrong_type", f"field '{role}_trace': {error}") from None
 
 
 def label_row(record: Mapping[str, Any]) -> Row:

@@ -11,17 +11,21 @@ from jaxpo.primitives import preference_data
 from jaxpo.registry import unknown
 from jaxpo.tasks.preferences import KINDS, PAIR, Answer, BadRow, Prompt, Row, Sieve
 from jaxpo.tasks.tokenizers import Tokenizer
+from jaxpo.tasks.traces import KINDS as SEGMENTS
+from jaxpo.tasks.traces import Trace
 
 REVISION = "{prompt}\n\nDraft: {draft}\n\nBetter:"  # how a prompt holds a draft, for roles like chosen_given_rejected
 
 
 class Tokens(NamedTuple):
-    """An answer as tokens, its end among them, with its prompt's."""
+    """An answer as tokens, its end among them, with its prompt's. ``segment``: what each token of it belongs to (0, or
+    of `jaxpo.tasks.traces.KINDS`)."""
 
     role: str
     prompt: list[int]
     answer: list[int]
     numbers: Mapping[str, float]
+    segment: Sequence[int] = ()
 
 
 Encoded = list[tuple[Tokens, ...]]  # an entry a row
@@ -135,7 +139,7 @@ def encode_row(
             raise BadRow("missing_field", f"the {answer.role} answer has no {absent[0]!r}, only {have}")
         try:
             prompt = tokenizer.encode(tokenizer.render(row.prompt if answer.prompt is None else answer.prompt))
-            text = [*tokenizer.encode(answer.text), tokenizer.eos_ids[0]]
+            text, segment = with_trace(tokenizer, answer.text, answer.trace)
         except ValueError as error:
             raise BadRow("not_encodable", str(error)) from error
         for what, ids, limit, field in (
@@ -144,11 +148,23 @@ def encode_row(
         ):
             if limit is not None and len(ids) > limit:
                 raise BadRow(f"{what}_too_long", f"the {what} has {len(ids)} tokens; {field}, the limit, is {limit}")
-        out.append(Tokens(answer.role, prompt, text, answer.numbers))
+        out.append(Tokens(answer.role, prompt, text, answer.numbers, segment))
     pair = [t.answer for t in out if t.role in PAIR]
     if len(pair) == 2 and pair[0] == pair[1]:
         raise BadRow("equal_answers", "the answers are equal as tokens: nothing is preferred")
     return tuple(out)
+
+
+def with_trace(tokenizer: Tokenizer, text: str, trace: Trace = ()) -> tuple[list[int], list[int]]:
+    """Tokens of an answer and of the tool calls after it, and the segment of each; both end with the first
+    end-of-sequence id."""
+    ids, segment = [*tokenizer.encode(text), tokenizer.eos_ids[0]], [0]
+    segment *= len(ids)
+    for i, (kind, part) in enumerate(trace):
+        more = tokenizer.encode(part)
+        more = [*more, tokenizer.eos_ids[0]] if i == len(trace) - 1 else more
+        ids, segment = [*ids, *more], [*segment, *[SEGMENTS[kind]] * len(more)]
+    return ids, segment
 
 
 def with_role(row: Row, role: str, revision: str = REVISION) -> Answer:
@@ -183,6 +199,7 @@ def units(
     *,
     size: int | None = None,
     mismatched: bool = False,
+    segments: bool = False,
     prompt_width: int | None = None,
     width: int | None = None,
     pad_id: int = 0,
@@ -196,6 +213,7 @@ def units(
       numbers: put into ``extras`` as [B] ("reward" into its field), 0 on rows without them.
       mismatched: after each row one of role "kl": the previous entry's answer to this prompt (KTO). For one answer an
         entry, and at least two entries.
+      segments: put the tokens' segments into ``token_extras`` as "segment" [B, T].
       prompt_width, width: P and T; None = the longest.
       seed: of the rows' seeds.
 
@@ -212,7 +230,7 @@ def units(
     size = unit_size(entries) if size is None else size
     if unit_size(entries) > size:
         raise ValueError(f"a unit of {unit_size(entries)} answers does not fit into {size} rows")
-    filled = [[*e, *[e[-1]._replace(answer=[], numbers={})] * (size - len(e))] for e in entries]
+    filled = [[*e, *[e[-1]._replace(answer=[], numbers={}, segment=())] * (size - len(e))] for e in entries]
     rows, n = [t for unit in filled for t in unit], len(entries)
     shared = size if all(t.prompt == unit[0].prompt for unit in filled for t in unit) else 1
     values = {name: np.array([t.numbers.get(name, 0.0) for t in rows], np.float32) for name in numbers}
@@ -229,10 +247,20 @@ def units(
         seed=np.random.default_rng(seed).integers(0, 2**32, len(rows), np.uint32),
         reward=values.pop("reward", None),
         extras=values,
+        token_extras={"segment": segment_table(rows, width)} if segments else {},
         layout=tuple(layout),
         shared_prompt=shared,
     )
     return batch
+
+
+def segment_table(rows: Sequence[Tokens], width: int | None) -> np.ndarray:
+    """[B, T] the segment of each token; 0 behind the last one."""
+    width = max(len(t.answer) for t in rows) if width is None else width
+    table = np.zeros((len(rows), width), np.int32)
+    for row, t in zip(table, rows, strict=True):
+        row[: len(t.segment)] = t.segment
+    return table
 
 
 def in_layout(entry: Sequence[Tokens], layout: Sequence[str]) -> list[Tokens]:

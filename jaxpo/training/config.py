@@ -28,7 +28,7 @@ from jaxpo.rollout.sampling import validate as validate_sampling
 from jaxpo.tasks.base import task_arguments
 from jaxpo.tasks.preferences import set_arguments
 from jaxpo.training import protocols  # noqa: F401 (imported for its registrations)
-from jaxpo.training.needs import JUDGED
+from jaxpo.training.needs import JUDGED, is_reward_model
 from jaxpo.training.optimizers import make_optimizer, optimizer_arguments, schedule_arguments
 
 EMPTY = inspect.Parameter.empty
@@ -131,6 +131,9 @@ def default() -> ConfigDict:
             steps=100,  # iterations of reinforcement learning
             task=dict(name="toy"),  # None = none: the prompts are those of data, and nothing verifies answers
             data=dict(name=optional(str)),  # preferences: "jsonl", "datasets" or "task" (made of the task's answers)
+            trace=optional(
+                str
+            ),  # "module:function" of (question, answer): tool calls that a reward model reads after it
             judge=dict(name="verifier"),  # of the policy's own answers, where a protocol compares them
             tokenizer=dict(name="characters"),
             policy=dict(name="transformer"),  # made here, or "pretrained"
@@ -386,6 +389,10 @@ def validate(config: ConfigDict, devices: int) -> ConfigDict:
             f"{tuple(config.soup.of)} and {config.soup.alpha}"
         )
     _check_judge(config, objective, protocol)
+    if config.trace and (config.data.name is None or not is_reward_model(objective)):
+        raise ValueError(
+            "config.trace has no effect: only reward models read tool calls after the answers of config.data"
+        )
     if config.task.name is None and config.data.name in (None, "task"):
         raise ValueError("config.task.name is None: set config.data.name to jsonl or datasets, whose prompts are used")
     if not 0 <= config.warm_start.drop_last <= 1:

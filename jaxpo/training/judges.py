@@ -22,6 +22,8 @@ from jaxpo.parallel.distributed import to_host
 from jaxpo.primitives import preference_data, preferences
 from jaxpo.tasks import Example
 from jaxpo.tasks.base import locate
+from jaxpo.tasks.tokenizers import question_of
+from jaxpo.tasks.units import with_trace
 from jaxpo.training.needs import is_reward_model
 from jaxpo.training.protocols import Verdict
 from jaxpo.training.restore import open_finished
@@ -110,6 +112,9 @@ def by_model(path: str, scale: float | None) -> Opinion:
             f"config.judge.path {path!r} holds no reward or preference model: it has no score or embed head"
         )
 
+    if "segment" in workspace.objective.needs and not workspace.config.trace:
+        raise ValueError(f"config.judge.path {path!r}: the model reads tool calls, and its config.trace makes none")
+
     def judge(examples: Sequence[Example], answers: Answers) -> Verdict:
         rows = rows_of(workspace, examples, answers)
         spread = pad(rows, rows=-(-rows.rows // shard_count(workspace)) * shard_count(workspace))
@@ -129,10 +134,15 @@ def of_stats(workspace: Workspace, stats: TokenStats, shape: tuple[int, int], sc
 
 
 def rows_of(workspace: Workspace, examples: Sequence[Example], answers: Answers) -> Rollouts:
-    """Questions and answers in the model's own tokens."""
+    """Questions and answers, and the tool calls of its trace, in the model's own tokens."""
     tokenizer = workspace.tokenizer
     questions = [tokenizer.encode(tokenizer.render(e.question)) for e in examples]
-    texts = [[*tokenizer.encode(text), tokenizer.eos_ids[0]] for row in answers for text in row]
+    tracer = locate(workspace.config.trace) if workspace.config.trace else lambda question, answer: ()
+    texts = [
+        with_trace(tokenizer, text, tracer(question_of(e.question), text))[0]
+        for e, row in zip(examples, answers, strict=True)
+        for text in row
+    ]
     prompts = [q for q, row in zip(questions, answers, strict=True) for _ in row]
     p, t = (-(-max(map(len, x)) // STEP) * STEP for x in (prompts, texts))
     return from_sequences(prompts, texts, prompt_width=p, width=t, pad_id=tokenizer.pad_id)

@@ -40,6 +40,7 @@ class Form(NamedTuple):
 
     kind: of rows (`jaxpo.tasks.preferences.KINDS`). layout: roles of a unit; () = answers as they are. numbers: that
     each answer must have. size: rows of a unit. mismatched: half of them are other prompts' answers (KTO).
+    segments: tokens say whether they belong to an answer or to tool calls after it.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Form(NamedTuple):
     numbers: tuple[str, ...]
     size: int
     mismatched: bool = False
+    segments: bool = False
 
     @property
     def given(self) -> tuple[str, ...]:
@@ -60,7 +62,8 @@ def form_of(objective: Objective, responses: int) -> Form | None:
     numbers = tuple(sorted(objective.needs & {*NUMBERS, "label", "reward"}))
     if objective.layout:
         known = set(PAIR) <= set(objective.layout)
-        return Form("pair", objective.layout, numbers, len(objective.layout)) if known else None
+        segments = "segment" in objective.needs
+        return Form("pair", objective.layout, numbers, len(objective.layout), False, segments) if known else None
     if "label" in objective.needs:
         mismatched = "role" in objective.needs
         return Form("label", (), numbers, 1 + mismatched, mismatched)

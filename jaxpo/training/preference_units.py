@@ -9,8 +9,10 @@ from ml_collections import ConfigDict
 from jaxpo.batch import Rollouts
 from jaxpo.objectives import Objective
 from jaxpo.tasks import Example, Task, preferences
+from jaxpo.tasks.base import locate
 from jaxpo.tasks.preferences import PAIR, PreferenceSet, Row
-from jaxpo.tasks.tokenizers import Tokenizer
+from jaxpo.tasks.tokenizers import Tokenizer, question_of
+from jaxpo.tasks.traces import Tracer, check_trace
 from jaxpo.tasks.units import Encoded, as_kind, encode, units, widths
 from jaxpo.training.config import arguments_of
 from jaxpo.training.needs import Form, form_of
@@ -37,6 +39,7 @@ class Preferences:
             self.form.numbers,
             size=self.form.size if not self.form.layout else None,
             mismatched=self.form.mismatched,
+            segments=self.form.segments,
             prompt_width=self.prompt_width,
             width=self.width,
             pad_id=self.pad_id,
@@ -50,7 +53,19 @@ def read(config: ConfigDict, task: Task | None) -> PreferenceSet | None:
     if config.data.name is None:
         return None
     parameters = preferences.set_arguments(config.data.name)
-    return preferences.build({"name": config.data.name, **arguments_of(config.data, parameters)}, task)
+    data = preferences.build({"name": config.data.name, **arguments_of(config.data, parameters)}, task)
+    return traced(data, locate(config.trace)) if config.trace else data
+
+
+def traced(data: PreferenceSet, tracer: Tracer) -> PreferenceSet:
+    """The set with the tool calls that ``tracer`` makes of each question and answer, after those answers."""
+
+    def of(row: Row) -> Row:
+        question = question_of(row.prompt)
+        answers = (a._replace(trace=check_trace(tracer(question, a.text))) for a in row.answers)
+        return row._replace(answers=tuple(answers))
+
+    return data._replace(train=[of(row) for row in data.train], test=[of(row) for row in data.test])
 
 
 def encoded(config: ConfigDict, objective: Objective, data: PreferenceSet, tokenizer: Tokenizer) -> Preferences:
@@ -76,6 +91,11 @@ def encoded(config: ConfigDict, objective: Objective, data: PreferenceSet, token
     train, test = parts
     if not train:
         raise ValueError(f"{data.name}: no rows to train on: all {len(data.train)} were dropped")
+    if form.segments and not any(t.segment and t.segment[-1] for entry in train for t in entry):
+        raise ValueError(
+            f"objective {config.objective.name!r} learns from traces of tool calls, and no answer of {data.name} has "
+            "one: set config.trace, or give chosen_trace and rejected_trace"
+        )
     most = max(map(len, [*train, *test]))
     if form.kind == "scored" and most > form.size:
         raise ValueError(

@@ -40,7 +40,7 @@ from jaxpo.primitives.numerics import promote, ratio_or_zero
 from jaxpo.rollout import SamplingOptions, generate
 from jaxpo.rollout.stopping import stop_table
 from jaxpo.tasks import Example, Task, build
-from jaxpo.tasks.preferences import PreferenceSet
+from jaxpo.tasks.preferences import PreferenceSet, Row
 from jaxpo.tasks.tokenizers import CharTokenizer, IntegerTokenizer, PretrainedTokenizer, Tokenizer, question_of
 from jaxpo.training import companions, preference_units
 from jaxpo.training import config as config_lib
@@ -173,13 +173,18 @@ def prepare_process(cache: str | None) -> None:
         keep_freed_memory()
 
 
+def texts_of(row: Row) -> list[str]:
+    """The texts of a row's answers, with those of tool calls after them."""
+    return [text for answer in row.answers for text in (answer.text, *(part for _, part in answer.trace))]
+
+
 def make_tokenizer(config: ConfigDict, task: Task, data: PreferenceSet | None = None) -> Tokenizer:
     """The tokenizer that the config names; characters come from the task's questions and answers, and from data."""
     match config.tokenizer.name:
         case "characters":
             texts = [text for e in (*task.train, *task.test) for text in (question_of(e.question), e.answer or "")]
             rows = [] if data is None else [*data.train, *data.test]
-            texts += [text for row in rows for text in (question_of(row.prompt), *(a.text for a in row.answers))]
+            texts += [text for row in rows for text in (question_of(row.prompt), *texts_of(row))]
             return CharTokenizer.from_texts(texts)
         case "integers":
             return IntegerTokenizer(config.tokenizer.base)

@@ -104,6 +104,36 @@ def test_heads_come_and_go_between_runs(reward_model):
     assert params["heads"].keys() == {"embed", "gate"} and np.asarray(params["heads"]["embed"]["weight"]).any()
 
 
+THEMIS = BRADLEY_TERRY | {"objective": {"name": "themis"}, "sampling.max_new_tokens": 12}
+
+
+def test_tool_calls_are_read_after_the_answers(monkeypatch):
+    """In training data and where the model judges, by the same function."""
+    config = tiny.config(THEMIS | {"trace": "jaxpo.tasks.traces:reverser"})
+    workspace = setup(config, report=lambda _: None)
+    batch = workspace.preferences.units([0, 1], (0,))
+    segment = batch.token_extras["segment"]
+    for row in range(4):
+        ids = batch.completions[row][batch.mask[row] > 0]
+        answer, tool, seen = (ids[segment[row][: len(ids)] == kind] for kind in (0, 1, 2))
+        assert (answer[:-1] == tool).all() and (tool[::-1] == seen[:-1]).all()
+    rows = judges.rows_of(workspace, workspace.task.test[:1], [["123"]])
+    assert workspace.tokenizer.decode(rows.completions[0][rows.mask[0] > 0].tolist()) == "123123321"
+    untold = setup(config, report=lambda _: None)
+    untold.config.trace = None
+    monkeypatch.setattr(judges, "open_finished", lambda path: (untold, None, 0))
+    with pytest.raises(ValueError, match="reads tool calls, and its config.trace makes none"):
+        judges.by_model("runs/themis", None)
+
+
+def test_traces_that_are_missing_or_read_by_nobody():
+    with pytest.raises(ValueError, match="no answer of toy has one: set config.trace"):
+        setup(tiny.config(THEMIS), report=lambda _: None)
+    dpo = BRADLEY_TERRY | {"objective": {"name": "dpo"}, "trace": "jaxpo.tasks.traces:reverser"}
+    with pytest.raises(ValueError, match="config.trace has no effect"):
+        setup(tiny.config(dpo), report=lambda _: None)
+
+
 def test_calibration_of_a_model_that_is_too_sure():
     metrics, bins = calibration(np.array([0.9, 0.9, 0.9, 0.9, 0.2]), np.array([1, 1, 0, 0, 0.0]))
     assert metrics["eval/accuracy"] == pytest.approx(0.6) and metrics["eval/confidence"] == pytest.approx(0.88)
@@ -112,11 +142,19 @@ def test_calibration_of_a_model_that_is_too_sure():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ("bradley_terry_rm", "gpm_rm"))
-def test_it_learns_what_the_verifier_says(objective, tmp_path):
-    changes = {"objective": {"name": objective}, "steps": 300, "evaluation.every": 100, "checkpoint.every": 100}
+@pytest.mark.parametrize(
+    ("objective", "trace"), [("bradley_terry_rm", None), ("gpm_rm", None), ("themis", "jaxpo.tasks.traces:reverser")]
+)
+def test_it_learns_what_the_verifier_says(objective, trace, tmp_path):
+    changes = {
+        "objective": {"name": objective},
+        "trace": trace,
+        "steps": 300,
+        "evaluation.every": 100,
+        "checkpoint.every": 100,
+    }
     more = {"task": {"name": "toy", "train_size": 400, "test_size": 80, "seed": 0, "digits": 3, "base": 10}}
-    more |= {"tokenizer": {"name": "integers", "base": 10}, "rollout.prompts": 32, "sampling.max_new_tokens": 6}
+    more |= {"tokenizer": {"name": "integers", "base": 10}, "rollout.prompts": 32, "sampling.max_new_tokens": 16}
     with tiny.quick(4):
         done = tiny.run(tiny.config(BRADLEY_TERRY | changes | more), tmp_path / "run")
     assert done.result.after["eval/accuracy"] > 0.7 > done.result.before["eval/accuracy"]

@@ -59,7 +59,9 @@ def preference_data(rejected: str = "data", prev_every: int | None = None, ref_e
         return run, with_samples(batch, run, tools, run.state.params, key, ["own"] * len(wanted)) if wanted else batch
 
     keeps = rounds(prev_every, ref_every)
-    return Protocol(collect, rows=rows, keeps=keeps, compiles={"score": 1}, provides=frozenset({*NUMBERS, "label"}))
+    return Protocol(
+        collect, rows=rows, keeps=keeps, compiles={"score": 1}, provides=frozenset({*NUMBERS, "label", "segment"})
+    )
 
 
 @register("protocol", source="SePPO, arXiv:2410.05255")
