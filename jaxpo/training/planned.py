@@ -18,6 +18,7 @@ from jaxpo.policy.hf import read_config
 from jaxpo.policy.packing import lanes_of
 from jaxpo.rollout.engine import decode_trips
 from jaxpo.tasks import build
+from jaxpo.training import companions
 from jaxpo.training import config as config_lib
 from jaxpo.training.compiled import Compiled
 from jaxpo.training.needs import must_score, slots_of
@@ -130,7 +131,8 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
         sampler = placed(moved, shardings(moved, sampling))
     offloaded = config.training.offload_reference
     frozen_copy = placed(params, host_shardings(params, mesh)) if offloaded else params
-    companions = dict.fromkeys(slots_of(objective, protocol), frozen_copy)
+    kept = companions.held(slots_of(objective, protocol), protocol, frozen_copy, state.opt_state)
+    scored = companions.scored(objective, kept)
     frozen = {} if base is None else {"base": base}
 
     g, k = config.rollout.prompts, config.rollout.responses
@@ -145,15 +147,15 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
     how = longest(config, mesh, g * k)
     score = Step("scoring", functions["score"], (params, seen), how, 0, ("params", *frozen), mesh)
     stats = everywhere(score.trace().out_info, rows)
-    batch = batch.replace(slots={name: stats.logp for name in companions})
+    batch = batch.replace(slots={name: stats.logp for name in scored})
     updates = config.training.epochs * config.training.minibatches
     old = protocol.stale or updates > 1 or must_score(objective, batch, memory)
     if old:
         constants = dict(logp_old=stats.logp, entropy_old=stats.entropy, value_old=stats.value)
         batch = batch.replace(**constants, slots={**batch.slots, **stats.derived})
-    own = score._replace(times=old if offloaded else len(companions) + old)
+    own = score._replace(times=old if offloaded else len(scored) + old)
     reference = score._replace(name="reference", arguments=(frozen_copy, seen), state=(*frozen,))
-    scoring = [reference._replace(times=len(companions))] * offloaded + [own] * (own.times > 0)
+    scoring = [reference._replace(times=len(scored))] * offloaded + [own] * (own.times > 0)
     prepared = everywhere(jax.eval_shape(objective.prepare, batch, memory)[0], rows)
     n, held = g * k // config.training.minibatches, ("params", "opt_state", *frozen)
     chosen, how = everywhere(np.zeros(n, np.int32), replicated(mesh)), dict(fresh=False) | longest(config, mesh, n)
@@ -162,13 +164,7 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
         model,
         data,
         [*([reshard] if reshard else []), rollout, *scoring, update],
-        dict(
-            params=params,
-            opt_state=state.opt_state,
-            **companions,
-            **frozen,
-            **({"sampler": sampler} if sampler else {}),
-        ),
+        dict(params=params, opt_state=state.opt_state, **kept, **frozen, **({"sampler": sampler} if sampler else {})),
     )
 
 

@@ -3,7 +3,8 @@
 All seeds of an objective train in one compiled update (``vmap``); sampler, scorer and warm start are compiled once for
 all objectives (`jaxpo.training.arena`). Seed i gives every objective the same start, prompts and uniforms, so that
 differences are differences of the objectives. Those with a protocol of their own gather by it, seed after seed
-(`jaxpo.training.gathering`); what they sample beyond the others is in the table.
+(`jaxpo.training.gathering`); what they sample beyond the others is in the table. Those of pairs sample nothing: they
+train on as many rows of right and wrong answers (`jaxpo.training.race_pairs`).
 
 >>> race({"mine": my_objective, "grpo": make("grpo", beta=0.0)}, seeds=3).show()
 """
@@ -33,9 +34,10 @@ from jaxpo.objectives.base import check_rewards
 from jaxpo.policy import stats
 from jaxpo.training.arena import QUICK, Arena, Rules, build_arena, draws, parse_calls, survey
 from jaxpo.training.gathering import ByProtocol, Together, protocol_of, shape
-from jaxpo.training.needs import PROVIDED, SLOTS, derived_needs
+from jaxpo.training.needs import PROVIDED, derived_needs
 from jaxpo.training.optimizers import make_optimizer
 from jaxpo.training.plots import COLORS, INK, PALE
+from jaxpo.training.race_pairs import Offline, in_pairs, unfit_for_pairs
 from jaxpo.training.rundir import Progress, closing_table, write_atomically
 from jaxpo.training.step import optimizer_step, score
 from jaxpo.training.workspace import TrainState
@@ -62,7 +64,7 @@ def fill(name: str, given: Mapping[str, Any], steps: int, max_new_tokens: int) -
 def unfit(objective: Objective, rules: Rules) -> str:
     """Why a race cannot run the objective; "" if it can."""
     if objective.layout:
-        return f"learns from units of rows {objective.layout}, which single completions are not"
+        return unfit_for_pairs(objective, rules)
     if not objective.needs & {"reward", "correct"}:
         return "does not ask for rewards: it would imitate its own completions"
     try:
@@ -71,7 +73,7 @@ def unfit(objective: Objective, rules: Rules) -> str:
             shape(protocol, rules)
     except ValueError as error:
         return str(error)
-    given = PROVIDED - {"value_old"} | {f"logp_{name}" for name in (*objective.derived, *SLOTS)}
+    given = PROVIDED - {"value_old"} | {f"logp_{name}" for name in (*objective.derived, "ref")}
     if lacking := sorted(objective.needs - given - (protocol.provides if protocol else set())):
         return f"needs {', '.join(lacking)}, which neither the race nor its protocol {objective.protocol!r} provides"
     return ""
@@ -159,9 +161,15 @@ def run(contender: Contender, arena: Arena, rules: Rules, progress: Callable[[di
     """Train all seeds of one contender; what `Results.objectives` holds of it."""
     objective, began = contender.objective, time.perf_counter()
     protocol = protocol_of(objective)
-    rules = shape(protocol, rules) if protocol else rules
+    if objective.layout:
+        rules = in_pairs(rules)
+    elif protocol:
+        rules = shape(protocol, rules)
     state, update = make_update(objective, arena, rules)
-    gather = ByProtocol(protocol, arena, rules, state) if protocol else Together(arena, rules)
+    if objective.layout:
+        gather = Offline(arena, rules)
+    else:
+        gather = ByProtocol(protocol, arena, rules, state) if protocol else Together(arena, rules)
     curve, compiling, skipped = [], 0.0, jnp.zeros(rules.seeds)
     for i in range(rules.steps + 1):
         if i in rules.points:
@@ -178,7 +186,8 @@ def run(contender: Contender, arena: Arena, rules: Rules, progress: Callable[[di
         state, nonfinite = update(state, batch, random.rows)
         gather.after(state, batch)
         skipped += nonfinite
-        progress({"accuracy": float(np.mean(curve[-1])), "reward": float(batch.reward.mean())})
+        rewarded = {} if batch.reward is None else {"reward": float(batch.reward.mean())}
+        progress({"accuracy": float(np.mean(curve[-1])), **rewarded})
     points = np.asarray(rules.points)
     area = np.trapezoid(curve, points, axis=0) / points[-1]
     return dict(

@@ -215,7 +215,7 @@ def has_all_it_needs(name: str) -> bool:
         slots_of(objective, protocol)
     except ValueError:
         return False
-    return not objective.layout
+    return not objective.layout and "pref_opp" not in protocol.provides
 
 
 @pytest.mark.slow
