@@ -173,11 +173,12 @@ def shared_prompt_attend(
     if parts == 1:
         return lambda q, k, v, window: (of_part(q, k, v, real, window), None)
 
-    @jax.checkpoint  # keys and values of all positions are gathered again for the gradient, not stored
     def local(q: Array, k: Array, v: Array, real: Array, window: int | Array | None) -> Array:
         k, v = (jax.lax.all_gather(x, POSITIONS, axis=1, tiled=True) for x in (k, v))
         return of_part(q, k, v, real, window, jax.lax.axis_index(POSITIONS))
 
+    if config.remat == "none":  # else the block is: keys and values are gathered again for the gradient, not stored
+        local = jax.checkpoint(local)
     lies, rows, whole = PartitionSpec(ROWS, POSITIONS, "tensor"), PartitionSpec(ROWS), PartitionSpec()
     spread = jax.shard_map(local, mesh=mesh, in_specs=(lies, lies, lies, rows, whole), out_specs=lies, check_vma=False)
     return lambda q, k, v, window: (spread(q, k, v, real, window), None)
