@@ -223,12 +223,18 @@ def rated(where: Surroundings, sample: Callable[..., Rollouts], prompts: Prompts
 
 def judge(where: Surroundings, prompts: Prompts, batch: Rollouts) -> Rollouts:
     """The batch [..., B] with ``reward`` and ``correct`` by the task's verifier, on the host."""
-    shape, ids, mask = batch.mask.shape, np.asarray(batch.tokens), np.asarray(batch.mask) > 0
-    rows = zip(ids[..., -shape[-1] :].reshape(-1, shape[-1]), mask.reshape(-1, shape[-1]), strict=True)
-    texts = [where.tokenizer.decode(row[kept].tolist()) for row, kept in rows]
-    scores = where.task.score([prompts.examples[i] for i in np.asarray(batch.prompt).reshape(-1)], texts)
+    shape = batch.mask.shape
+    examples = [prompts.examples[i] for i in np.asarray(batch.prompt).reshape(-1)]
+    scores = where.task.score(examples, texts(where, batch))
     reward, correct = (np.array([getattr(s, k) for s in scores], np.float32) for k in ("reward", "correct"))
     return batch.replace(reward=reward.reshape(shape[:-1]), correct=correct.reshape(shape[:-1]))
+
+
+def texts(where: Surroundings, batch: Rollouts) -> list[str]:
+    """The completions of rows [..., B] as text."""
+    width, ids, mask = batch.mask.shape[-1], np.asarray(batch.tokens), np.asarray(batch.mask) > 0
+    rows = zip(ids[..., -width:].reshape(-1, width), mask.reshape(-1, width), strict=True)
+    return [where.tokenizer.decode(row[kept].tolist()) for row, kept in rows]
 
 
 def warm_start(where: Surroundings, rules: Rules) -> Params:

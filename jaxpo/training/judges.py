@@ -20,7 +20,7 @@ from jax import Array
 from jaxpo.batch import Rollouts, TokenStats, from_sequences, pad
 from jaxpo.parallel.distributed import to_host
 from jaxpo.primitives import preference_data, preferences
-from jaxpo.tasks import Example
+from jaxpo.tasks import Example, Task
 from jaxpo.tasks.base import locate
 from jaxpo.tasks.tokenizers import question_of
 from jaxpo.tasks.units import with_trace
@@ -58,7 +58,7 @@ def opinion_of(workspace: Workspace) -> Opinion:
     """The judge's ``(examples [G], answers [G][K]) -> Verdict``."""
     judge = workspace.config.judge
     if judge.name == "verifier":
-        return partial(verified, workspace, judge.scale)
+        return partial(verified, workspace.task, judge.scale)
     if judge.name == "function":
         return partial(by_function, judge.path, judge.scale)
     return by_model(judge.path, judge.scale)
@@ -82,14 +82,14 @@ def of_wins(wins: np.ndarray) -> Verdict:
     return Verdict(wins.mean(-1), wins)
 
 
-def verified(workspace: Workspace, scale: float | None, examples: Sequence[Example], answers: Answers) -> Verdict:
+def verified(task: Task, scale: float | None, examples: Sequence[Example], answers: Answers) -> Verdict:
     """By the task's rewards."""
-    if workspace.task.score is None:
+    if task.score is None:
         raise ValueError(
             "config.judge.name is 'verifier', but nothing verifies answers: set config.task.name or a judge"
         )
     flat = [text for row in answers for text in row]
-    scores = workspace.task.score([e for e, row in zip(examples, answers, strict=True) for _ in row], flat)
+    scores = task.score([e for e, row in zip(examples, answers, strict=True) for _ in row], flat)
     return of_scores(np.array([s.reward for s in scores]).reshape(len(answers), -1), scale)
 
 

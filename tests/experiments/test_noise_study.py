@@ -34,7 +34,9 @@ def test_who_races_on_pairs_and_who_does_not():
     labels = {c.label for c in racing}
     assert labels >= {"grpo", "dpo", "ipo", "rdpo", "simpo", "orpo", "cpo", "slic_hinge", "rpo", "rso"}
     assert "trains a score head" in left_out["bradley_terry_rm"]
-    assert "needs pref_prob" in left_out["online_ipo"] and "a race has pairs" in left_out["srpo"]
+    assert labels >= {"online_ipo", "nash_md", "nash_ema", "ipo_md", "sppo", "inpo"}  # by the verifier as a judge
+    assert "a race has pairs" in left_out["srpo"] and "goes back to earlier weights" in left_out["egpo"]
+    assert "reads preference data" in left_out["seppo"] or "goes back" in left_out["seppo"]
     with pytest.raises(ValueError, match="5 rows of an iteration are not 1 minibatches of pairs"):
         in_pairs(Rules(**{**TINY, "prompts": 5, "responses": 1, "minibatches": 1}))
     with pytest.raises(ValueError, match="flipped is a share"):
@@ -75,6 +77,14 @@ def test_study(tmp_path):
     assert (tmp_path / "noise.png").read_bytes()[:4] == b"\x89PNG"
     held = json.loads((tmp_path / "flipped_0.4" / "results.json").read_text())
     assert held["rules"]["flipped"] == 0.4 and set(held["objectives"]) == set(noise_study.methods(0.4).values())
+
+
+@pytest.mark.slow
+def test_who_is_judged_samples_and_learns_from_its_own_answers():
+    results = racing.race("dpo(protocol='judged'),online_ipo,ipo_md,nash_md,nash_ema,sppo", **TINY)
+    assert len(results.objectives) == 6 and not results.left_out
+    for result in results.objectives.values():
+        assert result["sampled"] >= 16 and result["skipped"] == 0 and np.shape(result["curve"]) == (2, 2)
 
 
 @pytest.mark.slow
