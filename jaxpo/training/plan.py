@@ -224,7 +224,7 @@ def plan_step(
 
 def shard_bytes(tree: Any, *, host: bool = False) -> int:
     """Bytes of a tree of placed shapes on one device, or, of those that lie there, in its ``host``'s memory."""
-    leaves = [x for x in jax.tree.leaves(tree) if is_on_host(x) == host]
+    leaves = [x for x in jax.tree.leaves(tree) if hasattr(x, "sharding") and is_on_host(x) == host]
     return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
 
 
