@@ -27,6 +27,8 @@ def get_config() -> ConfigDict:
     config.rollout.update(prompts=8, responses=8, prompt_width=512)
     config.training.microbatches = 8
     config.mesh.update(data=1, fsdp=8, tensor=1)
+    config.rollout.mesh.data = 8  # every chip samples with the whole policy: nothing is sent
+    config.rollout.scan_layers = True
     config.steps = 200
     config.evaluation.update(every=50, prompts=64, pass_at=())
     config.checkpoint.update(every=25, keep=3)

@@ -19,4 +19,5 @@ def get_config() -> ConfigDict:
     config.rollout.update(prompts=64, responses=16)
     config.training.microbatches = 16
     config.mesh.update(data=1, fsdp=64, tensor=1)
+    config.rollout.mesh.update(data=8, tensor=8)
     return config

@@ -2,8 +2,13 @@
 
 from jaxpo.parallel.mesh import AXES, make_mesh, reshaped
 from jaxpo.parallel.sharding import (
+    POSITIONS,
     ROWS,
+    TOKENS,
     batch_shards,
+    by_row,
+    by_token,
+    constrain,
     constrain_rows,
     lay_out,
     moved_bytes,
@@ -14,8 +19,13 @@ from jaxpo.parallel.sharding import (
 
 __all__ = [
     "AXES",
+    "POSITIONS",
     "ROWS",
+    "TOKENS",
     "batch_shards",
+    "by_row",
+    "by_token",
+    "constrain",
     "constrain_rows",
     "lay_out",
     "make_mesh",

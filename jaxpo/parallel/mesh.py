@@ -1,4 +1,8 @@
-"""The device mesh: axes ``data`` (replicas), ``fsdp`` (parameters and rows), ``tensor`` (heads, MLP, vocabulary)."""
+"""The device mesh: axes ``data`` (replicas), ``fsdp`` (parameters and rows), ``expert`` (experts and rows), ``context``
+(positions of a sequence), ``tensor`` (heads, MLP, vocabulary).
+
+The last axes exchange most often, and lie closest together.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,7 +11,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
 def mesh_shape(sizes: Mapping[str, int], devices: int, field: str = "mesh") -> tuple[int, ...]:
@@ -24,7 +28,9 @@ def mesh_shape(sizes: Mapping[str, int], devices: int, field: str = "mesh") -> t
         if size != -1 and size < 1:
             raise ValueError(f"{field}.{name} must be -1 (the rest) or at least 1, not {size}")
     if shape.count(-1) > 1:
-        raise ValueError(f"only one axis of {field} may be -1 (the rest): {dict(zip(AXES, shape, strict=True))}")
+        raise ValueError(
+            f"only one axis of the mesh may be -1 (the rest): {field} {dict(zip(AXES, shape, strict=True))}"
+        )
     known = int(np.prod([s for s in shape if s != -1]))
     if -1 in shape:
         shape[shape.index(-1)] = devices // known if devices % known == 0 else 0
@@ -36,7 +42,7 @@ def mesh_shape(sizes: Mapping[str, int], devices: int, field: str = "mesh") -> t
 
 
 def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over ``devices`` (all by default). ``{"data": -1, "fsdp": 1, "tensor": 1}`` is the default shape."""
+    """A mesh over ``devices`` (all by default). ``{"data": -1}`` is the default shape."""
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape({"data": -1} if sizes is None else sizes, len(devices))
     # An axis may be a part of one of the machine's: 2 of the 4 chips along a side of a pod.

@@ -2,7 +2,7 @@
 does not."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,20 +12,22 @@ from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
-def count(jaxpr: ClosedJaxpr | Jaxpr, *, loop: int = 1) -> float:
+def count(jaxpr: ClosedJaxpr | Jaxpr, *, loop: Sequence[float] = ()) -> float:
     """Multiplications and additions of all matrix products (and of what kernels say of themselves), over all devices.
 
     Element-wise work is left out: it is done by other units, while it waits for memory. The branch of a ``cond`` that
-    costs most is taken; a kernel without an estimate costs its body at every step of its grid; what a ``shard_map``
-    holds is done by each of its devices; recomputation (``jax.checkpoint``) is counted, since it is done.
+    costs most is taken; a kernel without an estimate costs its body at every step of its grid that it does not skip;
+    what a ``shard_map`` holds is done by each of its devices; recomputation (``jax.checkpoint``) is counted, since it
+    is done.
 
     Args:
-      loop: trips of a ``while``, whose end depends on values.
+      loop: trips of a ``while``, whose end depends on values, and (on average) of those within it, by depth; 1 where
+        it says nothing.
     """
     return float(sum(_of_equation(eqn, loop) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns))
 
 
-def _of_equation(eqn: Any, loop: int) -> float:
+def _of_equation(eqn: Any, loop: Sequence[float]) -> float:
     name, p = eqn.primitive.name, eqn.params
     match name:
         case "dot_general":
@@ -39,7 +41,8 @@ def _of_equation(eqn: Any, loop: int) -> float:
         case "scan":
             return p["length"] * count(p["jaxpr"], loop=loop)
         case "while":
-            return loop * (count(p["body_jaxpr"], loop=loop) + count(p["cond_jaxpr"], loop=loop))
+            times, within = (loop[0], loop[1:]) if loop else (1, ())
+            return times * (count(p["body_jaxpr"], loop=within) + count(p["cond_jaxpr"], loop=within))
         case "cond":
             return max(count(branch, loop=loop) for branch in p["branches"])
         case "shard_map":
@@ -47,8 +50,22 @@ def _of_equation(eqn: Any, loop: int) -> float:
             return shards * count(p["jaxpr"], loop=loop)
         case "pallas_call":
             estimate = p["cost_estimate"]
-            return estimate.flops if estimate else math.prod(p["grid_mapping"].grid) * count(p["jaxpr"], loop=loop)
+            return (
+                estimate.flops if estimate else _steps(p["name"], p["grid_mapping"], eqn) * count(p["jaxpr"], loop=loop)
+            )
     return sum(count(inner, loop=loop) for inner in _inner(p))
+
+
+def _steps(name: str | None, mapping: Any, eqn: Any) -> int:
+    """Steps of a kernel's grid that do something. Splash attention (`jaxpo.policy.splash`) skips the blocks of scores
+    behind the diagonal, the last query being the last key; of windows its grid holds the blocks within already."""
+    steps = math.prod(mapping.grid)
+    if not (name or "").startswith("splash_"):
+        return steps
+    q, k = (v.aval.shape for v in eqn.invars[mapping.num_index_operands :][:2])  # [..., heads, tokens, d]
+    block_q, block_k = (mapping.block_mappings[i].block_shape[-2].block_size for i in range(2))
+    seen = sum(-(-(k[-2] - q[-2] + end) // block_k) for end in range(block_q, q[-2] + 1, block_q))
+    return min(steps, math.prod(q[:-2]) * seen)
 
 
 def _ragged(eqn: Any) -> float:

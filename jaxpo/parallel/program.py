@@ -54,16 +54,16 @@ class Traffic(NamedTuple):
     endless: int
 
 
-def traffic(text: str, devices: int) -> Traffic:
+def traffic(text: str, devices: int, *, loop: float | None = None) -> Traffic:
     """Collectives and memory traffic of ``compiled.as_text()``.
 
     A chip sends, in a group of n: all-reduce ``2 s (n-1)/n``, all-gather and all-to-all ``s (n-1)/n`` of the result
     of s bytes, reduce-scatter ``s (n-1)`` of the result, a permutation s. Memory traffic is what every instruction (a
     fusion being one) reads and writes; of slices and updates in place only the part. Arrays that the compiler keeps
-    in another memory space (VMEM) cost nothing.
+    in another memory space (VMEM) cost nothing. ``loop``: trips of a loop whose end the text does not tell.
     """
     computations, entry = parse(text)
-    times, endless = trips(computations, entry)
+    times, endless = trips(computations, entry, loop)
     calls, sent, hbm, seen = defaultdict(int), defaultdict(float), 0.0, set()
     for name, n in times.items():
         for instruction in computations[name].values():
@@ -130,18 +130,19 @@ def _called(instruction: Instruction) -> list[str]:
     return [name for found in CALLED.findall(instruction.rest) for name in re.findall(r"[\w.-]+", found)]
 
 
-def trips(computations: dict[str, Computation], entry: str) -> tuple[dict[str, int], int]:
-    """How often each computation runs, and the number of loops whose trips are not known."""
-    times: dict[str, int] = defaultdict(int)
+def trips(computations: dict[str, Computation], entry: str, loop: float | None = None) -> tuple[dict[str, float], int]:
+    """How often each computation runs, and the number of loops whose trips are not known; those make ``loop`` trips,
+    if that is given."""
+    times: dict[str, float] = defaultdict(int)
     endless = 0
 
-    def visit(name: str, n: int) -> None:
+    def visit(name: str, n: float) -> None:
         nonlocal endless
         times[name] += n
         for instruction in computations[name].values():
             inner = n
             if instruction.opcode == "while":
-                bound = _bound(instruction, computations)
+                bound = _bound(instruction, computations) or loop
                 endless += bound is None
                 inner = n * (1 if bound is None else bound)
             for called in _called(instruction):
@@ -243,53 +244,72 @@ def _moved(instruction: Instruction, around: Computation, computations: dict[str
     if opcode in UPDATES:
         return 2 * nbytes(shapes[UPDATES[opcode]], hbm=True)
     if opcode == "fusion":
-        return _of_fusion(instruction, shapes, computations[_called(instruction)[0]])
+        return _of_fusion(instruction, shapes, computations[_called(instruction)[0]], computations)
     return written + sum(nbytes(shape, hbm=True) for shape in shapes)
 
 
-def _of_fusion(fusion: Instruction, shapes: list[str], inside: Computation) -> float:
-    parameters = [i for i in inside.values() if i.opcode == "parameter"]
-    parameters.sort(key=lambda i: int(re.match(r"\((\d+)\)", i.rest)[1]))
-    read = sum(_read(p, shape, inside) for p, shape in zip(parameters, shapes, strict=True) if nbytes(shape, hbm=True))
+def _of_fusion(
+    fusion: Instruction, shapes: list[str], inside: Computation, computations: dict[str, Computation]
+) -> float:
+    read = sum(
+        _read(p, shape, inside, computations)
+        for p, shape in zip(_parameters(inside), shapes, strict=True)
+        if nbytes(shape, hbm=True)
+    )
     root = next(i for i in inside.values() if i.root)
     results = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
     arrays = [m[0] for m in re.finditer(ARRAY, fusion.shape)]
     if len(arrays) != len(results):
         return read + nbytes(fusion.shape, hbm=True)
     return read + sum(
-        _written(result, inside) for result, array in zip(results, arrays, strict=True) if nbytes(array, hbm=True)
+        _written(result, inside, computations)
+        for result, array in zip(results, arrays, strict=True)
+        if nbytes(array, hbm=True)
     )
 
 
-def _users(name: str, inside: Computation) -> Iterator[Instruction]:
-    """Who uses a value, seen through changes of its shape."""
+def _parameters(inside: Computation) -> list[Instruction]:
+    found = [i for i in inside.values() if i.opcode == "parameter"]
+    return sorted(found, key=lambda i: int(re.match(r"\((\d+)\)", i.rest)[1]))
+
+
+def _users(name: str, inside: Computation) -> Iterator[tuple[Instruction, str]]:
+    """Who uses a value, seen through changes of its shape, and under which name."""
     for user in inside.values():
         if name in user.operands:
             if user.opcode in ("bitcast", "reshape", "copy") and not user.root:
                 yield from _users(user.name, inside)
             else:
-                yield user
+                yield user, name
 
 
-def _read(parameter: Instruction, shape: str, inside: Computation) -> float:
+def _read(parameter: Instruction, shape: str, inside: Computation, computations: dict[str, Computation]) -> float:
     whole, parts = nbytes(shape), 0.0
-    for user in _users(parameter.name, inside):
+    for user, name in _users(parameter.name, inside):
         if user.opcode in SLICES:
             parts += nbytes(user.shape)
         elif user.opcode == "tuple" or "AsyncCollective" in user.rest:  # handed on
             continue
-        elif user.opcode in UPDATES and parameter.name == user.operands[0]:
+        elif user.opcode in UPDATES and name == user.operands[0]:
             continue
+        elif user.opcode == "fusion":  # a fusion within one
+            within = computations[_called(user)[0]]
+            own = [p for p, operand in zip(_parameters(within), user.operands, strict=True) if operand == name]
+            parts += sum(_read(p, shape, within, computations) for p in own)
         else:
             return whole
     return min(whole, parts)
 
 
-def _written(result: Instruction, inside: Computation) -> float:
+def _written(result: Instruction, inside: Computation, computations: dict[str, Computation]) -> float:
     while result.opcode in ("bitcast", "reshape", "copy", "convert") and result.operands[0] in inside:
         result = inside[result.operands[0]]
     if result.opcode == "parameter" or "AsyncCollective" in result.rest:
         return 0.0
     if result.opcode in UPDATES:
         return nbytes(inside[result.operands[UPDATES[result.opcode]]].shape)
+    if result.opcode == "fusion":  # a fusion within one
+        within = computations[_called(result)[0]]
+        root = next(i for i in within.values() if i.root)
+        return nbytes(result.shape) if root.opcode == "tuple" else _written(root, within, computations)
     return nbytes(result.shape)

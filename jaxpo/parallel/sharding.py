@@ -1,15 +1,18 @@
-"""Where arrays live: parameters by the pattern of their path, batches by rows."""
+"""Where arrays live: parameters by the pattern of their path, batches by rows, activations by rows and positions."""
 
 import math
 import re
 from typing import Any
 
 import jax
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpo.parallel.distributed import place
 
-ROWS = ("data", "fsdp")  # mesh axes over which the rows of a batch are spread
+ROWS = ("data", "fsdp", "expert")  # mesh axes over which the rows of a batch are spread
+POSITIONS = "context"  # and the positions of activations [B, T, ...]
+TOKENS = (*ROWS, POSITIONS)  # single tokens, and the rows that a rollout decodes
 
 # First match wins, searched anywhere in the path, so that optimizer moments ("0/mu/blocks/wq") follow their parameter.
 # Block parameters have a leading axis of layers.
@@ -21,8 +24,8 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"blocks/w_down$", PartitionSpec(None, "tensor", "fsdp")),  # [L, M, D]
     (r"blocks/b[qkv]$", PartitionSpec(None, "tensor", None)),  # [L, heads, d]
     (r"blocks/router$", PartitionSpec(None, "fsdp", None)),  # [L, D, E]
-    (r"blocks/w_in$", PartitionSpec(None, None, "fsdp", None, "tensor")),  # of experts: [L, E, D, 2, M]
-    (r"blocks/w_down$", PartitionSpec(None, None, "tensor", "fsdp")),  # [L, E, M, D]
+    (r"blocks/w_in$", PartitionSpec(None, "expert", "fsdp", None, "tensor")),  # of experts: [L, E, D, 2, M]
+    (r"blocks/w_down$", PartitionSpec(None, "expert", "tensor", "fsdp")),  # [L, E, M, D]
 )
 # A vocabulary is what the data made it; every other dimension is chosen and has to divide.
 MAY_STAY_WHOLE = {"embedding": 0, "head": 0}
@@ -69,7 +72,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_shards(mesh: Mesh) -> int:
     """Into how many parts the rows of a batch are cut."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def rows_over_mesh(tree: Any, mesh: Mesh) -> Any:
@@ -78,9 +81,33 @@ def rows_over_mesh(tree: Any, mesh: Mesh) -> Any:
     return place(tree, sharding)
 
 
+def constrain(tree: Any, mesh: Mesh, *axes: Any) -> Any:
+    """Inside jit: keep the leading dimensions of arrays spread over ``axes`` of the mesh, each over one or several."""
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec(*axes)))
+
+
 def constrain_rows(tree: Any, mesh: Mesh) -> Any:
     """Inside jit: keep the rows of arrays [B, ...] spread over the mesh."""
-    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec(ROWS)))
+    return constrain(tree, mesh, ROWS)
+
+
+def by_token(x: Array, mesh: Mesh | None) -> Array:
+    """[B, T, ...], rows over ``ROWS`` and positions over ``POSITIONS``, as [B T, ...] over ``TOKENS``: in the order in
+    which the devices have them, so that nothing moves. Both have to divide where positions are spread."""
+    if mesh is not None and mesh.shape[POSITIONS] > 1:
+        rows, parts = batch_shards(mesh), mesh.shape[POSITIONS]
+        x = x.reshape(rows, x.shape[0] // rows, parts, x.shape[1] // parts, *x.shape[2:]).swapaxes(1, 2)
+        return x.reshape(-1, *x.shape[4:])
+    return x.reshape(-1, *x.shape[2:])
+
+
+def by_row(x: Array, rows: int, mesh: Mesh | None) -> Array:
+    """What `by_token` made [B T, ...] as [B, T, ...] again; B is ``rows``."""
+    if mesh is not None and mesh.shape[POSITIONS] > 1:
+        shards, parts = batch_shards(mesh), mesh.shape[POSITIONS]
+        x = x.reshape(shards, parts, rows // shards, -1, *x.shape[1:]).swapaxes(1, 2)
+        return x.reshape(rows, -1, *x.shape[4:])
+    return x.reshape(rows, -1, *x.shape[1:])
 
 
 def lay_out(tree: Any, mesh: Mesh) -> Any:
@@ -91,9 +118,10 @@ def lay_out(tree: Any, mesh: Mesh) -> Any:
     """
 
     def apart(spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
-        parts = batch_shards(mesh)
+        axes = tuple(axis for axis in TOKENS if axis == "fsdp" or axis not in spec)
+        parts = math.prod(mesh.shape[axis] for axis in axes)
         return PartitionSpec(
-            *(ROWS if a == "fsdp" and n % parts == 0 else a for a, n in zip(spec, shape, strict=False))
+            *(axes if a == "fsdp" and n % parts == 0 else a for a, n in zip(spec, shape, strict=False))
         )
 
     final = shardings(tree, mesh)

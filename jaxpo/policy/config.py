@@ -15,6 +15,7 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+ATTENTION = ("auto", "xla", "splash")
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 # kind -> how many numbers follow it in ``rope_scaling``
 ROPE_SCALINGS = {"linear": 1, "llama3": 4}
@@ -43,6 +44,8 @@ class TransformerConfig:
         float32 parameters is training with master weights: the optimizer reads and writes the float32 ones.
       scan_layers: one compiled block, scanned (short compile time), instead of one per layer. remat: what of a block
         is recomputed in the backward pass: "none", "dots" (all but the products with parameters), or "full".
+      attention: "xla", which writes the scores to memory, a part of the queries at a time; "splash", the library's
+        fused kernel (TPU only); "auto": the latter on TPUs, for long sequences. Decoding has a form of its own.
 
     Raises:
       ValueError: a size out of range, or fields that contradict each other; the field is named.
@@ -78,6 +81,7 @@ class TransformerConfig:
     param_dtype: str = "float32"
     scan_layers: bool = True
     remat: str = "none"
+    attention: str = "auto"
 
     def __post_init__(self):
         set_ = partial(object.__setattr__, self)
@@ -113,7 +117,7 @@ def _check_sizes(c: TransformerConfig) -> None:
 
 
 def _check_choices(c: TransformerConfig) -> None:
-    for field, choices in dict(remat=REMAT, activation=ACTIVATIONS).items():
+    for field, choices in dict(remat=REMAT, activation=ACTIVATIONS, attention=ATTENTION).items():
         if getattr(c, field) not in choices:
             raise ValueError(unknown(f"policy.{field}", getattr(c, field), choices))
     for field in ("dtype", "param_dtype"):

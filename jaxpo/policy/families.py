@@ -84,7 +84,7 @@ def config_from_hf(hf: Mapping[str, Any], **numerics: Any) -> TransformerConfig:
     """The configuration that a config.json describes, read through `transformers.AutoConfig`.
 
     Args:
-      numerics: fields that are not the model's: dtype, param_dtype, scan_layers, remat.
+      numerics: fields that are not the model's: dtype, param_dtype, scan_layers, remat, attention.
 
     Raises:
       ValueError: an architecture, rope type or activation that is not known (with those that are), a setting of the
@@ -183,7 +183,7 @@ def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
             hf["use_sliding_window"] = config.window is not None
         if "query_scalar" in family.fields and config.query_scalar is None:
             hf["query_pre_attn_scalar"] = config.head_dim
-        numerics = {name: model[name] for name in ("dtype", "param_dtype", "scan_layers", "remat")}
+        numerics = {name: model[name] for name in ("dtype", "param_dtype", "scan_layers", "remat", "attention")}
         if _same(config_from_hf(hf, **numerics), config):
             return hf
     raise ValueError(f"no family of {', '.join(FAMILIES)} has all features of this policy: it cannot be exported")

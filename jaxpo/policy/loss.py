@@ -1,7 +1,6 @@
 """A loss of what the policy says of a batch, where the logits of a slice need to be made only once."""
 
 import logging
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,8 @@ from jaxpo.batch import Rollouts, TokenStats, slices
 from jaxpo.kernels import TokenLogProb, token_logprob_loss
 from jaxpo.kernels.chips import target_platform
 from jaxpo.kernels.token_logprob.plan import whole_vocabulary_slices
-from jaxpo.policy.stats import AVAILABLE, completion_hidden, token_stats
+from jaxpo.parallel import POSITIONS, batch_shards, by_token
+from jaxpo.policy.stats import AVAILABLE, completion_hidden, token_stats, widened
 from jaxpo.policy.transformer import Model, Params
 from jaxpo.registry import unknown
 
@@ -56,25 +56,30 @@ def policy_loss(
         if name not in AVAILABLE:
             raise ValueError(unknown("policy statistic", name, AVAILABLE))
     options, platform = dict(temperature=temperature, mesh=mesh), platform or target_platform()
-    shape = batch.rows, batch.width, model.config.vocab_size
-    around = {} if mesh is None else mesh.shape
-    token_shards, vocab_shards = (math.prod(around.get(x, 1) for x in axes) for axes in (("data", "fsdp"), ("tensor",)))
-    count = whole_vocabulary_slices(platform, *shape, unit, token_shards=token_shards, vocab_shards=vocab_shards)
+    parts, row_shards, vocab_shards = 1, 1, 1
+    if mesh is not None:
+        parts, row_shards, vocab_shards = mesh.shape[POSITIONS], batch_shards(mesh), mesh.shape["tensor"]
+    shape = batch.rows, -(-batch.width // parts), model.config.vocab_size
+    count = whole_vocabulary_slices(platform, *shape, unit, token_shards=row_shards, vocab_shards=vocab_shards)
     if count is None:
         log.info("policy_loss: the logits are made twice: no slices of %d rows for %s", unit, platform)
         value, aux = loss(token_stats(model, params, batch, wants=wants, **options), batch)
         return value, jax.tree.map(lambda x: x[None], aux)
 
     def of_slice(out: TokenLogProb, part: Rollouts) -> tuple[Array, Any]:
-        given = {name: x.reshape(part.mask.shape) for name, x in out._asdict().items() if x is not None}
+        def of_rows(x: Array) -> Array:  # positions are cut in parts, which come one behind the other
+            x = x.reshape(parts, part.rows, -1).swapaxes(0, 1)
+            return x.reshape(part.rows, -1)[:, : part.width]
+
+        given = {name: of_rows(x) for name, x in out._asdict().items() if x is not None}
         return loss(TokenStats(logp=given.pop("logp"), entropy=given.pop("entropy", None), derived=given), part)
 
     hidden = completion_hidden(model, params, batch, mesh)
     return token_logprob_loss(
         of_slice,
-        hidden.reshape(-1, hidden.shape[-1]),
+        by_token(hidden, mesh),
         model.unembed(params).T,
-        batch.completions.reshape(-1),
+        by_token(widened(batch.completions, hidden.shape[1]), mesh),
         slices(batch, count),
         softcap=model.config.final_softcap,
         want=[name for name in AVAILABLE if name == "logp" or name in wants],

@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.kernels import token_logprob
-from jaxpo.parallel import batch_shards, constrain_rows
+from jaxpo.parallel import POSITIONS, ROWS, batch_shards, by_row, by_token, constrain
 from jaxpo.policy import heads
-from jaxpo.policy.attention import prompt_mask, shared_prompt_attend
+from jaxpo.policy.attention import joined, parted, prompt_mask, shared_prompt_attend
 from jaxpo.policy.transformer import Model, Params
 from jaxpo.registry import unknown
 
@@ -31,7 +31,11 @@ def completion_hidden(
 
     With ``read_last`` [B, T + 1, D]: also the state after the last of them. The prompt of ``batch.shared_prompt``
     consecutive rows is run once; with a ``mesh``, over which rows are spread, once on every device that has some of
-    them.
+    them. Where positions are spread too (mesh.context = C > 1) T is filled up to a multiple of C, and each device has
+    T / C positions of every completion.
+
+    Raises:
+      ValueError: a batch without tokens; positions that are to be spread while the rows do not divide.
     """
     if batch.tokens is None:
         raise ValueError("Rollouts.tokens is required by a policy: [B, P+T] token ids")
@@ -39,24 +43,48 @@ def completion_hidden(
     spread = mesh is not None and b % batch_shards(mesh) == 0
     if spread:  # the most rows that a prompt can serve without leaving a device
         k = math.gcd(k, b // batch_shards(mesh))
+    parts = 1 if mesh is None else mesh.shape[POSITIONS]
+    if parts > 1 and not spread:
+        raise ValueError(
+            f"{b} rows do not divide over mesh.data * mesh.fsdp * mesh.expert = {batch_shards(mesh)}, which "
+            f"mesh.{POSITIONS} {parts} asks for"
+        )
     prompts = b // k
     length = None if batch.prompt_length is None else batch.prompt_length[::k]
     ok = prompt_mask(length, prompts, p)
     start = jnp.full(b, p) if batch.prompt_length is None else batch.prompt_length
     prompt_positions = jnp.maximum(jnp.cumsum(ok, -1) - 1, 0)
     read = t if read_last else t - 1  # for log-probs the last token is predicted, never read
-    inputs = batch.completions[:, :read]
-    tokens = jnp.concatenate([batch.tokens[::k, :p], inputs.reshape(prompts, -1)], 1)
-    positions = (start[:, None] + jnp.arange(read)).reshape(prompts, -1)
-    positions = jnp.concatenate([prompt_positions, positions], 1)
+    prompt, inputs, at = batch.tokens[::k, :p], batch.completions[:, :read], start[:, None] + jnp.arange(read)
+    if parts > 1:  # the last token of a prompt is run with each completion: so states lie where they are needed
+        prompt, prompt_positions, ok = (x[:, :-1] for x in (prompt, prompt_positions, ok))
+        inputs = jnp.concatenate([batch.tokens[:, p - 1 : p], inputs], 1)
+        at = jnp.maximum(start[:, None] + jnp.arange(-1, read), 0)
+        full = -(-max(p - 1, 1) // parts) * parts
+        prompt, prompt_positions, ok = (widened(x, full, left=True) for x in (prompt, prompt_positions, ok))
+        inputs, at = (widened(x, -(-inputs.shape[1] // parts) * parts) for x in (inputs, at))
+    tokens, positions = joined(prompt, inputs, parts), joined(prompt_positions, at, parts)
     if spread:  # what rows are made of lies where they do, whatever the partitioner would think of the parameters
-        tokens, positions, ok = constrain_rows((tokens, positions, ok), mesh)
-    attend = shared_prompt_attend(model.config, k, read, ok)
-    x = model.embed(params, tokens)
-    x, _ = model.run_blocks(params, constrain_rows(x, mesh) if spread else x, positions, attend)
-    last = jnp.repeat(x[:, p - 1 : p], k, 0)
-    x = jnp.concatenate([last, x[:, p:].reshape(b, read, x.shape[-1])], 1)
-    return model.final(params, constrain_rows(x, mesh) if spread else x)
+        tokens, positions = constrain((tokens, positions), mesh, ROWS, POSITIONS)
+        ok = constrain(ok, mesh, ROWS)
+    attend = shared_prompt_attend(model.config, k, inputs.shape[1], ok, mesh)
+    if spread:  # else tables over fsdp and tensor make the partitioner hold the embeddings of all rows everywhere
+        table = params["embedding"]
+        vocabulary = "tensor" if table.shape[0] % mesh.shape["tensor"] == 0 else None
+        x = model.embed({"embedding": constrain(table, mesh, vocabulary)}, tokens)
+    else:
+        x = model.embed(params, tokens)
+    x, _ = model.run_blocks(params, constrain(x, mesh, ROWS, POSITIONS) if spread else x, positions, attend)
+    of_prompt, x = parted(x, ok.shape[1], k, parts)
+    if parts == 1:
+        x = jnp.concatenate([jnp.repeat(of_prompt[:, -1:], k, 0), x], 1)
+    return model.final(params, constrain(x, mesh, ROWS, POSITIONS) if spread else x)
+
+
+def widened(x: Array, width: int, *, left: bool = False) -> Array:
+    """[B, n] as [B, width], with zeros on one side."""
+    grow = width - x.shape[1]
+    return jnp.pad(x, ((0, 0), (grow, 0) if left else (0, grow)))
 
 
 def token_stats(
@@ -81,7 +109,8 @@ def token_stats(
         and again in the backward pass.
       second_temperature: of "logp_at_temperature".
       mesh: a head that is spread over its axis "tensor" is used where it lies: each device reduces its part of the
-        vocabulary, and a few floats a token are exchanged. None = the partitioner decides.
+        vocabulary, and a few floats a token are exchanged; positions are spread over its axis "context". None = the
+        partitioner decides.
 
     Raises:
       ValueError: ``wants`` holds a statistic that this policy does not give, or "logp_at_temperature" and
@@ -92,8 +121,10 @@ def token_stats(
             raise ValueError(unknown("policy statistic", name, (*AVAILABLE, *derived, *heads.NAMES)))
     hidden = completion_hidden(model, params, batch, mesh, read_last=not wants.isdisjoint(heads.AFTER_ALL))
     own = head_stats(params, hidden, batch, wants)
-    hidden = hidden[:, : batch.width]
-    hidden, tokens = hidden.reshape(-1, hidden.shape[-1]), batch.completions.reshape(-1)
+    parts = 1 if mesh is None else mesh.shape[POSITIONS]
+    hidden = hidden[:, : -(-batch.width // parts) * parts]
+    tokens = by_token(widened(batch.completions, hidden.shape[1]), mesh)
+    hidden = by_token(hidden, mesh)
     out = token_logprob(
         hidden,
         model.unembed(params).T,
@@ -107,7 +138,7 @@ def token_stats(
     asked = {name: f for name, f in derived.items() if name in wants}
     more = derived_stats(model, params, hidden, tokens, asked, temperature=temperature) if asked else {}
     given = {name: x for name, x in out._asdict().items() if x is not None} | more
-    given = {name: x.reshape(batch.rows, batch.width) for name, x in given.items()}
+    given = {name: by_row(x, batch.rows, mesh)[:, : batch.width] for name, x in given.items()}
     return TokenStats(logp=given.pop("logp"), entropy=given.pop("entropy", None), derived=given, **own)
 
 

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 
-from jaxpo.policy import lora
+from jaxpo.policy import experts, lora
 from jaxpo.policy.config import ACTIVATIONS, REMAT, TransformerConfig, of_layers
 
 __all__ = ["Attend", "Model", "Params", "TransformerConfig", "build", "init", "parameter_count"]
@@ -85,11 +86,19 @@ class Block(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: Array, positions: Array, attend: Attend, *, window: int | Array | None, frequency: Array
+        self,
+        x: Array,
+        positions: Array,
+        attend: Attend,
+        *,
+        window: int | Array | None,
+        frequency: Array,
+        mesh: Mesh | None = None,
     ) -> tuple[Array, Any]:
         """x [..., D], positions [...]; returns the new x and what ``attend`` kept.
 
-        ``window`` and ``frequency`` [d/2] are the layer's (`jaxpo.policy.config.of_layers`).
+        ``window`` and ``frequency`` [d/2] are the layer's (`jaxpo.policy.config.of_layers`); over the ``mesh`` its
+        experts are spread.
         """
         c = self.config
         h = self.norm(x, "attn_norm")
@@ -102,7 +111,7 @@ class Block(nnx.Module):
         o = self.product(o, "wo", 2)
         x = x + (self.norm(o, "attn_post_norm") if c.post_norms else o)
         h = self.norm(x, "mlp_norm")
-        y = self.mlp(h) if c.experts is None else self.mixture(h)
+        y = self.mlp(h) if c.experts is None else self.mixture(h, mesh)
         return x + (self.norm(y, "mlp_post_norm") if c.post_norms else y), kept
 
     def norm(self, x: Array, name: str) -> Array:
@@ -118,27 +127,12 @@ class Block(nnx.Module):
         gate_up = self.product(x, "w_in")
         return self.product(ACTIVATIONS[self.config.activation](gate_up[..., 0, :]) * gate_up[..., 1, :], "w_down")
 
-    def mixture(self, x: Array) -> Array:
+    def mixture(self, x: Array, mesh: Mesh | None) -> Array:
         """``sum_e p_e mlp_e(x)`` over the ``experts_per_token`` experts of largest router probability p; x [..., D].
-
-        Exact: no expert has a capacity, no token is dropped. Tokens are sorted by expert and each expert's run of
-        rows is multiplied by its own matrices (`jax.lax.ragged_dot`): ``experts_per_token`` MLPs a token where the
-        platform has a grouped product (TPU); elsewhere, CPU among them, XLA multiplies every row with every expert.
-        """
-        c, dtype = self.config, x.dtype
-        rows = x.reshape(-1, c.width)
-        probs = jax.nn.softmax(self.product(rows, "router").astype(jnp.promote_types(dtype, jnp.float32)), -1)
-        weight, chosen = jax.lax.top_k(probs, c.experts_per_token)
-        if c.norm_topk:
-            weight = weight / weight.sum(-1, keepdims=True)
-        order = jnp.argsort(chosen.reshape(-1))
-        token, sizes = order // c.experts_per_token, jnp.bincount(chosen.reshape(-1), length=c.experts)
-        w_in, w_down = (getattr(self, name)[...].astype(dtype) for name in ("w_in", "w_down"))
-        gate_up = jax.lax.ragged_dot(rows[token], w_in.reshape(c.experts, c.width, -1), sizes)
-        gate, up = jnp.split(gate_up, 2, -1)
-        out = jax.lax.ragged_dot(ACTIVATIONS[c.activation](gate) * up, w_down, sizes)
-        out = out * weight.reshape(-1)[order, None].astype(dtype)
-        return jnp.zeros_like(rows).at[token].add(out).reshape(x.shape)
+        See `jaxpo.policy.experts`."""
+        weight, chosen = experts.route(self.config, self.product(x, "router"))
+        w_in, w_down = (getattr(self, name)[...] for name in ("w_in", "w_down"))
+        return experts.mixture(self.config, x, weight, chosen, w_in, w_down, mesh)
 
 
 def unit_norm(config: TransformerConfig, size: int) -> nnx.Param:
@@ -167,10 +161,14 @@ class Transformer(nnx.Module):
 
 
 class Model(NamedTuple):
-    """A transformer without its parameters: pure functions of ``params`` (a nested dict of arrays)."""
+    """A transformer without its parameters: pure functions of ``params`` (a nested dict of arrays).
+
+    mesh: where they are called for experts; None = one device, or the partitioner decides.
+    """
 
     config: TransformerConfig
     block: nnx.GraphDef
+    mesh: Mesh | None = None
 
     def embed(self, params: Params, tokens: Array) -> Array:
         """[...] ids -> [..., D] in the computation's dtype."""
@@ -190,7 +188,8 @@ class Model(NamedTuple):
     ) -> tuple[Array, Any]:
         """One block: ``layer`` is that of `layer`, or a slice of `layers`."""
         params, own = layer
-        return nnx.merge(self.block, nnx.State(params))(x, positions, attend, **of_layers(self.config)[0], **own)
+        own = {**of_layers(self.config)[0], **own, "mesh": self.mesh}
+        return nnx.merge(self.block, nnx.State(params))(x, positions, attend, **own)
 
     def run_blocks(self, params: Params, x: Array, positions: Array, attend: Attend) -> tuple[Array, Any]:
         """All blocks in turn, with the same ``attend``; what it keeps is stacked over layers."""
@@ -222,10 +221,10 @@ class Model(NamedTuple):
         return softcap(z, self.config.final_softcap)
 
 
-def build(config: TransformerConfig) -> Model:
-    """The pure functions of a transformer of this shape."""
+def build(config: TransformerConfig, mesh: Mesh | None = None) -> Model:
+    """The pure functions of a transformer of this shape, on the ``mesh`` that its parameters are spread over."""
     block = nnx.eval_shape(lambda: Block(config, nnx.Rngs(params=0)))
-    return Model(config, nnx.split(block)[0])
+    return Model(config, nnx.split(block)[0], mesh)
 
 
 def init(config: TransformerConfig, key: Array) -> Params:

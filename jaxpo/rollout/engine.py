@@ -11,15 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxpo.batch import Rollouts
-from jaxpo.parallel import ROWS, constrain_rows
+from jaxpo.parallel import TOKENS, constrain
 from jaxpo.policy.attention import narrowed, prompt_attend, prompt_mask
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.transformer import Attend, Model, Params, softcap
 from jaxpo.primitives.preferences import geometric_mixture
 from jaxpo.rollout.sampling import SamplingOptions, log_prob, sample
+
+POSITIONS_AT_ONCE = 1024  # of a row's cache, when it is read
 
 # Keys and values [rows, KV, positions, d] of each layer: a list, or, scanned, one pair with a leading axis of layers.
 Cache = list[tuple[Array, Array]] | tuple[Array, Array]
@@ -36,7 +38,7 @@ def prefill(
     """
     g, p = prompts.shape
     ok = prompt_mask(prompt_length, g, p)
-    x, cache, attend = model.embed(params, prompts), [], prompt_attend(model.config, ok)
+    x, cache, attend = model.embed(params, prompts), [], prompt_attend(model.config, ok, model.mesh)
     positions = jnp.maximum(jnp.cumsum(ok, -1) - 1, 0)
 
     def block(x: Array, layer: Any) -> tuple[Array, tuple[Array, Array]]:
@@ -83,40 +85,54 @@ def decode_attend(
     layer: Array | None = None,
 ) -> Attend:
     """Attention of one new token per row: over the prompt's keys [G, KV, P, d] and the row's own [B, KV, T, d] up to
-    and with position ``t``; with ``layer``, ``own`` is that of all layers [L, B, KV, T, d]."""
+    and with position ``t``; with ``layer``, ``own`` is that of all layers [L, B, KV, T, d].
+
+    A long cache is read `POSITIONS_AT_ONCE` positions at a time, and only as far as it is filled, with the running
+    maximum and sums of an online softmax (arXiv:1805.02867) in float32.
+    """
     kp, vp = of_prompt
     g, kv, p, d = kp.shape
     b, width = own[0].shape[-4], own[0].shape[-2]
-    at = () if layer is None else (layer,)
+    at, size = () if layer is None else (layer,), min(width, POSITIONS_AT_ONCE)
 
     def written(cache: Array, new: Array) -> Array:
         new = new[:, :, None].astype(cache.dtype).reshape((1,) * len(at) + (b, kv, 1, d))
         return jax.lax.dynamic_update_slice(cache, new, (*at, 0, 0, t, 0))
 
-    def read(cache: Array) -> Array:
-        return cache if layer is None else jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
+    def read(cache: Array, start: Array | int) -> Array:
+        sizes = (1,) * len(at) + (b, kv, size, d)
+        return jax.lax.dynamic_slice(cache, (*at, 0, 0, start, 0), sizes).reshape(b, kv, size, d)
 
     def attend(q: Array, k: Array, v: Array, window: int | Array | None) -> tuple[Array, tuple[Array, Array]]:
         kept = written(own[0], k), written(own[1], v)
-        kc, vc = map(read, kept)
         dtype = jnp.promote_types(q.dtype, jnp.float32)
         qs = (q * config.attention_scale).reshape(b, kv, -1, d)
         r = qs.shape[2]
         shared = qs.reshape(g, b // g, kv, r, d)
-        sp = jnp.einsum("gkhrd,ghpd->gkhrp", shared, kp, preferred_element_type=dtype)
-        seen = narrowed(ok, p + t - jnp.arange(p), window)
-        sp = jnp.where(seen[:, None, None, None], softcap(sp, config.attention_softcap), -jnp.inf).reshape(b, kv, r, p)
-        sc = jnp.einsum("bhrd,bhtd->bhrt", qs, kc, preferred_element_type=dtype)
-        seen = narrowed(jnp.arange(width) <= t, t - jnp.arange(width), window)
-        sc = jnp.where(seen, softcap(sc, config.attention_softcap), -jnp.inf)
-        top = jnp.maximum(sp.max(-1, keepdims=True), sc.max(-1, keepdims=True))
-        ep, ec = jnp.exp(sp - top), jnp.exp(sc - top)
-        total = ep.sum(-1, keepdims=True) + ec.sum(-1, keepdims=True)
-        op = jnp.einsum(
-            "gkhrp,ghpd->gkhrd", ep.reshape(g, b // g, kv, r, -1).astype(vp.dtype), vp, preferred_element_type=dtype
-        )
-        oc = jnp.einsum("bhrt,bhtd->bhrd", ec.astype(vc.dtype), vc, preferred_element_type=dtype)
-        return ((op.reshape(oc.shape) + oc) / total).reshape(q.shape).astype(q.dtype), kept
+
+        def scored(equation: str, q: Array, k: Array, seen: Array) -> Array:
+            score = jnp.einsum(equation, q, k, preferred_element_type=dtype)
+            return jnp.where(seen, softcap(score, config.attention_softcap), -jnp.inf)
+
+        def part(i: Array | int, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            top, total, out = so_far
+            positions = i * size + jnp.arange(size)
+            seen = narrowed(positions <= t, t - positions, window)
+            s = scored("bhrd,bhtd->bhrt", qs, read(kept[0], i * size), seen)
+            new = jnp.maximum(top, s.max(-1, keepdims=True))
+            e, again = jnp.exp(s - new), jnp.exp(top - new)
+            v = read(kept[1], i * size)
+            o = jnp.einsum("bhrt,bhtd->bhrd", e.astype(v.dtype), v, preferred_element_type=dtype)
+            return new, total * again + e.sum(-1, keepdims=True), out * again + o
+
+        seen = narrowed(ok, p + t - jnp.arange(p), window)[:, None, None, None]
+        s = scored("gkhrd,ghpd->gkhrp", shared, kp, seen)
+        top = jnp.maximum(s.max(-1, keepdims=True), jnp.finfo(dtype).min)  # a window may have left the prompt behind
+        e = jnp.exp(s - top)
+        o = jnp.einsum("gkhrp,ghpd->gkhrd", e.astype(vp.dtype), vp, preferred_element_type=dtype)
+        so_far = tuple(x.reshape(b, kv, r, -1) for x in (top, e.sum(-1, keepdims=True), o))
+        _, total, out = part(0, so_far) if size == width else jax.lax.fori_loop(0, t // size + 1, part, so_far)
+        return (out / total).reshape(q.shape).astype(q.dtype), kept
 
     return attend
 
@@ -124,16 +140,27 @@ def decode_attend(
 def empty_cache(of_prompt: Cache, rows: int, width: int, mesh: Mesh | None) -> Cache:
     """Room for ``width`` positions of each row beside the cache of its prompt: rows and heads where the mesh has
     theirs."""
+    if width > POSITIONS_AT_ONCE:
+        width += -width % POSITIONS_AT_ONCE
 
     def room(x: Array) -> Array:
         *layers, _, kv, _, d = x.shape
         room = jnp.zeros((*layers, rows, kv, width, d), x.dtype)
         if mesh is None:
             return room
-        where = PartitionSpec(*[None] * len(layers), ROWS, "tensor")
-        return jax.lax.with_sharding_constraint(room, NamedSharding(mesh, where))
+        where = [None] * len(layers)
+        return constrain(room, mesh, *where, TOKENS, "tensor")
 
     return jax.tree.map(room, of_prompt)
+
+
+def decode_trips(width: int) -> tuple[float, ...]:
+    """Trips of the loops of `generate` for completions that are all ``width`` tokens long, by depth: tokens, and parts
+    of the cache that one of them reads, on average."""
+    read = max(width - 1, 1)  # the first comes from the prompt
+    if read <= POSITIONS_AT_ONCE:
+        return (read,)
+    return read, sum(t // POSITIONS_AT_ONCE + 1 for t in range(read)) / read
 
 
 def generate(
@@ -149,7 +176,6 @@ def generate(
     policy_temperature: float = 1.0,
     pad_id: int = 0,
     scan_layers: bool = False,
-    mesh: Mesh | None = None,
     partner: Params | None = None,
     share: Array | float | None = None,
 ) -> Rollouts:
@@ -162,10 +188,12 @@ def generate(
       policy_temperature: the temperature at which the trainer scores.
       scan_layers: one compiled layer for all: a deep model compiles in a minute and not in many, and reads its cache
         through a slice of a larger buffer.
-      mesh: over which rows and heads are spread; None = the partitioner decides.
       partner, share: parameters of a second policy of the same model, and its exponent: every token is drawn from
         ``params^(1 - share) partner^share``, normalised (Nash-MD, arXiv:2312.00886). ``logp_sampler`` is still of
         ``params`` alone.
+
+    On ``model.mesh`` (None = the partitioner decides) rows are spread over all axes but "tensor", over which heads are:
+    a token at a time has no use for an axis of positions.
 
     Returns:
       Rollouts of B = G * responses rows in the order of the prompts: ``tokens``, ``mask`` (1 up to and with the token
@@ -175,9 +203,9 @@ def generate(
       policy when that is another one, ``group`` and ``shared_prompt``.
     """
     g, p = prompts.shape
-    b, width = g * responses, options.max_new_tokens
+    b, width, mesh = g * responses, options.max_new_tokens, model.mesh
     if mesh is not None:
-        prompts, prompt_length = constrain_rows((prompts, prompt_length), mesh)
+        prompts, prompt_length, budget = constrain((prompts, prompt_length, budget), mesh, TOKENS)
     nets = [params] if partner is None else [params, partner]
     filled = [prefill(model, net, prompts, prompt_length, scan_layers=scan_layers) for net in nets]
     ok = filled[0][2]
@@ -222,7 +250,7 @@ def generate(
         for net, layer, (_, of_prompt, _), cache in zip(nets, layers, filled, caches, strict=True):
             x = model.embed(net, last)
             if mesh is not None:
-                x = constrain_rows(x, mesh)
+                x = constrain(x, mesh, TOKENS)
             x, cache = decode(model, layer, x, start + t - 1, of_prompt, cache, ok, t - 1)
             hidden.append(model.final(net, x))
             kept.append(cache)

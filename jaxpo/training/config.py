@@ -8,6 +8,7 @@ tokenizer) hold the arguments of what they name: `fill` adds their defaults *bef
 """
 
 import inspect
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,8 @@ from ml_collections import ConfigDict, config_dict
 
 from jaxpo import registry
 from jaxpo.objectives import Objective, Protocol, make
-from jaxpo.parallel.mesh import AXES, mesh_shape, reshaped_sizes
+from jaxpo.parallel import AXES, POSITIONS, ROWS, TOKENS
+from jaxpo.parallel.mesh import mesh_shape, reshaped_sizes
 from jaxpo.policy import lora
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.families import config_from_hf
@@ -80,6 +82,7 @@ def policy_arguments(name: str) -> Mapping[str, inspect.Parameter]:
             param_dtype: str = "float32",
             scan_layers: bool = True,
             remat: str = "none",
+            attention: str = "auto",
         ): ...
 
         return inspect.signature(pretrained).parameters
@@ -187,7 +190,7 @@ def default() -> ConfigDict:
                 keep_best=optional(str),  # and the one with the highest "eval/greedy" or "eval/reward"
                 directory=optional(str),  # a bucket (gs://...) or a folder; None = WORKDIR/checkpoints
             ),
-            mesh=dict(data=-1, fsdp=1, tensor=1),
+            mesh=dict(data=-1, fsdp=1, expert=1, context=1, tensor=1),  # see docs/scaling.md
             protocol=dict(name=optional(str)),  # how data is gathered; None = as the objective says
             logging=dict(tensorboard=False, wandb_project=optional(str), samples=8, plot_seconds=20.0),
             nonfinite_patience=5,  # consecutive skipped steps before the run stops
@@ -448,7 +451,8 @@ def rows_per_prompt(config: ConfigDict, objective: Objective) -> int:
 
 
 def _check_division(config: ConfigDict, objective: Objective, policy: TransformerConfig, devices: int) -> None:
-    data, fsdp, tensor = mesh_shape(config.mesh, devices)
+    mesh = dict(zip(AXES, mesh_shape(config.mesh, devices), strict=True))
+    shards, row_axes = (math.prod(mesh[axis] for axis in ROWS), " * ".join(f"mesh.{axis}" for axis in ROWS))
     prompts, responses = config.rollout.prompts, rows_per_prompt(config, objective)
     minibatches, microbatches = config.training.minibatches, config.training.microbatches
     if prompts % minibatches:
@@ -467,17 +471,16 @@ def _check_division(config: ConfigDict, objective: Objective, policy: Transforme
             f"config.training.microbatches {microbatches} would cut units of {len(objective.layout)} rows: choose one "
             f"of {_divisors(prompts // minibatches)}"
         )
-    if rows // microbatches % (data * fsdp):
+    if rows // microbatches % shards:
         raise ValueError(
-            f"the {rows // microbatches} rows of a microbatch do not divide over mesh.data * mesh.fsdp = "
-            f"{data * fsdp}: "
+            f"the {rows // microbatches} rows of a microbatch do not divide over {row_axes} = {shards}: "
             "change config.rollout.prompts, config.rollout.responses or config.training.microbatches"
         )
     demonstrations, parts = config.warm_start.batch, config.warm_start.microbatches
-    if config.warm_start.steps and demonstrations % (parts * data * fsdp):
+    if config.warm_start.steps and demonstrations % (parts * shards):
         raise ValueError(
             f"config.warm_start.batch {demonstrations} does not divide into config.warm_start.microbatches {parts} "
-            f"times mesh.data * mesh.fsdp = {data * fsdp}"
+            f"times {row_axes} = {shards}"
         )
     if objective.coupling == "group" and prompts // minibatches % microbatches:
         raise ValueError(
@@ -486,22 +489,48 @@ def _check_division(config: ConfigDict, objective: Objective, policy: Transforme
             f"choose one of {_divisors(prompts // minibatches)}"
         )
     sampling = reshaped_sizes(config.rollout.mesh)
-    for field, sizes in {"mesh": config.mesh, **({"rollout.mesh": sampling} if sampling else {})}.items():
-        _check_mesh(field, *mesh_shape(sizes, devices, field), prompts, policy)
-
-
-def _check_mesh(mesh: str, data: int, fsdp: int, tensor: int, prompts: int, policy: TransformerConfig) -> None:
-    if prompts % (data * fsdp):
+    _check_mesh("mesh", mesh, policy)
+    _check_rows("mesh", mesh, prompts, ROWS if sampling else TOKENS)
+    if sampling:
+        other = dict(zip(AXES, mesh_shape(sampling, devices, "rollout.mesh"), strict=True))
+        _check_mesh("rollout.mesh", other, policy)
+        _check_rows("rollout.mesh", other, prompts, TOKENS)
+    if mesh[POSITIONS] > 1 and policy.attention == "splash":
         raise ValueError(
-            f"config.rollout.prompts {prompts} does not divide over {mesh}.data * {mesh}.fsdp = {data * fsdp}"
+            f"config.policy.attention 'splash' has no form for config.mesh.{POSITIONS} {mesh[POSITIONS]}: set it to "
+            "'auto' or 'xla'"
         )
-    for field in ("heads", "kv_heads", "mlp_width"):
-        if getattr(policy, field) % tensor:
+
+
+def _check_rows(field: str, mesh: Mapping[str, int], prompts: int, axes: Sequence[str]) -> None:
+    """That every device has prompts: those over ``axes`` of it, of which a rollout decodes on all."""
+    axes = [axis for axis in axes if mesh[axis] > 1 or axis in ("data", "fsdp")]
+    shards = math.prod(mesh[axis] for axis in axes)
+    if prompts % shards:
+        raise ValueError(
+            f"config.rollout.prompts {prompts} does not divide over "
+            f"{' * '.join(f'{field}.{axis}' for axis in axes)} = {shards}: choose {-(-prompts // shards) * shards}, or "
+            f"a smaller axis of config.{field}"
+        )
+
+
+def _check_mesh(field: str, mesh: Mapping[str, int], policy: TransformerConfig) -> None:
+    for size in ("heads", "kv_heads", "mlp_width"):
+        if getattr(policy, size) % mesh["tensor"]:
             raise ValueError(
-                f"config.{mesh}.tensor {tensor} does not divide config.policy.{field} {getattr(policy, field)}"
+                f"config.{field}.tensor {mesh['tensor']} does not divide config.policy.{size} {getattr(policy, size)}"
             )
-    if policy.width % fsdp:
-        raise ValueError(f"config.{mesh}.fsdp {fsdp} does not divide config.policy.width {policy.width}")
+    if policy.width % mesh["fsdp"]:
+        raise ValueError(f"config.{field}.fsdp {mesh['fsdp']} does not divide config.policy.width {policy.width}")
+    if mesh["expert"] > 1 and policy.experts is None:
+        raise ValueError(
+            f"config.{field}.expert {mesh['expert']} has no effect: config.policy has no experts; set it to 1"
+        )
+    if mesh["expert"] > 1 and policy.experts % mesh["expert"]:
+        raise ValueError(
+            f"config.{field}.expert {mesh['expert']} does not divide config.policy.experts {policy.experts}: choose "
+            f"one of {_divisors(policy.experts)}"
+        )
 
 
 def _divisors(n: int) -> str:

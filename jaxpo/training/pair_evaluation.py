@@ -91,13 +91,14 @@ def held_out(workspace: Workspace, run: Run) -> dict[str, float]:
 
 
 def implicit_kl(workspace: Workspace, run: Run) -> dict[str, float]:
-    """``eval/kl``: mean of ``sum_t (logp - logp_ref)`` over answers that the policy samples to the first test prompts;
-    {} without a reference."""
+    """``eval/kl``: mean of ``sum_t (logp - logp_ref)`` over answers that the policy samples to ``rollout.prompts`` test
+    prompts; {} without a reference."""
     if "ref" not in run.slots:
         return {}
     n, params = workspace.config.rollout.prompts, run.state.params
     prompts = workspace.test
-    first = Prompts(prompts.examples[:n], prompts.tokens[:n], prompts.length[:n])
+    at = np.resize(np.arange(len(prompts)), n)  # whole batches: in turn, if there are fewer
+    first = Prompts([prompts.examples[i] for i in at], prompts.tokens[at], prompts.length[at])
     options = dict(responses=workspace.config.rollout.responses, chunk=n)
     (_, rollouts), *_ = evaluation.complete(workspace, params, first, workspace.sampling, jax.random.key(0), **options)
     seen, mask = workspace.put(as_scored(rollouts)), rollouts.mask > 0

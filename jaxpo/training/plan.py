@@ -155,7 +155,7 @@ def make_plan(
         if step.name in known:
             steps.append(known[step.name])
         elif only is None or step.name in only:
-            useful = operations.count(other.trace(mesh).jaxpr, loop=other.loop)
+            useful = operations.count(other.trace().jaxpr, loop=other.loop)
             steps.append(plan_step(step, planned, config, mesh, slice_.chip, useful, say))
     rollout, sampling = config.rollout, config.sampling
     return Plan(
@@ -181,11 +181,11 @@ def plan_step(
     step: Step, planned: Planned, config: ConfigDict, mesh: jax.sharding.Mesh, chip: Chip, useful: float, say: Say
 ) -> StepPlan:
     """Compile one step and read what it needs."""
-    traced = step.trace(mesh)
+    traced = step.trace()
     counted = operations.count(traced.jaxpr, loop=step.loop)
     start = time.perf_counter()
     try:
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(step.mesh):
             compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         message, buffers = refusal(str(error))
@@ -198,7 +198,7 @@ def plan_step(
         )
     spent = time.perf_counter() - start
     say(f"{step.name}: compiled in {spent:.0f} s")
-    moved = program.traffic(compiled.as_text(), mesh.size)
+    moved = program.traffic(compiled.as_text(), mesh.size, loop=step.loop[-1] if step.loop else None)
     work = roofline.Work(counted / mesh.size, moved.hbm, sum(c.bytes for c in moved.collectives))
     return StepPlan(
         name=step.name,
@@ -222,7 +222,7 @@ def shard_bytes(tree: Any) -> int:
 
 def cache_bytes(planned: Planned, config: ConfigDict, devices: int) -> int:
     """Keys and values of one chip's rows and heads while it samples: ``2 L KV d (B (T - 1) + G P)`` numbers, cut over
-    all axes of the mesh, of which rows take two and heads the third."""
+    all axes of the mesh: heads over tensor, rows over the others."""
     c, rollout = planned.model.config, config.rollout
     prompts = rollout.prompts * planned.data.prompt_width
     own = rollout.prompts * rollout.responses * max(config.sampling.max_new_tokens - 1, 1)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from jaxpo.parallel import AXES, roofline
+from jaxpo.parallel import ROWS, TOKENS, roofline
 from jaxpo.parallel.topology import Topology
 from jaxpo.policy import transformer
 from jaxpo.policy.attention import QUERIES_AT_ONCE
@@ -20,6 +20,7 @@ from jaxpo.training.planned import Data, data_of
 
 Changes = Mapping[str, Any]  # fields of a config by path
 SCORE_BYTES = 64  # that an attention score moves in an update step, as compiled for v5e (docs/plans.md)
+SEARCHED = ("data", "fsdp", "tensor")  # axes of the mesh; the others stay as they are
 LOGITS = 2**31  # bytes that a block of logits takes, see `jaxpo.kernels.token_logprob.plan`
 
 
@@ -56,7 +57,7 @@ def meshes(devices: int) -> Iterator[dict[str, int]]:
         for fsdp in divisors:
             if devices % (tensor * fsdp) == 0:
                 sizes = devices // (tensor * fsdp), fsdp, tensor
-                yield {f"mesh.{axis}": n for axis, n in zip(AXES, sizes, strict=True)}
+                yield {f"mesh.{axis}": n for axis, n in zip(SEARCHED, sizes, strict=True)}
 
 
 # ---- on paper
@@ -101,7 +102,8 @@ def estimate(config: ConfigDict, where: Topology, model: TransformerConfig, s: S
     every microbatch (forward, recomputation, backward) and scatters the gradients; tensor adds up activations four
     times a layer; attention scores go through memory; decoding reads the parameters and the cache at every token.
     """
-    d, f, t = (config.mesh[axis] for axis in AXES)
+    f, t = config.mesh.fsdp, config.mesh.tensor
+    d = math.prod(config.mesh[axis] for axis in TOKENS) // f  # tokens lie over it, parameters do not
     m, chips = config.training.microbatches * config.training.minibatches, d * f * t
     slots = 1 if config.objective.get("beta") else 0
     again = 0 if config.policy.remat == "none" else 1
@@ -140,8 +142,9 @@ def ranked(config: ConfigDict, where: Topology, data: Data) -> list[tuple[Change
     sizes, minibatches = sizes_of(config, model, data), config.training.minibatches
     rows = config.rollout.prompts * config.rollout.responses // minibatches
     out = []
-    for mesh in meshes(where.size):
-        shards = mesh["mesh.data"] * mesh["mesh.fsdp"]
+    around = math.prod(max(n, 1) for axis, n in config.mesh.items() if axis not in SEARCHED)
+    for mesh in meshes(where.size // around):
+        shards = math.prod(mesh.get(f"mesh.{axis}", max(config.mesh[axis], 1)) for axis in ROWS)
         counts = [n for n in range(1, rows + 1) if rows % (n * shards) == 0]
         if counts and allowed(config, {**mesh, "training.microbatches": counts[0]}, where.size):
             every = [{**mesh, "training.microbatches": n} for n in counts]
@@ -184,7 +187,7 @@ def failing(plan: Plan) -> dict[str, StepPlan]:
 
 def ideas(config: ConfigDict, where: Topology, failed: set[str]) -> Iterator[Changes]:
     """Changes that make a step smaller, the cheapest first; of those that divide."""
-    d, f, t = (where.size if n == -1 else n for n in (config.mesh[axis] for axis in AXES))
+    d, f, t = (where.size if n == -1 else n for n in (config.mesh[axis] for axis in SEARCHED))
     n = config.training.microbatches
     smaller = [{"training.microbatches": n * 2}, {"training.microbatches": n * 4}] if failed != {"rollout"} else []
     if failed != {"rollout"} and config.policy.remat != "full":

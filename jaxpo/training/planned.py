@@ -13,6 +13,7 @@ from jaxpo.batch import Rollouts
 from jaxpo.parallel import ROWS, replicated, reshaped, shardings
 from jaxpo.policy import transformer
 from jaxpo.policy.hf import read_config
+from jaxpo.rollout.engine import decode_trips
 from jaxpo.tasks import build
 from jaxpo.training import companions
 from jaxpo.training import config as config_lib
@@ -20,7 +21,7 @@ from jaxpo.training.compiled import Compiled
 from jaxpo.training.needs import must_score, slots_of
 from jaxpo.training.tools import as_scored
 from jaxpo.training.trained import random_params
-from jaxpo.training.workspace import TrainState, compile_functions, make_tokenizer, optimizer_of, tokenize
+from jaxpo.training.workspace import TrainState, compile_functions, make_tokenizer, optimizer_of, several, tokenize
 
 
 class Data(NamedTuple):
@@ -33,8 +34,9 @@ class Data(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A compiled function of a run. times: calls per iteration; state: what of the run's state it is given (the rest
-    waits in memory beside it); loop: trips of the loops whose end depends on the data."""
+    """A compiled function of a run. mesh: that its arguments lie on; times: calls per iteration; state: what of the
+    run's state it is given (the rest waits in memory beside it); loop: trips of the loops whose end depends on the
+    data, by depth."""
 
     name: str
     function: Compiled
@@ -42,11 +44,12 @@ class Step(NamedTuple):
     options: dict[str, Any]
     times: int
     state: tuple[str, ...]
-    loop: int = 1
+    mesh: Mesh
+    loop: tuple[float, ...] = ()
 
-    def trace(self, mesh: Mesh) -> Any:
-        """The step traced for the mesh: `jax.stages.Traced`."""
-        with jax.set_mesh(mesh):
+    def trace(self) -> Any:
+        """The step traced for its mesh: `jax.stages.Traced`."""
+        with jax.set_mesh(self.mesh):
             return self.function.trace(*self.arguments, **self.options)
 
 
@@ -94,7 +97,7 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
     """
     config_lib.validate(config, mesh.size)
     objective, protocol = config_lib.objective_of(config), config_lib.protocol_of(config)
-    model = transformer.build(config_lib.transformer_of(config, data.vocab_size or 1))
+    model = transformer.build(config_lib.transformer_of(config, data.vocab_size or 1), several(mesh))
     key = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=replicated(mesh))
     rows = NamedSharding(mesh, PartitionSpec(ROWS))
 
@@ -108,13 +111,12 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
     moments = jax.eval_shape(optimizer_of(config).init, params)
     memory = everywhere(jax.eval_shape(objective.init), replicated(mesh))
     state = TrainState(params, placed(moments, shardings(moments, mesh)), memory)
-    reshard = sampler = None
+    sampling, reshard, sampler = reshaped(mesh, config.rollout.mesh), None, None
     if functions["reshard"]:
         reshard = Step(
-            "reshard", functions["reshard"], (params,), {}, 1, ("params", *(() if base is None else ("base",)))
+            "reshard", functions["reshard"], (params,), {}, 1, ("params", *(() if base is None else ("base",))), mesh
         )
-        sampling = reshaped(mesh, config.rollout.mesh)
-        moved = reshard.trace(mesh).out_info
+        moved = reshard.trace().out_info
         sampler = placed(moved, shardings(moved, sampling))
     kept = companions.held(slots_of(objective, protocol), protocol, params, state.opt_state)
     frozen = {} if base is None else {"base": base}
@@ -124,12 +126,12 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
     options = config_lib.sampling_of(config, data.eos_ids)
     rollout = Step(
         *("rollout", functions["generate"], (sampler or params, tokens, length, key, options), dict(responses=k)),
-        *(1, ("sampler",) if sampler else ("params", *frozen), max(config.sampling.max_new_tokens - 1, 1)),
+        *(1, ("sampler",) if sampler else ("params", *frozen), sampling, decode_trips(config.sampling.max_new_tokens)),
     )
-    batch = labelled_shapes(rollout.trace(mesh).out_info, rows)
+    batch = labelled_shapes(rollout.trace().out_info, rows)
     seen = as_scored(batch)
-    score = Step("scoring", functions["score"], (params, seen), {}, 0, ("params", *frozen))
-    stats = everywhere(score.trace(mesh).out_info, rows)
+    score = Step("scoring", functions["score"], (params, seen), {}, 0, ("params", *frozen), mesh)
+    stats = everywhere(score.trace().out_info, rows)
     batch = batch.replace(slots={name: stats.logp for name in companions.scored(objective, kept)})
     updates = config.training.epochs * config.training.minibatches
     old = protocol.stale or updates > 1 or must_score(objective, batch, memory)
@@ -140,7 +142,7 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
     prepared = everywhere(jax.eval_shape(objective.prepare, batch, memory)[0], rows)
     chosen = jax.ShapeDtypeStruct((g * k // config.training.minibatches,), jnp.int32, sharding=replicated(mesh))
     held = "params", "opt_state", *frozen
-    update = Step("update", functions["step"], (state, prepared, chosen), dict(fresh=False), updates, held)
+    update = Step("update", functions["step"], (state, prepared, chosen), dict(fresh=False), updates, held, mesh)
     return Planned(
         model,
         data,

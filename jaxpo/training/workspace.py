@@ -22,6 +22,7 @@ from jaxpo.batch import Rollouts, TokenStats, take
 from jaxpo.metrics import Metrics
 from jaxpo.objectives import Objective, Protocol, State
 from jaxpo.parallel import (
+    TOKENS,
     batch_shards,
     constrain_rows,
     lay_out,
@@ -264,7 +265,7 @@ def setup(
     width = limit or max(map(len, [*train_ids, *test_ids]))
     dropped = len(task.train) - len(train) + min(len(task.test), config.evaluation.prompts) - len(test)
     pairs = None if data is None else preference_units.encoded(config, objective, data, tokenizer)
-    model = transformer.build(config_lib.transformer_of(config, tokenizer.vocab_size))
+    model = transformer.build(config_lib.transformer_of(config, tokenizer.vocab_size), several(mesh))
     unused = unused_ids(model, tokenizer)
     base = hf.load(hf.open_source(config.policy.path), model.config, mesh) if config.lora.rank else None
     table = None
@@ -306,7 +307,7 @@ def compile_functions(
     beside, seen = partial(with_base, config), partial(seen_with_base, config)
     slices, steps = training.minibatches * training.microbatches, training.epochs * training.minibatches
     sampling_mesh = reshaped(mesh, config.rollout.mesh)
-    elsewhere = sampling_mesh is not mesh
+    elsewhere, sampler = sampling_mesh is not mesh, model._replace(mesh=several(sampling_mesh))
 
     def run_reshard(base: Params | None, params: Params) -> Params:
         return lay_out(in_compute_dtype(model, beside(base, params)), sampling_mesh)
@@ -325,14 +326,13 @@ def compile_functions(
     ) -> Rollouts:
         lengths = dict(prompt_length=length, budget=budget, responses=responses)
         out = generate(
-            *(model, beside(base, params), tokens, key, options),
+            *(sampler, beside(base, params), tokens, key, options),
             **lengths,
             partner=None if partner is None else beside(base, partner),
             share=share,
             policy_temperature=config.policy_temperature,
             pad_id=pad_id,
             scan_layers=config.rollout.scan_layers,
-            mesh=several(sampling_mesh),
         )
         return constrain_rows(out, mesh)
 
@@ -369,12 +369,12 @@ def compile_functions(
         options = dict(bound=(bound,), report=report, **options)
         return Compiled(name, f, expected=shapes + protocol.compiles.get(name, 0), **options)
 
-    sampler = dict(bound=None if elsewhere else base, static_argnames="responses")
+    sampling = dict(bound=None if elsewhere else base, static_argnames="responses")
     return dict(
         reshard=compiled("reshard", run_reshard) if elsewhere else None,
         # training rollouts and greedy evaluation differ in shape and in what is compiled
-        generate=compiled("generate", run_generate, 2, **sampler),
-        complete=compiled("complete", run_complete, **sampler),
+        generate=compiled("generate", run_generate, 2, **sampling),
+        complete=compiled("complete", run_complete, **sampling),
         score=compiled("score", run_score),
         prepare=compiled("prepare", lambda _, batch, state: objective.prepare(batch, state)),
         noise=compiled("noise", run_noise),
@@ -561,6 +561,6 @@ def make_step(
 
 
 def shard_count(workspace: Workspace) -> int:
-    """Rows of any batch must be a multiple of this."""
-    sampling = reshaped(workspace.mesh, workspace.config.rollout.mesh)
-    return math.lcm(batch_shards(workspace.mesh), batch_shards(sampling))
+    """Prompts of any rollout must be a multiple of this."""
+    meshes = workspace.mesh, reshaped(workspace.mesh, workspace.config.rollout.mesh)
+    return math.lcm(*(math.prod(mesh.shape[axis] for axis in TOKENS) for mesh in meshes))

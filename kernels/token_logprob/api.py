@@ -95,7 +95,7 @@ def token_logprob(
       impl: "xla" (blocks in plain XLA), "pallas_tpu", "pallas_gpu", "reference" (naive, makes the logits), or "auto":
         on TPUs the Pallas form where it takes this problem, else "xla" (the reason is logged).
       block_sizes: (tokens, entries of the vocabulary) whose logits are held at a time; None = chosen by platform.
-      mesh: spread the vocabulary over its axis "tensor" and the tokens over "data" and "fsdp" (see `sharded`).
+      mesh: spread the vocabulary over its axis "tensor" and the tokens over its others (see `sharded`).
       grad_filter_eps: blocks whose largest |dz| is below it may be left out of the gradients (pallas_tpu only).
       interpret: run Pallas kernels interpreted, to test them where there is no such chip.
 

@@ -56,7 +56,9 @@ def token_logprob_loss(
 
     Args:
       loss: differentiated in the statistics; anything that it reads of ``parts``, or closes over, is constant.
-      parts: leaves [C, ...]. mesh: as of `token_logprob`; its token axes have to divide C.
+      parts: leaves [C, ...]. mesh: as of `token_logprob`; its token axes have to divide C. Only its axis "context", if
+        it has one, need not: each device along it has an equal part of every slice, and ``loss`` is given the
+        statistics of all parts, one behind the other.
       Others as of `token_logprob`; "kl_to" cannot be wanted.
 
     Returns:
@@ -70,9 +72,12 @@ def token_logprob_loss(
     problem = problem_of(hidden, unembed, targets, bias, temperature, vocab_mask, want, second_temperature, None)
     positive("softcap", softcap)
     n, count = targets.shape[0], jax.tree.leaves(parts)[0].shape[0]
-    shards = 1 if mesh is None else mesh.shape[sharded.TOKENS[0]] * mesh.shape[sharded.TOKENS[1]]
-    if n % count or count % shards:
-        raise ValueError(f"token_logprob_loss: {n} tokens cannot be cut into {count} slices over {shards} devices")
+    shards = 1 if mesh is None else sharded.size_of(mesh, sharded.row_axes(mesh))
+    within = 1 if mesh is None else mesh.shape.get(sharded.POSITIONS, 1)  # of a slice
+    if n % (count * within) or count % shards:
+        raise ValueError(
+            f"token_logprob_loss: {n} tokens cannot be cut into {count} slices over {shards} x {within} devices"
+        )
     return evaluate(loss, mesh, Statics(want=frozenset(want), softcap=softcap), problem, parts)
 
 
@@ -109,24 +114,32 @@ def run(
     """The sum, what else there is of each slice, and the gradients that ``statics.grads`` names."""
     if mesh is None:
         return in_slices(loss, statics, problem, parts, lambda sums: sums)
-    tokens, v = PartitionSpec(sharded.TOKENS), problem.table.shape[0]
+    axes, v = sharded.row_axes(mesh), problem.table.shape[0]
+    along = sharded.POSITIONS if mesh.shape.get(sharded.POSITIONS, 1) > 1 else None
     padded = sharded.fitted(problem, mesh)
 
     def local(problem: Problem, parts: Any) -> tuple[Array, Any, Gradients]:
         mine, first = sharded.of_shard(problem)
-        value, aux, grads = in_slices(loss, statics, mine, parts, lambda s: sharded.merged(s, first, mine))
-        return jax.lax.psum(value, sharded.TOKENS), aux, sharded.summed(grads, problem, mesh)
+        value, aux, grads = in_slices(loss, statics, mine, parts, lambda s: sharded.merged(s, first, mine), along)
+        return jax.lax.psum(value, axes), aux, sharded.summed(grads, problem, mesh)
 
-    out = PartitionSpec(), tokens, sharded.gradient_specs(problem, mesh)
-    value, aux, grads = sharded.spread(local, mesh, (sharded.specs(padded), tokens), out)(padded, parts)
+    rows = PartitionSpec(axes)
+    out = PartitionSpec(), rows, sharded.gradient_specs(problem, mesh)
+    value, aux, grads = sharded.spread(local, mesh, (sharded.specs(padded, mesh), rows), out)(padded, parts)
     table, bias = (None if x is None else x[:v] for x in grads[1:])
     return value, aux, grads._replace(table=table, bias=bias)
 
 
 def in_slices(
-    loss: SliceLoss, statics: Statics, problem: Problem, parts: Any, merge: Callable[[Sums], Sums]
+    loss: SliceLoss,
+    statics: Statics,
+    problem: Problem,
+    parts: Any,
+    merge: Callable[[Sums], Sums],
+    along: str | None = None,
 ) -> tuple[Array, Any, Gradients]:
-    """One slice after the other. merge: completes sums over a part of the vocabulary."""
+    """One slice after the other. merge: completes sums over a part of the vocabulary. along: the axis of the mesh over
+    which each slice is cut; the loss of a slice is computed from all of it on each device."""
     need, dtype = needed_sums(statics.want), problem.temperature.dtype
     tokens, columns = split(problem)
     count = jax.tree.leaves(parts)[0].shape[0]
@@ -136,7 +149,8 @@ def in_slices(
         (mine, part), (total, table, bias) = x, carry
         z, slope, _ = both_logits(mine, columns, statics)
         stats, done = finish(problem, merge(block_sums(z, None, mine.targets, 0, problem, need)), statics.want)
-        value, aux, g = with_cotangents(loss, stats, part)
+        value, aux, g = with_cotangents(loss, gathered(stats, along), part)
+        g = own_part(g, along)
         dx = block_dx(z, slope, None, mine.targets, 0, coefficients(problem, done, g), problem)
         more = products(dx, mine, columns, statics)
         hidden = None if more.hidden is None else more.hidden.astype(problem.hidden.dtype)
@@ -148,6 +162,18 @@ def in_slices(
     start = jnp.zeros((), dtype), zeros("table"), zeros("bias")
     (value, table, bias), (aux, hidden) = jax.lax.scan(step, start, (cut, parts))
     return value, aux, Gradients(None if hidden is None else hidden.reshape(problem.hidden.shape), table, bias)
+
+
+def gathered(stats: TokenLogProb, along: str | None) -> TokenLogProb:
+    """The statistics of a slice that is cut over a mesh axis."""
+    return stats if along is None else jax.lax.all_gather(stats, along, tiled=True)
+
+
+def own_part(g: TokenLogProb, along: str | None) -> TokenLogProb:
+    """What of each array belongs to the statistics of this device."""
+    if along is None:
+        return g
+    return jax.tree.map(lambda x: x.reshape(jax.lax.axis_size(along), -1)[jax.lax.axis_index(along)], g)
 
 
 def with_cotangents(loss: SliceLoss, stats: TokenLogProb, part: Any) -> tuple[Array, Any, TokenLogProb]:

@@ -1,4 +1,4 @@
-"""Vocabulary spread over the mesh axis ``tensor``, tokens over ``data`` and ``fsdp``.
+"""Vocabulary spread over the mesh axis ``tensor``, tokens over all others.
 
 Each device runs the forward pass of an implementation on its tokens and its rows of the vocabulary; the sums are merged
 by one maximum and one sum of a few floats a token. The backward pass gives each device its rows of the table's gradient
@@ -6,6 +6,7 @@ by one maximum and one sum of a few floats a token. The backward pass gives each
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,8 +17,24 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxpo.kernels.token_logprob.core import Gradients, Implementation, Other, Problem, Rows, Statics, Sums
 
-VOCAB, TOKENS = "tensor", ("data", "fsdp")
-REPLICAS, PARTS = TOKENS  # of the parameters
+VOCAB = "tensor"
+PARTS = "fsdp"  # of the parameters: their features lie over it
+POSITIONS = "context"  # if the mesh has it, positions of one row lie over it
+
+
+def token_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes that tokens are spread over, in the order of the mesh."""
+    return tuple(axis for axis in mesh.axis_names if axis != VOCAB)
+
+
+def row_axes(mesh: Mesh) -> tuple[str, ...]:
+    """Those of them that no row of tokens is cut over."""
+    return tuple(axis for axis in token_axes(mesh) if axis != POSITIONS)
+
+
+def size_of(mesh: Mesh, axes: Sequence[str]) -> int:
+    """Over how many devices the axes spread something."""
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 @functools.cache
@@ -25,9 +42,9 @@ def over(implementation: Implementation, mesh: Mesh) -> Implementation:
     """``implementation`` with each call spread over ``mesh``.
 
     Raises:
-      ValueError: the mesh lacks one of the axes "data", "fsdp", "tensor".
+      ValueError: the mesh lacks one of the axes "fsdp", "tensor".
     """
-    for axis in (*TOKENS, VOCAB):
+    for axis in (PARTS, VOCAB):
         if axis not in mesh.shape:
             raise ValueError(f"token_logprob: the mesh has no axis {axis!r}; its axes: {', '.join(mesh.shape)}")
     return Implementation(
@@ -45,7 +62,7 @@ def pad_to(x: Array | None, size: int) -> Array | None:
 def fitted(problem: Problem, mesh: Mesh) -> Problem:
     """The problem with tokens and vocabulary padded to what the mesh divides; added entries are masked."""
     (n, _), (v, _) = problem.hidden.shape, problem.table.shape
-    tokens, shards = mesh.shape[TOKENS[0]] * mesh.shape[TOKENS[1]], mesh.shape[VOCAB]
+    tokens, shards = size_of(mesh, token_axes(mesh)), mesh.shape[VOCAB]
     n_to, v_to = -(-n // tokens) * tokens, -(-v // shards) * shards
     mask, q = problem.vocab_mask, problem.other
     if v_to > v and mask is None:
@@ -62,9 +79,9 @@ def fitted(problem: Problem, mesh: Mesh) -> Problem:
     )
 
 
-def specs(problem: Problem) -> Problem:
+def specs(problem: Problem, mesh: Mesh) -> Problem:
     """A `PartitionSpec` for each array of the problem."""
-    tokens, vocab, whole = PartitionSpec(TOKENS), PartitionSpec(VOCAB), PartitionSpec()
+    tokens, vocab, whole = PartitionSpec(token_axes(mesh)), PartitionSpec(VOCAB), PartitionSpec()
     q = problem.other
     return Problem(
         hidden=tokens,
@@ -126,7 +143,7 @@ def forward(implementation: Implementation, mesh: Mesh, statics: Statics, proble
         return merged(implementation.forward(statics, problem), first, problem)
 
     n, padded = problem.hidden.shape[0], fitted(problem, mesh)
-    sums = spread(local, mesh, (specs(padded),), PartitionSpec(TOKENS))(padded)
+    sums = spread(local, mesh, (specs(padded, mesh),), PartitionSpec(token_axes(mesh)))(padded)
     return jax.tree.map(lambda x: x[:n], sums)
 
 
@@ -139,14 +156,15 @@ def scatters(problem: Problem, mesh: Mesh) -> bool:
 def gradient_specs(problem: Problem, mesh: Mesh) -> Gradients:
     """A `PartitionSpec` for each of what `summed` returns."""
     features = PARTS if scatters(problem, mesh) else None
-    return Gradients(PartitionSpec(TOKENS), PartitionSpec(VOCAB, features), PartitionSpec(VOCAB))
+    return Gradients(PartitionSpec(token_axes(mesh)), PartitionSpec(VOCAB, features), PartitionSpec(VOCAB))
 
 
 def summed(grads: Gradients, problem: Problem, mesh: Mesh) -> Gradients:
     """The gradients of a shard's tokens and vocabulary, summed over the devices that hold the rest."""
     scatter, wide = scatters(problem, mesh), jax.tree.map(lambda x: x.astype(problem.temperature.dtype), grads)
-    hidden, bias = jax.lax.psum(wide.hidden, VOCAB), jax.lax.psum(wide.bias, TOKENS)
-    table = jax.lax.psum(wide.table, REPLICAS if scatter else TOKENS)
+    tokens = token_axes(mesh)
+    hidden, bias = jax.lax.psum(wide.hidden, VOCAB), jax.lax.psum(wide.bias, tokens)
+    table = jax.lax.psum(wide.table, tuple(axis for axis in tokens if axis != PARTS) if scatter else tokens)
     if scatter and table is not None:
         table = jax.lax.psum_scatter(table, PARTS, scatter_dimension=1, tiled=True)
     return Gradients(hidden, table, bias)
@@ -160,8 +178,8 @@ def backward(implementation: Implementation, mesh: Mesh, statics: Statics, probl
 
     (n, _), (v, _), padded = problem.hidden.shape, problem.table.shape, fitted(problem, mesh)
     rows = jax.tree.map(lambda x: pad_to(x, padded.hidden.shape[0]), rows)
-    of_rows = jax.tree.map(lambda _: PartitionSpec(TOKENS), rows)
-    grads = spread(local, mesh, (specs(padded), of_rows), gradient_specs(problem, mesh))(padded, rows)
+    of_rows = jax.tree.map(lambda _: PartitionSpec(token_axes(mesh)), rows)
+    grads = spread(local, mesh, (specs(padded, mesh), of_rows), gradient_specs(problem, mesh))(padded, rows)
 
     def cut(x: Array | None, size: int) -> Array | None:
         return None if x is None else x[:size]

@@ -164,8 +164,8 @@ def test_steps_are_those_of_an_iteration(run):
     assert set(of_run.state) == {"params", "opt_state", "ref"}
     params = of_run.state["params"]
     assert shard_bytes(params) * 8 > sum(4 * x.size for x in jax.tree.leaves(params)) > shard_bytes(params) * 2
-    once = operations.count(of_run.steps[0].trace(mesh).jaxpr, loop=1)
-    assert operations.count(of_run.steps[0].trace(mesh).jaxpr, loop=2) > once > 0
+    once = operations.count(of_run.steps[0].trace().jaxpr, loop=(1,))
+    assert operations.count(of_run.steps[0].trace().jaxpr, loop=(2,)) > once > 0
 
 
 def test_a_step_planned_on_the_devices_that_there_are(run):

@@ -8,6 +8,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import plan as program
+from jaxpo.parallel import topology
+from jaxpo.training.plan import make_plan
 from tests.training import tiny
 
 pytestmark = pytest.mark.tpu_aot
@@ -50,7 +52,7 @@ def test_a_run_that_fits(tmp_path, capsys):
     update = numbers["steps"][-1]
     assert update["useful"] < update["operations"]  # remat
     assert numbers["cost"] == pytest.approx(2 * numbers["chip_hours"])
-    assert "8 chips (v5litepod-8), mesh data=1 fsdp=4 tensor=2" in out and "MFU" in out
+    assert "8 chips (v5litepod-8), mesh data=1 fsdp=4 expert=1 context=1 tensor=2" in out and "MFU" in out
 
 
 def test_a_cache_that_does_not_fit_and_a_shorter_one_that_does(tmp_path, capsys):
@@ -71,3 +73,20 @@ def test_a_cache_that_does_not_fit_and_a_shorter_one_that_does(tmp_path, capsys)
 def test_the_search_compiles_the_best_and_returns_one_that_fits(tmp_path, capsys):
     numbers = run(tmp_path, "--search=2")
     assert numbers["fits"] and capsys.readouterr().err.count("compiling --config.mesh.data=") == 2
+
+
+def test_fused_attention_needs_less_memory_and_moves_less():
+    """8192 tokens a row: the scores of a part of the queries beside a few blocks that never leave the chip."""
+    config = tiny.config({"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2, "sampling.max_new_tokens": 8192})
+    config.policy.update(width=256, heads=4, kv_heads=2, head_dim=128, dtype="bfloat16", remat="full")
+    config.training.update(epochs=1, minibatches=1)
+    slice_, update = topology.parse("v5e:2x4"), {}
+    for form in ("xla", "splash"):
+        config.policy.attention = form
+        (update[form],) = make_plan(config, slice_, only={"update"}, say=lambda message: None).steps
+        assert update[form].error is None
+    xla, splash = update["xla"], update["splash"]
+    print({n: (u.memory["temporaries"] / 2**20, u.hbm / 2**30, u.operations / 1e12) for n, u in update.items()})
+    assert splash.memory["temporaries"] < 0.7 * xla.memory["temporaries"]
+    assert splash.hbm < 0.5 * xla.hbm
+    assert splash.operations < 0.7 * xla.operations  # half of the scores lie behind the diagonal

@@ -47,6 +47,8 @@ def in_pallas(cost=None):
         (lambda x: jax.lax.scan(lambda c, _: (jax.lax.scan(lambda d, _: (d @ d, None), c, length=3)[0], None), x,
                                 length=2)[0], (SQUARE,), 6 * 128),
         (lambda x: jax.lax.while_loop(lambda c: c.sum() > 0, lambda c: c @ c, x), (SQUARE,), 10 * 128),
+        (lambda x: jax.lax.while_loop(lambda c: c.sum() > 0, lambda c: jax.lax.fori_loop(0, c[0, 0].astype(int),
+                                      lambda _, d: d @ d, c), x), (SQUARE,), 30 * 128),
         (lambda x: jax.lax.cond(x[0, 0] > 0, lambda y: y @ y @ y, lambda y: y @ y, x), (SQUARE,), 2 * 128),
         (jax.grad(lambda a, b: jnp.sum(jnp.sin(a @ b)), (0, 1)), (A, B), 3 * ONE),
         (jax.grad(lambda a, b: jnp.sum(jax.checkpoint(lambda a, b: jnp.sin(jnp.sin(a @ b)))(a, b) ** 2), (0, 1)),
@@ -63,12 +65,12 @@ def in_pallas(cost=None):
          (jnp.ones((3, 5, 7)),), 2 * 2 * 4 * 5 * 7),
         (lambda x: jnp.sin(x) + x, (A,), 0),
     ],
-    ids=["product", "jit", "batched", "scan", "scan in scan", "while", "cond", "gradient",
+    ids=["product", "jit", "batched", "scan", "scan in scan", "while", "while in while", "cond", "gradient",
          "recomputed", "custom_vjp", "custom_vjp backward", "pallas", "pallas estimate", "convolution", "ragged",
          "ragged backward", "element-wise"],
 )  # fmt: skip
 def test_operations(f, args, expected):
-    assert count(f, *args, loop=10) == expected
+    assert count(f, *args, loop=(10, 3)) == expected
 
 
 def test_each_shard_of_a_shard_map_works():
@@ -143,6 +145,86 @@ def test_memory_traffic_of_a_loop_over_slices():
     once = 4 * 64 * 64
     moved = program.traffic(text, 1).hbm
     assert 20 * 4 * once <= moved <= 20 * 12 * once  # reading the stack whole would be 20 * 20
+
+
+def test_memory_traffic_of_a_fusion_within_a_fusion():
+    """As TPUs compile a product with one matrix of a stack: the slice is read, not the stack; and nothing but the
+    update is written into one."""
+    moved = program.traffic(NESTED, 1)
+    assert moved.hbm == 7 * (2 * 4 * 8 + 2 * 4 + 2 * 8) and moved.endless == 1
+    assert program.traffic(NESTED, 1, loop=3).hbm == 3 * moved.hbm and program.traffic(NESTED, 1, loop=3).endless == 0
+
+
+NESTED = """HloModule jit_f, is_scheduled=true
+
+%slice (p.1: bf16[9,4,8], p.2: s32[]) -> bf16[4,8] {
+  %p.1 = bf16[9,4,8]{2,1,0} parameter(0)
+  %p.2 = s32[] parameter(1)
+  %z.1 = s32[] constant(0)
+  %d.1 = bf16[1,4,8]{2,1,0} dynamic-slice(%p.1, %p.2, %z.1, %z.1), dynamic_slice_sizes={1,4,8}
+  ROOT %b.1 = bf16[4,8]{1,0} bitcast(%d.1)
+}
+
+%into (p.3: bf16[9,8], p.4: bf16[8], p.5: s32[]) -> bf16[9,8] {
+  %p.3 = bf16[9,8]{1,0} parameter(0)
+  %p.4 = bf16[8]{0} parameter(1)
+  %p.5 = s32[] parameter(2)
+  %z.2 = s32[] constant(0)
+  %b.2 = bf16[1,8]{1,0} bitcast(%p.4)
+  ROOT %u.1 = bf16[9,8]{1,0} dynamic-update-slice(%p.3, %b.2, %p.5, %z.2)
+}
+
+%product (p.6: bf16[9,4,8], p.7: s32[], p.8: bf16[4]) -> bf16[8] {
+  %p.6 = bf16[9,4,8]{2,1,0} parameter(0)
+  %p.7 = s32[] parameter(1)
+  %p.8 = bf16[4]{0} parameter(2)
+  %f.1 = bf16[4,8]{1,0} fusion(%p.6, %p.7), kind=kLoop, calls=%slice
+  ROOT %c.1 = bf16[8]{0} dot(%p.8, %f.1), lhs_contracting_dims={0}, rhs_contracting_dims={0}
+}
+
+%update (p.9: bf16[9,8], p.10: bf16[8], p.11: s32[]) -> bf16[9,8] {
+  %p.9 = bf16[9,8]{1,0} parameter(0)
+  %p.10 = bf16[8]{0} parameter(1)
+  %p.11 = s32[] parameter(2)
+  ROOT %f.2 = bf16[9,8]{1,0} fusion(%p.9, %p.10, %p.11), kind=kLoop, calls=%into
+}
+
+%inner_cond (i: (s32[], bf16[9,4,8], bf16[4], bf16[9,8], s32[])) -> pred[] {
+  %i = (s32[]{:S(2)}, bf16[9,4,8]{2,1,0}, bf16[4]{0}, bf16[9,8]{1,0}, s32[]{:S(2)}) parameter(0)
+  %i.0 = s32[]{:S(2)} get-tuple-element(%i), index=0
+  %i.4 = s32[]{:S(2)} get-tuple-element(%i), index=4
+  ROOT %lt.1 = pred[]{:S(2)} compare(%i.0, %i.4), direction=LT
+}
+
+%inner (j: (s32[], bf16[9,4,8], bf16[4], bf16[9,8], s32[])) -> (s32[], bf16[9,4,8], bf16[4], bf16[9,8], s32[]) {
+  %j = (s32[]{:S(2)}, bf16[9,4,8]{2,1,0}, bf16[4]{0}, bf16[9,8]{1,0}, s32[]{:S(2)}) parameter(0)
+  %j.0 = s32[]{:S(2)} get-tuple-element(%j), index=0
+  %j.1 = bf16[9,4,8]{2,1,0} get-tuple-element(%j), index=1
+  %j.2 = bf16[4]{0} get-tuple-element(%j), index=2
+  %j.3 = bf16[9,8]{1,0} get-tuple-element(%j), index=3
+  %j.4 = s32[]{:S(2)} get-tuple-element(%j), index=4
+  %y = bf16[8]{0:S(1)} fusion(%j.1, %j.0, %j.2), kind=kOutput, calls=%product
+  %w = bf16[9,8]{1,0} fusion(%j.3, %y, %j.0), kind=kLoop, calls=%update
+  ROOT %t.1 = (s32[]{:S(2)}, bf16[9,4,8]{2,1,0}, bf16[4]{0}, bf16[9,8]{1,0}, s32[]{:S(2)}) tuple(%j.0, %j.1, %j.2, %w, %j.4)
+}
+
+%cond (c: (s32[], bf16[9,4,8], bf16[4], bf16[9,8], s32[])) -> pred[] {
+  %n = s32[] constant(7)
+  %c = (s32[]{:S(2)}, bf16[9,4,8]{2,1,0}, bf16[4]{0}, bf16[9,8]{1,0}, s32[]{:S(2)}) parameter(0)
+  %c.0 = s32[]{:S(2)} get-tuple-element(%c), index=0
+  ROOT %lt.2 = pred[]{:S(2)} compare(%c.0, %n), direction=LT
+}
+
+%body (b: (s32[], bf16[9,4,8], bf16[4], bf16[9,8], s32[])) -> (s32[], bf16[9,4,8], bf16[4], bf16[9,8], s32[]) {
+  %b = (s32[]{:S(2)}, bf16[9,4,8]{2,1,0}, bf16[4]{0}, bf16[9,8]{1,0}, s32[]{:S(2)}) parameter(0)
+  ROOT %v = (s32[]{:S(2)}, bf16[9,4,8]{2,1,0}, bf16[4]{0}, bf16[9,8]{1,0}, s32[]{:S(2)}) while(%b), condition=%inner_cond, body=%inner
+}
+
+ENTRY %main (a: (s32[], bf16[9,4,8], bf16[4], bf16[9,8], s32[])) -> (s32[], bf16[9,4,8], bf16[4], bf16[9,8], s32[]) {
+  %a = (s32[]{:S(2)}, bf16[9,4,8]{2,1,0}, bf16[4]{0}, bf16[9,8]{1,0}, s32[]{:S(2)}) parameter(0)
+  ROOT %r = (s32[]{:S(2)}, bf16[9,4,8]{2,1,0}, bf16[4]{0}, bf16[9,8]{1,0}, s32[]{:S(2)}) while(%a), condition=%cond, body=%body
+}
+"""  # noqa: E501
 
 
 @pytest.mark.parametrize(

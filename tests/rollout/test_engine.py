@@ -17,7 +17,7 @@ from jaxpo.parallel import make_mesh, rows_over_mesh, shardings
 from jaxpo.policy.stats import completion_hidden, token_stats
 from jaxpo.policy.transformer import Model, TransformerConfig, build, init
 from jaxpo.primitives.preferences import geometric_mixture
-from jaxpo.rollout import SamplingOptions, generate
+from jaxpo.rollout import SamplingOptions, engine, generate
 from jaxpo.rollout.stopping import stop_table
 from jaxpo.tasks.tokenizers import CharTokenizer
 from tests.oracles import sampling as oracle
@@ -68,8 +68,7 @@ def run(
         budget=budget,
         responses=responses,
         policy_temperature=policy_temperature,
-        pad_id=PAD,
-        **dict(layout),
+        **{"pad_id": PAD, **dict(layout)},
     )
 
 
@@ -308,8 +307,8 @@ def test_padding_of_the_prompts_does_not_matter():
 def test_eight_devices_sample_what_one_samples(scan_layers):
     mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
     placed = jax.device_put(params(), shardings(params(), mesh))
-    layout = (("mesh", mesh), ("scan_layers", scan_layers))
-    out = run(placed, *rows_over_mesh((prompts(), LENGTH), mesh), 9, ANY, layout=layout)
+    layout, model = (("scan_layers", scan_layers),), MODEL._replace(mesh=mesh)
+    out = run(placed, *rows_over_mesh((prompts(), LENGTH), mesh), 9, ANY, layout=layout, model=model)
     one = sample_rows(9)
     assert len(out.tokens.sharding.device_set) == 8
     np.testing.assert_array_equal(out.tokens, one.tokens)
@@ -325,6 +324,25 @@ def test_scanned_layers_sample_what_unrolled_ones_do():
         unrolled = sample_rows(9, model=model)
         np.testing.assert_array_equal(scanned.tokens, unrolled.tokens)
         np.testing.assert_allclose(scanned.logp_beh, unrolled.logp_beh, atol=1e-6)
+
+
+@pytest.mark.parametrize("scan_layers", (False, True))
+@pytest.mark.parametrize("fields", ({}, dict(window=3, attention_softcap=2.0)), ids=["plain", "window"])
+def test_a_long_cache_is_read_in_parts(scan_layers, fields, monkeypatch):
+    """As far as it is filled; what does not divide into parts is padded. A window leaves whole parts behind it."""
+    model, layout = build(dataclasses.replace(CONFIG, **fields)), (("scan_layers", scan_layers), ("pad_id", 2))
+    whole = sample_rows(9, model=model)
+    monkeypatch.setattr(engine, "POSITIONS_AT_ONCE", 2)
+    in_parts = sample_rows(9, model=model, layout=layout)  # another pad id: compiled anew
+    np.testing.assert_array_equal(in_parts.mask, whole.mask)
+    np.testing.assert_array_equal(in_parts.completions, np.where(whole.mask > 0, whole.completions, 2))
+    np.testing.assert_allclose(in_parts.logp_beh, whole.logp_beh, atol=1e-6)
+
+
+def test_trips_of_the_loops():
+    assert engine.decode_trips(1) == (1,) and engine.decode_trips(1025) == (1024,)
+    assert engine.decode_trips(1026) == (1025, 1026 / 1025)
+    assert engine.decode_trips(8193) == (8192, 4.5)
 
 
 def test_a_budget_cuts_the_rows_of_each_prompt():

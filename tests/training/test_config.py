@@ -301,7 +301,7 @@ def test_config_files(tmp_path):
         (
             ["--config.warm_start.batch=12"],
             8,
-            r"config.warm_start.batch 12 does not divide into .*mesh.data \* mesh.fsdp = 8",
+            r"config.warm_start.batch 12 does not divide into .*mesh.data \* mesh.fsdp \* mesh.expert = 8",
         ),
         (["--config.mesh.data=3"], 8, "mesh .*'data': 3.* does not fit 8 devices"),
         (["--config.mesh.fsdp=-1"], 8, "only one axis of the mesh may be -1"),
@@ -316,6 +316,17 @@ def test_config_files(tmp_path):
             ["--config.mesh.tensor=2", "--config.policy.kv_heads=1"],
             2,
             "config.mesh.tensor 2 does not divide config.policy.kv_heads 1",
+        ),
+        (
+            ["--config.mesh.context=4", "--config.rollout.prompts=12"],
+            8,
+            r"config.rollout.prompts 12 does not divide over .* \* mesh.context = 8: choose 16, or a smaller axis",
+        ),
+        (["--config.mesh.expert=2"], 2, "config.mesh.expert 2 has no effect: config.policy has no experts"),
+        (
+            ["--config.mesh.expert=4", "--config.policy.experts=6", "--config.policy.experts_per_token=2"],
+            4,
+            "config.mesh.expert 4 does not divide config.policy.experts 6: choose one of 1, 2, 3, 6",
         ),
     ),
 )

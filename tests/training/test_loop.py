@@ -133,7 +133,7 @@ def test_what_a_run_says(finished):
         "train/size",
         "test/unseen_share 1",
         "objective grpo",
-        "mesh data 1 x fsdp 1 x tensor 1",
+        "mesh data 1 x fsdp 1 x expert 1 x context 1 x tensor 1",
         "step 4/4",
         "before and after 4 iterations",
         "greedy",

@@ -45,20 +45,17 @@ def dpo(tmp_path_factory):
     return run(tmp_path_factory.mktemp("dpo"), DPO)
 
 
-def resumed(finished, directory, step):
+def resumed(finished, changes, directory, step):
     """The run again from its checkpoint ``step``: as it would be had it been killed after that."""
     shutil.copytree(finished.path, directory / "run")
     for later in finished_steps(directory / "run" / "checkpoints"):
         if later > step:
             shutil.rmtree(directory / "run" / "checkpoints" / str(later))
-    config = tiny.config()
-    with config.unlocked():
-        config.update(json.loads((finished.path / "config.json").read_text()))
-    return tiny.run(config, directory / "run", resume=True)
+    return run(directory, changes, resume=True)
 
 
-def assert_resumed_alike(finished, directory, step):
-    again = resumed(finished, directory, step)
+def assert_resumed_alike(finished, changes, directory, step):
+    again = resumed(finished, changes, directory, step)
     assert f"resumed at iteration {step}" in again.printed
     tiny.assert_same_params(again.result.params, finished.result.params)
     assert tiny.trained(again.path) == tiny.trained(finished.path)
@@ -99,7 +96,7 @@ def test_held_out_pairs(dpo):
 
 
 def test_resuming_goes_on_in_the_same_epoch(dpo, tmp_path):
-    assert_resumed_alike(dpo, tmp_path, 1)
+    assert_resumed_alike(dpo, DPO, tmp_path, 1)
 
 
 def test_two_minibatches_are_two_steps_on_other_pairs(dpo):
@@ -188,9 +185,10 @@ MOVING = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MOVING)
 def test_resuming_to_the_bit(name, tmp_path):
-    done = run(tmp_path / "whole", {"task.partial_credit": True, **MOVING[name]})
+    changes = {"task.partial_credit": True, **MOVING[name]}
+    done = run(tmp_path / "whole", changes)
     assert "AGAIN" not in done.printed
-    assert_resumed_alike(done, tmp_path / "again", 1)
+    assert_resumed_alike(done, changes, tmp_path / "again", 1)
 
 
 @pytest.mark.slow
