@@ -210,10 +210,11 @@ def test_the_start_is_kept_in_the_checkpoint(dpo):
     assert found.step == 4 and run.tables[START].shape == (5, 2) and (run.tables[START] < 0).all()
 
 
-@pytest.mark.parametrize("name", ("dpo_reasoning_gym", "online_dpo_reasoning_gym", "nash_md_reasoning_gym"))
+@pytest.mark.parametrize(
+    "name", ("dpo_reasoning_gym", "online_dpo_reasoning_gym", "nash_md_reasoning_gym", "reward_reasoning_gym")
+)
 def test_the_configs_that_are_offered_can_run(name):
     config, _ = parse([f"--config={tiny.ROOT / 'configs' / name}.py"])
     validate(config, 1)
-    assert protocol_name(config, objective_of(config)) == {"dpo": "preference_data", "online": "judged"}.get(
-        name.split("_")[0], "nash_md"
-    )
+    expected = {"dpo": "preference_data", "online": "judged", "nash": "nash_md", "reward": "preference_data"}
+    assert protocol_name(config, objective_of(config)) == expected[name.split("_")[0]]
