@@ -108,6 +108,11 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
     """
     config_lib.validate(config, mesh.size)
     objective, protocol = config_lib.objective_of(config), config_lib.protocol_of(config)
+    if protocol.rows:
+        raise ValueError(
+            f"protocol {config_lib.protocol_name(config, objective)!r} makes rows of preferences, which are not "
+            "planned yet: plan the same policy and mesh with an objective of rewards"
+        )
     model = transformer.build(config_lib.transformer_of(config, data.vocab_size or 1), several(mesh))
     key = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=replicated(mesh))
     rows = NamedSharding(mesh, PartitionSpec(ROWS))
