@@ -38,6 +38,7 @@ HELP = dict(
     max_new_tokens="generation budget; 0 = the longest right answer and two more",
     width="of the policy",
     layers="of the policy",
+    flipped="share of preference pairs with the wrong label, for objectives of pairs",
 )
 
 

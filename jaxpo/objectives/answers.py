@@ -69,7 +69,7 @@ def seppo(beta: float = 0.1, flip: bool = True) -> Objective:
         return beta * (w - sign * s)
 
     value = unit_term("preference", lambda units, state: preferences.logistic(margin(units)))
-    return unit_objective([value], margin=margin, needs=("logp_ref",))
+    return unit_objective([value], margin=margin, needs=("logp_ref",), protocol="seppo")
 
 
 @register(source="RDPO, arXiv:2407.14477; reds-lab/preference-learning-with-rationales")

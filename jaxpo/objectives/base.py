@@ -78,8 +78,10 @@ class Protocol(NamedTuple):
     sampler(options, state) -> SamplingOptions: the configured ones, changed by what the objective remembers.
     check(config): ``ValueError`` for a config that it cannot run with, before anything is compiled.
     provides: fields of the batch that it adds. compiles: shapes, beyond those of every run, that it calls compiled
-    functions with, by function. stale: its batches hold rows of earlier policies too, so ``logp_old`` is always scored
-    and never taken for what the current policy says.
+    functions with, by function. rows: (objective, responses) -> rows that it makes of a prompt; None = the responses.
+    keeps: frozen companions that it has besides those that the objective needs, or whose update it has a say in, with
+    the options of `jaxpo.training.companions`. stale: its batches hold rows of earlier policies too, so ``logp_old`` is
+    always scored and never taken for what the current policy says.
     """
 
     collect: Callable[[Any, Any, Array], tuple[Any, Rollouts]]
@@ -91,6 +93,8 @@ class Protocol(NamedTuple):
     check: Callable[[Any], None] | None = None
     provides: frozenset[str] = frozenset()
     compiles: Mapping[str, int] = NONE
+    rows: Callable[[Objective, int], int] | None = None
+    keeps: Mapping[str, Mapping[str, Any]] = NONE
     stale: bool = False
 
 

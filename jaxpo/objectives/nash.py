@@ -2,6 +2,7 @@
 the policy and judged preferences. Who samples the opponent is the protocol's business, not the loss's."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jax import Array, lax
 
@@ -28,6 +29,11 @@ def online_ipo(tau: float = 1.0, form: str = "square") -> Objective:
     Args:
       form: "expanded", as the paper implements it: ``p (-h0 + tau h^2) + (1 - p) (h0 + tau h^2)``, tau times the
         gradient, h0 = logp_w - logp_l."""
+    return soft_ipo(tau, form, protocol="judged", protocol_options={"pairs": "random"})
+
+
+def soft_ipo(tau: float, form: str, **options: Any) -> Objective:
+    """The loss of `online_ipo`; ``options`` as of `from_terms`."""
     positive("tau", tau)
     choice("form", form, ("square", "expanded"))
 
@@ -37,26 +43,29 @@ def online_ipo(tau: float = 1.0, form: str = "square") -> Objective:
             return preferences.soft_squared(h, p, tau)
         return preferences.soft_expanded(h, units.logp("chosen") - units.logp("rejected"), p, tau)
 
-    return preference(link, needs=("pref_prob",))
+    return preference(link, needs=("pref_prob",), **options)
 
 
 @register(source="IPO-MD, arXiv:2403.08635")
-def ipo_md(tau: float = 1.0) -> Objective:
+def ipo_md(tau: float = 1.0, beta: float = 0.125) -> Objective:
     """IPO with mirror-descent sampling: the expanded loss of `online_ipo`, of the policy's own log-probs of pairs that
     were sampled from the geometric mixture with the reference (`jaxpo.primitives.preferences.geometric_mixture`).
 
-    Shapes: as of `online_ipo`; logp [B, T]. The mixture's coefficient (0.125) belongs to the sampler."""
-    return online_ipo(tau, "expanded")
+    Shapes: as of `online_ipo`; logp [B, T].
+
+    Args:
+      beta: the reference's exponent in the mixture, of the protocol."""
+    return soft_ipo(tau, "expanded", protocol="ipo_md", protocol_options={"beta": beta})
 
 
 OfRows = Callable[[TokenStats, Rollouts], Array]  # [B]
 
 
 def against_opponent(
-    *, pull: OfRows | None = None, penalty: OfRows | None = None, needs: Sequence[str] = ()
+    *, pull: OfRows | None = None, penalty: OfRows | None = None, needs: Sequence[str] = (), **options: Any
 ) -> Objective:
     """``-mean_b sg(pref_opp - 1/2 - pull) sum_t logp + mean_b penalty``: the policy gradient of winning against an
-    opponent; only the policy's own samples get a gradient."""
+    opponent; only the policy's own samples get a gradient. ``options`` as of `from_terms`."""
 
     def value(stats: TokenStats, batch: Rollouts, state: State) -> Array:
         gain = promote(batch.get("pref_opp")) - 0.5
@@ -64,36 +73,45 @@ def against_opponent(
         loss = -lax.stop_gradient(gain) * stats.logp.sum(-1)
         return loss + penalty(stats, batch) if penalty else loss
 
-    return from_terms([Term("policy", value, aggregation.unit_mean, per="row")], needs=("pref_opp", "logp_ref", *needs))
+    term = Term("policy", value, aggregation.unit_mean, per="row")
+    return from_terms([term], needs=("pref_opp", "logp_ref", *needs), **options)
 
 
 @register(source="Nash-MD-PG, arXiv:2312.00886; TRL NashMDTrainer")
-def nash_md(tau: float = 0.008, kl: str = "sequence") -> Objective:
+def nash_md(tau: float = 0.008, kl: str = "sequence", mixture: float = 0.125) -> Objective:
     """Policy gradient against the geometric mixture of policy and reference: ``-sg(pref_opp - 1/2 - tau D) sum_t
     logp``, ``D = sum_t (logp - logp_ref)``, a mean over responses y; the opponent's y' gets no gradient.
 
-    Shapes: logp, logp_ref [B, T], pref_opp [B] = P(y beats its opponent's y') in [0, 1]. The mixture's coefficient
-      (0.125) belongs to the sampler.
+    Shapes: logp, logp_ref [B, T], pref_opp [B] = P(y beats its opponent's y') in [0, 1].
 
     Args:
-      kl: "token" (TRL): ``-(pref_opp - 1/2) sum_t logp + tau sum_t sg(logp - logp_ref) logp``."""
+      kl: "token" (TRL): ``-(pref_opp - 1/2) sum_t logp + tau sum_t sg(logp - logp_ref) logp``.
+      mixture: the reference's exponent in the mixture, of the protocol."""
+    return self_play(tau, kl, protocol="nash_md", protocol_options={"mixture": mixture})
+
+
+def self_play(tau: float, kl: str, **options: Any) -> Objective:
+    """The loss of `nash_md`, whoever the opponent is; ``options`` as of `from_terms`."""
     choice("kl", kl, ("sequence", "token"))
     if kl == "sequence":
-        return against_opponent(pull=lambda stats, batch: tau * log_ratios(stats, batch, "ref").sum(-1))
+        return against_opponent(pull=lambda stats, batch: tau * log_ratios(stats, batch, "ref").sum(-1), **options)
 
     def penalty(stats: TokenStats, batch: Rollouts) -> Array:
         return tau * (lax.stop_gradient(log_ratios(stats, batch, "ref")) * stats.logp).sum(-1)
 
-    return against_opponent(penalty=penalty)
+    return against_opponent(penalty=penalty, **options)
 
 
 @register(source="Nash-EMA-PG, arXiv:2312.00886")
-def nash_ema(tau: float = 0.008, kl: str = "sequence") -> Objective:
-    """The loss of `nash_md` against samples of an average of past weights, ``theta_bar <- (1 - b) theta + b theta_bar``
-    (b = 0.999, of the protocol).
+def nash_ema(tau: float = 0.008, kl: str = "sequence", b: float = 0.999) -> Objective:
+    """The loss of `nash_md` against samples of an average of past weights, ``theta_bar <- (1 - b) theta + b
+    theta_bar``.
 
-    Shapes: as of `nash_md`; logp, logp_ref [B, T], pref_opp [B]."""
-    return nash_md(tau, kl)
+    Shapes: as of `nash_md`; logp, logp_ref [B, T], pref_opp [B].
+
+    Args:
+      b: of the average, of the protocol; it moves after every iteration."""
+    return self_play(tau, kl, protocol="nash_ema", protocol_options={"b": b})
 
 
 @register(source="Nash Mirror Prox, arXiv:2505.19731 (the practical loop is reconstructed from the paper's text)")
@@ -113,7 +131,7 @@ def nash_mp(beta: float = 0.1, eta: float | None = None) -> Objective:
         center = (stats.logp - batch.logp_old).sum(-1)
         return beta * log_ratios(stats, batch, "ref").sum(-1) + beta / eta * center
 
-    return against_opponent(pull=pull, needs=("logp_old",))
+    return against_opponent(pull=pull, needs=("logp_old",), protocol="nash_mp")
 
 
 @register(source="EGPO, arXiv:2503.08942; zhourunlong/EGPO")
@@ -130,7 +148,7 @@ def egpo(beta: float = 0.1, normalize: bool = True) -> Objective:
     def link(u: Array, units: Units) -> Array:
         return preferences.squared(u, (units.get("win", "chosen") - units.get("win", "rejected")) / beta)
 
-    return preference(link, normalize_length=normalize, needs=("win",))
+    return preference(link, normalize_length=normalize, needs=("win",), protocol="egpo")
 
 
 @register(source="INPO, arXiv:2407.00617")

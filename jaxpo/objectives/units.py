@@ -93,12 +93,15 @@ def unit_objective(
     **options: Any,
 ) -> Objective:
     """`from_terms` with what every objective of pairs reports: the share of pairs whose ``margin`` [N] is above 0, its
-    mean, and the log-prob of each role's answers."""
+    mean, and the log-prob of each role's answers and, with a reference, how far that has drifted from it."""
 
     def report(stats: TokenStats, batch: Rollouts, state: State) -> Metrics:
         z, count = margin(Units(stats, batch)), batch.unit(promote(batch.count))[:, 0]
         row, rows = stats.logp.sum(-1), promote(batch.count)
         by_role = {f"logp/{r}": Mean.of(row, rows * (batch.role == role_id(r))) for r in dict.fromkeys(layout)}
+        if "ref" in batch.slots:
+            moved = log_ratios(stats, batch, "ref").sum(-1)
+            by_role |= {f"drift/{r}": Mean.of(moved, rows * (batch.role == role_id(r))) for r in dict.fromkeys(layout)}
         return {"preference/accuracy": Mean.of(z > 0, count), "preference/margin": Mean.of(z, count), **by_role}
 
     return from_terms(terms, metrics=report, needs={"role", *needs}, layout=layout, **options)

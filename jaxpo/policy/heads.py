@@ -1,29 +1,44 @@
-"""Linear heads on the final hidden state besides that of the vocabulary: a value of each position, a score of a row."""
+"""Linear heads on the final hidden state besides that of the vocabulary: a value of each position, a score and an
+embedding of a row, the gate of its prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 Params = Any
-NAMES = ("value", "score")
+NAMES = ("value", "score", "embed", "gate")
+AFTER_ALL = ("score", "embed")  # they read the state after the last token
 
 
-def init(width: int, names: Sequence[str]) -> Params:
-    """``{"heads": {name: {"weight": [D], "bias": []}}}``, zero: a new head says 0 of everything. {} without names."""
-    heads = {name: {"weight": jnp.zeros(width, jnp.float32), "bias": jnp.zeros((), jnp.float32)} for name in names}
+def init(width: int, shapes: Mapping[str, tuple[int, ...]], key: Array) -> Params:
+    """``{"heads": {name: {"weight": [D, ...], "bias": [...]}}}`` of the given shapes: () for a number, (n,) for a
+    vector. {} without any.
+
+    Zero, so that a new head says 0 of everything; but for the weights of ``embed``, random with variance 1/D: an
+    embedding of 0 has no direction, and a product of two of them no gradient."""
+
+    def one(name: str, shape: tuple[int, ...]) -> Params:
+        zero = jnp.zeros((width, *shape), jnp.float32)
+        weight = jax.random.normal(key, zero.shape) / width**0.5 if name == "embed" else zero
+        return {"weight": weight, "bias": jnp.zeros(shape, jnp.float32)}
+
+    heads = {name: one(name, shape) for name, shape in shapes.items()}
     return {"heads": heads} if heads else {}
 
 
 def apply(params: Params, name: str, hidden: Array) -> Array:
-    """``hidden w + b`` of hidden [..., D], in float32 (at least).
+    """``hidden w + b`` [..., *shape] of hidden [..., D], in float32 (at least).
 
     Raises:
       ValueError: the parameters have no such head.
     """
     if name not in params.get("heads", {}):
-        raise ValueError(f"the policy's parameters have no {name} head: add heads.init(width, [{name!r}]) to them")
+        raise ValueError(
+            f"the policy's parameters have no {name} head: add heads.init(width, {{{name!r}: shape}}, key) to them"
+        )
     head, dtype = params["heads"][name], jnp.promote_types(hidden.dtype, jnp.float32)
     return hidden.astype(dtype) @ head["weight"].astype(dtype) + head["bias"]
 

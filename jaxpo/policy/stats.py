@@ -99,7 +99,8 @@ def token_stats(
 
     Args:
       wants: what to compute besides logp: of ``AVAILABLE`` and the names in ``derived``; "value" [B, T], of the text
-        before each token, and "score" [B], of the text up to and with the last token, if the parameters have that head.
+        before each token, "score" [B] and "embed" [B, n], of the text up to and with the last token, and "gate" [B, k],
+        of the prompt, if the parameters have that head.
       derived: name -> function of (logits [n, V], tokens [n]); those in ``wants`` are computed for a few tokens at
         a time,
         and again in the backward pass.
@@ -118,12 +119,12 @@ def token_stats(
         if name not in AVAILABLE and name not in derived and name not in heads.NAMES:
             raise ValueError(unknown("policy statistic", name, (*AVAILABLE, *derived, *heads.NAMES)))
     if bins:
-        if "score" in wants:
-            raise ValueError("a packed batch has no 'score' of its rows: set config.training.packing to False")
+        if of_rows := sorted(wants & set(heads.AFTER_ALL)):
+            raise ValueError(f"a packed batch has no {of_rows[0]!r} of its rows: set config.training.packing to False")
         hidden, tokens, as_rows = packed_hidden(model, params, batch, bins, mesh)
         own = {"value": as_rows(heads.apply(params, "value", hidden))} if "value" in wants else {}
     else:
-        hidden = completion_hidden(model, params, batch, mesh, read_last="score" in wants)
+        hidden = completion_hidden(model, params, batch, mesh, read_last=not wants.isdisjoint(heads.AFTER_ALL))
         own = head_stats(params, hidden, batch, wants)
         parts = 1 if mesh is None else mesh.shape[POSITIONS]
         hidden = hidden[:, : -(-batch.width // parts) * parts]
@@ -151,13 +152,16 @@ def token_stats(
 
 
 def head_stats(params: Params, hidden: Array, batch: Rollouts, wants: frozenset[str]) -> dict[str, Array]:
-    """What heads of their own say of hidden states [B, T, D] (value) or [B, T + 1, D] (score)."""
+    """What heads of their own say of hidden states [B, T, D], or [B, T + 1, D] for those of the whole text; position t
+    holds the text before token t."""
     own = {}
     if "value" in wants:
         own["value"] = heads.apply(params, "value", hidden[:, : batch.width])
-    if "score" in wants:
-        after = 1 + heads.last(batch.mask)  # position t holds the text before token t
-        own["score"] = heads.apply(params, "score", hidden[jnp.arange(batch.rows), after])
+    if "gate" in wants:
+        own["gate"] = heads.apply(params, "gate", hidden[:, 0])
+    if asked := wants.intersection(heads.AFTER_ALL):
+        whole = hidden[jnp.arange(batch.rows), 1 + heads.last(batch.mask)]
+        own |= {name: heads.apply(params, name, whole) for name in asked}
     return own
 
 

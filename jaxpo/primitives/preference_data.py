@@ -100,7 +100,7 @@ def true_utility(choice: Array, satisfies: Array, cost: Array) -> Array:
 
     Args:
       choice: [B] index of an option. satisfies: [B, O]. cost: [B, O], positive."""
-    at = jnp.maximum(choice, 0)[:, None]
+    at = jnp.maximum(choice, 0).astype(jnp.int32)[:, None]
     met = jnp.take_along_axis(satisfies > 0, at, 1)[:, 0]
     paid = jnp.take_along_axis(promote(cost), at, 1)[:, 0]
     lowest = jnp.min(jnp.where(satisfies > 0, promote(cost), jnp.inf), 1)

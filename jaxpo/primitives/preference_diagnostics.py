@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxpo.primitives.numerics import promote
+from jaxpo.primitives.numerics import promote, ratio_or_zero
 
 
 def ranking_accuracy(logp_w: Array, logp_l: Array) -> Array:
@@ -44,3 +44,31 @@ def reverse_kl_gradient(logits: Array, target_logits: Array) -> Array:
     (on-policy RL, and losses with a negative gradient)."""
     p, c = jax.nn.softmax(logits), jax.nn.log_softmax(logits) - jax.nn.log_softmax(target_logits)
     return p * (c - jnp.sum(p * c, -1, keepdims=True))
+
+
+# ---- calibration: how far stated probabilities are to be trusted --------------------------------------------------
+
+
+def confident(p: Array, outcome: Array) -> tuple[Array, Array]:
+    """[N] ``max(p, 1 - p)``, and the probability that the side it takes is right: of stated probabilities ``p`` that
+    the first answer wins, and ``outcome`` in [0, 1], the share of judges who say so (1 for a label). Who says 1/2 is
+    half right, as a coin is."""
+    p, outcome = promote(p), promote(outcome)
+    right = jnp.where(p > 0.5, outcome, 1 - outcome)
+    return jnp.maximum(p, 1 - p), jnp.where(p == 0.5, 0.5, right)
+
+
+def reliability(confidence: Array, right: Array, bins: int = 10, low: float = 0.5) -> tuple[Array, Array, Array]:
+    """[bins] mean confidence, accuracy and share of those whose confidence [N] lies in each of equal bins from ``low``
+    to 1; 0 in empty ones."""
+    place = jnp.clip(jnp.floor((confidence - low) / (1 - low) * bins), 0, bins - 1)
+    of_bin = promote(place[:, None] == jnp.arange(bins))
+    count = of_bin.sum(0)
+    means = [ratio_or_zero((x[:, None] * of_bin).sum(0), count) for x in (confidence, right)]
+    return *means, count / max(len(place), 1)
+
+
+def expected_calibration_error(confidence: Array, right: Array, bins: int = 10, low: float = 0.5) -> Array:
+    """``sum_bins share |accuracy - mean confidence|`` (Guo et al., arXiv:1706.04599)."""
+    stated, accuracy, share = reliability(confidence, right, bins, low)
+    return jnp.sum(share * jnp.abs(accuracy - stated))

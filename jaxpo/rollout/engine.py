@@ -18,7 +18,8 @@ from jaxpo.parallel import TOKENS, constrain
 from jaxpo.policy.attention import narrowed, prompt_attend, prompt_mask
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.transformer import Attend, Model, Params, softcap
-from jaxpo.rollout.sampling import SamplingOptions, sample
+from jaxpo.primitives.preferences import geometric_mixture
+from jaxpo.rollout.sampling import SamplingOptions, log_prob, sample
 
 POSITIONS_AT_ONCE = 1024  # of a row's cache, when it is read
 
@@ -175,6 +176,8 @@ def generate(
     policy_temperature: float = 1.0,
     pad_id: int = 0,
     scan_layers: bool = False,
+    partner: Params | None = None,
+    share: Array | float | None = None,
 ) -> Rollouts:
     """Sample ``responses`` completions of each prompt; jit it with ``options`` as an ordinary argument.
 
@@ -185,6 +188,9 @@ def generate(
       policy_temperature: the temperature at which the trainer scores.
       scan_layers: one compiled layer for all: a deep model compiles in a minute and not in many, and reads its cache
         through a slice of a larger buffer.
+      partner, share: parameters of a second policy of the same model, and its exponent: every token is drawn from
+        ``params^(1 - share) partner^share``, normalised (Nash-MD, arXiv:2312.00886). ``logp_sampler`` is still of
+        ``params`` alone.
 
     On ``model.mesh`` (None = the partitioner decides) rows are spread over all axes but "tensor", over which heads are:
     a token at a time has no use for an axis of positions.
@@ -200,8 +206,12 @@ def generate(
     b, width, mesh = g * responses, options.max_new_tokens, model.mesh
     if mesh is not None:
         prompts, prompt_length, budget = constrain((prompts, prompt_length, budget), mesh, TOKENS)
-    hidden, prompt_cache, ok = prefill(model, params, prompts, prompt_length, scan_layers=scan_layers)
-    layers = model.layers(params) if scan_layers else [model.layer(params, i) for i in range(model.config.layers)]
+    nets = [params] if partner is None else [params, partner]
+    filled = [prefill(model, net, prompts, prompt_length, scan_layers=scan_layers) for net in nets]
+    ok = filled[0][2]
+    layers = [
+        model.layers(net) if scan_layers else [model.layer(net, i) for i in range(model.config.layers)] for net in nets
+    ]
     uniform = jax.random.uniform(key, (width, b))
     start = jnp.repeat(ok.sum(-1), responses)
     eos = jnp.asarray(options.eos_ids, jnp.int32)
@@ -212,10 +222,13 @@ def generate(
         """[B] rows that get a token at position ``t``."""
         return ~state["done"] if limit is None else ~state["done"] & (t < limit)
 
-    def draw(t: Array, hidden: Array, state: dict[str, Any]) -> dict[str, Any]:
+    def draw(t: Array, hidden: list[Array], state: dict[str, Any]) -> dict[str, Any]:
         """Sample position ``t`` of the rows that have not ended, and record it."""
         u = jax.lax.dynamic_index_in_dim(uniform, t, keepdims=False)
-        token, logp, plain = sample(model.logits(params, hidden), u, options, policy_temperature=policy_temperature)
+        own, *others = (model.logits(net, h) for net, h in zip(nets, hidden, strict=True))
+        logits = geometric_mixture(own, *others, share) if others else own
+        token, logp, plain = sample(logits, u, options, policy_temperature=policy_temperature)
+        plain = log_prob(own / policy_temperature, token) if others else plain
         alive = running(t, state)
         token = jnp.where(alive, token, pad_id).astype(jnp.int32)
         new = dict(
@@ -231,13 +244,17 @@ def generate(
             done |= record["stop"] == last_state
         return {**state, **record, "done": done}
 
-    def step(carry: tuple[Array, dict[str, Any], Cache]) -> tuple[Array, dict[str, Any], Cache]:
-        t, state, cache = carry
-        x = model.embed(params, jax.lax.dynamic_index_in_dim(state["tokens"], t - 1, keepdims=False))
-        if mesh is not None:
-            x = constrain(x, mesh, TOKENS)
-        x, cache = decode(model, layers, x, start + t - 1, prompt_cache, cache, ok, t - 1)
-        return t + 1, draw(t, model.final(params, x), state), cache
+    def step(carry: tuple[Array, dict[str, Any], list[Cache]]) -> tuple[Array, dict[str, Any], list[Cache]]:
+        t, state, caches = carry
+        last, hidden, kept = jax.lax.dynamic_index_in_dim(state["tokens"], t - 1, keepdims=False), [], []
+        for net, layer, (_, of_prompt, _), cache in zip(nets, layers, filled, caches, strict=True):
+            x = model.embed(net, last)
+            if mesh is not None:
+                x = constrain(x, mesh, TOKENS)
+            x, cache = decode(model, layer, x, start + t - 1, of_prompt, cache, ok, t - 1)
+            hidden.append(model.final(net, x))
+            kept.append(cache)
+        return t + 1, draw(t, hidden, state), kept
 
     state: dict[str, Any] = dict(
         tokens=jnp.full((width, b), pad_id, jnp.int32),
@@ -245,12 +262,12 @@ def generate(
         logp=jnp.zeros((width, b)),
         done=jnp.zeros(b, bool),
     )
-    if not (options.plain and policy_temperature == 1):
+    if not (options.plain and policy_temperature == 1 and partner is None):
         state["plain"] = jnp.zeros((width, b))
     if last_state is not None:
         state["stop"] = jnp.zeros(b, jnp.int32)
-    state = draw(jnp.int32(0), jnp.repeat(hidden, responses, 0), state)
-    cache = empty_cache(prompt_cache, b, max(width - 1, 1), mesh)
+    state = draw(jnp.int32(0), [jnp.repeat(hidden, responses, 0) for hidden, _, _ in filled], state)
+    cache = [empty_cache(of_prompt, b, max(width - 1, 1), mesh) for _, of_prompt, _ in filled]
     _, state, _ = jax.lax.while_loop(
         lambda c: (c[0] < width) & jnp.any(running(c[0], c[1])), step, (jnp.int32(1), state, cache)
     )

@@ -149,7 +149,8 @@ def inverse_cdf(weight: Array, total: Array, u: Array, *, block: int = 256) -> A
     return jnp.minimum(token, v - 1)  # NaN logits: a token all the same, whose log-prob says what happened
 
 
-def _log_prob(z: Array, token: Array) -> Array:
+def log_prob(z: Array, token: Array) -> Array:
+    """[B] log-prob of a token of each row under logits [B, V]."""
     return jnp.take_along_axis(z, token[:, None], 1)[:, 0] - jax.nn.logsumexp(z, axis=-1)
 
 
@@ -168,7 +169,7 @@ def sample(
     """
     if options.greedy:
         token = jnp.argmax(logits, -1)
-        return token, jnp.zeros(token.shape, logits.dtype), _log_prob(logits / policy_temperature, token)
+        return token, jnp.zeros(token.shape, logits.dtype), log_prob(logits / policy_temperature, token)
     temperature = options.temperature if options.adaptive is None else options.adaptive(logits)[:, None]
     z = truncate(logits / temperature, options)
     top = z.max(-1, keepdims=True)
@@ -178,4 +179,4 @@ def sample(
     logp = jnp.take_along_axis(z - top, token[:, None], 1)[:, 0] - jnp.log(total)
     if options.plain and policy_temperature == 1:
         return token, logp, logp
-    return token, logp, _log_prob(logits / policy_temperature, token)
+    return token, logp, log_prob(logits / policy_temperature, token)

@@ -42,7 +42,8 @@ class Task:
     Attributes:
       name: for logs.
       train, test: the examples; no question of ``test`` occurs in ``train``.
-      score: examples and the decoded completions, one each, to one ``Score`` each, in order.
+      score: examples and the decoded completions, one each, to one ``Score`` each, in order; ``None`` when nothing
+        verifies answers.
       demonstrate: a correct completion of an example; ``None`` when the task has no answers.
       report: what was found while building, as metrics (``train/size``, ``train/removed``, ``test/unseen_share``, ...).
     """
@@ -50,7 +51,7 @@ class Task:
     name: str
     train: Sequence[Example]
     test: Sequence[Example]
-    score: Callable[[Sequence[Example], Sequence[str]], list[Score]]
+    score: Callable[[Sequence[Example], Sequence[str]], list[Score]] | None
     demonstrate: Callable[[Example], str] | None
     report: Mapping[str, float]
 

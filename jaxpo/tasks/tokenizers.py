@@ -17,6 +17,24 @@ from typing import Any, Protocol
 from jaxpo.policy import gguf
 from jaxpo.registry import unknown
 
+Question = str | Sequence[Mapping[str, str]]  # a text, or messages {"role", "content"}
+
+
+def question_of(question: Question) -> str:
+    """The text of a question without a chat template: its own, or that of a single message of the user.
+
+    Raises:
+      ValueError: several messages, or another role's.
+    """
+    if isinstance(question, str):
+        return question
+    if [m["role"] for m in question] != ["user"]:
+        raise ValueError(
+            f"a conversation ({', '.join(m['role'] for m in question)}) needs a chat template: set "
+            "config.tokenizer.name to pretrained and config.tokenizer.chat_template to True"
+        )
+    return question[0]["content"]
+
 
 class Tokenizer(Protocol):
     """What the rest of jaxpo asks of a tokenizer.
@@ -40,8 +58,8 @@ class Tokenizer(Protocol):
     def token_bytes(self) -> list[bytes]:
         """For every id the bytes it appends to a text; ``b""`` for special ones."""
 
-    def render(self, question: str) -> str:
-        """The prompt that asks a question."""
+    def render(self, question: Question) -> str:
+        """The prompt that asks a question; ``ValueError`` for messages that it has no template for."""
 
     def to_json(self) -> dict[str, Any]:
         """Enough for ``from_json`` to rebuild the tokenizer."""
@@ -75,9 +93,9 @@ class _Symbols:
     def token_bytes(self) -> list[bytes]:
         return [text.encode() for text in self._text]
 
-    def render(self, question: str) -> str:
+    def render(self, question: Question) -> str:
         """The question and the separator, which tells the policy where the question ends."""
-        return question + self.separator
+        return question_of(question) + self.separator
 
 
 class CharTokenizer(_Symbols):
@@ -172,11 +190,11 @@ class PretrainedTokenizer:
                 table[i] = added[i].encode() if i in added else to_bytes(token)
         return table
 
-    def render(self, question: str) -> str:
+    def render(self, question: Question) -> str:
         if self.chat_template:
-            return self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-            )
+            messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        question = question_of(question)
         bos = self._tokenizer.bos_token_id
         prefix = self._tokenizer.bos_token if bos is not None and self._tokenizer.encode("a")[0] == bos else ""
         return f"{prefix}{question}\n"

@@ -229,6 +229,10 @@ def preference_extras(b: int) -> dict[str, np.ndarray]:
         "num_words": rng.integers(1, 9, b),
         "num_tri": np.resize([4, 0, 6], b),
         "uniq_tri": np.resize([3, 0, 5], b),
+        "likert": rng.integers(1, 6, b),
+        "choice": rng.integers(-1, 3, b),
+        "satisfies": rng.integers(0, 2, (b, 3)),
+        "cost": rng.uniform(1, 3, (b, 3)),
     }
 
 

@@ -45,6 +45,7 @@ class Rules:
     warm_start: supervised steps before all, on ``warm_batch`` demonstrations each, of which a share ``drop_last`` lacks
       its last character: an imperfect demonstrator, as web data is.
     max_new_tokens: generation budget; 0 = the longest right answer and two more. width, layers: of the policy.
+    flipped: share of preference pairs whose label is wrong, for objectives of pairs.
     """
 
     task: str = "toy"
@@ -63,6 +64,7 @@ class Rules:
     max_new_tokens: int = 0
     width: int = 32
     layers: int = 2
+    flipped: float = 0.0
 
     def __post_init__(self):
         for f in fields(self):
@@ -71,8 +73,9 @@ class Rules:
                 raise ValueError(f"{f.name} must be at least {low}, not {getattr(self, f.name)}")
             if f.name.endswith("learning_rate") and not getattr(self, f.name) > 0:
                 raise ValueError(f"{f.name} must be positive, not {getattr(self, f.name)}")
-        if not 0 <= self.drop_last <= 1:
-            raise ValueError(f"drop_last is a share in [0, 1], not {self.drop_last}")
+        for name in ("drop_last", "flipped"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share in [0, 1], not {getattr(self, name)}")
         if self.prompts % self.minibatches:
             raise ValueError(f"minibatches {self.minibatches} does not divide prompts {self.prompts}")
 
@@ -220,12 +223,18 @@ def rated(where: Surroundings, sample: Callable[..., Rollouts], prompts: Prompts
 
 def judge(where: Surroundings, prompts: Prompts, batch: Rollouts) -> Rollouts:
     """The batch [..., B] with ``reward`` and ``correct`` by the task's verifier, on the host."""
-    shape, ids, mask = batch.mask.shape, np.asarray(batch.tokens), np.asarray(batch.mask) > 0
-    rows = zip(ids[..., -shape[-1] :].reshape(-1, shape[-1]), mask.reshape(-1, shape[-1]), strict=True)
-    texts = [where.tokenizer.decode(row[kept].tolist()) for row, kept in rows]
-    scores = where.task.score([prompts.examples[i] for i in np.asarray(batch.prompt).reshape(-1)], texts)
+    shape = batch.mask.shape
+    examples = [prompts.examples[i] for i in np.asarray(batch.prompt).reshape(-1)]
+    scores = where.task.score(examples, texts(where, batch))
     reward, correct = (np.array([getattr(s, k) for s in scores], np.float32) for k in ("reward", "correct"))
     return batch.replace(reward=reward.reshape(shape[:-1]), correct=correct.reshape(shape[:-1]))
+
+
+def texts(where: Surroundings, batch: Rollouts) -> list[str]:
+    """The completions of rows [..., B] as text."""
+    width, ids, mask = batch.mask.shape[-1], np.asarray(batch.tokens), np.asarray(batch.mask) > 0
+    rows = zip(ids[..., -width:].reshape(-1, width), mask.reshape(-1, width), strict=True)
+    return [where.tokenizer.decode(row[kept].tolist()) for row, kept in rows]
 
 
 def warm_start(where: Surroundings, rules: Rules) -> Params:

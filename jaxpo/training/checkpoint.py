@@ -10,7 +10,7 @@ With several processes (``jax.distributed``) all of them have to make every call
 import json
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -230,7 +230,12 @@ def restore(
 
 
 def restore_params(
-    directory: str, step: int | None = None, *, name: str = "params", shardings: Tree = None
+    directory: str,
+    step: int | None = None,
+    *,
+    name: str = "params",
+    shardings: Tree = None,
+    without: Collection[tuple[str, ...]] = (),
 ) -> tuple[dict, dict[str, Any]]:
     """The parameters of a checkpoint without a template: for evaluation.
 
@@ -239,6 +244,7 @@ def restore_params(
       step: which one; as of `restore`.
       name: the entry of the saved tree to read; nothing else is read.
       shardings: of its leaves, in a tree like it; None = on the default device.
+      without: beginnings of paths of leaves that are not read, ``("params", "heads", "score")``.
 
     Returns:
       A nested dict of arrays (lists come back as dicts with integer keys) and the position.
@@ -253,6 +259,8 @@ def restore_params(
     def load(folder: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
         content = _agreed(lambda: manifest.read(folder))
         leaves = {key: leaf for key, leaf in content["leaves"].items() if leaf["path"][:1] == [name]}
+        left_out = {key for key, leaf in leaves.items() if any(tuple(leaf["path"][: len(p)]) == p for p in without)}
+        leaves = {key: leaf for key, leaf in leaves.items() if key not in left_out}
         if not leaves:
             entries = {str(leaf["path"][0]) for leaf in content["leaves"].values() if leaf["path"]}
             raise KeyError(f"checkpoint {folder}: {unknown('entry', name, entries)}")
@@ -269,6 +277,19 @@ def restore_params(
             node = node.setdefault(entry, {})
         node[path[-1]] = value
     return tree[name], content["position"]
+
+
+def saved_paths(directory: str, step: int | None = None) -> set[tuple[str, ...]]:
+    """The paths of the leaves that a checkpoint holds, as ``("params", "heads", "score", "weight")``.
+
+    Raises:
+      FileNotFoundError, DamagedCheckpoint: as of `restore`."""
+
+    def load(folder: epath.Path) -> set[tuple[str, ...]]:
+        content = _agreed(lambda: manifest.read(folder))
+        return {tuple(map(str, leaf["path"])) for leaf in content["leaves"].values()}
+
+    return _first_whole(epath.Path(directory).absolute(), step, load, None)[0]
 
 
 # ---- which checkpoint

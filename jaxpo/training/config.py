@@ -28,8 +28,9 @@ from jaxpo.registry import unknown
 from jaxpo.rollout.sampling import SamplingOptions
 from jaxpo.rollout.sampling import validate as validate_sampling
 from jaxpo.tasks.base import task_arguments
+from jaxpo.tasks.preferences import set_arguments
 from jaxpo.training import protocols  # noqa: F401 (imported for its registrations)
-from jaxpo.training.needs import slots_of
+from jaxpo.training.needs import JUDGED, is_reward_model, slots_of
 from jaxpo.training.optimizers import make_optimizer, optimizer_arguments, schedule_arguments
 
 EMPTY = inspect.Parameter.empty
@@ -50,6 +51,21 @@ def tokenizer_arguments(name: str) -> Mapping[str, inspect.Parameter]:
 
         return inspect.signature(integers).parameters
     raise ValueError(unknown("tokenizer", name, ("characters", "integers", "pretrained")))
+
+
+def judge_arguments(name: str) -> Mapping[str, inspect.Parameter]:
+    """Arguments of a judge (`jaxpo.training.judges`): P(one beats another) is ``sig(scale (their scores' gap))``."""
+
+    def verifier(scale: float | None = None): ...  # None: the higher score wins
+
+    def function(path: str, scale: float | None = None): ...  # "module:function"
+
+    def model(path: str, scale: float | None = None): ...  # a run directory; None = 1
+
+    judges = {f.__name__: f for f in (verifier, function, model)}
+    if name not in judges:
+        raise ValueError(unknown("judge", name, judges))
+    return inspect.signature(judges[name]).parameters
 
 
 def policy_arguments(name: str) -> Mapping[str, inspect.Parameter]:
@@ -73,10 +89,17 @@ def policy_arguments(name: str) -> Mapping[str, inspect.Parameter]:
     raise ValueError(unknown("policy", name, ("transformer", "pretrained")))
 
 
-# path of a named block -> (what it is called in errors, the arguments that its name takes)
+def optional_name(arguments: Any) -> Any:
+    """Arguments of a block whose name may be None, which takes none."""
+    return lambda name: {} if name is None else arguments(name)
+
+
+# path of a named block -> the arguments that its name takes
 NAMED = {
     "objective": lambda name: registry.entry(name).parameters,
-    "task": task_arguments,
+    "task": optional_name(task_arguments),
+    "data": optional_name(set_arguments),
+    "judge": judge_arguments,
     "tokenizer": tokenizer_arguments,
     "policy": policy_arguments,
     "optimizer": optimizer_arguments,
@@ -109,11 +132,20 @@ def default() -> ConfigDict:
         dict(
             seed=0,  # of parameters, prompt order and sampling; the task has its own
             steps=100,  # iterations of reinforcement learning
-            task=dict(name="toy"),
+            task=dict(name="toy"),  # None = none: the prompts are those of data, and nothing verifies answers
+            data=dict(name=optional(str)),  # preferences: "jsonl", "datasets" or "task" (made of the task's answers)
+            trace=optional(
+                str
+            ),  # "module:function" of (question, answer): tool calls that a reward model reads after it
+            judge=dict(name="verifier"),  # of the policy's own answers, where a protocol compares them
             tokenizer=dict(name="characters"),
             policy=dict(name="transformer"),  # made here, or "pretrained"
             lora=dict(rank=0, alpha=32.0, targets=lora.TARGETS),  # adapters beside a pretrained policy; rank 0 = none
+            heads=dict(embed=optional(int), gate=optional(int)),  # sizes of the heads that the objective asks for
             init_from=optional(str),  # run directory whose last checkpoint the parameters come from
+            soup=dict(
+                of=(), alpha=0.5
+            ),  # two run directories; slot "soup" = alpha of the first, the rest of the second
             objective=dict(name="grpo"),
             optimizer=_optimizer(1e-4),
             rollout=dict(
@@ -234,7 +266,7 @@ def fill(config: ConfigDict) -> ConfigDict:
 def _fill_protocol(config: ConfigDict) -> None:
     """The protocol's own options; those that the objective's hyperparameters set are not asked for again."""
     block, objective = config.protocol, objective_of(config)
-    name = block.name or objective.protocol
+    name = protocol_name(config, objective)
     parameters = registry.entry(name, "protocol").parameters
     taken = objective.protocol_options if name == objective.protocol else {}
     for field in block:
@@ -247,10 +279,20 @@ def _fill_protocol(config: ConfigDict) -> None:
             block[field] = _value(parameter)
 
 
+def protocol_name(config: ConfigDict, objective: Objective) -> str:
+    """The protocol that the config names, or the objective; otherwise preferences come from ``config.data``, or from
+    a judge if the objective cannot do without."""
+    if config.protocol.name or objective.protocol != "on_policy":
+        return config.protocol.name or objective.protocol
+    if config.data.name:
+        return "preference_data"
+    return "judged" if objective.layout or objective.needs & JUDGED else "on_policy"
+
+
 def protocol_of(config: ConfigDict) -> Protocol:
     """The protocol of a filled config: its own options, and those that the objective sets."""
     objective = objective_of(config)
-    name = config.protocol.name or objective.protocol
+    name = protocol_name(config, objective)
     parameters = registry.entry(name, "protocol").parameters
     taken = dict(objective.protocol_options) if name == objective.protocol else {}
     given = arguments_of(config.protocol, parameters)
@@ -347,6 +389,18 @@ def validate(config: ConfigDict, devices: int) -> ConfigDict:
     _check_division(config, objective, policy, devices)
     _check_offload(config, objective, protocol)
     _check_checkpoint(config)
+    if len(config.soup.of) not in (0, 2) or not 0 <= config.soup.alpha <= 1:
+        raise ValueError(
+            f"config.soup.of names two run directories and config.soup.alpha the share in [0, 1] of the first, not "
+            f"{tuple(config.soup.of)} and {config.soup.alpha}"
+        )
+    _check_judge(config, objective, protocol)
+    if config.trace and (config.data.name is None or not is_reward_model(objective)):
+        raise ValueError(
+            "config.trace has no effect: only reward models read tool calls after the answers of config.data"
+        )
+    if config.task.name is None and config.data.name in (None, "task"):
+        raise ValueError("config.task.name is None: set config.data.name to jsonl or datasets, whose prompts are used")
     if not 0 <= config.warm_start.drop_last <= 1:
         raise ValueError(f"config.warm_start.drop_last is a share in [0, 1], not {config.warm_start.drop_last}")
     if config.evaluation.pass_at and max(config.evaluation.pass_at) > config.evaluation.samples:
@@ -355,6 +409,18 @@ def validate(config: ConfigDict, devices: int) -> ConfigDict:
             f"samples; config.evaluation.samples is {config.evaluation.samples}"
         )
     return config
+
+
+def _check_judge(config: ConfigDict, objective: Objective, protocol: Protocol) -> None:
+    """A judge compares answers, or its scores are the rewards; where answers come from data it has nothing to say."""
+    compares = "pref_opp" in protocol.provides  # what only a judge gives
+    rewards = protocol.rows is None
+    given, name = config.judge.name != "verifier", protocol_name(config, objective)
+    if (given and not (compares or rewards)) or (config.judge.scale is not None and not compares):
+        field = "config.judge" if given and not rewards else "config.judge.scale"
+        raise ValueError(f"{field} has no effect with protocol {name!r}, which compares no answers")
+    if config.task.name is None and (compares or rewards) and not given:
+        raise ValueError("config.task.name is None, so nothing verifies answers: set config.judge.name")
 
 
 def _check_lora(config: ConfigDict, policy: TransformerConfig) -> None:
@@ -378,6 +444,11 @@ def _check_offload(config: ConfigDict, objective: Objective, protocol: Protocol)
             f"config.training.offload_reference has no effect: objective {config.objective.name} uses no reference "
             "policy; set it to False"
         )
+    if others := [name for name in (*slots_of(objective, protocol), *protocol.keeps) if name != "ref"]:
+        raise ValueError(
+            f"config.training.offload_reference is for a reference that stays as it is; {config.objective.name} also "
+            f"has the companion {others[0]!r}: set it to False"
+        )
     if config.lora.rank:
         raise ValueError(
             "config.training.offload_reference has no effect with config.lora.rank: the reference is the frozen "
@@ -396,10 +467,16 @@ def _check_checkpoint(config: ConfigDict) -> None:
         )
 
 
+def rows_per_prompt(config: ConfigDict, objective: Objective) -> int:
+    """Rows that an iteration trains on for each of its prompts (or units of data)."""
+    responses, protocol = config.rollout.responses, protocol_of(config)
+    return protocol.rows(objective, responses) if protocol.rows else responses
+
+
 def _check_division(config: ConfigDict, objective: Objective, policy: TransformerConfig, devices: int) -> None:
     mesh = dict(zip(AXES, mesh_shape(config.mesh, devices), strict=True))
     shards, row_axes = (math.prod(mesh[axis] for axis in ROWS), " * ".join(f"mesh.{axis}" for axis in ROWS))
-    prompts, responses = config.rollout.prompts, config.rollout.responses
+    prompts, responses = config.rollout.prompts, rows_per_prompt(config, objective)
     minibatches, microbatches = config.training.minibatches, config.training.microbatches
     if prompts % minibatches:
         raise ValueError(
@@ -411,6 +488,11 @@ def _check_division(config: ConfigDict, objective: Objective, policy: Transforme
         raise ValueError(
             f"config.training.microbatches {microbatches} does not divide the {rows} rows of a minibatch "
             f"(rollout.prompts / training.minibatches * rollout.responses): choose one of {_divisors(rows)}"
+        )
+    if objective.layout and prompts // minibatches % microbatches:
+        raise ValueError(
+            f"config.training.microbatches {microbatches} would cut units of {len(objective.layout)} rows: choose one "
+            f"of {_divisors(prompts // minibatches)}"
         )
     if rows // microbatches % shards:
         raise ValueError(
@@ -445,11 +527,6 @@ def _check_division(config: ConfigDict, objective: Objective, policy: Transforme
         other = dict(zip(AXES, mesh_shape(sampling, devices, "rollout.mesh"), strict=True))
         _check_mesh("rollout.mesh", other, policy)
         _check_rows("rollout.mesh", other, prompts, TOKENS)
-    if mesh[POSITIONS] > 1 and policy.attention == "splash":
-        raise ValueError(
-            f"config.policy.attention 'splash' has no form for config.mesh.{POSITIONS} {mesh[POSITIONS]}: set it to "
-            "'auto' or 'xla'"
-        )
 
 
 def _check_rows(field: str, mesh: Mapping[str, int], prompts: int, axes: Sequence[str]) -> None:

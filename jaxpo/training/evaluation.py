@@ -25,7 +25,7 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1.0 - math.prod((n - correct - i) / (n - i) for i in range(k))
 
 
-def wilson(successes: int, n: int) -> tuple[float, float]:
+def wilson(successes: float, n: int) -> tuple[float, float]:
     """95% Wilson interval of a share."""
     p, z2 = successes / n, Z95**2
     middle, half = (p + z2 / (2 * n)) / (1 + z2 / n), Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
@@ -67,11 +67,14 @@ def complete(
 
 def greedy(workspace: Workspace, params: Params, prompts: Prompts) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Greedy accuracy: ``eval/greedy`` with its Wilson interval (``_lo``, ``_hi``), ``eval/reward``, ``eval/errors``,
-    and every decoded sample."""
+    and every decoded sample. Where nothing verifies answers there are samples alone, of the first chunk."""
     options = workspace.sampling.replace(greedy=True, temperature=1.0, top_k=None, top_p=None, min_p=None)
     samples, verdicts = [], np.zeros((0, 3))
     for indices, rollouts in complete(workspace, params, prompts, options, jax.random.key(0)):
         examples, texts = [prompts.examples[i] for i in indices], workspace.texts(rollouts)
+        if workspace.task.score is None:
+            pairs = zip(examples, texts, strict=True)
+            return {}, [dict(question=e.question, answer=e.answer, completion=t) for e, t in pairs]
         judged = judge(workspace, examples, rollouts)
         verdicts = np.concatenate([verdicts, judged])
         samples += [

@@ -16,8 +16,11 @@ from jaxpo.policy import stats
 from jaxpo.policy.transformer import Params
 from jaxpo.registry import make
 from jaxpo.rollout import SamplingOptions, generate
-from jaxpo.training.arena import QUICK, Arena, Draws, Rules, judge
-from jaxpo.training.protocols import NothingLeft, Run, Tools, advance
+from jaxpo.training import companions
+from jaxpo.training.arena import QUICK, Arena, Draws, Rules, judge, texts
+from jaxpo.training.judges import verified
+from jaxpo.training.needs import JUDGED, slots_of
+from jaxpo.training.protocols import NothingLeft, Run, Tools, Verdict, advance
 from jaxpo.training.protocols.base import in_batches, sample_once
 from jaxpo.training.step import score
 from jaxpo.training.tools import as_scored, labelled
@@ -45,14 +48,16 @@ class ByProtocol:
     sampled: completions so far, of all seeds. idle: iterations in which a seed found nothing to train on.
     """
 
-    def __init__(self, protocol: Protocol, arena: Arena, rules: Rules, state: TrainState):
-        self.protocol, self.arena, self.rules = protocol, arena, rules
+    def __init__(self, objective: Objective, protocol: Protocol, arena: Arena, rules: Rules, state: TrainState):
+        self.objective, self.protocol, self.arena, self.rules = objective, protocol, arena, rules
         self.sampled = self.idle = 0
         compiled = single(arena)
         self.tools = [self._tools(seed, *compiled) for seed in range(rules.seeds)]
         self.runs = []
         for seed, tools in enumerate(self.tools):
-            run = Run(one(state, seed), tables=protocol.tables(tools) if protocol.tables else {})
+            policy = one(state.params, seed)
+            slots = companions.held(slots_of(objective, protocol), protocol, policy, None)
+            run = Run(one(state, seed), slots, protocol.tables(tools) if protocol.tables else {})
             self.runs.append(protocol.init(run, tools, self._key(seed, 0)) if protocol.init else run)
 
     def _key(self, seed: int, iteration: int) -> Array:
@@ -70,16 +75,24 @@ class ByProtocol:
                 self.idle += 1
                 self.runs[seed], batch = sample_once(run, tools, key)
                 batch = batch.replace(count=np.zeros(batch.rows, np.float32))
+            batch = self._scored(self.runs[seed], self.tools[seed], batch)
             batches.append(jax.tree.map(np.asarray, batch))
         batch = jax.tree.map(lambda *x: np.stack(x), *batches)
-        return self.arena.look(state.params, batch)
+        seen = self.arena.look(state.params, batch)
+        return seen.replace(slots={**batch.slots, **seen.slots})
+
+    def _scored(self, run: Run, tools: Tools, batch: Rollouts) -> Rollouts:
+        """With the log-probs under the frozen companions that the objective needs; the arena knows the reference."""
+        needed = companions.scored(self.objective, run.slots)
+        return batch.replace(slots={k: tools.score(slot, batch).logp for k, slot in needed.items() if k != "ref"})
 
     def after(self, state: TrainState, batch: Rollouts) -> None:
-        """As of `Together`."""
-        if self.protocol.after:
-            for seed, tools in enumerate(self.tools):
-                run = advance(self.runs[seed], state=one(state, seed))
-                self.runs[seed] = self.protocol.after(run, tools, one(batch, seed))
+        """As of `Together`; companions move."""
+        for seed, tools in enumerate(self.tools):
+            run = advance(self.runs[seed], state=one(state, seed))
+            run = self.protocol.after(run, tools, one(batch, seed)) if self.protocol.after else run
+            slots = companions.moved(run.slots, self.protocol, run.state.params, run.iteration)
+            self.runs[seed] = advance(run, slots=slots)
 
     def _tools(self, seed: int, go_on: Callable[..., Rollouts], policy: Callable[..., TokenStats]) -> Tools:
         where, rules, protocol = self.arena.where, self.rules, self.protocol
@@ -94,11 +107,17 @@ class ByProtocol:
             return protocol.sampler(plain, run.state.objective) if protocol.sampler else plain
 
         def generate(
-            params: Params, indices: np.ndarray, key: Array, options: SamplingOptions | None = None
+            params: Params,
+            indices: np.ndarray,
+            key: Array,
+            options: SamplingOptions | None = None,
+            partner: Params | None = None,
+            share: float = 0.0,
         ) -> Rollouts:
             draw_key, seed_key = jax.random.split(key)
             tokens, length = train.tokens[indices], train.length[indices]
-            out = go_on(params, tokens, length, None, draw_key, options or plain, rules.responses)
+            mixed = {} if partner is None else dict(partner=partner, share=np.float32(share))
+            out = go_on(params, tokens, length, None, draw_key, options or plain, rules.responses, **mixed)
             self.sampled += out.rows
             return labelled(out, indices, np.asarray(jax.random.bits(seed_key, (out.rows,))))
 
@@ -116,6 +135,11 @@ class ByProtocol:
 
             self.sampled += len(tokens) * responses
             return in_batches(batch, rules.prompts, responses, tokens, length, budget)
+
+        def compared(*columns: Rollouts) -> Verdict:
+            at = np.asarray(columns[0].prompt)[:: columns[0].shared_prompt]
+            answers = [np.array(texts(where, c), object).reshape(len(at), -1) for c in columns]
+            return verified(where.task, None, [train.examples[i] for i in at], np.concatenate(answers, 1).tolist())
 
         def nothing(*_: Any) -> None:
             """A race has no metrics but its own, and tells nothing else."""
@@ -140,6 +164,8 @@ class ByProtocol:
             scored=absent,
             note=nothing,
             say=nothing,
+            judge=compared,
+            objective=self.objective,
         )
 
 
@@ -162,9 +188,11 @@ def single(arena: Arena) -> tuple[Callable[..., Rollouts], Callable[..., TokenSt
         key: Array,
         options: SamplingOptions,
         responses: int,
+        partner: Params | None = None,
+        share: Array | None = None,
     ) -> Rollouts:
-        lengths = dict(prompt_length=length, budget=budget, responses=responses)
-        return generate(model, params, tokens, key, options, **lengths, pad_id=pad_id)
+        given = dict(prompt_length=length, budget=budget, responses=responses, partner=partner, share=share)
+        return generate(model, params, tokens, key, options, **given, pad_id=pad_id)
 
     @partial(jax.jit, compiler_options=QUICK)
     def scored(params: Params, batch: Rollouts) -> TokenStats:
@@ -174,12 +202,22 @@ def single(arena: Arena) -> tuple[Callable[..., Rollouts], Callable[..., TokenSt
 
 
 def protocol_of(objective: Objective) -> Protocol | None:
-    """The protocol by which an objective gathers; None if that is plain sampling.
+    """The protocol by which an objective gathers, `judged` if it needs a judge's word or goes
+    on from its own iterates; None if that is plain sampling,
+    or pairs that are given.
 
     Raises:
-      ValueError: it trains on batches of earlier iterations, which a race does not keep.
+      ValueError: it trains on batches of earlier iterations, which a race does not keep, goes back to earlier weights,
+        or reads preference data.
     """
-    protocol = make(objective.protocol, "protocol", **objective.protocol_options)
+    name = objective.protocol
+    if name == "on_policy" and objective.needs & {*JUDGED - {"label"}, "logp_prev"}:
+        name = "judged"
+    protocol = make(name, "protocol", **objective.protocol_options)
+    if {"center", "hat", "pool"} & set(protocol.keeps):
+        raise ValueError(f"protocol {name!r} goes back to earlier weights, which a race does not")
+    if protocol.rows and "pref_opp" not in protocol.provides:
+        raise ValueError(f"protocol {name!r} reads preference data; a race has pairs of its own, without a protocol")
     if protocol.stale:
         raise ValueError(f"protocol {objective.protocol!r} trains on earlier batches; a race has only fresh ones")
     return None if protocol.collect is sample_once and not protocol.sampler else protocol
@@ -191,6 +229,10 @@ def shape(protocol: Protocol, rules: Rules) -> Rules:
     Raises:
       ValueError: it accepts neither.
     """
+    if protocol.rows:
+        if why := refusal(protocol, rules):
+            raise ValueError(why)
+        return rules
     alone = replace(rules, prompts=rules.prompts * rules.responses, responses=1)
     reasons = [refusal(protocol, r) for r in (rules, alone)]
     if all(reasons):

@@ -2,6 +2,7 @@
 leaves behind."""
 
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -23,11 +24,11 @@ from jaxpo.policy import heads
 from jaxpo.policy.families import tensors
 from jaxpo.policy.hf import check_source, load, open_source, read_config
 from jaxpo.policy.transformer import Params, parameter_count
-from jaxpo.training import evaluation
+from jaxpo.training import companions, evaluation, pair_evaluation, reward_evaluation
 from jaxpo.training.checkpoint import Checkpoints, Restored, finished_steps
 from jaxpo.training.manifest import config_hash, differences
-from jaxpo.training.needs import heads_of, slots_of
-from jaxpo.training.plots import plot_curves
+from jaxpo.training.needs import heads_of, is_reward_model, slots_of
+from jaxpo.training.plots import plot_curves, plot_reliability
 from jaxpo.training.protocols import NothingLeft, Run, Tools, advance
 from jaxpo.training.restore import (
     MODEL,
@@ -42,8 +43,9 @@ from jaxpo.training.restore import (
 from jaxpo.training.rundir import Elsewhere, Progress, RunDirectory, closing_table, read_metrics
 from jaxpo.training.supervised import demonstrations, warm_start
 from jaxpo.training.tools import Clock, make_tools, score_companions
-from jaxpo.training.workspace import Workspace, packed, prepare_process, setup, shard_count
+from jaxpo.training.workspace import TrainState, Workspace, packed, prepare_process, setup, shard_count
 
+RELIABILITY = "reliability.json"
 BEFORE_ALL = -(2**31)  # resuming from here keeps nothing of an earlier attempt's logs
 
 
@@ -119,7 +121,8 @@ def keys_of(seed: int) -> dict[str, Array]:
 
 def update(workspace: Workspace, run: Run, batch: Rollouts, key: Array) -> tuple[Run, list[dict[str, Array]]]:
     """All optimizer steps of an iteration; minibatches are made of whole groups."""
-    config, responses, state, steps = workspace.config, batch.shared_prompt, run.state, []
+    config, state, steps = workspace.config, run.state, []
+    responses = math.lcm(batch.shared_prompt, max(len(batch.layout), 1))
     groups = batch.rows // responses
     looks = bool(workspace.objective.peeks) and not workspace.protocol.stale
     for epoch in range(config.training.epochs):
@@ -172,7 +175,8 @@ def iterate(session: Session, run: Run, key: Array) -> tuple[Run, dict[str, floa
         jax.block_until_ready(run.state.params)
     if protocol.after:
         run = protocol.after(run, tools, batch)
-    return advance(run, iteration=run.iteration + 1), merge_steps(steps)
+    slots = companions.moved(run.slots, protocol, run.state.params, run.iteration + 1)
+    return advance(run, iteration=run.iteration + 1, slots=slots), merge_steps(steps)
 
 
 # ---- the run
@@ -212,6 +216,7 @@ def _train(config: ConfigDict, workdir: str, resume: bool, profile_steps: int) -
     clock, notes, started = Clock(), {}, time.perf_counter()
     tools = make_tools(workspace, clock, notes, lambda text: say(text))
     tables = workspace.protocol.tables(tools) if workspace.protocol.tables else {}
+    tables |= pair_evaluation.tables(workspace)
     run, found = (None, None) if done is None else restore(workspace, tables, directory)
     if found is None:
         check_start(workspace)
@@ -294,11 +299,26 @@ def begin(session: Session, tables: dict[str, Any], report: Callable[[str], None
     if config.warm_start.steps:
         with session.clock.phase("warm start"):
             params = warm_start(workspace, params, session.log, report=report)
-    slots = {name: workspace.companion(params) for name in slots_of(workspace.objective, workspace.protocol)}
-    run = Run(workspace.init_state(params), slots, tables)
+    state = workspace.init_state(params)
+    run = Run(state, first_slots(workspace, state), pair_evaluation.started(workspace, params, tables))
     if session.protocol.init is None:
         return run
     return session.protocol.init(run, session.tools, session.keys["protocol"])
+
+
+def first_slots(workspace: Workspace, state: TrainState) -> dict[str, Any]:
+    """The frozen companions at the start of a run: copies of the policy, of which there is one for all; the soup is
+    made of two other runs."""
+    needed = slots_of(workspace.objective, workspace.protocol)
+    if not needed and not workspace.protocol.keeps:
+        return {}
+    opt_state = companions.copied(state.opt_state) if "center" in workspace.protocol.keeps else None
+    slots = companions.held(needed, workspace.protocol, workspace.companion(state.params), opt_state)
+    if "soup" in slots:
+        soup = workspace.config.soup
+        first, second = (load_params(workspace, path)[0] for path in soup.of)
+        slots["soup"] = companions.blended(first, second, 1 - soup.alpha)
+    return slots
 
 
 def first_params(workspace: Workspace, key: Array) -> Params:
@@ -308,24 +328,40 @@ def first_params(workspace: Workspace, key: Array) -> Params:
         return load_params(workspace, config.init_from)[0]
     if config.policy.name == "pretrained" and not config.lora.rank:
         loaded = load(open_source(config.policy.path), workspace.model.config, workspace.mesh)
-        fresh = heads.init(workspace.model.config.width, heads_of(workspace.objective))
+        fresh = heads.init(workspace.model.config.width, heads_of(workspace.objective, config.heads), key)
         return {**loaded, **workspace.put_whole(fresh)}
     return workspace.init_params(key)
 
 
 def evaluate_both(session: Session, run: Run) -> dict[str, float]:
-    """Greedy accuracy and pass@k at the current iteration, logged."""
+    """What `evaluated` says at the current iteration, and pass@k of a policy; logged."""
     workspace, config = session.workspace, session.workspace.config.evaluation
     with session.clock.phase("evaluate"):
-        metrics, samples = evaluation.greedy(workspace, run.state.params, workspace.test)
-        if config.pass_at:
+        metrics, samples, pictured = evaluated(workspace, run)
+        if config.pass_at and workspace.task.score and not is_reward_model(workspace.objective):
             key = jax.random.fold_in(session.keys["evaluate"], run.iteration)
             metrics |= evaluation.sampled(
                 workspace, run.state.params, workspace.test, key, samples=config.samples, ks=config.pass_at
             )
     session.log.write(run.iteration, metrics)
     session.log.samples(run.iteration, samples[: workspace.config.logging.samples])
+    if pictured and is_first():
+        session.log.save_json(RELIABILITY, {"iteration": run.iteration, **pictured})
+        plot_reliability(pictured, session.log.path / f"{Path(RELIABILITY).stem}.png")
     return metrics
+
+
+def evaluated(workspace: Workspace, run: Run) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, Any]]:
+    """Metrics, samples, and the bins of a reliability picture: of a policy its greedy answers, of a reward model how
+    well it orders held-out pairs; of both what held-out pairs say."""
+    metrics = pair_evaluation.held_out(workspace, run)
+    if not is_reward_model(workspace.objective):
+        greedy, samples = evaluation.greedy(workspace, run.state.params, workspace.test)
+        return {**greedy, **metrics}, samples, {}
+    if not pair_evaluation.measurable(workspace):
+        return metrics, [], {}
+    calibrated, bins = reward_evaluation.calibration(*reward_evaluation.stated(workspace, run))
+    return {**metrics, **calibrated}, [], bins
 
 
 def loop(session: Session, run: Run, progress: Progress, interrupt: Interrupt, profile_steps: int) -> tuple[Run, bool]:
@@ -392,11 +428,11 @@ def timed_iteration(session: Session, run: Run) -> tuple[Run, dict[str, float]]:
 
 
 def evaluate_greedy(session: Session, run: Run, logged: int | None = None) -> dict[str, float]:
-    """Greedy accuracy during the run; a few samples are logged (None = as many as configured)."""
+    """What `evaluated` says during the run; a few samples are logged (None = as many as configured)."""
     workspace = session.workspace
     logged = workspace.config.logging.samples if logged is None else logged
     with session.clock.phase("evaluate"):
-        metrics, samples = evaluation.greedy(workspace, run.state.params, workspace.test)
+        metrics, samples, _ = evaluated(workspace, run)
     session.log.samples(run.iteration, samples[:logged])
     return metrics
 
@@ -423,6 +459,13 @@ def check_start(workspace: Workspace) -> None:
         check_source(open_source(config.policy.path), tensors(workspace.model.config))
     if config.warm_start.steps:
         demonstrations(workspace, np.arange(len(workspace.train)))
+    for path in config.soup.of:
+        if find_checkpoint(path) is None:
+            raise ValueError(f"config.soup.of {path!r} is no run directory with a checkpoint")
+    if bool(config.soup.of) != ("soup" in slots_of(workspace.objective, workspace.protocol)):
+        raise ValueError(
+            "config.soup.of names two runs exactly where an objective needs logp_soup, the log-probs of their average"
+        )
 
 
 def draw_curves(workdir: str) -> None:
@@ -441,11 +484,12 @@ def summarise(
     """The closing tables: accuracy before and after, and where the time went."""
 
     def shown(metrics: Mapping[str, float], name: str) -> str:
-        return (
-            f"{metrics[name]:.3f} [{metrics[name + '_lo']:.3f}, {metrics[name + '_hi']:.3f}]" if name in metrics else ""
+        return (f"{metrics[name]:.3f}" if name in metrics else "") + (
+            f" [{metrics[name + '_lo']:.3f}, {metrics[name + '_hi']:.3f}]" if name + "_lo" in metrics else ""
         )
 
     names = ["eval/greedy", *[f"eval/pass@{k}" for k in workspace.config.evaluation.pass_at]]
+    names = [name for name in (*names, *pair_evaluation.SHOWN) if name in {**before, **after}]
     closing_table(
         f"{workspace.task.name}, {len(workspace.test)} test prompts: before and after {run.iteration} "
         "iterations (95% intervals)",

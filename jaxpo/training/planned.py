@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jaxpo.batch import Rollouts
+from jaxpo.objectives import Objective
 from jaxpo.parallel import ROWS, replicated, reshaped, shardings
 from jaxpo.parallel.offload import host_shardings
 from jaxpo.policy import transformer
@@ -18,6 +19,8 @@ from jaxpo.policy.hf import read_config
 from jaxpo.policy.packing import lanes_of
 from jaxpo.rollout.engine import decode_trips
 from jaxpo.tasks import build
+from jaxpo.testing import cases
+from jaxpo.training import companions
 from jaxpo.training import config as config_lib
 from jaxpo.training.compiled import Compiled
 from jaxpo.training.needs import must_score, slots_of
@@ -130,7 +133,8 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
         sampler = placed(moved, shardings(moved, sampling))
     offloaded = config.training.offload_reference
     frozen_copy = placed(params, host_shardings(params, mesh)) if offloaded else params
-    companions = dict.fromkeys(slots_of(objective, protocol), frozen_copy)
+    kept = companions.held(slots_of(objective, protocol), protocol, frozen_copy, state.opt_state)
+    scored = companions.scored(objective, kept)
     frozen = {} if base is None else {"base": base}
 
     g, k = config.rollout.prompts, config.rollout.responses
@@ -140,36 +144,56 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
         *("rollout", functions["generate"], (sampler or params, tokens, length, key, options), dict(responses=k)),
         *(1, ("sampler",) if sampler else ("params", *frozen), sampling, decode_trips(config.sampling.max_new_tokens)),
     )
-    batch = labelled_shapes(rollout.trace().out_info, rows)
+    trained = g * config_lib.rows_per_prompt(config, objective)
+    if protocol.rows:
+        width = data.prompt_width, config.sampling.max_new_tokens
+        batch = everywhere(unit_shapes(objective, trained, *width, trained // g), rows)
+    else:
+        batch = labelled_shapes(rollout.trace().out_info, rows)
     seen = as_scored(batch)
-    how = longest(config, mesh, g * k)
+    how = longest(config, mesh, trained)
     score = Step("scoring", functions["score"], (params, seen), how, 0, ("params", *frozen), mesh)
     stats = everywhere(score.trace().out_info, rows)
-    batch = batch.replace(slots={name: stats.logp for name in companions})
+    batch = batch.replace(slots={name: stats.logp for name in scored})
     updates = config.training.epochs * config.training.minibatches
     old = protocol.stale or updates > 1 or must_score(objective, batch, memory)
     if old:
         constants = dict(logp_old=stats.logp, entropy_old=stats.entropy, value_old=stats.value)
         batch = batch.replace(**constants, slots={**batch.slots, **stats.derived})
-    own = score._replace(times=old if offloaded else len(companions) + old)
+    own = score._replace(times=old if offloaded else len(scored) + old)
     reference = score._replace(name="reference", arguments=(frozen_copy, seen), state=(*frozen,))
-    scoring = [reference._replace(times=len(companions))] * offloaded + [own] * (own.times > 0)
+    scoring = [reference._replace(times=len(scored))] * offloaded + [own] * (own.times > 0)
     prepared = everywhere(jax.eval_shape(objective.prepare, batch, memory)[0], rows)
-    n, held = g * k // config.training.minibatches, ("params", "opt_state", *frozen)
+    n, held = trained // config.training.minibatches, ("params", "opt_state", *frozen)
     chosen, how = everywhere(np.zeros(n, np.int32), replicated(mesh)), dict(fresh=False) | longest(config, mesh, n)
     update = Step("update", functions["step"], (state, prepared, chosen), how, updates, held, mesh)
     return Planned(
         model,
         data,
-        [*([reshard] if reshard else []), rollout, *scoring, update],
-        dict(
-            params=params,
-            opt_state=state.opt_state,
-            **companions,
-            **frozen,
-            **({"sampler": sampler} if sampler else {}),
-        ),
+        [*([reshard, rollout] if reshard else [rollout]) * samples(config), *scoring, update],
+        dict(params=params, opt_state=state.opt_state, **kept, **frozen, **({"sampler": sampler} if sampler else {})),
     )
+
+
+def samples(config: ConfigDict) -> bool:
+    """Whether an iteration generates: all do, but those that take every answer from preference data."""
+    objective = config_lib.objective_of(config)
+    if config.data.name is None or config_lib.protocol_name(config, objective) != "preference_data":
+        return True
+    return config.protocol.get("rejected") == "policy" or "own" in objective.layout
+
+
+def unit_shapes(objective: Objective, rows: int, prompt_width: int, width: int, of_prompt: int) -> Rollouts:
+    """Rows of preferences with every field that the objective may read: those of the example that its contracts are
+    checked on, in another size."""
+
+    def grown(x: Any) -> jax.ShapeDtypeStruct:
+        sizes = {cases.WIDTH: width, cases.PROMPT + cases.WIDTH: prompt_width + width}
+        return jax.ShapeDtypeStruct((rows, *(sizes.get(n, n) for n in x.shape[1:])), x.dtype)
+
+    shapes = jax.tree.map(grown, cases.example(objective))
+    scored = dict(logp_old=None, logp_beh=None, entropy_old=None, value_old=None, slots={})
+    return shapes.replace(**scored, layout=objective.layout, shared_prompt=of_prompt)
 
 
 def longest(config: ConfigDict, mesh: Mesh, rows: int) -> dict[str, Any]:

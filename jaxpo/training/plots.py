@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -35,6 +35,13 @@ class Panel(NamedTuple):
 DEFAULT = (
     Panel("reward", ("reward/mean",)),
     Panel("held-out accuracy, greedy", ("eval/greedy",)),
+    Panel("preference accuracy", ("preference/accuracy",)),
+    Panel("held-out preference accuracy", ("eval/accuracy",)),
+    Panel("log-prob of chosen answers", ("logp/chosen",)),
+    Panel("log-prob of rejected answers", ("logp/rejected",)),
+    Panel("win rate against the opponent", ("judge/win",)),
+    Panel("held-out pairs, accuracy", ("eval/accuracy",)),
+    Panel("held-out pairs, calibration error", ("eval/ece",)),
     Panel("entropy (nats a token)", ("entropy",)),
     Panel("KL to the reference (k3)", ("kl/ref_k3",)),
     Panel("KL to the old policy (k3)", ("kl/old_k3",)),
@@ -83,6 +90,28 @@ def plot_curves(
         _dress(axes, panel.title, log)
     if not chosen:
         figure.text(0.5, 0.5, "no metrics yet", ha="center", va="center", color=PALE)
+    write_atomically(Path(path), lambda file: figure.savefig(file, format="png"))
+
+
+def plot_reliability(bins: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """How often a model is right (height of a bar) where it is so sure (its place), in bins of confidence; the thinner
+    bar is the share of all. On the diagonal it is calibrated.
+
+    Args:
+      bins: confidence, accuracy and share by bin. path: of the PNG, which is replaced at once."""
+    figure = Figure(figsize=(3.6, 3.4), dpi=110, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes, width = figure.subplots(), 0.5 / len(bins["share"])
+    left = [0.5 + width * i for i in range(len(bins["share"]))]
+    axes.bar(left, bins["accuracy"], width, align="edge", color=COLORS[0], alpha=0.75, edgecolor="white")
+    axes.bar(left, bins["share"], 0.3 * width, align="edge", color=PALE, label="share of pairs")
+    filled = [i for i, share in enumerate(bins["share"]) if share > 0]
+    axes.plot([bins["confidence"][i] for i in filled], [bins["accuracy"][i] for i in filled], "o", color=INK, ms=3)
+    axes.plot([0.5, 1], [0.5, 1], color=INK, linewidth=0.8, linestyle=":")
+    axes.set(xlim=(0.5, 1), ylim=(0, 1), xlabel="stated probability", ylabel="share that is right")
+    axes.set_title(f"{bins['pairs']} held-out pairs", loc="left", fontsize=9.5, color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
     write_atomically(Path(path), lambda file: figure.savefig(file, format="png"))
 
 

@@ -3,7 +3,9 @@
 All seeds of an objective train in one compiled update (``vmap``); sampler, scorer and warm start are compiled once for
 all objectives (`jaxpo.training.arena`). Seed i gives every objective the same start, prompts and uniforms, so that
 differences are differences of the objectives. Those with a protocol of their own gather by it, seed after seed
-(`jaxpo.training.gathering`); what they sample beyond the others is in the table.
+(`jaxpo.training.gathering`); what they sample beyond the others is in the table. Those of pairs sample nothing: they
+train on as many rows of right and wrong answers (`jaxpo.training.race_pairs`); or, with ``protocol='judged'``, on pairs
+of the policy's own answers, which the task's verifier compares.
 
 >>> race({"mine": my_objective, "grpo": make("grpo", beta=0.0)}, seeds=3).show()
 """
@@ -31,11 +33,13 @@ from jaxpo.batch import Rollouts, take
 from jaxpo.objectives import Objective, make
 from jaxpo.objectives.base import check_rewards
 from jaxpo.policy import stats
+from jaxpo.tasks.preferences import PAIR
 from jaxpo.training.arena import QUICK, Arena, Rules, build_arena, draws, parse_calls, survey
 from jaxpo.training.gathering import ByProtocol, Together, protocol_of, shape
-from jaxpo.training.needs import PROVIDED, SLOTS, derived_needs
+from jaxpo.training.needs import JUDGED, PROVIDED, derived_needs
 from jaxpo.training.optimizers import make_optimizer
 from jaxpo.training.plots import COLORS, INK, PALE
+from jaxpo.training.race_pairs import Offline, in_pairs, unfit_for_pairs
 from jaxpo.training.rundir import Progress, closing_table, write_atomically
 from jaxpo.training.step import optimizer_step, score
 from jaxpo.training.workspace import TrainState
@@ -61,17 +65,20 @@ def fill(name: str, given: Mapping[str, Any], steps: int, max_new_tokens: int) -
 
 def unfit(objective: Objective, rules: Rules) -> str:
     """Why a race cannot run the objective; "" if it can."""
-    if objective.layout:
-        return f"learns from units of rows {objective.layout}, which single completions are not"
-    if not objective.needs & {"reward", "correct"}:
-        return "does not ask for rewards: it would imitate its own completions"
     try:
         protocol = protocol_of(objective)
         if protocol:
             shape(protocol, rules)
     except ValueError as error:
         return str(error)
-    given = PROVIDED - {"value_old"} | {f"logp_{name}" for name in (*objective.derived, *SLOTS)}
+    if objective.layout and not protocol:
+        return unfit_for_pairs(objective, rules)
+    if objective.layout not in ((), PAIR):
+        return f"learns from units {objective.layout}; a race has pairs {PAIR}"
+    if not objective.needs & {"reward", "correct", *JUDGED} and not objective.layout:
+        return "does not ask for rewards: it would imitate its own completions"
+    given = PROVIDED - {"value_old"} | {f"logp_{name}" for name in (*objective.derived, "ref")}
+    given |= {f"logp_{name}" for name in ("prev", "ema")} if protocol and protocol.rows else set()
     if lacking := sorted(objective.needs - given - (protocol.provides if protocol else set())):
         return f"needs {', '.join(lacking)}, which neither the race nor its protocol {objective.protocol!r} provides"
     return ""
@@ -96,7 +103,8 @@ def select(
     """Who races, and who does not with the reason.
 
     Args:
-      contenders: objectives by label, or registered ones as `parse_calls` reads them; ``all`` stands for every one.
+      contenders: objectives by label, or registered ones as `parse_calls` reads them, with the protocol among the
+        arguments: ``dpo(protocol='judged')``; ``all`` stands for every one.
 
     Raises:
       ValueError: an unknown name or hyperparameter, the same twice, or nobody left.
@@ -109,8 +117,13 @@ def select(
             more, left_out = everybody(rules, max_new_tokens)
             racing += more
         else:
+            protocol = given.pop("protocol", None)
             filled = fill(name, given, rules.steps, max_new_tokens)
-            racing.append(Contender(label, make(name, **filled), named=True))
+            objective = make(name, **filled)
+            if protocol is not None:
+                registry.entry(protocol, "protocol")
+                objective = objective._replace(protocol=protocol, protocol_options={})
+            racing.append(Contender(label, objective, named=True))
     labels = [c.label for c in racing]
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise ValueError(f"objectives: {twice[0]!r} is given twice")
@@ -159,16 +172,25 @@ def run(contender: Contender, arena: Arena, rules: Rules, progress: Callable[[di
     """Train all seeds of one contender; what `Results.objectives` holds of it."""
     objective, began = contender.objective, time.perf_counter()
     protocol = protocol_of(objective)
-    rules = shape(protocol, rules) if protocol else rules
-    state, update = make_update(objective, arena, rules)
-    gather = ByProtocol(protocol, arena, rules, state) if protocol else Together(arena, rules)
+    offline = bool(objective.layout) and not protocol
+    if offline:
+        rules = in_pairs(rules)
+    elif protocol:
+        rules = shape(protocol, rules)
+    # What is trained on: of a judge's prompts perhaps fewer rows than were sampled.
+    rows = replace(rules, responses=protocol.rows(objective, rules.responses)) if protocol and protocol.rows else rules
+    state, update = make_update(objective, arena, rows)
+    if offline:
+        gather = Offline(arena, rules)
+    else:
+        gather = ByProtocol(objective, protocol, arena, rules, state) if protocol else Together(arena, rules)
     curve, compiling, skipped = [], 0.0, jnp.zeros(rules.seeds)
     for i in range(rules.steps + 1):
         if i in rules.points:
             curve.append(arena.accuracy(state.params).tolist())
         if i == rules.steps:
             break
-        random = draws(rules, len(arena.where.train), i)
+        random = draws(rows, len(arena.where.train), i)
         batch = gather.collect(state, random)
         check_rewards(objective.rewards, batch)
         if i == 0:
@@ -178,7 +200,8 @@ def run(contender: Contender, arena: Arena, rules: Rules, progress: Callable[[di
         state, nonfinite = update(state, batch, random.rows)
         gather.after(state, batch)
         skipped += nonfinite
-        progress({"accuracy": float(np.mean(curve[-1])), "reward": float(batch.reward.mean())})
+        rewarded = {} if batch.reward is None else {"reward": float(batch.reward.mean())}
+        progress({"accuracy": float(np.mean(curve[-1])), **rewarded})
     points = np.asarray(rules.points)
     area = np.trapezoid(curve, points, axis=0) / points[-1]
     return dict(

@@ -9,11 +9,13 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxpo.parallel import replicated, shardings
+from jaxpo.policy import heads
 from jaxpo.policy.transformer import Params
 from jaxpo.registry import unknown
 from jaxpo.tasks.tokenizers import from_json
 from jaxpo.training import checkpoint
-from jaxpo.training.checkpoint import finished_steps, restore_params
+from jaxpo.training.checkpoint import finished_steps, restore_params, saved_paths
+from jaxpo.training.companions import held
 from jaxpo.training.config import default
 from jaxpo.training.needs import slots_of
 from jaxpo.training.protocols import Run
@@ -47,8 +49,8 @@ def template(workspace: Workspace, tables: dict[str, Any]) -> dict[str, Any]:
 
     def whole(key: jax.Array) -> dict[str, Any]:
         params = workspace.init_params(key)
-        slots = {name: params for name in slots_of(workspace.objective, workspace.protocol)}
         opt_state = optimizer_of(workspace.config).init(params)
+        slots = held(slots_of(workspace.objective, workspace.protocol), workspace.protocol, params, opt_state)
         return dict(params=params, opt_state=opt_state, objective=workspace.objective.init(), slots=slots)
 
     shapes = jax.eval_shape(whole, jax.random.key(0))
@@ -96,16 +98,28 @@ def check_room(directory: str, template: Any, keep: int) -> None:
 
 
 def load_params(workspace: Workspace, workdir: str, step: int | None = None) -> tuple[Params, int]:
-    """Parameters of a run directory's checkpoint (the last whole one), on this mesh, and its step.
+    """Parameters of a run directory's checkpoint (the last whole one), on this mesh, and its step. Heads that this run
+    has and that one had not are fresh; those that only that one had are left behind.
 
     Raises:
       ValueError: they are those of another model.
     """
     expected = jax.eval_shape(workspace.init_params, jax.random.key(0))
-    where = shardings(expected, workspace.mesh)
-    params, position = restore_params(checkpoints_of(workdir), step, shardings=where)
-    if jax.tree.map(lambda x: x.shape, params) != jax.tree.map(lambda x: x.shape, expected):
+    directory, own = checkpoints_of(workdir), expected.get("heads", {})
+    there = {path[2] for path in saved_paths(directory, step) if path[:2] == ("params", "heads")}
+    fresh = {name: head for name, head in own.items() if name not in there}
+    wanted = {**expected, "heads": {name: head for name, head in own.items() if name in there}}
+    wanted = wanted if wanted["heads"] else {name: x for name, x in wanted.items() if name != "heads"}
+    options = dict(
+        shardings=shardings(wanted, workspace.mesh), without=[("params", "heads", n) for n in there - {*own}]
+    )
+    params, position = restore_params(directory, step, **options)
+    if jax.tree.map(lambda x: x.shape, params) != jax.tree.map(lambda x: x.shape, wanted):
         raise ValueError(f"{workdir} holds parameters of another shape than config.policy and the tokenizer ask for")
+    if fresh:
+        shapes = {name: head["bias"].shape for name, head in fresh.items()}
+        made = heads.init(workspace.model.config.width, shapes, jax.random.key(workspace.config.seed))["heads"]
+        params = {**params, "heads": {**params.get("heads", {}), **workspace.put_whole(made)}}
     return params, position["iteration"]
 
 

@@ -15,8 +15,11 @@ from jaxpo.parallel.distributed import to_host
 from jaxpo.policy.transformer import Params
 from jaxpo.rollout.sampling import SamplingOptions
 from jaxpo.rollout.sampling import validate as validate_sampling
+from jaxpo.training import companions
+from jaxpo.training.companions import held
+from jaxpo.training.judges import make_judge
 from jaxpo.training.needs import must_score, slots_of
-from jaxpo.training.protocols import Run, Tools, advance
+from jaxpo.training.protocols import Run, Tools, Verdict, advance
 from jaxpo.training.protocols.base import in_batches
 from jaxpo.training.workspace import TrainState, Workspace, judge, packed
 
@@ -50,6 +53,16 @@ def make_tools(workspace: Workspace, clock: Clock, notes: dict[str, float], say:
     def draw(run: Run, n: int) -> tuple[Run, np.ndarray]:
         return advance(run, position=run.position + n), prompt_order(config.seed, run.position, n, len(prompts))
 
+    def draw_units(run: Run, n: int) -> tuple[Run, np.ndarray]:
+        size = len(workspace.preferences.train)
+        return advance(run, position=run.position + n), prompt_order(config.seed, run.position, n, size)
+
+    verdict = make_judge(workspace)
+
+    def judged(*columns: Rollouts) -> Verdict:
+        with clock.phase("reward"):
+            return verdict(prompts.examples, *columns)
+
     def encoded(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return prompts.tokens[indices], prompts.length[indices]
 
@@ -65,13 +78,23 @@ def make_tools(workspace: Workspace, clock: Clock, notes: dict[str, float], say:
             notes["reshard/bytes"] = notes.get("reshard/bytes", 0) + moved
         return there
 
-    def generate(params: Params, indices: np.ndarray, key: Array, options: SamplingOptions | None = None) -> Rollouts:
+    def generate(
+        params: Params,
+        indices: np.ndarray,
+        key: Array,
+        options: SamplingOptions | None = None,
+        partner: Params | None = None,
+        share: float = 0.0,
+    ) -> Rollouts:
         with clock.phase("generate"):
             responses = config.rollout.responses
             tokens, length = workspace.put(encoded(indices))
             draw_key, seed_key = jax.random.split(key)
-            options = options or workspace.sampling
-            out = workspace.generate(sampler_params(params), tokens, length, draw_key, options, responses=responses)
+            options, mixed = options or workspace.sampling, {}
+            if partner is not None:
+                mixed = dict(partner=sampler_params(partner), share=np.float32(share))
+            sampler = sampler_params(params)
+            out = workspace.generate(sampler, tokens, length, draw_key, options, responses=responses, **mixed)
             seeds = np.asarray(jax.random.bits(seed_key, (out.rows,)))
             return jax.block_until_ready(labelled(out, indices, seeds))
 
@@ -96,7 +119,7 @@ def make_tools(workspace: Workspace, clock: Clock, notes: dict[str, float], say:
     def scored() -> Rollouts:
         def whole(key: Array) -> Rollouts:
             params, first = workspace.init_params(key), np.zeros(size, np.int32)
-            slots = {name: params for name in slots_of(workspace.objective, protocol)}
+            slots = held(slots_of(workspace.objective, protocol), protocol, params, None)
             run = Run(TrainState(params, None, workspace.objective.init()), slots)
             responses = config.rollout.responses
             sampler = workspace.sampler_params(params)
@@ -108,10 +131,17 @@ def make_tools(workspace: Workspace, clock: Clock, notes: dict[str, float], say:
 
     def reward(rollouts: Rollouts) -> Rollouts:
         with clock.phase("reward"):
-            examples = [prompts.examples[i] for i in to_host(rollouts.prompt)]
-            rewards, correct, errors = judge(workspace, examples, rollouts).T
-            notes["reward/errors"] = notes.get("reward/errors", 0) + int(errors.sum())
-            return rollouts.replace(reward=rewards.astype(np.float32), correct=correct.astype(np.float32))
+            given = {}
+            if workspace.task.score:
+                examples = [prompts.examples[i] for i in to_host(rollouts.prompt)]
+                rewards, correct, errors = judge(workspace, examples, rollouts).T
+                notes["reward/errors"] = notes.get("reward/errors", 0) + int(errors.sum())
+                given = dict(reward=rewards.astype(np.float32), correct=correct.astype(np.float32))
+            if config.judge.name != "verifier":
+                if given:  # what the judge is a stand-in for
+                    notes["reward/verified"] = float(given["reward"].mean())
+                given["reward"] = verdict(prompts.examples, rollouts).scores.reshape(-1).astype(np.float32)
+            return rollouts.replace(**given)
 
     def score(params: Params, rollouts: Rollouts) -> TokenStats:
         with clock.phase("score"):
@@ -140,6 +170,10 @@ def make_tools(workspace: Workspace, clock: Clock, notes: dict[str, float], say:
         noise=noise,
         note=notes.__setitem__,
         say=say,
+        preferences=workspace.preferences,
+        draw_units=draw_units,
+        judge=judged,
+        objective=workspace.objective,
     )
 
 
@@ -168,8 +202,8 @@ def score_packed(workspace: Workspace, params: Params, seen: Rollouts) -> TokenS
 
 def score_companions(workspace: Workspace, run: Run, batch: Rollouts) -> Rollouts:
     """Attach ``logp_old`` (unless the first optimizer step is its own old policy) and ``logp_<slot>``."""
-    seen = as_scored(batch)
-    scored = batch.replace(slots={name: score_packed(workspace, p, seen).logp for name, p in run.slots.items()})
+    seen, slots = as_scored(batch), companions.scored(workspace.objective, run.slots)
+    scored = batch.replace(slots={name: score_packed(workspace, p, seen).logp for name, p in slots.items()})
     always = workspace.protocol.stale or workspace.optimizer_steps() > 1
     if always or must_score(workspace.objective, scored, run.state.objective):
         old = score_packed(workspace, run.state.params, seen)

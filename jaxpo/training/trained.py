@@ -25,7 +25,7 @@ def random_params(config: ConfigDict, model: Model, objective: Objective, key: A
     params = transformer.init(model.config, key)
     if config.lora.rank:  # only the shapes of the transformer are asked for: nothing of it is computed
         params = lora.init(params, key, rank=config.lora.rank, targets=config.lora.targets)
-    return {**params, **heads.init(model.config.width, heads_of(objective))}
+    return {**params, **heads.init(model.config.width, heads_of(objective, config.heads), key)}
 
 
 def with_base(config: ConfigDict, base: Params | None, params: Params) -> Params:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxpo.batch import Rollouts, TokenStats, take
+from jaxpo.metrics import Metrics
 from jaxpo.objectives import Objective, Protocol, State
 from jaxpo.parallel import (
     TOKENS,
@@ -42,12 +43,14 @@ from jaxpo.primitives.numerics import promote, ratio_or_zero
 from jaxpo.rollout import SamplingOptions, generate
 from jaxpo.rollout.stopping import stop_table
 from jaxpo.tasks import Example, Task, build
-from jaxpo.tasks.tokenizers import CharTokenizer, IntegerTokenizer, PretrainedTokenizer, Tokenizer
+from jaxpo.tasks.preferences import PreferenceSet, Row
+from jaxpo.tasks.tokenizers import CharTokenizer, IntegerTokenizer, PretrainedTokenizer, Tokenizer, question_of
+from jaxpo.training import companions, preference_units
 from jaxpo.training import config as config_lib
 from jaxpo.training.compiled import Compiled
-from jaxpo.training.needs import derived_needs, slots_of
+from jaxpo.training.needs import JUDGING, derived_needs, heads_of, slots_of
 from jaxpo.training.optimizers import make_optimizer
-from jaxpo.training.step import Apply, Fused, accumulate, optimizer_step, score
+from jaxpo.training.step import Apply, Fused, accumulate, in_slices, optimizer_step, score
 from jaxpo.training.trained import lora_scale, random_params, seen_with_base, with_base
 
 
@@ -88,20 +91,24 @@ class Workspace:
     sampling: SamplingOptions
     train: Prompts
     test: Prompts
+    preferences: preference_units.Preferences | None
     report: dict[str, float]
     reshard: Compiled | None  # params -> as another mesh samples with them; None = the one that trains samples
-    generate: Compiled  # (sampler's params, tokens, length, key, options, responses) -> Rollouts
+    generate: Compiled  # (sampler's params, tokens, length, key, options, responses[, partner, share]) -> Rollouts
     score: Compiled  # (params, batch, plan, bins) -> TokenStats
     prepare: Compiled  # (batch, state) -> (batch, state)
     step: Compiled  # (train state, batch, rows, plan, fresh, bins) -> (train state, metrics)
     # of some protocols only:
     complete: Compiled  # (sampler's params, tokens, length, budget, key, options, responses) -> Rollouts
     noise: Compiled  # (train state, batch, halves) -> the gradients of two half-batches, as numbers
+    measure: Compiled  # (params, batch, objective state) -> its metrics on held-out units, to be merged
+    opinion: Compiled  # (params, batch) -> what the heads of a reward model say of its rows, without log-probs
 
     @property
     def compiled(self) -> tuple[Compiled, ...]:
         """The functions that this run has compiled."""
         every = self.reshard, self.generate, self.score, self.prepare, self.step, self.complete, self.noise
+        every += (self.measure, self.opinion)
         return tuple(f for f in every if f is not None and f.compilations)
 
     def sampler_params(self, params: Params) -> Params:
@@ -179,11 +186,18 @@ def prepare_process(cache: str | None) -> None:
         keep_freed_memory()
 
 
-def make_tokenizer(config: ConfigDict, task: Task) -> Tokenizer:
-    """The tokenizer that the config names; characters come from the task's questions and answers."""
+def texts_of(row: Row) -> list[str]:
+    """The texts of a row's answers, with those of tool calls after them."""
+    return [text for answer in row.answers for text in (answer.text, *(part for _, part in answer.trace))]
+
+
+def make_tokenizer(config: ConfigDict, task: Task, data: PreferenceSet | None = None) -> Tokenizer:
+    """The tokenizer that the config names; characters come from the task's questions and answers, and from data."""
     match config.tokenizer.name:
         case "characters":
-            texts = [text for e in (*task.train, *task.test) for text in (e.question, e.answer or "")]
+            texts = [text for e in (*task.train, *task.test) for text in (question_of(e.question), e.answer or "")]
+            rows = [] if data is None else [*data.train, *data.test]
+            texts += [text for row in rows for text in (question_of(row.prompt), *texts_of(row))]
             return CharTokenizer.from_texts(texts)
         case "integers":
             return IntegerTokenizer(config.tokenizer.base)
@@ -239,13 +253,17 @@ def setup(
     config_lib.validate(config, len(jax.devices()))
     objective, protocol = config_lib.objective_of(config), config_lib.protocol_of(config)
     slots_of(objective, protocol)
-    if objective.layout:
+    heads_of(objective, config.heads)
+    companions.check(objective, protocol)
+    if objective.layout and protocol.rows is None:
         raise ValueError(
             f"objective {config.objective.name!r} learns from units {objective.layout}, which rollouts of "
-            "single completions are not"
+            "single completions are not: set config.data.name, or config.protocol.name to judged"
         )
-    task = build({k: v for k, v in config.task.items() if v is not None})
-    tokenizer = tokenizer or make_tokenizer(config, task)
+    task = build({k: v for k, v in config.task.items() if v is not None}) if config.task.name else None
+    data = preference_units.read(config, task)
+    task = task or preference_units.task_of(data)
+    tokenizer = tokenizer or make_tokenizer(config, task, data)
     mesh = make_mesh(config.mesh)
     if config.training.offload_reference:
         check_host_memory(mesh)
@@ -260,6 +278,7 @@ def setup(
         )
     width = limit or max(map(len, [*train_ids, *test_ids]))
     dropped = len(task.train) - len(train) + min(len(task.test), config.evaluation.prompts) - len(test)
+    pairs = None if data is None else preference_units.encoded(config, objective, data, tokenizer)
     model = transformer.build(config_lib.transformer_of(config, tokenizer.vocab_size), several(mesh))
     unused = unused_ids(model, tokenizer)
     base = hf.load(hf.open_source(config.policy.path), model.config, mesh) if config.lora.rank else None
@@ -278,7 +297,8 @@ def setup(
         sampling=config_lib.sampling_of(config, tokenizer.eos_ids, table),
         train=pad_prompts(train, train_ids, width, tokenizer.pad_id),
         test=pad_prompts(test, test_ids, width, tokenizer.pad_id),
-        report={**task.report, "prompts/dropped": float(dropped)},
+        preferences=pairs,
+        report={**task.report, "prompts/dropped": float(dropped), **(pairs.report if pairs else {})},
         **compile_functions(config, mesh, model, objective, protocol, tokenizer.pad_id, report, base),
     )
 
@@ -316,11 +336,15 @@ def compile_functions(
         key: Array,
         options: SamplingOptions,
         responses: int,
+        partner: Params | None = None,
+        share: Array | None = None,
     ) -> Rollouts:
         lengths = dict(prompt_length=length, budget=budget, responses=responses)
         out = generate(
             *(sampler, beside(base, params), tokens, key, options),
             **lengths,
+            partner=None if partner is None else beside(base, partner),
+            share=share,
             policy_temperature=config.policy_temperature,
             pad_id=pad_id,
             scan_layers=config.rollout.scan_layers,
@@ -335,8 +359,10 @@ def compile_functions(
         key: Array,
         options: SamplingOptions,
         responses: int,
+        partner: Params | None = None,
+        share: Array | None = None,
     ) -> Rollouts:
-        return run_complete(base, params, tokens, length, None, key, options, responses)
+        return run_complete(base, params, tokens, length, None, key, options, responses, partner, share)
 
     def run_score(
         base: Params | None, params: Params, batch: Rollouts, plan: Array | None = None, bins: int = 0
@@ -349,6 +375,14 @@ def compile_functions(
         own, at_once = seen(base, apply), rows_of(config)
         peek = seen(base, look or apply)
         return gradient_noise(objective, own, mesh, state, batch, halves, look=peek, rows_at_once=at_once)
+
+    def run_opinion(base: Params | None, params: Params, batch: Rollouts) -> TokenStats:
+        heads = policy_of(model, config, objective, objective.wants & JUDGING, mesh=mesh)
+        said = score(seen(base, heads), params, batch, microbatches=slices if batch.rows % slices == 0 else 1)
+        return said.replace(logp=None, entropy=None)  # so that nothing of the vocabulary is computed
+
+    def run_measure(base: Params | None, params: Params, batch: Rollouts, state: State) -> Metrics:
+        return measured(objective, seen(base, apply), seen(base, look or apply), params, batch, state, slices)
 
     def compiled(name: str, f: Callable[..., Any], shapes: int = 1, bound: Params | None = base, **options: Any):
         options = dict(bound=(bound,), report=report, **options)
@@ -364,6 +398,8 @@ def compile_functions(
         score=compiled("score", run_score, (1 + training.offload_reference) * packings, static_argnames="bins"),
         prepare=compiled("prepare", lambda _, batch, state: objective.prepare(batch, state)),
         noise=compiled("noise", run_noise),
+        measure=compiled("measure", run_measure),
+        opinion=compiled("opinion", run_opinion),
         step=make_step(
             config,
             objective,
@@ -380,6 +416,17 @@ def compile_functions(
     )
 
 
+def measured(
+    objective: Objective, apply: Apply, look: Apply, params: Params, batch: Rollouts, state: State, slices: int
+) -> Metrics:
+    """What the objective reports of a batch (scored, not prepared), without a gradient, to be merged over ``slices``
+    and further batches."""
+    batch, state = objective.prepare(batch, state)
+    peek = score(look, params, batch, microbatches=slices) if objective.peeks else None
+    batch = objective.weigh(batch, state, peek)
+    return in_slices(lambda part: objective.loss(partial(apply, params), part, state)[1], batch, slices)
+
+
 def in_compute_dtype(model: Model, params: Params) -> Params:
     """Parameters as the model multiplies with them: all but norms, whose arithmetic is wider than its results. The
     values that it computes stay the same, bit for bit."""
@@ -392,8 +439,8 @@ def in_compute_dtype(model: Model, params: Params) -> Params:
 
 def rows_of(config: ConfigDict) -> int:
     """Rows of a microbatch."""
-    rollout, training = config.rollout, config.training
-    return rollout.prompts * rollout.responses // (training.minibatches * training.microbatches)
+    training, of_prompt = config.training, config_lib.rows_per_prompt(config, config_lib.objective_of(config))
+    return config.rollout.prompts * of_prompt // (training.minibatches * training.microbatches)
 
 
 def gradient_noise(

@@ -53,6 +53,7 @@ OTHER = {
     ("opa_dpo", "rev_anchor_sign"): -1,
     ("slic_hinge", "target"): "expert",
     ("rluf", "weights"): (0.2, 0.3, 0.5),
+    ("rso_reward", "clip"): 0.3,
     ("bnpo", "max"): 2.0,
     ("bnpo", "min"): -1.0,
     ("dcpo_distribution", "H0"): 0.05,

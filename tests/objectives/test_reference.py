@@ -38,7 +38,7 @@ def test_the_ids_of_the_cards_are_there():
         "ratio": "gspo gspo_token mhpo",
         "surrogate": "cispo bapo hapo clip_cov mhpo rec",
         "regularizer": "kl_estimators kl_cov r2vpo lp_reg ppo_outer_loop orpo_chi2",
-        "reward": "salsa flr relevance_reward_r3 preference_orchestrator rluf",
+        "reward": "salsa flr relevance_reward_r3 preference_orchestrator rluf rso_reward rlhs",
         "filter": "dapo d3s",
         "sampler": "hapo spo_single_stream",
         "protocol": "dapo ppo_outer_loop hapo spo_single_stream spo_segment",

@@ -3,6 +3,8 @@ enumeration (a row's count is its probability), gradients in the logits of a tab
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize
+from scipy.special import logsumexp
 
 import jaxpo
 from jaxpo.primitives.preferences import geometric_mixture
@@ -44,7 +46,7 @@ def gradient(name: str, log_pi: np.ndarray, weight: np.ndarray, prev: np.ndarray
         prev=prev[flat][:, None],
         logp_old=prev[flat][:, None],
         count=np.repeat(weight.reshape(-1), rows.shape[1]),
-        group=np.arange(len(flat)),
+        group=np.arange(len(flat)) if pairs else np.zeros(len(flat), int),
         role=np.resize(["chosen", "rejected"] if pairs else ["own"], len(flat)),
         layout=jaxpo.make(name, **settings).layout,
         extra={"reward": np.zeros(len(flat)), **{k: np.asarray(x, float).reshape(-1) for k, x in extra.items()}},
@@ -98,6 +100,31 @@ def test_ipo_of_any_labels():
     solved = tilted(P @ MU, tau)
     grad = gradient("ipo", solved, both(MU) * P, extra={}, tau=tau, normalize=False)
     np.testing.assert_allclose(grad, 0, atol=1e-12)
+
+
+def test_rpo_is_the_best_answer_to_its_own_adversarial_reward():
+    """``min_r BT(r) + eta (max_pi E_pi r - beta KL(pi || ref) - E_chosen r)``, and pi the maximum of it."""
+    beta, eta = 0.7, 0.2
+    labelled = both(MU) * WINS / (both(MU) * WINS).sum()
+    chosen = labelled.sum(1)
+
+    def adversary(r: np.ndarray) -> float:
+        fit = (labelled * np.logaddexp(0, r[None] - r[:, None])).sum()
+        return fit + eta * (beta * logsumexp(REF + r / beta) - chosen @ r)
+
+    found = minimize(adversary, np.zeros(A), method="BFGS", options={"gtol": 1e-7})
+    assert np.abs(gradient("rpo", tilted(found.x, beta), labelled, extra={}, beta=beta, eta=eta)).max() < 1e-6
+    plain = gradient("rpo", tilted(REWARD, beta), labelled, extra={}, beta=beta, eta=eta)
+    assert np.abs(plain).max() > 1e-3
+
+
+@pytest.mark.parametrize("drawn", ([1, 1, 1, 1], [3, 1, 2, 1], [1, 7, 1, 2]))
+def test_copg_of_answers_from_anywhere(drawn):
+    beta, extra = 0.7, {"reward": REWARD}
+    np.testing.assert_allclose(
+        gradient("copg", tilted(REWARD, beta), np.array(drawn, float), extra=extra, beta=beta), 0, atol=1e-12
+    )
+    assert np.abs(gradient("copg", REF, np.array(drawn, float), extra=extra, beta=beta)).max() > 1e-3
 
 
 # ---- Nash ---------------------------------------------------------------------------------------------------------

@@ -2,13 +2,21 @@
 
 import importlib.util
 import json
+from functools import partial
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import plan as program
-from jaxpo.parallel import topology
+from jaxpo.batch import Rollouts
+from jaxpo.parallel import ROWS, make_mesh, shardings, topology
+from jaxpo.parallel.program import traffic
+from jaxpo.policy import transformer
+from jaxpo.policy.stats import completion_hidden
+from jaxpo.policy.transformer import TransformerConfig
+from jaxpo.training import planned
 from jaxpo.training.plan import make_plan
 from tests.training import tiny
 
@@ -100,3 +108,26 @@ def test_a_reference_in_the_hosts_memory_is_no_argument_in_hbm():
     assert scoring.error is None and scoring.memory["reference"] == 0 and scoring.host > 2**23
     assert scoring.memory["batch"] < 2**20 and scoring.memory["temporaries"] < 0.3 * scoring.host
     assert scoring.seconds["host link"] > 0
+
+
+def test_experts_and_positions_over_a_mesh():
+    """The grouped products and the fused attention lower inside their shard_maps, forward and backward."""
+    mesh = make_mesh(dict(expert=2, context=2, tensor=2), topology.devices(topology.parse("v5e:2x4")))
+    config = TransformerConfig(
+        *(512, 256, 1, 2), head_dim=128, mlp_width=128, experts=8, experts_per_token=2, dtype="bfloat16", remat="full"
+    )
+    model = transformer.build(config, mesh)
+    shapes = jax.eval_shape(partial(transformer.init, config), jax.random.key(0))
+    params = planned.placed(shapes, shardings(shapes, mesh))
+    rows = NamedSharding(mesh, PartitionSpec(ROWS))
+    tokens, mask = (jax.ShapeDtypeStruct((4, n), t, sharding=rows) for n, t in ((2176, int), (2048, float)))
+
+    def loss(params, tokens, mask):
+        batch = Rollouts(tokens=tokens, mask=mask, shared_prompt=2)
+        return completion_hidden(model, params, batch, mesh).astype(float).sum()
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(loss)).lower(params, tokens, mask).compile().as_text()
+    assert "ragged-dot" in text and "splash" in text
+    kinds = {c.kind for c in traffic(text, mesh.size).collectives}
+    assert {"all-gather", "all-reduce"} <= kinds, kinds

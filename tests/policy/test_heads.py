@@ -17,7 +17,7 @@ MASK = jnp.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]], jnp.f
 
 @pytest.fixture(scope="module")
 def params():
-    new = heads.init(CONFIG.width, heads.NAMES)
+    new = heads.init(CONFIG.width, {"value": (), "score": (), "embed": (4,), "gate": (2,)}, jax.random.key(3))
     filled = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(x.size), x.shape), new)
     return {**transformer.init(CONFIG, jax.random.key(0)), **filled}
 
@@ -60,4 +60,25 @@ def test_a_head_that_is_not_there_is_named(batch):
     params = transformer.init(CONFIG, jax.random.key(0))
     with pytest.raises(ValueError, match="no value head: add heads.init"):
         token_stats(MODEL, params, batch, wants=frozenset({"logp", "value"}))
-    assert heads.init(CONFIG.width, ()) == {}
+    assert heads.init(CONFIG.width, {}, jax.random.key(0)) == {}
+
+
+def test_an_embedding_is_of_the_text_that_a_score_is_of_and_a_gate_of_the_prompt(params, batch):
+    def said(tokens):
+        wants = frozenset({"logp", "score", "embed", "gate"})
+        return token_stats(MODEL, params, batch.replace(tokens=tokens), wants=wants)
+
+    start, prompt = said(batch.tokens), 3
+    assert start.embed.shape == (4, 4) and start.gate.shape == (4, 2)
+    for position in range(-prompt, 4):
+        moved = said(batch.tokens.at[:, prompt + position].add(1) % 11)
+        assert ((moved.embed != start.embed).any(1) == (moved.score != start.score)).all()
+        assert (moved.gate != start.gate).any(1).all() == (position < 0)
+    alone = token_stats(MODEL, params, batch, wants=frozenset({"logp", "gate"}))
+    np.testing.assert_allclose(alone.gate, start.gate, atol=1e-6)
+
+
+def test_new_heads_say_0_and_a_new_embedding_something():
+    new = heads.init(16, {"score": (), "embed": (4,), "gate": (2,)}, jax.random.key(0))["heads"]
+    assert not any(x.any() for name in ("score", "gate") for x in new[name].values())
+    assert new["embed"]["weight"].shape == (16, 4) and new["embed"]["weight"].std() > 0.1

@@ -34,7 +34,7 @@ def batch_of(lanes=1, prompts=PROMPTS):
 
 def model_of(**fields):
     config = TransformerConfig(vocab_size=11, width=16, layers=2, heads=2, **fields)
-    params = transformer.init(config, jax.random.key(0)) | heads.init(16, ["value"])
+    params = transformer.init(config, jax.random.key(0)) | heads.init(16, {"value": ()}, jax.random.key(1))
     noise = jax.random.normal(jax.random.key(1), (16,))
     params["heads"]["value"]["weight"] = noise
     return transformer.build(config), jax.tree.map(lambda x: 2 * x, params)

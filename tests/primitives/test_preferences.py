@@ -215,6 +215,22 @@ def test_rluf_reward():
         shaped("rluf", obj_scores=scores[:, :2])
 
 
+def test_rso_reward():
+    rho = jnp.array([0.2, 1.0])
+    close(jax.nn.sigmoid(shaped("rso_reward", pref_opp=rho)), [0.2, 1 - 1e-6])
+    close(jax.nn.sigmoid(shaped("rso_reward", pref_opp=rho, options=dict(clip=0.3))), [0.3, 0.7])
+
+
+def test_rlhs_reward():
+    close(shaped("rlhs", likert=jnp.array([1, 4])), [-1, 0.5])
+    fields = dict(
+        choice=jnp.array([1.0, -1.0]), satisfies=jnp.array([[1, 1], [0, 1]]), cost=jnp.array([[1, 4], [2, 2]])
+    )
+    close(shaped("rlhs", options=dict(form="utility"), **fields), [0.25, 0])
+    with pytest.raises(ValueError, match="form must be one of rating, utility"):
+        make("rlhs", "reward", form="hindsight")
+
+
 def test_salsa_reward():
     mask = jnp.array([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
     batch = Rollouts(

@@ -16,6 +16,7 @@ from jaxpo.batch import validate
 from jaxpo.parallel import make_mesh, rows_over_mesh, shardings
 from jaxpo.policy.stats import completion_hidden, token_stats
 from jaxpo.policy.transformer import Model, TransformerConfig, build, init
+from jaxpo.primitives.preferences import geometric_mixture
 from jaxpo.rollout import SamplingOptions, engine, generate
 from jaxpo.rollout.stopping import stop_table
 from jaxpo.tasks.tokenizers import CharTokenizer
@@ -121,6 +122,34 @@ def check_ends(rollouts, ended):
 def ended_by_id(rollouts, ids=EOS):
     """[B, T] whether token t is an end; read only up to the first, so pads that look like one do not matter."""
     return np.isin(np.asarray(rollouts.completions), ids)
+
+
+# --- the geometric mixture of two policies ----------------------------------------------------------------------------
+
+
+@cache
+def partner():
+    return jax.tree.map(lambda x: x[::-1] if x.ndim > 1 and x.shape[0] > 2 else x, params())
+
+
+@partial(jax.jit, static_argnames="scan_layers", compiler_options=COMPILE_FAST)
+def mixed(params, partner, share, scan_layers=False):
+    options = dict(prompt_length=LENGTH, responses=K, pad_id=PAD, scan_layers=scan_layers)
+    return generate(MODEL, params, prompts(), jax.random.key(3), ANY, partner=partner, share=share, **options)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_tokens_of_a_mixture_are_drawn_from_it_and_the_policy_alone_is_recorded_too(share):
+    out = mixed(params(), partner(), share)
+    (own, logits), (_, other) = uncached(params(), out), uncached(partner(), out)
+    mask = np.asarray(out.mask)
+    mixture = geometric_mixture(logits, other, share)
+    drawn = np.take_along_axis(np.asarray(mixture), np.asarray(out.completions)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(np.asarray(out.logp_beh) * mask, drawn * mask, atol=2e-4)
+    np.testing.assert_allclose(np.asarray(out.token_extras["logp_sampler"]) * mask, np.asarray(own) * mask, atol=2e-4)
+    alone = sample_rows(3) if share == 0 else run(partner(), prompts(), LENGTH, 3, ANY) if share == 1 else None
+    if alone is not None:
+        np.testing.assert_array_equal(out.tokens, alone.tokens)
 
 
 # --- log-probs --------------------------------------------------------------------------------------------------------

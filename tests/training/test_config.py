@@ -11,6 +11,7 @@ from jaxpo.training import config as config_lib
 from jaxpo.training import loop
 from jaxpo.training.command_line import parse
 from jaxpo.training.config import fill, objective_of, validate
+from jaxpo.training.needs import heads_of
 from jaxpo.training.optimizers import OPTIMIZERS, SCHEDULES
 from jaxpo.training.rundir import RunDirectory
 from tests.training import tiny
@@ -41,7 +42,7 @@ def test_the_objectives_defaults_are_there_before_flags_are_parsed():
 
 
 # what the protocol of an objective asks of the rest of the config
-ALONE = {"spo_single_stream": ["--config.rollout.responses=1"]}
+ALONE = {"spo_single_stream": ["--config.rollout.responses=1"], "nash_mp": ["--config.steps=8"]}
 
 
 @pytest.mark.parametrize("name", names())
@@ -443,3 +444,28 @@ def test_combinations_of_names_are_valid():
             f"--config.optimizer.schedule.name={schedule}",
             *ALONE.get(objective, ()),
         )
+
+
+@pytest.mark.parametrize(
+    ("objective", "sizes", "found"),
+    [
+        ("grpo", {}, {}),
+        ("bradley_terry_rm", {}, {"score": ()}),
+        ("gpm_rm", {}, {"embed": (8,), "gate": (4,)}),
+        ("gpm_rm", {"embed": 4}, {"embed": (4,), "gate": (2,)}),
+        ("preference_orchestrator", {"gate": 3}, {"gate": (3,)}),
+        ("bradley_terry_rm", {"embed": 4}, "config.heads.embed is 4, but the objective asks for no embed head"),
+        ("gpm_rm", {"embed": 5}, "config.heads.embed must be an even number of at least 2, not 5"),
+        ("gpm_rm", {"embed": 0}, "config.heads.embed must be an even number of at least 2, not 0"),
+        ("gpm_rm", {"gate": 3}, "config.heads.gate is 3, but there is one for each two of config.heads.embed 8"),
+        ("preference_orchestrator", {}, "config.heads.gate is required: the number of reward models"),
+    ],
+)
+def test_sizes_of_heads(objective, sizes, found):
+    given = config_lib.default().heads
+    given.update(sizes)
+    if isinstance(found, str):
+        with pytest.raises(ValueError, match=found):
+            heads_of(make(objective), given)
+    else:
+        assert heads_of(make(objective), given) == found

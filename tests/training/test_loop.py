@@ -215,7 +215,7 @@ def has_all_it_needs(name: str) -> bool:
         slots_of(objective, protocol)
     except ValueError:
         return False
-    return not objective.layout
+    return not objective.layout and "pref_opp" not in protocol.provides
 
 
 @pytest.mark.slow
@@ -256,7 +256,14 @@ MESHES = (
     pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, id="all three"),
     *[
         pytest.param(mesh, id=str(mesh), marks=pytest.mark.slow)
-        for mesh in ({"data": 8}, {"fsdp": 8}, {"data": 4, "tensor": 2}, {"data": 1, "fsdp": 4, "tensor": 2})
+        for mesh in (
+            {"data": 8},
+            {"fsdp": 8},
+            {"data": 4, "tensor": 2},
+            {"data": 1, "fsdp": 4, "tensor": 2},
+            {"fsdp": 2, "context": 2, "tensor": 2},
+            {"data": 1, "context": 8},
+        )
     ],
 )
 

@@ -11,7 +11,7 @@ from jaxpo.metrics import Mean, Metrics
 from jaxpo.objectives.base import State
 from jaxpo.objectives.composition import Part
 from jaxpo.objectives.units import PAIR, Units, log_ratios
-from jaxpo.primitives import aggregation, preference_diagnostics, regularizers, shaping
+from jaxpo.primitives import aggregation, preference_data, preference_diagnostics, regularizers, shaping
 from jaxpo.primitives.advantages import choice
 from jaxpo.primitives.numerics import promote
 from jaxpo.registry import register
@@ -78,6 +78,25 @@ def rluf(weights: tuple[float, ...] = (0.45, 0.45, 0.1)) -> Part:
         return scores @ jnp.asarray(weights, scores.dtype)
 
     return Part(fn, frozenset({"obj_scores"}))
+
+
+@register("reward", source="RSO, arXiv:2309.06657")
+def rso_reward(clip: float = 1e-6) -> Part:
+    """``logit(pref_opp)`` [B], the probability that an answer beats a random one of the SFT policy, as a pairwise
+    ranker says it, clipped to [clip, 1 - clip]."""
+    return Part(lambda b, s: preference_data.ranker_reward(b.get("pref_opp"), clip=clip), frozenset({"pref_opp"}))
+
+
+@register("reward", source="RLHS, arXiv:2501.08617")
+def rlhs(form: str = "rating") -> Part:
+    """What a simulated user says once the consequences of a decision are known: "rating" ``(likert - 3)/2`` [B] of
+    ratings 1 to 5, or "utility", the true one: 0 where choice [B] is -1 (none), -1 where the chosen option violates the
+    requirement, else the lowest cost among satisfying options over the cost paid, of satisfies, cost [B, options]."""
+    choice("form", form, ("rating", "utility"))
+    if form == "rating":
+        return Part(lambda b, s: preference_data.normalized_rating(b.get("likert")), frozenset({"likert"}))
+    fields = ("choice", "satisfies", "cost")
+    return Part(lambda b, s: preference_data.true_utility(*(b.get(name) for name in fields)), frozenset(fields))
 
 
 # ---- a regularizer ------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from jaxpo.batch import Rollouts, TokenStats, take
-from jaxpo.objectives import Protocol
+from jaxpo.objectives import Objective, Protocol
 from jaxpo.objectives.base import State
 from jaxpo.parallel.distributed import to_host
 from jaxpo.policy.transformer import Params
@@ -40,6 +40,14 @@ class Run:
     position: int = 0
 
 
+class Verdict(NamedTuple):
+    """What a judge says of K answers to each of G prompts: scores [G, K], and wins [G, K, K], the probability that the
+    first beats the second (1/2 on the diagonal)."""
+
+    scores: np.ndarray
+    wins: np.ndarray
+
+
 class Tools(NamedTuple):
     """What a protocol may call, and the run's sizes.
 
@@ -47,8 +55,9 @@ class Tools(NamedTuple):
     draw(run, n) -> (run, indices of the next n training prompts).
     encoded(indices) -> their tokens [n, P], left-padded, and lengths [n].
     sampling(run) -> the options to sample with now.
-    generate(params, indices, key, options=None) -> rollouts without rewards, on the mesh; None = the configured
-      options. Compiled for each number of indices.
+    generate(params, indices, key, options=None, partner=None, share=0) -> rollouts without rewards, on the mesh; None =
+      the configured options. With a ``partner`` they are samples of the geometric mixture ``params^(1 - share)
+      partner^share``. Compiled for each number of indices.
     complete(params, tokens [n, P + T], length [n], budget [n], key, options, responses) -> rollouts (NumPy) that go on
       from any left-padded tokens, within so many of T new ones; any n, in batches of ``prompts``.
     scored() -> the shapes of a batch that is generated, judged and scored, as ``before`` gets it.
@@ -56,6 +65,10 @@ class Tools(NamedTuple):
     score(params, rollouts) -> what the policy says of them.
     noise(run, rollouts) -> the gradients of two half-batches before any step (`Workspace.noise`).
     note(name, value): a metric of this iteration. say(text): a message to who watches.
+    preferences: the run's preference data; None = it has none.
+    draw_units(run, n) -> (run, places of the next n units of the data).
+    judge(*columns) -> what ``config.judge`` says of answers to the same prompts, of one or several generated batches.
+    objective: what is trained.
     """
 
     prompts: int
@@ -74,6 +87,10 @@ class Tools(NamedTuple):
     noise: Callable[[Run, Rollouts], dict[str, Array]]
     note: Callable[[str, float], None]
     say: Callable[[str], None]
+    preferences: Any = None
+    draw_units: Callable[[Run, int], tuple[Run, np.ndarray]] | None = None
+    judge: Callable[..., Verdict] | None = None
+    objective: Objective | None = None
 
 
 def advance(run: Run, **changes: Any) -> Run:

@@ -1,0 +1,120 @@
+"""Frozen companions of the policy: one table from the name of a slot to what it holds and how it moves.
+
+A slot lies beside the policy in ``Run.slots``, on the same devices, and is checkpointed with it. Where an objective
+needs ``logp_<slot>`` the loop holds the slot and scores every batch with it; a protocol may keep further ones, and say
+how they move (``Protocol.keeps``). At the start all of them are one copy of the policy, which they share.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxpo.objectives import Objective, Protocol
+from jaxpo.primitives import preferences
+from jaxpo.registry import check_arguments, unknown
+
+Params = Any
+blended = jax.jit(preferences.blend)
+copied = partial(jax.tree.map, jnp.copy)
+
+
+def stays(slot: Params, policy: Params, iteration: int) -> Params:
+    """The slot does not move by itself."""
+    return slot
+
+
+def kept(slot: Params, policy: Params, iteration: int, every: int | None = None) -> Params:
+    """As it is, or the policy at the start of the round, which lasts ``every`` iterations."""
+    return slot if every is None else renewed(slot, policy, iteration, every)
+
+
+def renewed(slot: Params, policy: Params, iteration: int, every: int = 1) -> Params:
+    """The policy at the start of the round, which lasts ``every`` iterations."""
+    return copied(policy) if iteration % every == 0 else slot
+
+
+def averaged(slot: Params, policy: Params, iteration: int, b: float = 0.999) -> Params:
+    """``theta_bar <- (1 - b) theta + b theta_bar`` after every iteration (Nash-EMA, arXiv:2312.00886)."""
+    return blended(policy, slot, b)
+
+
+def ringed(slot: Params, policy: Params, iteration: int, size: int = 7, every: int = 30) -> Params:
+    """``size`` checkpoints of the policy by their place: the first stays, of the others the oldest is replaced every
+    ``every`` iterations (SePPO, arXiv:2410.05255)."""
+    if iteration % every:
+        return slot
+    place = 1 + (iteration // every - 1) % (size - 1)
+    return {**slot, str(place): copied(policy)}
+
+
+class Companion(NamedTuple):
+    """What a slot holds, and ``update(slot, policy, iteration, **options)``: the slot after so many iterations."""
+
+    what: str
+    update: Callable[..., Params]
+
+    @property
+    def options(self) -> dict[str, inspect.Parameter]:
+        return dict(list(inspect.signature(self.update).parameters.items())[3:])
+
+
+# Those that an objective may need the log-probs of ...
+COMPANIONS: Mapping[str, Companion] = {
+    "ref": Companion("the policy at the start of the run", kept),
+    "prev": Companion("the policy at the start of the round", renewed),
+    "ema": Companion("an average of past policies", averaged),
+    "soup": Companion("the average of two models (config.soup)", stays),
+}
+# ... and those that protocols keep.
+KEPT: Mapping[str, Companion] = {
+    **COMPANIONS,
+    "pool": Companion("a ring of past policies", ringed),
+    "center": Companion("parameters and optimizer state that a protocol goes back to", stays),
+    "half": Companion("the policy after half a step", stays),
+    "hat": Companion("the latest iterate before it was extrapolated", stays),
+}
+
+
+def check(objective: Objective, protocol: Protocol) -> None:
+    """``ValueError`` for a companion that does not exist, an option of it that does not, or one without effect."""
+    for name, options in protocol.keeps.items():
+        if name not in KEPT:
+            raise ValueError(unknown("frozen companion", name, KEPT))
+        check_arguments(f"companion {name!r}", options, KEPT[name].options)
+        if name in ("prev", "ref") and options and f"logp_{name}" not in objective.needs:
+            raise ValueError(f"config.protocol.{name}_every has no effect: this objective does not need logp_{name}")
+
+
+def held(needed: list[str], protocol: Protocol, policy: Params, opt_state: Any) -> dict[str, Any]:
+    """The slots of a run at its start, made of the policy (of arrays or of shapes)."""
+    out: dict[str, Any] = dict.fromkeys([*needed, *protocol.keeps], policy)
+    if "pool" in out:
+        out["pool"] = {str(i): policy for i in range(option(protocol, "pool", "size"))}
+    if "center" in out:
+        out["center"] = {"params": policy, "opt_state": opt_state}
+    return out
+
+
+def option(protocol: Protocol, name: str, field: str) -> Any:
+    """The protocol's option of a companion, or its default."""
+    return protocol.keeps.get(name, {}).get(field, KEPT[name].options[field].default)
+
+
+def stored(protocol: Protocol, iteration: int) -> int:
+    """How many checkpoints the pool has taken up after so many iterations, the first one among them."""
+    return min(1 + iteration // option(protocol, "pool", "every"), option(protocol, "pool", "size"))
+
+
+def moved(slots: Mapping[str, Any], protocol: Protocol, policy: Params, iteration: int) -> dict[str, Any]:
+    """All slots after ``iteration`` finished iterations."""
+    keeps = protocol.keeps
+    return {name: KEPT[name].update(slot, policy, iteration, **keeps.get(name, {})) for name, slot in slots.items()}
+
+
+def scored(objective: Objective, slots: Mapping[str, Any]) -> dict[str, Params]:
+    """The slots that the objective needs the log-probs of."""
+    return {name: slot for name, slot in slots.items() if f"logp_{name}" in objective.needs}

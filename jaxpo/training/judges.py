@@ -1,0 +1,158 @@
+"""Who decides between answers: a verifier, a function of the user's, or a trained reward or preference model.
+
+A judge looks at all answers to a prompt at once and gives a `Verdict`. ``config.judge`` names it:
+
+  verifier          scores are the task's rewards
+  function          ``"module:function"`` of (questions [G], answers [G][K]) -> scores [G, K], or win probabilities
+                    [G, K, K]
+  model             the run directory of ``experiments.train_reward``: scores of its score head, or preferences of its
+                    embeddings
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxpo.batch import Rollouts, TokenStats, from_sequences, pad
+from jaxpo.parallel.distributed import to_host
+from jaxpo.primitives import preference_data, preferences
+from jaxpo.tasks import Example, Task
+from jaxpo.tasks.base import locate
+from jaxpo.tasks.tokenizers import question_of
+from jaxpo.tasks.units import with_trace
+from jaxpo.training.needs import is_reward_model
+from jaxpo.training.protocols import Verdict
+from jaxpo.training.restore import open_finished
+from jaxpo.training.workspace import Workspace, shard_count
+
+STEP = 32  # widths of what a model judges are rounded up to this: few shapes are compiled
+
+
+Answers = list[list[str]]
+Opinion = Callable[[Sequence[Example], Answers], Verdict]
+
+
+def make_judge(workspace: Workspace) -> Callable[..., Verdict]:
+    """``(examples, *columns) -> Verdict`` of the judge that the config names. ``columns``: batches with answers to the
+    same prompts in the same order; their answers stand side by side.
+
+    Raises:
+      ValueError: the run has no verifier, or what is named is no judge.
+    """
+    opinion = opinion_of(workspace)
+
+    def judge(examples: Sequence[Example], *columns: Rollouts) -> Verdict:
+        columns = [to_host(column) for column in columns]
+        at = columns[0].prompt[:: columns[0].shared_prompt]
+        texts = [np.array(workspace.texts(c), object).reshape(len(at), -1) for c in columns]
+        return opinion([examples[i] for i in at], np.concatenate(texts, 1).tolist())
+
+    return judge
+
+
+def opinion_of(workspace: Workspace) -> Opinion:
+    """The judge's ``(examples [G], answers [G][K]) -> Verdict``."""
+    judge = workspace.config.judge
+    if judge.name == "verifier":
+        return partial(verified, workspace.task, judge.scale)
+    if judge.name == "function":
+        return partial(by_function, judge.path, judge.scale)
+    return by_model(judge.path, judge.scale)
+
+
+def of_scores(scores: np.ndarray, scale: float | None) -> Verdict:
+    """``P(i beats j) = sig(scale (s_i - s_j))``; without a scale the higher score wins, equal ones are even."""
+    scores = np.asarray(scores, np.float64)
+    if not np.isfinite(scores).all():
+        raise ValueError("the judge's scores are not finite")
+    if scale is None:
+        return Verdict(scores, (1 + np.sign(scores[:, :, None] - scores[:, None, :])) / 2)
+    return Verdict(scores, np.asarray(preference_data.win_matrix(scale * scores)))
+
+
+def of_wins(wins: np.ndarray) -> Verdict:
+    """An answer's score is its mean win probability against the answers to its prompt, itself among them (SPPO)."""
+    wins = np.asarray(wins, np.float64)
+    if not ((wins >= 0) & (wins <= 1)).all():
+        raise ValueError("the judge's win probabilities must lie in [0, 1]")
+    return Verdict(wins.mean(-1), wins)
+
+
+def verified(task: Task, scale: float | None, examples: Sequence[Example], answers: Answers) -> Verdict:
+    """By the task's rewards."""
+    if task.score is None:
+        raise ValueError(
+            "config.judge.name is 'verifier', but nothing verifies answers: set config.task.name or a judge"
+        )
+    flat = [text for row in answers for text in row]
+    scores = task.score([e for e, row in zip(examples, answers, strict=True) for _ in row], flat)
+    return of_scores(np.array([s.reward for s in scores]).reshape(len(answers), -1), scale)
+
+
+def by_function(path: str, scale: float | None, examples: Sequence[Example], answers: Answers) -> Verdict:
+    """By a function of the user's."""
+    said = np.asarray(locate(path)([e.question for e in examples], answers), np.float64)
+    shape = (len(answers), len(answers[0]))
+    if said.shape == shape:
+        return of_scores(said, scale)
+    if said.shape != (*shape, shape[1]):
+        raise ValueError(f"config.judge.path {path!r} gave an array {said.shape}: scores {shape} or wins are expected")
+    return of_wins(said)
+
+
+def by_model(path: str, scale: float | None) -> Opinion:
+    """By a trained model: its score head, or its embeddings and gate (general preference model)."""
+    workspace, params, _ = open_finished(path)
+    if not is_reward_model(workspace.objective):
+        raise ValueError(
+            f"config.judge.path {path!r} holds no reward or preference model: it has no score or embed head"
+        )
+
+    if "segment" in workspace.objective.needs and not workspace.config.trace:
+        raise ValueError(f"config.judge.path {path!r}: the model reads tool calls, and its config.trace makes none")
+
+    def judge(examples: Sequence[Example], answers: Answers) -> Verdict:
+        rows = rows_of(workspace, examples, answers)
+        spread = pad(rows, rows=-(-rows.rows // shard_count(workspace)) * shard_count(workspace))
+        stats = to_host(workspace.opinion(params, workspace.put(spread)))
+        stats = jax.tree.map(lambda x: x[: rows.rows], stats)
+        return of_stats(workspace, stats, (len(answers), len(answers[0])), scale)
+
+    return judge
+
+
+def of_stats(workspace: Workspace, stats: TokenStats, shape: tuple[int, int], scale: float | None = None) -> Verdict:
+    """Of what the heads of a reward model say of K answers to each of G prompts: ``shape`` is (G, K), rows in that
+    order."""
+    if "score" in workspace.objective.wants:
+        return of_scores(np.asarray(stats.score).reshape(shape), 1.0 if scale is None else scale)
+    return of_wins(np.asarray(preferred(stats, shape, workspace.config.objective)))
+
+
+def rows_of(workspace: Workspace, examples: Sequence[Example], answers: Answers) -> Rollouts:
+    """Questions and answers, and the tool calls of its trace, in the model's own tokens."""
+    tokenizer = workspace.tokenizer
+    questions = [tokenizer.encode(tokenizer.render(e.question)) for e in examples]
+    tracer = locate(workspace.config.trace) if workspace.config.trace else lambda question, answer: ()
+    texts = [
+        with_trace(tokenizer, text, tracer(question_of(e.question), text))[0]
+        for e, row in zip(examples, answers, strict=True)
+        for text in row
+    ]
+    prompts = [q for q, row in zip(questions, answers, strict=True) for _ in row]
+    p, t = (-(-max(map(len, x)) // STEP) * STEP for x in (prompts, texts))
+    return from_sequences(prompts, texts, prompt_width=p, width=t, pad_id=tokenizer.pad_id)
+
+
+def preferred(stats: TokenStats, shape: tuple[int, int], hyperparameters: object) -> Array:
+    """[G, K, K] ``sig(s/tau)`` of the preference scores of all pairs of embeddings."""
+    v = stats.embed.reshape(*shape, -1)
+    v = preferences.unit_length(v) if hyperparameters.normalize else v
+    k = v.shape[-1] // 2
+    gate = stats.gate.reshape(*shape, -1)[:, :, None] if hyperparameters.gate else None
+    scale = jnp.ones(k) if gate is None else k * jax.nn.softmax(gate)
+    return jax.nn.sigmoid(preferences.skew_score(v[:, :, None], v[:, None, :], scale) / hyperparameters.tau)

@@ -1,0 +1,133 @@
+"""The preferences of a run: read or made, in the form that its objective takes, as tokens; tasks of prompts alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxpo.batch import Rollouts
+from jaxpo.objectives import Objective
+from jaxpo.tasks import Example, Task, preferences
+from jaxpo.tasks.base import locate
+from jaxpo.tasks.preferences import PAIR, PreferenceSet, Row
+from jaxpo.tasks.tokenizers import Tokenizer, question_of
+from jaxpo.tasks.traces import Tracer, check_trace
+from jaxpo.tasks.units import Encoded, as_kind, encode, units, widths
+from jaxpo.training.config import arguments_of
+from jaxpo.training.needs import Form, form_of
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """Units to train on and units held out, with the shapes of their batches: P and T tokens."""
+
+    form: Form
+    train: Encoded
+    test: Encoded
+    prompt_width: int
+    width: int
+    pad_id: int
+    report: dict[str, float]
+
+    def units(self, indices: Sequence[int], seed: Sequence[int], *, held_out: bool = False) -> Rollouts:
+        """The units at these places; of roles that the policy samples there are none. ``seed``: of the rows' seeds."""
+        source = self.test if held_out else self.train
+        batch = units(
+            [source[i] for i in indices],
+            self.form.given,
+            self.form.numbers,
+            size=self.form.size if not self.form.layout else None,
+            mismatched=self.form.mismatched,
+            segments=self.form.segments,
+            prompt_width=self.prompt_width,
+            width=self.width,
+            pad_id=self.pad_id,
+            seed=seed,
+        )
+        return batch.replace(prompt=np.repeat(np.asarray(indices, np.int32), batch.rows // len(indices)))
+
+
+def read(config: ConfigDict, task: Task | None) -> PreferenceSet | None:
+    """The preference set of ``config.data``; None without one."""
+    if config.data.name is None:
+        return None
+    parameters = preferences.set_arguments(config.data.name)
+    data = preferences.build({"name": config.data.name, **arguments_of(config.data, parameters)}, task)
+    return traced(data, locate(config.trace)) if config.trace else data
+
+
+def traced(data: PreferenceSet, tracer: Tracer) -> PreferenceSet:
+    """The set with the tool calls that ``tracer`` makes of each question and answer, after those answers."""
+
+    def of(row: Row) -> Row:
+        question = question_of(row.prompt)
+        answers = (a._replace(trace=check_trace(tracer(question, a.text))) for a in row.answers)
+        return row._replace(answers=tuple(answers))
+
+    return data._replace(train=[of(row) for row in data.train], test=[of(row) for row in data.test])
+
+
+def encoded(config: ConfigDict, objective: Objective, data: PreferenceSet, tokenizer: Tokenizer) -> Preferences:
+    """The set as tokens, in the form that the objective takes.
+
+    Raises:
+      ValueError: it takes no preferences or other ones, a bad row, or none is left.
+    """
+    form = form_of(objective, config.rollout.responses)
+    if form is None:
+        raise ValueError(
+            f"config.data.name: objective {config.objective.name!r} takes no preferences"
+            + (f" of this kind: a unit of it is {objective.layout}" if objective.layout else "")
+        )
+    limits = dict(prompt_width=config.rollout.prompt_width, width=config.sampling.max_new_tokens, bad=data.bad)
+    parts, dropped = [], dict(data.report)
+    for rows in (data.train, data.test):
+        part, report = encode(
+            as_kind(rows, data.kind, form.kind), tokenizer, roles=form.given, numbers=form.numbers, **limits
+        )
+        parts.append(part)
+        dropped = {k: dropped.get(k, 0.0) + report.get(k, 0.0) for k in {**dropped, **report}}
+    train, test = parts
+    if not train:
+        raise ValueError(f"{data.name}: no rows to train on: all {len(data.train)} were dropped")
+    if form.segments and not any(t.segment and t.segment[-1] for entry in train for t in entry):
+        raise ValueError(
+            f"objective {config.objective.name!r} learns from traces of tool calls, and no answer of {data.name} has "
+            "one: set config.trace, or give chosen_trace and rejected_trace"
+        )
+    most = max(map(len, [*train, *test]))
+    if form.kind == "scored" and most > form.size:
+        raise ValueError(
+            f"{data.name} has up to {most} scored answers a prompt: set config.rollout.responses to {most}, not "
+            f"{form.size}"
+        )
+    width = widths([*train, *test])[0]
+    shape = (config.rollout.prompt_width or width, config.sampling.max_new_tokens)
+    return Preferences(form, train, test, *shape, tokenizer.pad_id, dropped)
+
+
+def task_of(data: PreferenceSet) -> Task:
+    """The prompts of a preference set as a task that nothing verifies; the preferred answers are demonstrations."""
+
+    def examples(rows: Sequence[Row]) -> list[Example]:
+        best = {}
+        for row in rows:
+            best.setdefault(preferences.key_of(row.prompt), (row.prompt, preferred(row)))
+        return [Example(i, prompt, answer, {}) for i, (prompt, answer) in enumerate(best.values())]
+
+    def demonstrate(example: Example) -> str:
+        if example.answer is None:
+            raise ValueError(f"{data.name} has no good answer to {str(example.question)[:60]!r} to demonstrate")
+        return example.answer
+
+    train, test = examples(data.train), examples(data.test or data.train)
+    return Task(data.name, train, test, None, demonstrate, {})
+
+
+def preferred(row: Row) -> str | None:
+    """The best answer of a row: chosen, of the highest score, or with a good label; None if there is none."""
+    if {a.role for a in row.answers} >= set(PAIR):
+        return row.answer("chosen").text
+    best = max(row.answers, key=lambda a: a.numbers.get("reward", a.numbers.get("label", 0.0)))
+    return best.text if "reward" in best.numbers or best.numbers.get("label", 0.0) > 0.5 else None

@@ -1,0 +1,246 @@
+"""The policy's own answers, compared by a judge: pairs, win rates, games against an opponent."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+
+from jaxpo.batch import Rollouts, role_id, take
+from jaxpo.objectives import Objective, Protocol
+from jaxpo.parallel.distributed import to_host
+from jaxpo.primitives import preference_data as rules
+from jaxpo.primitives.advantages import choice
+from jaxpo.registry import register
+from jaxpo.tasks.preferences import NUMBERS, PAIR
+from jaxpo.training.protocols.base import Run, Tools, Verdict
+from jaxpo.training.protocols.preference_data import rounds
+
+RULES = ("best_worst", "random", "adjacent")
+SOFT = {"pref_prob", "win"}  # who reads these takes pairs as they come; others want the better answer first
+Chosen = tuple[np.ndarray, np.ndarray, np.ndarray]  # places i, j [G, pairs] of answers, and whether the pair counts
+
+
+class Source(NamedTuple):
+    """Who answers. ``params``: of the run. partner, share: slot and exponent of a geometric mixture. plain: at
+    temperature 1 and uncut, whatever the config's sampling."""
+
+    params: Callable[[Run], Any] = lambda run: run.state.params
+    partner: str | None = None
+    share: float = 0.0
+    plain: bool = False
+
+
+POLICY = Source()
+
+
+def share_in_unit(name: str, value: float) -> float:
+    """``value`` if it lies in [0, 1]; ``ValueError`` with the name otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], not {value!r}")
+    return value
+
+
+# ---- which answers become pairs
+
+
+def pick(rule: str, verdict: Verdict, k: int, key: Array) -> tuple[np.ndarray, np.ndarray]:
+    """Places (i, j) [G, pairs] of two answers among the first ``k`` to each prompt."""
+    scores = np.asarray(verdict.scores)[:, :k]
+    if rule == "best_worst":
+        best, worst, _ = rules.best_and_worst(scores)
+        return np.asarray(best)[:, None], np.asarray(worst)[:, None]
+    if rule == "adjacent":
+        places = np.broadcast_to(np.arange(k // 2 * 2), (len(scores), k // 2 * 2))
+    else:
+        keys = jax.random.split(key, len(scores))
+        places = np.asarray(jax.vmap(lambda one: jax.random.permutation(one, k)[:2])(keys))
+    return places[:, ::2], places[:, 1::2]
+
+
+def ordered(verdict: Verdict, i: np.ndarray, j: np.ndarray, margin: float) -> Chosen:
+    """The better answer first; a pair counts if its scores are more than ``margin`` apart and the judge is not
+    even."""
+    g = np.arange(len(i))[:, None]
+    p, gap = verdict.wins[g, i, j], np.abs(verdict.scores[g, i] - verdict.scores[g, j])
+    swap = p < 0.5
+    return np.where(swap, j, i), np.where(swap, i, j), (p != 0.5) & (gap > margin)
+
+
+def answer_fields(verdict: Verdict, k: int) -> dict[str, np.ndarray]:
+    """What the judge says of each of the first ``k`` answers [G, k]: ``win``, its mean win probability against the
+    opponent's answers, or against all k (itself at 1/2, as in SPPO); ``pref_opp``, the same without itself; their mean
+    logit ``pref_score``; ``rm``, its score."""
+    wins, total = np.asarray(verdict.wins), verdict.wins.shape[1]
+    against = wins[:, :k, k:] if total > k else wins[:, :k, :k]
+    logits = np.asarray(rules.ranker_reward(against))
+    win = against.mean(-1)
+    alone = (against.sum(-1) - 0.5) / max(k - 1, 1) if total == k else win
+    return dict(win=win, pref_opp=alone, pref_score=logits.mean(-1), rm=np.asarray(verdict.scores)[:, :k])
+
+
+def arranged(objective: Objective, own: Rollouts, verdict: Verdict, chosen: Chosen | None) -> Rollouts:
+    """Rows (NumPy) for the objective: all answers, or with a layout of pairs the chosen ones side by side."""
+    k = own.shared_prompt
+    fields = {name: x.astype(np.float32) for name, x in answer_fields(verdict, k).items()}
+    own = own.replace(reward=fields["rm"].reshape(-1))
+    wanted = {name: x.reshape(-1) for name, x in fields.items() if name in objective.needs}
+    own = own.replace(extras={**own.extras, **wanted})
+    if chosen is None:
+        return own
+    i, j, counts = chosen
+    prompts, g = np.arange(len(i))[:, None], len(i)
+    order = np.stack([prompts * k + i, prompts * k + j], -1).reshape(-1)
+    pairs = {
+        "pref_prob": verdict.wins[prompts, i, j],
+        "margin": verdict.scores[prompts, i] - verdict.scores[prompts, j],
+    }
+    batch = take(own, order, shared_prompt=2 * i.shape[1])
+    twice = {name: np.repeat(x.reshape(-1), 2).astype(np.float32) for name, x in pairs.items()}
+    return batch.replace(
+        layout=PAIR,
+        role=np.tile(np.array([role_id(r) for r in PAIR], np.int32), g * i.shape[1]),
+        count=batch.count * np.repeat(counts.reshape(-1), 2).astype(np.float32),
+        extras={**batch.extras, **{name: x for name, x in twice.items() if name in objective.needs}},
+    )
+
+
+# ---- protocols
+
+
+def compared(
+    own: Source = POLICY,
+    opponent: Source | None = None,
+    *,
+    pairs: str = "best_worst",
+    margin: float = 0.0,
+    keeps: Mapping[str, Mapping[str, Any]] | None = None,
+    choose: Callable[[Verdict, int, Array], tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None,
+    count: Callable[[int], int] | None = None,
+) -> Protocol:
+    """K answers to each prompt by ``own``, as many by an ``opponent``; the judge compares them, and rules make rows.
+
+    Args:
+      pairs, margin: for objectives of pairs, as of `judged`. keeps: of the protocol.
+      choose: (verdict, K, key) -> (i, j, there): other pairs. count: K -> pairs a prompt, of ``choose``.
+    """
+    choice("pairs", pairs, RULES)
+
+    def collect(run: Run, tools: Tools, key: Array) -> tuple[Run, Rollouts]:
+        run, indices = tools.draw(run, tools.prompts)
+        keys = jax.random.split(key, 3)
+        columns = [sampled(run, tools, who, indices, k) for who, k in zip((own, opponent), keys, strict=False) if who]
+        verdict, k = tools.judge(*columns), tools.responses
+        tools.note("judge/score", float(verdict.scores[:, :k].mean()))
+        if opponent:
+            tools.note("judge/win", float(verdict.wins[:, :k, k:].mean()))
+        chosen = None
+        if tools.objective.layout:
+            i, j, there = choose(verdict, k, keys[2]) if choose else (*pick(pairs, verdict, k, keys[2]), True)
+            soft = tools.objective.needs & SOFT
+            chosen = (i, j, there & (i != j)) if soft else ordered(verdict, i, j, margin)
+            chosen = (*chosen[:2], chosen[2] & there)
+            tools.note("judge/kept", float(chosen[2].mean()))
+        return run, arranged(tools.objective, columns[0], verdict, chosen)
+
+    def rows(objective: Objective, responses: int) -> int:
+        if not objective.layout:
+            return responses
+        each = count(responses) if count else responses // 2 if pairs == "adjacent" else 1
+        return len(objective.layout) * each
+
+    def check(config: Any) -> None:
+        least = 2 if opponent is None else 1
+        if config.rollout.responses < least:
+            raise ValueError(f"config.rollout.responses must be at least {least}: answers are compared with each other")
+
+    return Protocol(
+        collect,
+        rows=rows,
+        keeps=keeps or {},
+        check=check,
+        compiles={"generate": 1} if opponent or own.partner else {},
+        provides=frozenset({*NUMBERS, *(("pref_opp",))}),
+    )
+
+
+def sampled(run: Run, tools: Tools, who: Source, indices: np.ndarray, key: Array) -> Rollouts:
+    """Answers (NumPy) of a source."""
+    options = tools.sampling(run)
+    if who.plain:
+        options = options.replace(temperature=1.0, top_k=None, top_p=None, min_p=None)
+    mixed = dict(partner=run.slots[who.partner], share=who.share) if who.partner else {}
+    return to_host(tools.generate(who.params(run), indices, key, options, **mixed))
+
+
+@register("protocol", source="online DPO, arXiv:2402.04792; best against worst: arXiv:2310.05344")
+def judged(
+    pairs: str = "best_worst", margin: float = 0.0, prev_every: int | None = None, ref_every: int | None = None
+) -> Protocol:
+    """K answers of the policy to each prompt, compared by ``config.judge``.
+
+    Args:
+      pairs: which answers become pairs: "best_worst" by score, "random" two, or "adjacent": the first and the second,
+        the third and the fourth, ... Objectives that read pref_prob or win take them in this order, others the better
+        one first, if the judge is not even.
+      margin: pairs whose scores are at most so far apart do not count.
+      prev_every, ref_every: as of `preference_data`.
+    """
+    return compared(pairs=pairs, margin=margin, keeps=rounds(prev_every, ref_every))
+
+
+@register("protocol", source="IPO-MD, arXiv:2403.08635")
+def ipo_md(beta: float = 0.125, pairs: str = "random") -> Protocol:
+    """Pairs of answers from the geometric mixture ``pi^(1 - beta) ref^beta``, token by token."""
+    return compared(Source(partner="ref", share=share_in_unit("beta", beta)), pairs=pairs)
+
+
+@register("protocol", source="Nash-MD-PG, arXiv:2312.00886")
+def nash_md(mixture: float = 0.125) -> Protocol:
+    """Answers of the policy against as many of the geometric mixture ``pi^(1 - mixture) ref^mixture``."""
+    return compared(opponent=Source(partner="ref", share=share_in_unit("mixture", mixture)))
+
+
+@register("protocol", source="Nash-EMA-PG, arXiv:2312.00886")
+def nash_ema(b: float = 0.999) -> Protocol:
+    """Answers of the policy against as many of ``theta_bar <- (1 - b) theta + b theta_bar``."""
+    keeps = {"ema": {"b": share_in_unit("b", b)}}
+    return compared(opponent=Source(lambda run: run.slots["ema"]), keeps=keeps)
+
+
+@register("sampler", id="rso_sampler", source="RSO, arXiv:2309.06657")
+def rso_sampler(scores: np.ndarray, key: Array, beta: float = 0.5, n: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Places [G, n] of candidates of scores [G, C] that rejection sampling accepts, in the order of acceptance, and
+    whether there is one (`jaxpo.primitives.preference_data.rejection_sample`)."""
+    c = scores.shape[1]
+    draws = jax.random.uniform(key, (len(scores), n * c))
+    accept = jax.vmap(lambda reward, u: rules.rejection_sample(reward, u, beta=beta, n=n)[0])
+    places = np.asarray(accept(np.asarray(scores, np.float32), draws))
+    return np.maximum(places, 0), places >= 0
+
+
+@register("protocol", source="RSO, arXiv:2309.06657")
+def rso(beta: float = 0.5, n: int = 8) -> Protocol:
+    """Of the K = ``config.rollout.responses`` answers of the policy to a prompt (64 in the paper) rejection sampling
+    accepts ``n``, as if they came from the policy tilted by ``exp(score/beta)``; they make n/2 disjoint pairs.
+
+    Args:
+      beta: of the sampling; the loss has its own.
+    """
+    if not isinstance(n, int) or n < 2 or n % 2:
+        raise ValueError(f"n must be an even number of at least 2, not {n!r}")
+    if not beta > 0:
+        raise ValueError(f"beta must be positive, not {beta!r}")
+
+    def choose(verdict: Verdict, k: int, key: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        places, there = rso_sampler(verdict.scores[:, :k], key, beta, n)
+        return places[:, ::2], places[:, 1::2], there[:, ::2] & there[:, 1::2]
+
+    protocol = compared(choose=choose, count=lambda responses: n // 2)
+
+    def check(config: Any) -> None:
+        if config.rollout.responses < n:
+            raise ValueError(f"config.rollout.responses {config.rollout.responses} are the candidates for n = {n}")
+
+    return protocol._replace(check=check)

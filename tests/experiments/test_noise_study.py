@@ -1,0 +1,98 @@
+"""The noise study, and pairs in a race."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import noise_study
+from jaxpo.objectives import make
+from jaxpo.training import race as racing
+from jaxpo.training.arena import Rules, survey
+from jaxpo.training.race import select
+from jaxpo.training.race_pairs import in_pairs, pairs_of
+
+TINY = dict(
+    task="toy(digits=2, train_size=40, test_size=10)",
+    seeds=2,
+    steps=2,
+    prompts=4,
+    responses=4,
+    minibatches=2,
+    evaluations=1,
+    warm_start=3,
+    warm_batch=8,
+    width=8,
+    layers=1,
+)
+
+
+def test_who_races_on_pairs_and_who_does_not():
+    rules = Rules(**TINY)
+    racing, left_out = select("all", rules, 5)
+    labels = {c.label for c in racing}
+    assert labels >= {"grpo", "dpo", "ipo", "rdpo", "simpo", "orpo", "cpo", "slic_hinge", "rpo", "rso"}
+    assert "trains a score head" in left_out["bradley_terry_rm"]
+    assert labels >= {"online_ipo", "nash_md", "nash_ema", "ipo_md", "sppo", "inpo"}  # by the verifier as a judge
+    assert "a race has pairs" in left_out["srpo"] and "goes back to earlier weights" in left_out["egpo"]
+    assert "reads preference data" in left_out["seppo"] or "goes back" in left_out["seppo"]
+    with pytest.raises(ValueError, match="5 rows of an iteration are not 1 minibatches of pairs"):
+        in_pairs(Rules(**{**TINY, "prompts": 5, "responses": 1, "minibatches": 1}))
+    with pytest.raises(ValueError, match="flipped is a share"):
+        Rules(flipped=1.5)
+
+
+def test_as_many_rows_in_pairs_of_which_a_share_is_labelled_wrong():
+    rules = Rules(**TINY)
+    paired = in_pairs(rules)
+    assert paired.prompts * paired.responses == rules.prompts * rules.responses and paired.responses == 2
+    where = survey(rules)
+    clean, noisy = (jax.tree.map(np.asarray, pairs_of(where, share)) for share in (0.0, 0.25))
+    assert clean.layout == ("chosen", "rejected") and clean.shared_prompt == 2
+    chosen, rejected = clean.unit(clean.completions).swapaxes(0, 1)
+    texts = [where.tokenizer.decode(row[m > 0].tolist()) for row, m in zip(chosen, clean.mask[::2], strict=True)]
+    scored = where.task.score([where.task.train[i] for i in range(len(texts))], texts)
+    assert all(s.correct for s in scored)
+    exchanged = (noisy.unit(noisy.completions)[:, 0] == rejected).all(1) & (chosen != rejected).any(1)
+    assert exchanged.sum() == round(0.25 * len(texts)) > 5
+
+
+def test_methods_are_told_the_share():
+    assert noise_study.methods(0.0) == {"dpo": "dpo", "cDPO": "dpo(eps=0.1)", "rdpo": "rdpo(eps=0.1)", "ipo": "ipo"}
+    assert noise_study.methods(0.4)["rdpo"] == "rdpo(eps=0.4)"
+    found = {share: {name: [0.5, 0.7] for name in ("start", *noise_study.methods(share))} for share in (0.0, 0.2)}
+    lines = noise_study.table(found).splitlines()
+    assert lines[0] == "| flipped labels | 0% | 20% |" and len(lines) == 7
+    assert lines[3].startswith("| dpo | 0.600 (0.00–1.00) |")
+    with pytest.raises(SystemExit, match="rdpo needs less than half"):
+        noise_study.main(["--shares=0,0.5"])
+
+
+@pytest.mark.slow
+def test_study(tmp_path):
+    flags = [f"--{name}={value}" for name, value in TINY.items()]
+    found = noise_study.main([f"--out={tmp_path}", "--shares=0,0.4", *flags])
+    assert set(found) == {0.0, 0.4} and all(len(values) == 2 for values in found[0.4].values())
+    assert (tmp_path / "noise.png").read_bytes()[:4] == b"\x89PNG"
+    held = json.loads((tmp_path / "flipped_0.4" / "results.json").read_text())
+    assert held["rules"]["flipped"] == 0.4 and set(held["objectives"]) == set(noise_study.methods(0.4).values())
+
+
+@pytest.mark.slow
+def test_who_is_judged_samples_and_learns_from_its_own_answers():
+    results = racing.race("dpo(protocol='judged'),online_ipo,ipo_md,nash_md,nash_ema,sppo", **TINY)
+    assert len(results.objectives) == 6 and not results.left_out
+    for result in results.objectives.values():
+        assert result["sampled"] >= 16 and result["skipped"] == 0 and np.shape(result["curve"]) == (2, 2)
+
+
+@pytest.mark.slow
+def test_pairs_race_beside_rewards_and_learn():
+    options = dict(seeds=2, steps=20, evaluations=1, width=16, layers=1)
+    results = racing.race("dpo,grpo", **options)
+    for label in ("dpo", "grpo"):
+        curve = np.asarray(results.objectives[label]["curve"])
+        assert curve[-1].mean() > curve[0].mean()
+    assert results.objectives["dpo"]["sampled"] == 0 < results.objectives["grpo"]["sampled"]
+    assert make("dpo").layout
