@@ -160,7 +160,8 @@ def show(found, price: float) -> None:
     if not found.fits:
         return
     console.print(
-        f"an iteration takes at least {time(found.seconds)}: {found.tokens_per_second:,.0f} sampled tokens/s, "
+        f"an iteration takes at least {time(found.seconds)}: {found.tokens_per_second:,.0f} "
+        f"{'sampled' if any(s.name == 'rollout' for s in found.steps) else 'trained'} tokens/s, "
         f"MFU {found.utilization:.1%}"
     )
     cost = f", {price * found.chip_hours:,.0f} at {price:g} a chip-hour" if price else ""

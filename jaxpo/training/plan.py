@@ -16,7 +16,8 @@ from jaxpo.kernels.chips import Chip
 from jaxpo.parallel import make_mesh, operations, program, roofline, topology
 from jaxpo.parallel.offload import is_on_host
 from jaxpo.parallel.topology import Topology
-from jaxpo.training.planned import Data, Planned, Step, data_of, trace_run
+from jaxpo.training import config as config_lib
+from jaxpo.training.planned import Data, Planned, Step, data_of, samples, trace_run
 
 Say = Callable[[str], None]
 
@@ -59,7 +60,8 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A config on a slice. mesh: its axes. tokens: that an iteration samples at most. iterations: of the run."""
+    """A config on a slice. mesh: its axes. tokens: that an iteration samples (or, if it does not, trains on) at most.
+    iterations: of the run."""
 
     topology: Topology
     mesh: dict[str, int]
@@ -86,7 +88,7 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float:
-        """Sampled tokens, with every completion at its full length."""
+        """Of ``tokens``, with every completion at its full length."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
     @property
@@ -161,14 +163,15 @@ def make_plan(
         elif only is None or step.name in only:
             useful = operations.count(other.trace().jaxpr, loop=other.loop)
             steps.append(plan_step(step, planned, config, mesh, slice_.chip, useful, say))
-    rollout, sampling = config.rollout, config.sampling
+    rollout, sampling, objective = config.rollout, config.sampling, config_lib.objective_of(config)
+    of_prompt = rollout.responses if samples(config) else config_lib.rows_per_prompt(config, objective)
     return Plan(
         topology=slice_,
         mesh=dict(mesh.shape),
         microbatches=config.training.microbatches,
         remat=config.policy.remat,
         max_new_tokens=sampling.max_new_tokens,
-        tokens=rollout.prompts * rollout.responses * sampling.max_new_tokens,
+        tokens=rollout.prompts * of_prompt * sampling.max_new_tokens,
         iterations=config.steps,
         steps=steps,
     )

@@ -17,7 +17,7 @@ from jaxpo.policy.attention import LONG, QUERIES_AT_ONCE
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.training import config as config_lib
 from jaxpo.training.plan import Plan, Say, StepPlan, make_plan
-from jaxpo.training.planned import Data, data_of
+from jaxpo.training.planned import Data, data_of, samples
 
 Changes = Mapping[str, Any]  # fields of a config by path
 SCORE_BYTES = 64  # that an attention score moves in an update step, as compiled for v5e (docs/plans.md)
@@ -83,7 +83,7 @@ def sizes_of(config: ConfigDict, model: TransformerConfig, data: Data) -> Sizes:
     for path, x in jax.tree_util.tree_leaves_with_path(shapes):
         expert = model.experts is not None and x.ndim == 5 - (path[-1].key == "w_down")
         total, active = total + x.size, active + x.size * (share if expert and "w_" in path[-1].key else 1)
-    rows, width = config.rollout.prompts * config.rollout.responses, config.sampling.max_new_tokens
+    rows, width = rows_of(config), config.sampling.max_new_tokens
     length = data.prompt_width + width
     return Sizes(total, active, rows, rows * width + config.rollout.prompts * data.prompt_width, width, length)
 
@@ -96,10 +96,15 @@ class Estimate(NamedTuple):
     hidden: float
 
 
+def rows_of(config: ConfigDict) -> int:
+    """That an iteration trains on."""
+    return config.rollout.prompts * config_lib.rows_per_prompt(config, config_lib.objective_of(config))
+
+
 def estimate(config: ConfigDict, where: Topology, model: TransformerConfig, s: Sizes) -> Estimate:
     """An iteration on paper, by formulas that only rank: the update (and a forward pass for the reference), and the
     rollout on the mesh that samples."""
-    parts = update_work(config, model, s), rollout_work(config, where, model, s)
+    parts = [update_work(config, model, s), *([rollout_work(config, where, model, s)] if samples(config) else [])]
     slots = 1 if config.objective.get("beta") else 0
     held = 4 * s.parameters / (config.mesh.fsdp * config.mesh.tensor) * (3 + slots)
     terms = [roofline.seconds(work, where.chip).values() for work, _ in parts]
@@ -156,8 +161,8 @@ def rollout_work(
 
 def sampling_mesh(config: ConfigDict, where: Topology, model: TransformerConfig, s: Sizes) -> Changes:
     """The mesh on which a rollout takes least time, of those with room beside it; it does not depend on the one that
-    trains. Nothing, if the config names one."""
-    if reshaped_sizes(config.rollout.mesh):
+    trains. Nothing, if the config names one, or nothing is sampled."""
+    if reshaped_sizes(config.rollout.mesh) or not samples(config):
         return {}
     around = max(config.mesh.expert, 1)  # where experts lie; positions are not spread when decoding
     best: tuple[float, float, Changes] | None = None
@@ -178,7 +183,7 @@ def ranked(config: ConfigDict, where: Topology, data: Data) -> list[tuple[Change
     each with the mesh that samples best."""
     model = config_lib.transformer_of(config, data.vocab_size or 1)
     sizes, minibatches = sizes_of(config, model, data), config.training.minibatches
-    rows = config.rollout.prompts * config.rollout.responses // minibatches
+    rows = rows_of(config) // minibatches
     sampling = sampling_mesh(config, where, model, sizes)
     out = []
     around = math.prod(max(n, 1) for axis, n in config.mesh.items() if axis not in SEARCHED)

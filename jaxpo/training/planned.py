@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jaxpo.batch import Rollouts
+from jaxpo.objectives import Objective
 from jaxpo.parallel import ROWS, replicated, reshaped, shardings
 from jaxpo.parallel.offload import host_shardings
 from jaxpo.policy import transformer
@@ -18,6 +19,7 @@ from jaxpo.policy.hf import read_config
 from jaxpo.policy.packing import lanes_of
 from jaxpo.rollout.engine import decode_trips
 from jaxpo.tasks import build
+from jaxpo.testing import cases
 from jaxpo.training import companions
 from jaxpo.training import config as config_lib
 from jaxpo.training.compiled import Compiled
@@ -108,11 +110,6 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
     """
     config_lib.validate(config, mesh.size)
     objective, protocol = config_lib.objective_of(config), config_lib.protocol_of(config)
-    if protocol.rows:
-        raise ValueError(
-            f"protocol {config_lib.protocol_name(config, objective)!r} makes rows of preferences, which are not "
-            "planned yet: plan the same policy and mesh with an objective of rewards"
-        )
     model = transformer.build(config_lib.transformer_of(config, data.vocab_size or 1), several(mesh))
     key = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=replicated(mesh))
     rows = NamedSharding(mesh, PartitionSpec(ROWS))
@@ -147,9 +144,14 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
         *("rollout", functions["generate"], (sampler or params, tokens, length, key, options), dict(responses=k)),
         *(1, ("sampler",) if sampler else ("params", *frozen), sampling, decode_trips(config.sampling.max_new_tokens)),
     )
-    batch = labelled_shapes(rollout.trace().out_info, rows)
+    trained = g * config_lib.rows_per_prompt(config, objective)
+    if protocol.rows:
+        width = data.prompt_width, config.sampling.max_new_tokens
+        batch = everywhere(unit_shapes(objective, trained, *width, trained // g), rows)
+    else:
+        batch = labelled_shapes(rollout.trace().out_info, rows)
     seen = as_scored(batch)
-    how = longest(config, mesh, g * k)
+    how = longest(config, mesh, trained)
     score = Step("scoring", functions["score"], (params, seen), how, 0, ("params", *frozen), mesh)
     stats = everywhere(score.trace().out_info, rows)
     batch = batch.replace(slots={name: stats.logp for name in scored})
@@ -162,15 +164,36 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
     reference = score._replace(name="reference", arguments=(frozen_copy, seen), state=(*frozen,))
     scoring = [reference._replace(times=len(scored))] * offloaded + [own] * (own.times > 0)
     prepared = everywhere(jax.eval_shape(objective.prepare, batch, memory)[0], rows)
-    n, held = g * k // config.training.minibatches, ("params", "opt_state", *frozen)
+    n, held = trained // config.training.minibatches, ("params", "opt_state", *frozen)
     chosen, how = everywhere(np.zeros(n, np.int32), replicated(mesh)), dict(fresh=False) | longest(config, mesh, n)
     update = Step("update", functions["step"], (state, prepared, chosen), how, updates, held, mesh)
     return Planned(
         model,
         data,
-        [*([reshard] if reshard else []), rollout, *scoring, update],
+        [*([reshard, rollout] if reshard else [rollout]) * samples(config), *scoring, update],
         dict(params=params, opt_state=state.opt_state, **kept, **frozen, **({"sampler": sampler} if sampler else {})),
     )
+
+
+def samples(config: ConfigDict) -> bool:
+    """Whether an iteration generates: all do, but those that take every answer from preference data."""
+    objective = config_lib.objective_of(config)
+    if config.data.name is None or config_lib.protocol_name(config, objective) != "preference_data":
+        return True
+    return config.protocol.get("rejected") == "policy" or "own" in objective.layout
+
+
+def unit_shapes(objective: Objective, rows: int, prompt_width: int, width: int, of_prompt: int) -> Rollouts:
+    """Rows of preferences with every field that the objective may read: those of the example that its contracts are
+    checked on, in another size."""
+
+    def grown(x: Any) -> jax.ShapeDtypeStruct:
+        sizes = {cases.WIDTH: width, cases.PROMPT + cases.WIDTH: prompt_width + width}
+        return jax.ShapeDtypeStruct((rows, *(sizes.get(n, n) for n in x.shape[1:])), x.dtype)
+
+    shapes = jax.tree.map(grown, cases.example(objective))
+    scored = dict(logp_old=None, logp_beh=None, entropy_old=None, value_old=None, slots={})
+    return shapes.replace(**scored, layout=objective.layout, shared_prompt=of_prompt)
 
 
 def longest(config: ConfigDict, mesh: Mesh, rows: int) -> dict[str, Any]:

@@ -439,8 +439,8 @@ def in_compute_dtype(model: Model, params: Params) -> Params:
 
 def rows_of(config: ConfigDict) -> int:
     """Rows of a microbatch."""
-    rollout, training = config.rollout, config.training
-    return rollout.prompts * rollout.responses // (training.minibatches * training.microbatches)
+    training, of_prompt = config.training, config_lib.rows_per_prompt(config, config_lib.objective_of(config))
+    return config.rollout.prompts * of_prompt // (training.minibatches * training.microbatches)
 
 
 def gradient_noise(
