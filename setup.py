@@ -18,6 +18,7 @@ EXTRAS = {
     "wandb": ["wandb>=0.19"],
     "math": ["math-verify>=0.8"],
     "gguf": ["gguf>=0.17"],
+    "datasets": ["datasets>=4.7"],
     "notebooks": ["jupyterlab>=4.2", "nbclient>=0.10", "ipykernel>=6.29"],
     # The systems that jaxpo is compared with: the only extras with torch in them.
     "parity": ["torch>=2.6", "trl>=1.0"],

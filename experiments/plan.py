@@ -101,6 +101,7 @@ def rows_of(found) -> list[tuple[str, ...]]:
     from jaxpo.parallel import roofline
 
     steps, hbm = [s for s in found.steps if s.error is None], found.chip.hbm
+    terms = {term: None for s in steps for term in s.seconds}
 
     def line(name, value, written, adds=False) -> tuple[str, ...]:
         total = written(sum(s.times * value(s) for s in steps)) if adds else ""
@@ -113,12 +114,13 @@ def rows_of(found) -> list[tuple[str, ...]]:
         line("calls per iteration", attrgetter("times"), str),
         *(line(f"bytes: {name}", lambda s, name=name: s.memory[name], size) for name in steps[0].memory),
         line("bytes in all", attrgetter("peak"), size),
+        *([line("bytes in the host's memory", attrgetter("host"), size)] if any(s.host for s in steps) else []),
         line(f"of {size(hbm)} HBM", lambda s: s.peak / hbm, "{:.0%}".format),
         *(line(f"sent: {k}", sent(k), size, True) for k in sorted({c.kind for s in steps for c in s.collectives})),
         line("HBM traffic", attrgetter("hbm"), size, True),
         line("operations, all chips", attrgetter("operations"), count, True),
         line("  without recomputation", attrgetter("useful"), count, True),
-        *(line(f"time: {term}", lambda s, term=term: s.seconds[term], time, True) for term in steps[0].seconds),
+        *(line(f"time: {term}", lambda s, term=term: s.seconds.get(term, 0.0), time, True) for term in terms),
         line("roofline time", attrgetter("time"), time, True),
         line("bound by", lambda s: roofline.bound(s.seconds), str),
     ]
@@ -158,7 +160,8 @@ def show(found, price: float) -> None:
     if not found.fits:
         return
     console.print(
-        f"an iteration takes at least {time(found.seconds)}: {found.tokens_per_second:,.0f} sampled tokens/s, "
+        f"an iteration takes at least {time(found.seconds)}: {found.tokens_per_second:,.0f} "
+        f"{'sampled' if any(s.name == 'rollout' for s in found.steps) else 'trained'} tokens/s, "
         f"MFU {found.utilization:.1%}"
     )
     cost = f", {price * found.chip_hours:,.0f} at {price:g} a chip-hour" if price else ""

@@ -1,6 +1,7 @@
 """The registry on the command line: ``python -m jaxpo.objectives [list [KIND] | describe NAME [KIND] | docs
 [FILE]]``."""
 
+import importlib
 import sys
 
 from jaxpo.objectives.reference import listing, reference
@@ -17,6 +18,7 @@ def run(arguments: list[str]) -> str:
 
     Raises:
       ValueError: an unknown command, name or kind, with the nearest."""
+    importlib.import_module("jaxpo.training.protocols")  # for its registrations: nothing below training imports it
     match arguments:
         case []:
             return listing("objective")

@@ -16,8 +16,10 @@ PART_KINDS = (
     "reward",
     "correction",
     "diagnostic",
+    "sampler",
+    "protocol",
 )
-HERE = ("jaxpo.objectives", "jaxpo.primitives")  # parts of other modules are there only if those are imported
+HERE = ("jaxpo.objectives", "jaxpo.primitives", "jaxpo.training.protocols")  # what else is registered is a user's own
 INTRODUCTION = """# Objectives
 
 Written by `python -m jaxpo.objectives docs docs/objectives.md` from the registry; a test fails when they differ.

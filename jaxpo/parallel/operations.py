@@ -49,10 +49,9 @@ def _of_equation(eqn: Any, loop: Sequence[float]) -> float:
             shards = math.prod(p["mesh"].shape[axis] for axis in p["newly_manual_axes"])
             return shards * count(p["jaxpr"], loop=loop)
         case "pallas_call":
-            estimate = p["cost_estimate"]
-            return (
-                estimate.flops if estimate else _steps(p["name"], p["grid_mapping"], eqn) * count(p["jaxpr"], loop=loop)
-            )
+            if p["cost_estimate"]:
+                return p["cost_estimate"].flops
+            return _steps(p["name"], p["grid_mapping"], eqn) * count(p["jaxpr"], loop=loop)
     return sum(count(inner, loop=loop) for inner in _inner(p))
 
 
@@ -69,12 +68,18 @@ def _steps(name: str | None, mapping: Any, eqn: Any) -> int:
 
 
 def _ragged(eqn: Any) -> float:
-    """Each row meets one of the matrices: lhs [m, k], rhs [groups, k, n], or [m, n] where the rows are summed over."""
+    """Each row meets one of the matrices: lhs [m, k], rhs [groups, k, n], or [m, n] where the rows are summed over.
+
+    Along a mesh axis "expert" each row meets its matrix on one device only (`jaxpo.policy.experts`; TPUs leave rows of
+    no group out), and all get as many: the router is taken for balanced.
+    """
     lhs, rhs = (v.aval for v in eqn.invars[:2])
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (_, contracted), (_, batch) = numbers.dot_dimension_numbers
     other = {*contracted, *batch, *numbers.rhs_group_dimensions}
-    return 2.0 * lhs.size * _product(rhs.shape, [i for i in range(rhs.ndim) if i not in other])
+    mesh = lhs.sharding.mesh
+    devices = mesh.shape["expert"] if "expert" in mesh.manual_axes else 1
+    return 2.0 * lhs.size * _product(rhs.shape, [i for i in range(rhs.ndim) if i not in other]) / devices
 
 
 def _product(shape: tuple[int, ...], axes: Any) -> int:

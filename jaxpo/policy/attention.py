@@ -2,7 +2,6 @@
 
 import importlib
 import logging
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -146,68 +145,52 @@ def shared_prompt_attend(
     A prompt attends to itself; a completion attends to the keys of its prompt, which were computed once for all K,
     and to itself. ``prompt_ok`` [G, P] marks real prompt tokens.
 
-    Over several parts of a ``mesh``'s axis of positions: `_attend_over_positions`.
+    Where the ``mesh`` spreads positions over C > 1 devices, each has the queries of its part of them, and gathers the
+    keys and values of all: it receives ``(C - 1) / C`` of those of a layer, forward and again backward, where as many
+    bytes of gradients are scattered. It multiplies 1 / C of the queries with all keys, those of the future
+    included, so that all do the same work.
     """
-    if mesh is not None and mesh.shape[POSITIONS] > 1:
-        return _attend_over_positions(config, per_prompt, width, prompt_ok, mesh)
-    prompt_width, of_prompts = prompt_ok.shape[1], prompt_attend(config, prompt_ok, mesh)
-    own = jnp.ones((prompt_ok.shape[0] * per_prompt, width), bool)
-    ok = jnp.concatenate([jnp.repeat(prompt_ok, per_prompt, 0), own], 1)
+    parts, prompt_width = 1 if mesh is None else mesh.shape[POSITIONS], prompt_ok.shape[1]
+    real = prompt_ok.astype(jnp.int32)  # a segment; what is padding is another one
+    around = mesh if parts == 1 else None  # over several parts, each device is on its own
 
-    def attend(q: Array, k: Array, v: Array, window: int | Array | None) -> tuple[Array, None]:
-        (qp, qc), (kp, kc), (vp, vc) = (parted(x, prompt_width, per_prompt) for x in (q, k, v))
-        from_prompt = of_prompts(qp, kp, vp, window)[0]
-        if width == 0:
-            return from_prompt, None
-        keys, values = (jnp.concatenate([jnp.repeat(p, per_prompt, 0), own], 1) for p, own in ((kp, kc), (vp, vc)))
-        return joined(from_prompt, causal_attention(config, qc, keys, values, own, ok, window, mesh)), None
-
-    return attend
-
-
-def _attend_over_positions(
-    config: TransformerConfig, per_prompt: int, width: int, prompt_ok: Array, mesh: Mesh
-) -> Attend:
-    """Each device has the queries of its part of the positions, and gathers the keys and values of all: in bytes
-    ``2 (C - 1) / C`` of those of a layer, forward and again backward, where their gradients are scattered. A device
-    multiplies 1 / C of the queries with all keys, those of the future included, so all do the same work; scores go
-    through memory."""
-    parts = mesh.shape[POSITIONS]
-
-    @jax.checkpoint  # keys and values of all positions are gathered again for the gradient, not stored
-    def local(q: Array, k: Array, v: Array, ok: Array, window: int | Array | None) -> Array:
-        k, v = (jax.lax.all_gather(x, POSITIONS, axis=1, tiled=True) for x in (k, v))
-        part = _attend_part(config, per_prompt, width, ok, jax.lax.axis_index(POSITIONS), parts)
-        return part(q, k, v, window)
-
-    lies, rows, whole = PartitionSpec(ROWS, POSITIONS, "tensor"), PartitionSpec(ROWS), PartitionSpec()
-    spread = jax.shard_map(local, mesh=mesh, in_specs=(lies, lies, lies, rows, whole), out_specs=lies, check_vma=False)
-    return lambda q, k, v, window: (spread(q, k, v, prompt_ok, window), None)
-
-
-def _attend_part(
-    config: TransformerConfig, per_prompt: int, width: int, prompt_ok: Array, part: Array, parts: int
-) -> Callable[[Array, Array, Array, int | Array | None], Array]:
-    """The attention of the queries of one of the ``parts`` [G, (P + K T) / parts, H, d] to the keys of all."""
-    prompts, prompt_width = prompt_ok.shape
-    rows = prompts * per_prompt
-
-    def places(first: int, size: int) -> Array:
-        return first + part * (size // parts) + jnp.arange(size // parts)
-
-    at = jnp.arange(prompt_width + width)  # prompts end where completions begin, so places differ as positions do
-    of_prompt = places(0, prompt_width)[:, None] - at[:prompt_width]
-    of_own = places(prompt_width, width)[:, None] - at
-    ok = jnp.concatenate([jnp.repeat(prompt_ok, per_prompt, 0), jnp.ones((rows, width), bool)], 1)
-    prompt_seen, own_seen = (of_prompt >= 0) & prompt_ok[:, None], (of_own >= 0) & ok[:, None]
-
-    def attend(q: Array, k: Array, v: Array, window: int | Array | None) -> Array:
+    def of_part(q: Array, k: Array, v: Array, real: Array, window: int | Array | None, part: int | Array = 0) -> Array:
         qp, qc = parted(q, prompt_width // parts, per_prompt)
         (kp, kc), (vp, vc) = (parted(x, prompt_width, per_prompt, parts) for x in (k, v))
-        from_prompt = attention(config, qp, kp, vp, narrowed(prompt_seen, of_prompt, window))
+        mine = jax.lax.dynamic_slice_in_dim(real, part * qp.shape[1], qp.shape[1], 1)
+        before = _up_to(part, parts, prompt_width, kp, vp, real)
+        of_prompt = causal_attention(config, qp, *before[:2], mine, before[2], window, around)
         if width == 0:
-            return from_prompt
-        keys, values = (jnp.concatenate([jnp.repeat(p, per_prompt, 0), own], 1) for p, own in ((kp, kc), (vp, vc)))
-        return joined(from_prompt, attention(config, qc, keys, values, narrowed(own_seen, of_own, window)))
+            return of_prompt
+        keys, values, ok = (
+            jnp.concatenate([jnp.repeat(prompt, per_prompt, 0), own], 1)
+            for prompt, own in ((kp, kc), (vp, vc), (real, jnp.ones(kc.shape[:2], real.dtype)))
+        )
+        before = _up_to(part, parts, width, keys, values, ok)
+        mine = jnp.ones(qc.shape[:2], real.dtype)
+        return joined(of_prompt, causal_attention(config, qc, *before[:2], mine, before[2], window, around))
 
-    return attend
+    if parts == 1:
+        return lambda q, k, v, window: (of_part(q, k, v, real, window), None)
+
+    def local(q: Array, k: Array, v: Array, real: Array, window: int | Array | None) -> Array:
+        k, v = (jax.lax.all_gather(x, POSITIONS, axis=1, tiled=True) for x in (k, v))
+        return of_part(q, k, v, real, window, jax.lax.axis_index(POSITIONS))
+
+    if config.remat == "none":  # else the block is: keys and values are gathered again for the gradient, not stored
+        local = jax.checkpoint(local)
+    lies, rows, whole = PartitionSpec(ROWS, POSITIONS, "tensor"), PartitionSpec(ROWS), PartitionSpec()
+    spread = jax.shard_map(local, mesh=mesh, in_specs=(lies, lies, lies, rows, whole), out_specs=lies, check_vma=False)
+    return lambda q, k, v, window: (spread(q, k, v, real, window), None)
+
+
+def _up_to(
+    part: int | Array, parts: int, cut: int, keys: Array, values: Array, segments: Array
+) -> tuple[Array, Array, Array]:
+    """What the queries of one of the ``parts`` of the last ``cut`` positions may see, for `causal_attention`, where the
+    last query is the last key: [B, n, ...] turned around, the future first and in a segment of its own."""
+    if parts == 1:
+        return keys, values, segments
+    future = (parts - 1 - part) * (cut // parts)
+    keys, values, segments = (jnp.roll(x, future, 1) for x in (keys, values, segments))
+    return keys, values, jnp.where(jnp.arange(segments.shape[1]) < future, -1, segments)

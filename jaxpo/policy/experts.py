@@ -81,21 +81,21 @@ def over_mesh(
     fsdp and tensor.
 
     The X devices along expert gather their tokens, each computes its own E / X experts, and the sums are scattered
-    back; matrices are gathered over fsdp. With n tokens a device, forward, and the same again backward:
+    back; matrices are gathered over fsdp. With n tokens a device, forward, and as much again backward:
 
-    * bytes received by a device: ``2 (X - 1) n D`` of activations, twice the k-th part of what sending each token to
-      its k experts would take at best;
+    * received by a device: ``2 (X - 1) n D`` numbers, ``X / k`` times what sending each token to its k experts and
+      back would take if no two of them shared a device; and the matrices' parts on other devices of fsdp;
     * products: those of the rows that chose its experts, ``n k`` MLPs if the router is balanced, ``X n k`` at worst,
       when all tokens of the group go to one device (the others wait);
-    * memory: copies of `TOKENS_AT_ONCE` tokens, ``k`` of each, whoever they are for; of more tokens they are made
-      again in the backward pass.
+    * memory: copies of `TOKENS_AT_ONCE` tokens, ``k`` of each, whomever they are for; with more tokens they are made
+      anew in the backward pass.
     """
-    parts = jax.lax.psum_scatter, jax.lax.all_gather
-    scatter, gather = (partial(f, axis_name="expert", tiled=True) for f in parts)
+    ways = jax.lax.psum_scatter, jax.lax.all_gather
+    scatter, gather = (partial(f, axis_name="expert", tiled=True) for f in ways)
 
     def local(x: Array, weight: Array, chosen: Array, w_in: Array, w_down: Array) -> Array:
-        w_in = jax.lax.all_gather(w_in, "fsdp", axis=1, tiled=True)
-        w_down = jax.lax.all_gather(w_down, "fsdp", axis=2, tiled=True)
+        w_in = jax.lax.all_gather(w_in.astype(x.dtype), "fsdp", axis=1, tiled=True)
+        w_down = jax.lax.all_gather(w_down.astype(x.dtype), "fsdp", axis=2, tiled=True)
         first = jax.lax.axis_index("expert") * w_in.shape[0]
         out = in_parts(config, gather(x), gather(weight), gather(chosen), w_in, w_down, first)
         return jax.lax.psum(scatter(out), "tensor")

@@ -34,13 +34,14 @@ def policy_loss(
     temperature: float = 1.0,
     mesh: Mesh | None = None,
     platform: str | None = None,
+    bins: int = 0,
 ) -> tuple[Array, Any]:
     """``sum_c loss(token_stats of slice c, slice c)`` over equal slices of the rows; differentiable in ``params``.
 
     The value and the gradient of ``loss(token_stats(model, params, batch), batch)``, for a loss that is a sum over
     rows. On accelerators the logits are made once, 6 N D V operations in place of 8, if those of a slice fit the
     budget of `whole_vocabulary_slices`; otherwise, and on CPUs, where it gains nothing, the whole batch is one slice
-    whose logits the backward pass makes again.
+    whose logits the backward pass makes again. So is a batch that is packed into ``bins``.
 
     Args:
       loss: constant in all but the statistics. unit: consecutive rows that no cut may part.
@@ -56,18 +57,16 @@ def policy_loss(
         if name not in AVAILABLE:
             raise ValueError(unknown("policy statistic", name, AVAILABLE))
     options, platform = dict(temperature=temperature, mesh=mesh), platform or target_platform()
-    parts, row_shards, vocab_shards = 1, 1, 1
-    if mesh is not None:
-        parts, row_shards, vocab_shards = mesh.shape[POSITIONS], batch_shards(mesh), mesh.shape["tensor"]
-    shape = batch.rows, -(-batch.width // parts), model.config.vocab_size
-    count = whole_vocabulary_slices(platform, *shape, unit, token_shards=row_shards, vocab_shards=vocab_shards)
+    count = None if bins else slice_count(model, batch, unit, mesh, platform)
     if count is None:
-        log.info("policy_loss: the logits are made twice: no slices of %d rows for %s", unit, platform)
-        value, aux = loss(token_stats(model, params, batch, wants=wants, **options), batch)
+        why = "packed rows" if bins else f"no slices of {unit} rows for {platform}"
+        log.info("policy_loss: the logits are made twice: %s", why)
+        value, aux = loss(token_stats(model, params, batch, wants=wants, bins=bins, **options), batch)
         return value, jax.tree.map(lambda x: x[None], aux)
 
     def of_slice(out: TokenLogProb, part: Rollouts) -> tuple[Array, Any]:
         def of_rows(x: Array) -> Array:  # positions are cut in parts, which come one behind the other
+            parts = 1 if mesh is None else mesh.shape[POSITIONS]
             x = x.reshape(parts, part.rows, -1).swapaxes(0, 1)
             return x.reshape(part.rows, -1)[:, : part.width]
 
@@ -85,3 +84,12 @@ def policy_loss(
         want=[name for name in AVAILABLE if name == "logp" or name in wants],
         **options,
     )
+
+
+def slice_count(model: Model, batch: Rollouts, unit: int, mesh: Mesh | None, platform: str) -> int | None:
+    """Into how many slices the rows are cut, so that the logits of one fit; None = there is no such number."""
+    parts, row_shards, vocab_shards = 1, 1, 1
+    if mesh is not None:
+        parts, row_shards, vocab_shards = mesh.shape[POSITIONS], batch_shards(mesh), mesh.shape["tensor"]
+    shape = batch.rows, -(-batch.width // parts), model.config.vocab_size
+    return whole_vocabulary_slices(platform, *shape, unit, token_shards=row_shards, vocab_shards=vocab_shards)

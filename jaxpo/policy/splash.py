@@ -39,16 +39,20 @@ def attention(
     *,
     interpret: bool = False,
 ) -> Array:
-    """q [B, Tq, H, d], k, v [B, Tk, KV, d] -> [B, Tq, H, d]: as `jaxpo.policy.attention.to_the_past`, where the
+    """q [B, Tq, H, d], k, v [B, Tk, KV, d] -> [B, Tq, H, d]: as `jaxpo.policy.attention.causal_attention`, where the
     arguments are explained. Queries are padded behind and keys before, to multiples of the blocks.
 
-    On a ``mesh`` each device has its rows (axes ``data`` and ``fsdp``) and heads (axis ``tensor``).
+    On a ``mesh`` each device has its rows (the axes ``ROWS``) and heads (axis ``tensor``).
+
+    Raises:
+      ValueError: heads that the axis ``tensor`` does not divide.
     """
     b, tq, heads, _ = q.shape
     kv = k.shape[2]
     queries = padded(tq)[1]
-    keys = padded(k.shape[1] - tq + queries)[1]
-    behind, before = queries - tq, keys - k.shape[1] - (queries - tq)
+    behind = queries - tq
+    keys = padded(k.shape[1] + behind)[1]
+    before = keys - k.shape[1] - behind
     q = jnp.pad(q * config.attention_scale, ((0, 0), (0, behind), (0, 0), (0, 0))).swapaxes(1, 2)
     k, v = (jnp.pad(x, ((0, 0), (before, behind), (0, 0), (0, 0))).swapaxes(1, 2) for x in (k, v))
     of_query = jnp.pad(of_query, ((0, 0), (0, behind))).astype(jnp.int32)

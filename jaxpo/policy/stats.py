@@ -15,7 +15,8 @@ from jaxpo.kernels import token_logprob
 from jaxpo.parallel import POSITIONS, ROWS, batch_shards, by_row, by_token, constrain
 from jaxpo.policy import heads
 from jaxpo.policy.attention import joined, parted, prompt_mask, shared_prompt_attend
-from jaxpo.policy.transformer import Model, Params
+from jaxpo.policy.packing import packed_hidden
+from jaxpo.policy.transformer import Model, Params, embedded
 from jaxpo.registry import unknown
 
 # Statistics of the pass that gives the log-probs. Besides the first two they are found in `TokenStats.derived`, "top1"
@@ -68,12 +69,7 @@ def completion_hidden(
         tokens, positions = constrain((tokens, positions), mesh, ROWS, POSITIONS)
         ok = constrain(ok, mesh, ROWS)
     attend = shared_prompt_attend(model.config, k, inputs.shape[1], ok, mesh)
-    if spread:  # else tables over fsdp and tensor make the partitioner hold the embeddings of all rows everywhere
-        table = params["embedding"]
-        vocabulary = "tensor" if table.shape[0] % mesh.shape["tensor"] == 0 else None
-        x = model.embed({"embedding": constrain(table, mesh, vocabulary)}, tokens)
-    else:
-        x = model.embed(params, tokens)
+    x = embedded(model, params, tokens, mesh if spread else None)
     x, _ = model.run_blocks(params, constrain(x, mesh, ROWS, POSITIONS) if spread else x, positions, attend)
     of_prompt, x = parted(x, ok.shape[1], k, parts)
     if parts == 1:
@@ -97,6 +93,7 @@ def token_stats(
     temperature: float = 1.0,
     second_temperature: float | None = None,
     mesh: Mesh | None = None,
+    bins: int = 0,
 ) -> TokenStats:
     """`TokenStats` of the completion tokens; logp and entropy [B, T] of ``softmax(logits / temperature)``, in float32.
 
@@ -111,6 +108,8 @@ def token_stats(
       mesh: a head that is spread over its axis "tensor" is used where it lies: each device reduces its part of the
         vocabulary, and a few floats a token are exchanged; positions are spread over its axis "context". None = the
         partitioner decides.
+      bins: into which the rows of a device are packed, by the plan in ``batch.extras`` (`jaxpo.policy.packing`); 0 =
+        they are not.
 
     Raises:
       ValueError: ``wants`` holds a statistic that this policy does not give, or "logp_at_temperature" and
@@ -119,12 +118,22 @@ def token_stats(
     for name in wants:
         if name not in AVAILABLE and name not in derived and name not in heads.NAMES:
             raise ValueError(unknown("policy statistic", name, (*AVAILABLE, *derived, *heads.NAMES)))
-    hidden = completion_hidden(model, params, batch, mesh, read_last=not wants.isdisjoint(heads.AFTER_ALL))
-    own = head_stats(params, hidden, batch, wants)
-    parts = 1 if mesh is None else mesh.shape[POSITIONS]
-    hidden = hidden[:, : -(-batch.width // parts) * parts]
-    tokens = by_token(widened(batch.completions, hidden.shape[1]), mesh)
-    hidden = by_token(hidden, mesh)
+    if bins:
+        if of_rows := sorted(wants & set(heads.AFTER_ALL)):
+            raise ValueError(f"a packed batch has no {of_rows[0]!r} of its rows: set config.training.packing to False")
+        hidden, tokens, as_rows = packed_hidden(model, params, batch, bins, mesh)
+        own = {"value": as_rows(heads.apply(params, "value", hidden))} if "value" in wants else {}
+    else:
+        hidden = completion_hidden(model, params, batch, mesh, read_last=not wants.isdisjoint(heads.AFTER_ALL))
+        own = head_stats(params, hidden, batch, wants)
+        parts = 1 if mesh is None else mesh.shape[POSITIONS]
+        hidden = hidden[:, : -(-batch.width // parts) * parts]
+        tokens = by_token(widened(batch.completions, hidden.shape[1]), mesh)
+        hidden = by_token(hidden, mesh)
+
+        def as_rows(x: Array) -> Array:
+            return by_row(x, batch.rows, mesh)[:, : batch.width]
+
     out = token_logprob(
         hidden,
         model.unembed(params).T,
@@ -138,7 +147,7 @@ def token_stats(
     asked = {name: f for name, f in derived.items() if name in wants}
     more = derived_stats(model, params, hidden, tokens, asked, temperature=temperature) if asked else {}
     given = {name: x for name, x in out._asdict().items() if x is not None} | more
-    given = {name: by_row(x, batch.rows, mesh)[:, : batch.width] for name, x in given.items()}
+    given = {name: as_rows(x) for name, x in given.items()}
     return TokenStats(logp=given.pop("logp"), entropy=given.pop("entropy", None), derived=given, **own)
 
 

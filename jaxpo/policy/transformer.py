@@ -19,6 +19,8 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
+from jaxpo.parallel import constrain
+from jaxpo.parallel.offload import fetched
 from jaxpo.policy import experts, lora
 from jaxpo.policy.config import ACTIVATIONS, REMAT, TransformerConfig, of_layers
 
@@ -186,8 +188,9 @@ class Model(NamedTuple):
     def run_block(
         self, layer: tuple[Params, dict[str, Array]], x: Array, positions: Array, attend: Attend
     ) -> tuple[Array, Any]:
-        """One block: ``layer`` is that of `layer`, or a slice of `layers`."""
-        params, own = layer
+        """One block: ``layer`` is that of `layer`, or a slice of `layers`. Parameters in the memory of the host are
+        copied to the device here, so that it holds those of a layer at a time."""
+        params, own = fetched(layer[0]), layer[1]
         own = {**of_layers(self.config)[0], **own, "mesh": self.mesh}
         return nnx.merge(self.block, nnx.State(params))(x, positions, attend, **own)
 
@@ -219,6 +222,16 @@ class Model(NamedTuple):
             hidden, self.unembed(params), (((hidden.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype
         )
         return softcap(z, self.config.final_softcap)
+
+
+def embedded(model: Model, params: Params, tokens: Array, mesh: Mesh | None = None) -> Array:
+    """`Model.embed`, looked up in a table with whole features on a ``mesh``: over fsdp and tensor it would make the
+    partitioner hold the embeddings of all rows everywhere."""
+    if mesh is None:
+        return model.embed(params, tokens)
+    table = params["embedding"]
+    vocabulary = "tensor" if table.shape[0] % mesh.shape["tensor"] == 0 else None
+    return model.embed({"embedding": constrain(table, mesh, vocabulary)}, tokens)
 
 
 def build(config: TransformerConfig, mesh: Mesh | None = None) -> Model:

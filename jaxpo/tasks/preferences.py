@@ -392,8 +392,8 @@ def datasets(
         library = importlib.import_module("datasets")
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            f"{path} is a data set of the library 'datasets', which is not installed: pip install datasets, or write "
-            "the rows as JSON lines and set config.data.name to jsonl"
+            f"{path} is a data set of the library 'datasets', which is not installed: pip install 'jaxpo[datasets]' "
+            "or write the rows as JSON lines and set config.data.name to jsonl"
         ) from None
     held = library.load_from_disk(str(path))
     parts = held if isinstance(held, Mapping) else None

@@ -30,7 +30,7 @@ from jaxpo.rollout.sampling import validate as validate_sampling
 from jaxpo.tasks.base import task_arguments
 from jaxpo.tasks.preferences import set_arguments
 from jaxpo.training import protocols  # noqa: F401 (imported for its registrations)
-from jaxpo.training.needs import JUDGED, is_reward_model
+from jaxpo.training.needs import JUDGED, is_reward_model, slots_of
 from jaxpo.training.optimizers import make_optimizer, optimizer_arguments, schedule_arguments
 
 EMPTY = inspect.Parameter.empty
@@ -168,8 +168,10 @@ def default() -> ConfigDict:
             training=dict(
                 epochs=1,  # passes over a rollout batch
                 minibatches=1,  # optimizer steps per pass
-                microbatches=1,
-            ),  # slices per optimizer step: memory only, the result is the same
+                microbatches=1,  # slices per optimizer step: memory only, the result is the same
+                packing=False,  # short completions share rows (`jaxpo.policy.packing`): the result is the same
+                offload_reference=False,  # the reference waits in the host's memory while it does not score
+            ),
             policy_temperature=1.0,  # at which the trainer scores
             warm_start=dict(
                 steps=0,  # optimizer steps of supervised training before; 0 = none
@@ -385,6 +387,7 @@ def validate(config: ConfigDict, devices: int) -> ConfigDict:
     if config.sampling.temperature != 1 and not isinstance(config.sampling.temperature, int | float):
         raise ValueError(f"config.sampling.temperature must be a number, not {config.sampling.temperature!r}")
     _check_division(config, objective, policy, devices)
+    _check_offload(config, objective, protocol)
     _check_checkpoint(config)
     if len(config.soup.of) not in (0, 2) or not 0 <= config.soup.alpha <= 1:
         raise ValueError(
@@ -433,6 +436,26 @@ def _check_lora(config: ConfigDict, policy: TransformerConfig) -> None:
         raise ValueError(f"config.lora.alpha must be positive, not {config.lora.alpha}")
 
 
+def _check_offload(config: ConfigDict, objective: Objective, protocol: Protocol) -> None:
+    if not config.training.offload_reference:
+        return
+    if not slots_of(objective, protocol):
+        raise ValueError(
+            f"config.training.offload_reference has no effect: objective {config.objective.name} uses no reference "
+            "policy; set it to False"
+        )
+    if others := [name for name in (*slots_of(objective, protocol), *protocol.keeps) if name != "ref"]:
+        raise ValueError(
+            f"config.training.offload_reference is for a reference that stays as it is; {config.objective.name} also "
+            f"has the companion {others[0]!r}: set it to False"
+        )
+    if config.lora.rank:
+        raise ValueError(
+            "config.training.offload_reference has no effect with config.lora.rank: the reference is the frozen "
+            "weights themselves; set it to False"
+        )
+
+
 def _check_checkpoint(config: ConfigDict) -> None:
     best, judges = config.checkpoint.keep_best, ("eval/greedy", "eval/reward")
     if best is not None and best not in judges:
@@ -476,6 +499,15 @@ def _check_division(config: ConfigDict, objective: Objective, policy: Transforme
             f"the {rows // microbatches} rows of a microbatch do not divide over {row_axes} = {shards}: "
             "change config.rollout.prompts, config.rollout.responses or config.training.microbatches"
         )
+    if config.training.packing and rows // microbatches == shards:
+        raise ValueError(
+            "config.training.packing has no effect: each device has one row in a microbatch; lower "
+            f"config.training.microbatches {microbatches} or set it to False"
+        )
+    if config.training.packing and mesh[POSITIONS] > 1:
+        raise ValueError(
+            f"config.training.packing has no form for config.mesh.{POSITIONS} {mesh[POSITIONS]}: set it to False"
+        )
     demonstrations, parts = config.warm_start.batch, config.warm_start.microbatches
     if config.warm_start.steps and demonstrations % (parts * shards):
         raise ValueError(
@@ -495,11 +527,6 @@ def _check_division(config: ConfigDict, objective: Objective, policy: Transforme
         other = dict(zip(AXES, mesh_shape(sampling, devices, "rollout.mesh"), strict=True))
         _check_mesh("rollout.mesh", other, policy)
         _check_rows("rollout.mesh", other, prompts, TOKENS)
-    if mesh[POSITIONS] > 1 and policy.attention == "splash":
-        raise ValueError(
-            f"config.policy.attention 'splash' has no form for config.mesh.{POSITIONS} {mesh[POSITIONS]}: set it to "
-            "'auto' or 'xla'"
-        )
 
 
 def _check_rows(field: str, mesh: Mapping[str, int], prompts: int, axes: Sequence[str]) -> None:

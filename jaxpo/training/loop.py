@@ -43,7 +43,7 @@ from jaxpo.training.restore import (
 from jaxpo.training.rundir import Elsewhere, Progress, RunDirectory, closing_table, read_metrics
 from jaxpo.training.supervised import demonstrations, warm_start
 from jaxpo.training.tools import Clock, make_tools, score_companions
-from jaxpo.training.workspace import TrainState, Workspace, prepare_process, setup
+from jaxpo.training.workspace import TrainState, Workspace, packed, prepare_process, setup, shard_count
 
 RELIABILITY = "reliability.json"
 BEFORE_ALL = -(2**31)  # resuming from here keeps nothing of an earlier attempt's logs
@@ -131,7 +131,11 @@ def update(workspace: Workspace, run: Run, batch: Rollouts, key: Array) -> tuple
             order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), groups))
         for part in order.reshape(config.training.minibatches, -1):
             rows = (part[:, None] * responses + np.arange(responses)).reshape(-1).astype(np.int32)
-            state, out = workspace.step(state, batch, rows, fresh=not steps and looks)
+            plan = packed(config, workspace.mesh, batch, config.training.microbatches, rows)
+            state, out = workspace.step(state, batch, rows, fresh=not steps and looks, **plan)
+            if plan:  # bins, of the rows that would have been computed
+                lane = len(rows) // (config.training.microbatches * shard_count(workspace))
+                out = out | {"packing/share": plan["bins"] / lane}
             steps.append(out)
     return advance(run, state=state), steps
 
@@ -309,7 +313,7 @@ def first_slots(workspace: Workspace, state: TrainState) -> dict[str, Any]:
     if not needed and not workspace.protocol.keeps:
         return {}
     opt_state = companions.copied(state.opt_state) if "center" in workspace.protocol.keeps else None
-    slots = companions.held(needed, workspace.protocol, companions.copied(state.params), opt_state)
+    slots = companions.held(needed, workspace.protocol, workspace.companion(state.params), opt_state)
     if "soup" in slots:
         soup = workspace.config.soup
         first, second = (load_params(workspace, path)[0] for path in soup.of)

@@ -26,6 +26,7 @@ from etils import epath
 from jax import Array, lax
 from ml_collections import ConfigDict
 
+from jaxpo.parallel.offload import fetched
 from jaxpo.registry import unknown
 
 Tree = Any
@@ -151,6 +152,7 @@ def _mix(x: Array) -> Array:
 
 @jax.jit
 def _sums(x: Array) -> tuple[Array, Array]:
+    x = fetched(x)
     if is_key(x):
         x = jax.random.key_data(x)
     if x.dtype == bool:

@@ -14,8 +14,10 @@ from ml_collections import ConfigDict
 
 from jaxpo.kernels.chips import Chip
 from jaxpo.parallel import make_mesh, operations, program, roofline, topology
+from jaxpo.parallel.offload import is_on_host
 from jaxpo.parallel.topology import Topology
-from jaxpo.training.planned import Data, Planned, Step, data_of, trace_run
+from jaxpo.training import config as config_lib
+from jaxpo.training.planned import Data, Planned, Step, data_of, samples, trace_run
 
 Say = Callable[[str], None]
 
@@ -24,7 +26,8 @@ Say = Callable[[str], None]
 class StepPlan:
     """A compiled step. Bytes and times are of one chip and one call.
 
-    times: calls per iteration. memory: bytes by what they hold; their sum is the peak. operations: of all chips;
+    times: calls per iteration. memory: bytes by what they hold; their sum is the peak. host: bytes that wait in the
+    host's memory; fetched: bytes that come from there. operations: of all chips;
     useful: of those, what is left without recomputation. seconds: of each term of the roofline. error: why the compiler
     refused it; buffers: the largest, then.
     """
@@ -33,6 +36,8 @@ class StepPlan:
     times: int
     compile_seconds: float
     memory: dict[str, float] = field(default_factory=dict)
+    host: float = 0.0
+    fetched: float = 0.0
     operations: float = 0.0
     useful: float = 0.0
     hbm: float = 0.0
@@ -55,7 +60,8 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A config on a slice. mesh: its axes. tokens: that an iteration samples at most. iterations: of the run."""
+    """A config on a slice. mesh: its axes. tokens: that an iteration samples (or, if it does not, trains on) at most.
+    iterations: of the run."""
 
     topology: Topology
     mesh: dict[str, int]
@@ -82,7 +88,7 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float:
-        """Sampled tokens, with every completion at its full length."""
+        """Of ``tokens``, with every completion at its full length."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
     @property
@@ -157,14 +163,15 @@ def make_plan(
         elif only is None or step.name in only:
             useful = operations.count(other.trace().jaxpr, loop=other.loop)
             steps.append(plan_step(step, planned, config, mesh, slice_.chip, useful, say))
-    rollout, sampling = config.rollout, config.sampling
+    rollout, sampling, objective = config.rollout, config.sampling, config_lib.objective_of(config)
+    of_prompt = rollout.responses if samples(config) else config_lib.rows_per_prompt(config, objective)
     return Plan(
         topology=slice_,
         mesh=dict(mesh.shape),
         microbatches=config.training.microbatches,
         remat=config.policy.remat,
         max_new_tokens=sampling.max_new_tokens,
-        tokens=rollout.prompts * rollout.responses * sampling.max_new_tokens,
+        tokens=rollout.prompts * of_prompt * sampling.max_new_tokens,
         iterations=config.steps,
         steps=steps,
     )
@@ -199,12 +206,16 @@ def plan_step(
     spent = time.perf_counter() - start
     say(f"{step.name}: compiled in {spent:.0f} s")
     moved = program.traffic(compiled.as_text(), mesh.size, loop=step.loop[-1] if step.loop else None)
-    work = roofline.Work(counted / mesh.size, moved.hbm, sum(c.bytes for c in moved.collectives))
+    passes = config.training.minibatches * config.training.microbatches  # each scores a slice of the rows
+    fetched = passes * shard_bytes(step.arguments, host=True)
+    work = roofline.Work(counted / mesh.size, moved.hbm, sum(c.bytes for c in moved.collectives), fetched)
     return StepPlan(
         name=step.name,
         times=step.times,
         compile_seconds=spent,
         memory=memory_of(step, planned, config, mesh, compiled.memory_analysis()),
+        host=shard_bytes(planned.state, host=True),
+        fetched=fetched,
         operations=counted,
         useful=useful,
         hbm=moved.hbm,
@@ -214,9 +225,9 @@ def plan_step(
     )
 
 
-def shard_bytes(tree: Any) -> int:
-    """Bytes of a tree of placed shapes on one device."""
-    leaves = jax.tree.leaves(tree)
+def shard_bytes(tree: Any, *, host: bool = False) -> int:
+    """Bytes of a tree of placed shapes on one device, or, of those that lie there, in its ``host``'s memory."""
+    leaves = [x for x in jax.tree.leaves(tree) if hasattr(x, "sharding") and is_on_host(x) == host]
     return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
 
 

@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from jaxpo.parallel import ROWS, TOKENS, roofline
+from jaxpo.parallel import AXES, ROWS, TOKENS, roofline
+from jaxpo.parallel.mesh import mesh_shape, reshaped_sizes
 from jaxpo.parallel.topology import Topology
 from jaxpo.policy import transformer
-from jaxpo.policy.attention import QUERIES_AT_ONCE
+from jaxpo.policy.attention import LONG, QUERIES_AT_ONCE
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.training import config as config_lib
 from jaxpo.training.plan import Plan, Say, StepPlan, make_plan
-from jaxpo.training.planned import Data, data_of
+from jaxpo.training.planned import Data, data_of, samples
 
 Changes = Mapping[str, Any]  # fields of a config by path
 SCORE_BYTES = 64  # that an attention score moves in an update step, as compiled for v5e (docs/plans.md)
@@ -82,7 +83,7 @@ def sizes_of(config: ConfigDict, model: TransformerConfig, data: Data) -> Sizes:
     for path, x in jax.tree_util.tree_leaves_with_path(shapes):
         expert = model.experts is not None and x.ndim == 5 - (path[-1].key == "w_down")
         total, active = total + x.size, active + x.size * (share if expert and "w_" in path[-1].key else 1)
-    rows, width = config.rollout.prompts * config.rollout.responses, config.sampling.max_new_tokens
+    rows, width = rows_of(config), config.sampling.max_new_tokens
     length = data.prompt_width + width
     return Sizes(total, active, rows, rows * width + config.rollout.prompts * data.prompt_width, width, length)
 
@@ -95,59 +96,102 @@ class Estimate(NamedTuple):
     hidden: float
 
 
+def rows_of(config: ConfigDict) -> int:
+    """That an iteration trains on."""
+    return config.rollout.prompts * config_lib.rows_per_prompt(config, config_lib.objective_of(config))
+
+
 def estimate(config: ConfigDict, where: Topology, model: TransformerConfig, s: Sizes) -> Estimate:
-    """An iteration on paper, by formulas that only rank.
+    """An iteration on paper, by formulas that only rank: the update (and a forward pass for the reference), and the
+    rollout on the mesh that samples."""
+    parts = [update_work(config, model, s), *([rollout_work(config, where, model, s)] if samples(config) else [])]
+    slots = 1 if config.objective.get("beta") else 0
+    held = 4 * s.parameters / (config.mesh.fsdp * config.mesh.tensor) * (3 + slots)
+    terms = [roofline.seconds(work, where.chip).values() for work, _ in parts]
+    bound = sum(map(max, terms))
+    return Estimate(held + max(size for _, size in parts), bound, sum(map(sum, terms)) - bound)
+
+
+def update_work(config: ConfigDict, model: TransformerConfig, s: Sizes) -> tuple[roofline.Work, float]:
+    """What a chip does in an update, and the bytes that it takes beside what is held.
 
     Parameters and moments are float32 and cut over fsdp and tensor, computed with in bfloat16; fsdp gathers them for
     every microbatch (forward, recomputation, backward) and scatters the gradients; tensor adds up activations four
-    times a layer; attention scores go through memory; decoding reads the parameters and the cache at every token.
+    times a layer; attention scores go through memory, unless they are fused.
     """
     f, t = config.mesh.fsdp, config.mesh.tensor
     d = math.prod(config.mesh[axis] for axis in TOKENS) // f  # tokens lie over it, parameters do not
     m, chips = config.training.microbatches * config.training.minibatches, d * f * t
-    slots = 1 if config.objective.get("beta") else 0
     again = 0 if config.policy.remat == "none" else 1
-    # update (and a forward pass for the reference)
-    passes = 3 + again + slots
+    passes = 3 + again + (1 if config.objective.get("beta") else 0)
     scores = model.layers * model.heads * s.length * s.tokens
+    fused = model.attention != "xla" and s.length >= LONG
+    moved_scores = 0 if fused else SCORE_BYTES * scores / chips
     activation = 2 * model.width * s.tokens / (d * f)  # bytes of the residual stream
     stored = m * passes * 2 * s.parameters / t + 28 * s.parameters / (f * t) + passes * 12 * model.layers * activation
     gathered = m * (passes + 2) * 2 * s.parameters / t * (f - 1) / f
     summed = 8 * s.parameters / (f * t) * (d - 1) / d
     added = passes * 2 * model.layers * activation * 2 * (t - 1) / t
     products = 2 * s.active * s.tokens + 4 * model.head_dim * scores
-    update = roofline.Work(passes * products / chips, stored + SCORE_BYTES * scores / chips, gathered + summed + added)
-    # rollout: per token of all rows
-    cache = 4 * model.layers * model.kv_heads * model.head_dim * s.rows * s.width / chips
-    row = 2 * model.width * s.rows / (d * f)
-    moved = 7 * model.layers * row * ((f > 1) * f + (t > 1) * 2)  # activations to where the parameters lie, or
-    gathered = 2 * s.parameters / t * (f - 1) / f + (t > 1) * 4 * model.layers * row
-    rollout = roofline.Work(
-        products / chips, s.width * (2 * s.active / (f * t) + cache), s.width * min(moved, gathered)
-    )
-    held = 4 * s.parameters / (f * t) * (3 + slots)
     rows = s.rows / (m * d * f)
-    part = 12 * rows * model.heads / t * min(QUERIES_AT_ONCE, s.width) * s.length
+    part = 0 if fused else 12 * rows * model.heads / t * min(QUERIES_AT_ONCE, s.width) * s.length
     layers = model.layers * (1 if again else 12)
-    training = 6 * s.parameters / (f * t) + layers * 2 * rows * s.length * model.width + part + LOGITS
-    sampling = 2 * s.parameters / (f * t) + cache
-    terms = [roofline.seconds(work, where.chip).values() for work in (update, rollout)]
-    bound = sum(map(max, terms))
-    return Estimate(held + max(training, sampling), bound, sum(map(sum, terms)) - bound)
+    size = 6 * s.parameters / (f * t) + layers * 2 * rows * s.length * model.width + part + LOGITS
+    return roofline.Work(passes * products / chips, stored + moved_scores, gathered + summed + added), size
+
+
+def rollout_work(
+    config: ConfigDict, where: Topology, model: TransformerConfig, s: Sizes
+) -> tuple[roofline.Work, float]:
+    """What a chip does in a rollout, and the bytes that it takes: decoding reads the parameters and, as far as it is
+    filled, the cache at every token."""
+    sizes = mesh_shape(reshaped_sizes(config.rollout.mesh) or config.mesh, where.size)
+    mesh = dict(zip(AXES, sizes, strict=True))
+    f, t, chips = mesh["fsdp"], mesh["tensor"], where.size
+    scores = model.layers * model.heads * s.length * s.tokens
+    products = 2 * s.active * s.tokens + 4 * model.head_dim * scores
+    cache = 4 * model.layers * model.kv_heads * model.head_dim * s.rows * s.width / chips
+    row = 2 * model.width * s.rows * t / chips
+    own = 2 * s.parameters / (f * t * mesh["expert"])
+    moved = 7 * model.layers * row * ((f > 1) * f + (t > 1) * 2)  # activations to where the parameters lie, or
+    gathered = own * (f - 1) + (t > 1) * 4 * model.layers * row
+    work = roofline.Work(products / chips, s.width * (own + cache / 2), s.width * min(moved, gathered))
+    return work, own + cache
+
+
+def sampling_mesh(config: ConfigDict, where: Topology, model: TransformerConfig, s: Sizes) -> Changes:
+    """The mesh on which a rollout takes least time, of those with room beside it; it does not depend on the one that
+    trains. Nothing, if the config names one, or nothing is sampled."""
+    if reshaped_sizes(config.rollout.mesh) or not samples(config):
+        return {}
+    around = max(config.mesh.expert, 1)  # where experts lie; positions are not spread when decoding
+    best: tuple[float, float, Changes] | None = None
+    for sizes in meshes(where.size // around):
+        of = {axis: sizes[f"mesh.{axis}"] for axis in SEARCHED}
+        changes = {"rollout.mesh.data": of["data"], "rollout.mesh.tensor": of["tensor"], "rollout.mesh.expert": around}
+        if of["fsdp"] > 1 or not allowed(config, changes, where.size):
+            continue
+        work, size = rollout_work(changed(config, changes), where, model, s)
+        terms = roofline.seconds(work, where.chip).values()
+        if size < 0.8 * where.chip.hbm and (best is None or (max(terms), sum(terms)) < best[:2]):
+            best = max(terms), sum(terms), changes
+    return best[2] if best else {}
 
 
 def ranked(config: ConfigDict, where: Topology, data: Data) -> list[tuple[Changes, Estimate]]:
-    """Meshes and microbatch counts that divide, best first: those that seem to fit by time, then the rest by bytes."""
+    """Meshes and microbatch counts that divide, best first: those that seem to fit by time, then the rest by bytes;
+    each with the mesh that samples best."""
     model = config_lib.transformer_of(config, data.vocab_size or 1)
     sizes, minibatches = sizes_of(config, model, data), config.training.minibatches
-    rows = config.rollout.prompts * config.rollout.responses // minibatches
+    rows = rows_of(config) // minibatches
+    sampling = sampling_mesh(config, where, model, sizes)
     out = []
     around = math.prod(max(n, 1) for axis, n in config.mesh.items() if axis not in SEARCHED)
     for mesh in meshes(where.size // around):
         shards = math.prod(mesh.get(f"mesh.{axis}", max(config.mesh[axis], 1)) for axis in ROWS)
         counts = [n for n in range(1, rows + 1) if rows % (n * shards) == 0]
-        if counts and allowed(config, {**mesh, "training.microbatches": counts[0]}, where.size):
-            every = [{**mesh, "training.microbatches": n} for n in counts]
+        if counts and allowed(config, {**mesh, **sampling, "training.microbatches": counts[0]}, where.size):
+            every = [{**mesh, **sampling, "training.microbatches": n} for n in counts]
             out += [(changes, estimate(changed(config, changes), where, model, sizes)) for changes in every]
 
     def rank(pair: tuple[Changes, Estimate]) -> tuple[float, ...]:

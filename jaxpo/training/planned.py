@@ -6,22 +6,35 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jaxpo.batch import Rollouts
+from jaxpo.objectives import Objective
 from jaxpo.parallel import ROWS, replicated, reshaped, shardings
+from jaxpo.parallel.offload import host_shardings
 from jaxpo.policy import transformer
 from jaxpo.policy.hf import read_config
+from jaxpo.policy.packing import lanes_of
 from jaxpo.rollout.engine import decode_trips
 from jaxpo.tasks import build
+from jaxpo.testing import cases
 from jaxpo.training import companions
 from jaxpo.training import config as config_lib
 from jaxpo.training.compiled import Compiled
 from jaxpo.training.needs import must_score, slots_of
 from jaxpo.training.tools import as_scored
 from jaxpo.training.trained import random_params
-from jaxpo.training.workspace import TrainState, compile_functions, make_tokenizer, optimizer_of, several, tokenize
+from jaxpo.training.workspace import (
+    TrainState,
+    compile_functions,
+    make_tokenizer,
+    optimizer_of,
+    rows_of,
+    several,
+    tokenize,
+)
 
 
 class Data(NamedTuple):
@@ -118,7 +131,10 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
         )
         moved = reshard.trace().out_info
         sampler = placed(moved, shardings(moved, sampling))
-    kept = companions.held(slots_of(objective, protocol), protocol, params, state.opt_state)
+    offloaded = config.training.offload_reference
+    frozen_copy = placed(params, host_shardings(params, mesh)) if offloaded else params
+    kept = companions.held(slots_of(objective, protocol), protocol, frozen_copy, state.opt_state)
+    scored = companions.scored(objective, kept)
     frozen = {} if base is None else {"base": base}
 
     g, k = config.rollout.prompts, config.rollout.responses
@@ -128,27 +144,64 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
         *("rollout", functions["generate"], (sampler or params, tokens, length, key, options), dict(responses=k)),
         *(1, ("sampler",) if sampler else ("params", *frozen), sampling, decode_trips(config.sampling.max_new_tokens)),
     )
-    batch = labelled_shapes(rollout.trace().out_info, rows)
+    trained = g * config_lib.rows_per_prompt(config, objective)
+    if protocol.rows:
+        width = data.prompt_width, config.sampling.max_new_tokens
+        batch = everywhere(unit_shapes(objective, trained, *width, trained // g), rows)
+    else:
+        batch = labelled_shapes(rollout.trace().out_info, rows)
     seen = as_scored(batch)
-    score = Step("scoring", functions["score"], (params, seen), {}, 0, ("params", *frozen), mesh)
+    how = longest(config, mesh, trained)
+    score = Step("scoring", functions["score"], (params, seen), how, 0, ("params", *frozen), mesh)
     stats = everywhere(score.trace().out_info, rows)
-    batch = batch.replace(slots={name: stats.logp for name in companions.scored(objective, kept)})
+    batch = batch.replace(slots={name: stats.logp for name in scored})
     updates = config.training.epochs * config.training.minibatches
     old = protocol.stale or updates > 1 or must_score(objective, batch, memory)
     if old:
         constants = dict(logp_old=stats.logp, entropy_old=stats.entropy, value_old=stats.value)
         batch = batch.replace(**constants, slots={**batch.slots, **stats.derived})
-    score = score._replace(times=len(companions.scored(objective, kept)) + old)
+    own = score._replace(times=old if offloaded else len(scored) + old)
+    reference = score._replace(name="reference", arguments=(frozen_copy, seen), state=(*frozen,))
+    scoring = [reference._replace(times=len(scored))] * offloaded + [own] * (own.times > 0)
     prepared = everywhere(jax.eval_shape(objective.prepare, batch, memory)[0], rows)
-    chosen = jax.ShapeDtypeStruct((g * k // config.training.minibatches,), jnp.int32, sharding=replicated(mesh))
-    held = "params", "opt_state", *frozen
-    update = Step("update", functions["step"], (state, prepared, chosen), dict(fresh=False), updates, held, mesh)
+    n, held = trained // config.training.minibatches, ("params", "opt_state", *frozen)
+    chosen, how = everywhere(np.zeros(n, np.int32), replicated(mesh)), dict(fresh=False) | longest(config, mesh, n)
+    update = Step("update", functions["step"], (state, prepared, chosen), how, updates, held, mesh)
     return Planned(
         model,
         data,
-        [*([reshard] if reshard else []), rollout, *([score] if score.times else []), update],
+        [*([reshard, rollout] if reshard else [rollout]) * samples(config), *scoring, update],
         dict(params=params, opt_state=state.opt_state, **kept, **frozen, **({"sampler": sampler} if sampler else {})),
     )
+
+
+def samples(config: ConfigDict) -> bool:
+    """Whether an iteration generates: all do, but those that take every answer from preference data."""
+    objective = config_lib.objective_of(config)
+    if config.data.name is None or config_lib.protocol_name(config, objective) != "preference_data":
+        return True
+    return config.protocol.get("rejected") == "policy" or "own" in objective.layout
+
+
+def unit_shapes(objective: Objective, rows: int, prompt_width: int, width: int, of_prompt: int) -> Rollouts:
+    """Rows of preferences with every field that the objective may read: those of the example that its contracts are
+    checked on, in another size."""
+
+    def grown(x: Any) -> jax.ShapeDtypeStruct:
+        sizes = {cases.WIDTH: width, cases.PROMPT + cases.WIDTH: prompt_width + width}
+        return jax.ShapeDtypeStruct((rows, *(sizes.get(n, n) for n in x.shape[1:])), x.dtype)
+
+    shapes = jax.tree.map(grown, cases.example(objective))
+    scored = dict(logp_old=None, logp_beh=None, entropy_old=None, value_old=None, slots={})
+    return shapes.replace(**scored, layout=objective.layout, shared_prompt=of_prompt)
+
+
+def longest(config: ConfigDict, mesh: Mesh, rows: int) -> dict[str, Any]:
+    """The arguments by which so many rows are packed that are all as long as can be: where packing gains nothing."""
+    if not config.training.packing:
+        return {}
+    bins = rows_of(config) // lanes_of(mesh, rows_of(config))
+    return dict(plan=jax.ShapeDtypeStruct((rows, 3), jnp.int32, sharding=replicated(mesh)), bins=bins)
 
 
 def labelled_shapes(out: Rollouts, rows: NamedSharding) -> Rollouts:

@@ -55,6 +55,7 @@ def template(workspace: Workspace, tables: dict[str, Any]) -> dict[str, Any]:
 
     shapes = jax.eval_shape(whole, jax.random.key(0))
     where = {name: shardings(tree, workspace.mesh) for name, tree in shapes.items()}
+    where["slots"] = {name: workspace.companion_shardings(tree) for name, tree in shapes["slots"].items()}
     where["objective"] = jax.tree.map(lambda _: replicated(workspace.mesh), shapes["objective"])
     placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
     return {**placed, "tables": tables}

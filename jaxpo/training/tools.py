@@ -21,7 +21,7 @@ from jaxpo.training.judges import make_judge
 from jaxpo.training.needs import must_score, slots_of
 from jaxpo.training.protocols import Run, Tools, Verdict, advance
 from jaxpo.training.protocols.base import in_batches
-from jaxpo.training.workspace import TrainState, Workspace, judge
+from jaxpo.training.workspace import TrainState, Workspace, judge, packed
 
 
 class Clock:
@@ -145,7 +145,7 @@ def make_tools(workspace: Workspace, clock: Clock, notes: dict[str, float], say:
 
     def score(params: Params, rollouts: Rollouts) -> TokenStats:
         with clock.phase("score"):
-            return jax.block_until_ready(workspace.score(params, workspace.put(as_scored(rollouts))))
+            return jax.block_until_ready(score_packed(workspace, params, workspace.put(as_scored(rollouts))))
 
     def noise(run: Run, rollouts: Rollouts) -> dict[str, Array]:
         groups = np.arange(rollouts.rows, dtype=np.int32).reshape(-1, rollouts.shared_prompt)
@@ -194,13 +194,19 @@ def as_scored(batch: Rollouts) -> Rollouts:
     )
 
 
+def score_packed(workspace: Workspace, params: Params, seen: Rollouts) -> TokenStats:
+    """What the policy says of rows on the mesh, packed if the run packs."""
+    slices = workspace.config.training.minibatches * workspace.config.training.microbatches
+    return workspace.score(params, seen, **packed(workspace.config, workspace.mesh, seen, slices))
+
+
 def score_companions(workspace: Workspace, run: Run, batch: Rollouts) -> Rollouts:
     """Attach ``logp_old`` (unless the first optimizer step is its own old policy) and ``logp_<slot>``."""
     seen, slots = as_scored(batch), companions.scored(workspace.objective, run.slots)
-    scored = batch.replace(slots={name: workspace.score(params, seen).logp for name, params in slots.items()})
+    scored = batch.replace(slots={name: score_packed(workspace, p, seen).logp for name, p in slots.items()})
     always = workspace.protocol.stale or workspace.optimizer_steps() > 1
     if always or must_score(workspace.objective, scored, run.state.objective):
-        old = workspace.score(run.state.params, seen)
+        old = score_packed(workspace, run.state.params, seen)
         constants = dict(logp_old=old.logp, entropy_old=old.entropy, value_old=old.value)
         scored = scored.replace(**constants, slots={**scored.slots, **old.derived})
     return scored

@@ -32,10 +32,12 @@ from jaxpo.parallel import (
     rows_over_mesh,
     shardings,
 )
-from jaxpo.parallel.distributed import from_rows, own_rows, place, take_rows
+from jaxpo.parallel.distributed import from_rows, own_rows, place, take_rows, to_host
 from jaxpo.parallel.host import keep_freed_memory
-from jaxpo.policy import hf, lora, stats, transformer
+from jaxpo.parallel.offload import check_host_memory, fetched, host_shardings, to_host_memory
+from jaxpo.policy import hf, lora, packing, stats, transformer
 from jaxpo.policy.loss import policy_loss
+from jaxpo.policy.packing import SHARES, lanes_of, with_plan
 from jaxpo.policy.transformer import Model, Params
 from jaxpo.primitives.numerics import promote, ratio_or_zero
 from jaxpo.rollout import SamplingOptions, generate
@@ -93,9 +95,9 @@ class Workspace:
     report: dict[str, float]
     reshard: Compiled | None  # params -> as another mesh samples with them; None = the one that trains samples
     generate: Compiled  # (sampler's params, tokens, length, key, options, responses[, partner, share]) -> Rollouts
-    score: Compiled  # (params, batch) -> TokenStats
+    score: Compiled  # (params, batch, plan, bins) -> TokenStats
     prepare: Compiled  # (batch, state) -> (batch, state)
-    step: Compiled  # (train state, batch, rows, fresh) -> (train state, metrics)
+    step: Compiled  # (train state, batch, rows, plan, fresh, bins) -> (train state, metrics)
     # of some protocols only:
     complete: Compiled  # (sampler's params, tokens, length, budget, key, options, responses) -> Rollouts
     noise: Compiled  # (train state, batch, halves) -> the gradients of two half-batches, as numbers
@@ -122,6 +124,16 @@ class Workspace:
         that the objective asks for."""
         init = partial(random_params, self.config, self.model, self.objective)
         return jax.jit(init, out_shardings=shardings(jax.eval_shape(init, key), self.mesh))(key)
+
+    def companion(self, params: Params) -> Params:
+        """A frozen copy of the parameters, where such copies lie."""
+        if self.config.training.offload_reference:
+            return to_host_memory(params, self.mesh)
+        return jax.tree.map(jnp.copy, params)
+
+    def companion_shardings(self, params: Params) -> Any:
+        """Where the arrays of `companion` lie."""
+        return (host_shardings if self.config.training.offload_reference else shardings)(params, self.mesh)
 
     def whole(self, params: Params) -> Params:
         """The parameters of a plain policy: adapters added to the weights they belong to."""
@@ -253,6 +265,8 @@ def setup(
     task = task or preference_units.task_of(data)
     tokenizer = tokenizer or make_tokenizer(config, task, data)
     mesh = make_mesh(config.mesh)
+    if config.training.offload_reference:
+        check_host_memory(mesh)
     limit = config.rollout.prompt_width
     (train, train_ids), (test, test_ids) = (
         tokenize(task.train, tokenizer, limit),
@@ -306,6 +320,7 @@ def compile_functions(
     recall = policy_of(model, config, objective, derived_needs(objective), mesh=mesh)
     beside, seen = partial(with_base, config), partial(seen_with_base, config)
     slices, steps = training.minibatches * training.microbatches, training.epochs * training.minibatches
+    packings = SHARES if training.packing else 1
     sampling_mesh = reshaped(mesh, config.rollout.mesh)
     elsewhere, sampler = sampling_mesh is not mesh, model._replace(mesh=several(sampling_mesh))
 
@@ -349,8 +364,12 @@ def compile_functions(
     ) -> Rollouts:
         return run_complete(base, params, tokens, length, None, key, options, responses, partner, share)
 
-    def run_score(base: Params | None, params: Params, batch: Rollouts) -> TokenStats:
-        return score(seen(base, recall), params, batch, microbatches=slices)
+    def run_score(
+        base: Params | None, params: Params, batch: Rollouts, plan: Array | None = None, bins: int = 0
+    ) -> TokenStats:
+        # What is not of a block is small, and used in several places; blocks are fetched in turn (`Model.run_block`).
+        params = {name: x if name == "blocks" else fetched(x) for name, x in params.items()}
+        return score(seen(base, partial(recall, bins=bins)), params, with_plan(batch, plan), microbatches=slices)
 
     def run_noise(base: Params | None, state: TrainState, batch: Rollouts, halves: Array) -> dict[str, Array]:
         own, at_once = seen(base, apply), rows_of(config)
@@ -375,7 +394,8 @@ def compile_functions(
         # training rollouts and greedy evaluation differ in shape and in what is compiled
         generate=compiled("generate", run_generate, 2, **sampling),
         complete=compiled("complete", run_complete, **sampling),
-        score=compiled("score", run_score),
+        # once more for parameters in the memory of the host
+        score=compiled("score", run_score, (1 + training.offload_reference) * packings, static_argnames="bins"),
         prepare=compiled("prepare", lambda _, batch, state: objective.prepare(batch, state)),
         noise=compiled("noise", run_noise),
         measure=compiled("measure", run_measure),
@@ -391,7 +411,7 @@ def compile_functions(
             look=look,
             fused=fused_of(model, config, objective, mesh),
             report=report,
-            expected=2 if objective.peeks and steps > 1 else 1,
+            expected=(2 if objective.peeks and steps > 1 else 1) * packings,
         ),
     )
 
@@ -419,8 +439,8 @@ def in_compute_dtype(model: Model, params: Params) -> Params:
 
 def rows_of(config: ConfigDict) -> int:
     """Rows of a microbatch."""
-    rollout, training = config.rollout, config.training
-    return rollout.prompts * rollout.responses // (training.minibatches * training.microbatches)
+    training, of_prompt = config.training, config_lib.rows_per_prompt(config, config_lib.objective_of(config))
+    return config.rollout.prompts * of_prompt // (training.minibatches * training.microbatches)
 
 
 def gradient_noise(
@@ -531,17 +551,24 @@ def make_step(
     report: Callable[[str], None] = print,
     expected: int = 1,
 ) -> Compiled:
-    """The compiled ``(train state, batch, rows, fresh) -> (train state, metrics)``: one optimizer step on the chosen
-    rows. Donates the state."""
+    """The compiled ``(train state, batch, rows, plan, fresh, bins) -> (train state, metrics)``: one optimizer step on
+    the chosen rows, packed if there is a plan of them (`packed`). Donates the state."""
     seen = partial(seen_with_base, config)
 
     def run_step(
-        base: Params | None, state: TrainState, batch: Rollouts, rows: Array, fresh: bool = False
+        base: Params | None,
+        state: TrainState,
+        batch: Rollouts,
+        rows: Array,
+        plan: Array | None = None,
+        fresh: bool = False,
+        bins: int = 0,
     ) -> tuple[TrainState, dict[str, Array]]:
-        batch = constrain_rows(take(batch, rows, shared_prompt=batch.shared_prompt), mesh)
+        batch = constrain_rows(with_plan(take(batch, rows, shared_prompt=batch.shared_prompt), plan), mesh)
+        own, peek, once = (f and (partial(f, bins=bins) if bins else f) for f in (apply, look or apply, fused))
         params, opt_state, memory, out = optimizer_step(
             objective,
-            seen(base, apply),
+            seen(base, own),
             optimizer,
             state.params,
             state.opt_state,
@@ -549,15 +576,29 @@ def make_step(
             batch,
             microbatches=microbatches,
             fresh=fresh,
-            look=seen(base, look or apply),
-            fused=fused and (lambda params, *args, **unit: fused(with_base(config, base, params), *args, **unit)),
+            look=seen(base, peek),
+            fused=once and (lambda params, *args, **unit: once(with_base(config, base, params), *args, **unit)),
             place=partial(where_parameters_lie, mesh),
         )
         where = TrainState(shardings(params, mesh), shardings(opt_state, mesh), replicated(mesh))
         return jax.lax.with_sharding_constraint(TrainState(params, opt_state, memory), where), out
 
-    options = dict(report=report, expected=expected, bound=(base,), static_argnames="fresh", donate_argnums=1)
+    options = dict(report=report, expected=expected, bound=(base,), static_argnames=("fresh", "bins"), donate_argnums=1)
     return Compiled(name, run_step, **options)
+
+
+def packed(config: ConfigDict, mesh: Mesh, batch: Rollouts, slices: int, rows: np.ndarray | None = None) -> dict:
+    """The arguments ``plan`` and ``bins`` by which `Workspace.score` and `Workspace.step` pack the rows (None = all) of
+    a batch, each of ``slices`` and each device's part of it by itself; {} if the run does not."""
+    if not config.training.packing or isinstance(batch.mask, jax.core.Tracer):  # tracing asks for shapes alone
+        return {}
+    length, prompt = to_host((packing.lengths(batch.mask), batch.prompt_length))
+    prompt = np.full(batch.rows, batch.prompt_width) if prompt is None else prompt
+    if rows is not None:
+        length, prompt = length[rows], prompt[rows]
+    lanes = slices * lanes_of(mesh, len(length) // slices)
+    plan, bins = packing.plan(length, prompt, batch.width, batch.prompt_width, lanes)
+    return dict(plan=plan, bins=bins)
 
 
 def shard_count(workspace: Workspace) -> int:

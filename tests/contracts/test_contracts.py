@@ -34,19 +34,22 @@ OPTIONAL = {
 }
 
 
-# What compiles most is left to the slow tests, but for a few objectives.
-COSTLY = {
+# What compiles most is left to the slow tests, but for a few objectives; what compiles much, but for some of each kind.
+COSTLIEST = {
     testing.jit_equals_eager,
     testing.vmap_over_hyperparameters,
     testing.independent_replicas,
     testing.mesh_invariance,
 }
+COSTLY = {testing.microbatch_invariance, testing.finite_on_hostile_input, testing.padding_invariance}
 IN_FULL = ("grpo", "dapo", "sft")
+OF_EACH_KIND = ("gspo", "cispo", "reinforce_pp", "clip_cov", "hapo", "copg", "dpo", "kto", "orpo", "egpo", "gpm_rm")
 
 
 @pytest.mark.parametrize("name", sorted(set(jaxpo.names()) - set(IN_FULL)))
 def test_registered_quickly(name):
-    contracts = [c for c in testing.CONTRACTS if c not in COSTLY]
+    left = COSTLIEST if name in OF_EACH_KIND else COSTLIEST | COSTLY
+    contracts = [c for c in testing.CONTRACTS if c not in left]
     report = testing.check(name, contracts=contracts)
     assert len(report.checked) == len(contracts) and not report.skipped
 

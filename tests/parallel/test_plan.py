@@ -168,6 +168,29 @@ def test_steps_are_those_of_an_iteration(run):
     assert operations.count(of_run.steps[0].trace().jaxpr, loop=(2,)) > once > 0
 
 
+PAIRS = {"objective": {"name": "dpo"}, "data": {"name": "task", "flipped": 0.0}, "training.microbatches": 2}
+PREFERENCES = {
+    "pairs from data": ({}, ["scoring", "update"]),
+    "a reward model": (
+        {"objective": {"name": "bradley_terry_rm"}, "training.epochs": 1, "training.minibatches": 1}, ["update"]
+    ),
+    "samples as the rejected": ({"protocol": {"name": None, "rejected": "policy"}}, ["rollout", "scoring", "update"]),
+    "answers that a judge compares": ({"data": {"name": None}}, ["rollout", "scoring", "update"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PREFERENCES)
+def test_runs_on_preferences(kind):
+    changes, steps = PREFERENCES[kind]
+    config, mesh = tiny.config(PAIRS | changes), make_mesh({"data": 1}, jax.devices()[:1])
+    run = planned.trace_run(config, mesh, planned.data_of(config))
+    assert [step.name for step in run.steps] == steps
+    batch = run.steps[-1].arguments[1]
+    assert batch.rows == 2 * config.rollout.prompts and batch.layout == ("chosen", "rejected")
+    assert batch.mask.shape == (batch.rows, config.sampling.max_new_tokens)
+    assert operations.count(run.steps[-1].trace().jaxpr) > 0
+
+
 def test_a_step_planned_on_the_devices_that_there_are(run):
     config, mesh, of_run = run
     scoring = of_run.steps[1]

@@ -2,13 +2,21 @@
 
 import importlib.util
 import json
+from functools import partial
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import plan as program
-from jaxpo.parallel import topology
+from jaxpo.batch import Rollouts
+from jaxpo.parallel import ROWS, make_mesh, shardings, topology
+from jaxpo.parallel.program import traffic
+from jaxpo.policy import transformer
+from jaxpo.policy.stats import completion_hidden
+from jaxpo.policy.transformer import TransformerConfig
+from jaxpo.training import planned
 from jaxpo.training.plan import make_plan
 from tests.training import tiny
 
@@ -79,14 +87,47 @@ def test_fused_attention_needs_less_memory_and_moves_less():
     """8192 tokens a row: the scores of a part of the queries beside a few blocks that never leave the chip."""
     config = tiny.config({"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2, "sampling.max_new_tokens": 8192})
     config.policy.update(width=256, heads=4, kv_heads=2, head_dim=128, dtype="bfloat16", remat="full")
-    config.training.update(epochs=1, minibatches=1)
+    config.training.update(epochs=1, minibatches=1, microbatches=4)
     slice_, update = topology.parse("v5e:2x4"), {}
     for form in ("xla", "splash"):
         config.policy.attention = form
         (update[form],) = make_plan(config, slice_, only={"update"}, say=lambda message: None).steps
         assert update[form].error is None
     xla, splash = update["xla"], update["splash"]
-    print({n: (u.memory["temporaries"] / 2**20, u.hbm / 2**30, u.operations / 1e12) for n, u in update.items()})
-    assert splash.memory["temporaries"] < 0.7 * xla.memory["temporaries"]
-    assert splash.hbm < 0.5 * xla.hbm
-    assert splash.operations < 0.7 * xla.operations  # half of the scores lie behind the diagonal
+    assert splash.memory["temporaries"] < 0.3 * xla.memory["temporaries"]
+    assert splash.hbm < 0.1 * xla.hbm
+    assert splash.operations < 0.85 * xla.operations  # half of the scores lie behind the diagonal
+
+
+def test_a_reference_in_the_hosts_memory_is_no_argument_in_hbm():
+    """It comes a layer at a time: neither the arguments nor the temporaries hold the copy that waits there."""
+    config = tiny.config({"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2, "training.offload_reference": True})
+    config.policy.update(width=1024, heads=8, kv_heads=2, head_dim=128, layers=8, dtype="bfloat16")
+    slice_ = topology.parse("v5e:2x4")
+    (scoring,) = make_plan(config, slice_, only={"reference"}, say=lambda message: None).steps
+    assert scoring.error is None and scoring.memory["reference"] == 0 and scoring.host > 2**23
+    assert scoring.memory["batch"] < 2**20 and scoring.memory["temporaries"] < 0.7 * scoring.host
+    assert scoring.seconds["host link"] > 0
+
+
+def test_experts_and_positions_over_a_mesh():
+    """The grouped products and the fused attention lower inside their shard_maps, forward and backward."""
+    mesh = make_mesh(dict(expert=2, context=2, tensor=2), topology.devices(topology.parse("v5e:2x4")))
+    config = TransformerConfig(
+        *(512, 256, 1, 2), head_dim=128, mlp_width=128, experts=8, experts_per_token=2, dtype="bfloat16", remat="full"
+    )
+    model = transformer.build(config, mesh)
+    shapes = jax.eval_shape(partial(transformer.init, config), jax.random.key(0))
+    params = planned.placed(shapes, shardings(shapes, mesh))
+    rows = NamedSharding(mesh, PartitionSpec(ROWS))
+    tokens, mask = (jax.ShapeDtypeStruct((4, n), t, sharding=rows) for n, t in ((2176, int), (2048, float)))
+
+    def loss(params, tokens, mask):
+        batch = Rollouts(tokens=tokens, mask=mask, shared_prompt=2)
+        return completion_hidden(model, params, batch, mesh).astype(float).sum()
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(loss)).lower(params, tokens, mask).compile().as_text()
+    assert "ragged-dot" in text and "splash" in text
+    kinds = {c.kind for c in traffic(text, mesh.size).collectives}
+    assert {"all-gather", "all-reduce"} <= kinds, kinds

@@ -15,13 +15,13 @@ from jaxpo.rollout import SamplingOptions, generate
 
 B, TQ, TK, D = 2, 150, 290, 16
 CASES = {
-    "grouped heads": dict(),
-    "soft-cap and scale": dict(attention_softcap=5.0, query_scalar=3.0),
-    "a window": dict(window=40),
+    "soft-cap, scale, a mesh": dict(attention_softcap=5.0, query_scalar=3.0, mesh=dict(data=1, fsdp=2, tensor=2)),
     "a window of some layers": dict(window=jnp.int32(40)),
     "no window of some layers": dict(window=jnp.int32(EVERYWHERE)),
-    "a mesh": dict(mesh=dict(data=1, fsdp=2, tensor=2)),
+    "a window": dict(window=40),
+    "nothing": dict(),
 }
+SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in list(CASES)[2:]]
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(splash, "why_not", lambda q, mesh: None)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*list(CASES)[:2], *SLOW])
 def test_values_and_gradients_are_those_of_the_plain_form(case):
     options = dict(CASES[case])
     window, mesh = options.pop("window", None), options.pop("mesh", None)

@@ -140,7 +140,7 @@ def test_datasets_on_disk(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no splits"):
         datasets(folder, split="train")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install datasets"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'jaxpo\[datasets\]'"):
         datasets(folder)
     with pytest.raises(FileNotFoundError):
         datasets(tmp_path / "absent")

@@ -256,7 +256,14 @@ MESHES = (
     pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, id="all three"),
     *[
         pytest.param(mesh, id=str(mesh), marks=pytest.mark.slow)
-        for mesh in ({"data": 8}, {"fsdp": 8}, {"data": 4, "tensor": 2}, {"data": 1, "fsdp": 4, "tensor": 2})
+        for mesh in (
+            {"data": 8},
+            {"fsdp": 8},
+            {"data": 4, "tensor": 2},
+            {"data": 1, "fsdp": 4, "tensor": 2},
+            {"fsdp": 2, "context": 2, "tensor": 2},
+            {"data": 1, "context": 8},
+        )
     ],
 )
 

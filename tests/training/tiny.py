@@ -13,10 +13,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from jaxpo.batch import Rollouts
+from jaxpo.parallel import rows_over_mesh
 from jaxpo.training import loop, tools
 from jaxpo.training.config import default
+from jaxpo.training.workspace import TrainState
 
 DEVICES = jax.devices()
 FILE = Path(__file__)
@@ -112,6 +116,30 @@ def quick(devices: int = 1) -> Iterator[None]:
         finally:
             for name, value in before.items():
                 jax.config.update(name, value)
+
+
+def update_arguments(update: Any, mesh: Mesh, length: np.ndarray) -> tuple[TrainState, Rollouts]:
+    """Numbers for the update step that a planned run has: completions of given lengths [B], in groups of 4."""
+    rng, t = np.random.default_rng(1), update.arguments[1].width
+
+    def number(shape: jax.ShapeDtypeStruct) -> jax.Array:
+        numbers = rng.normal(size=shape.shape) / 2 if jax.numpy.issubdtype(shape.dtype, jax.numpy.floating) else 0
+        return jax.device_put(np.broadcast_to(np.asarray(numbers, shape.dtype), shape.shape), shape.sharding)
+
+    state, batch, _ = jax.tree.map(number, update.arguments)
+    state = state.replace(opt_state=jax.tree.map(lambda x: 0 * x, state.opt_state))
+    rows, p = len(length), batch.prompt_width
+    prompts = np.repeat(rng.integers(0, 4, (rows // 4, p)), 4, 0)
+    fields = dict(
+        tokens=np.concatenate([prompts, rng.integers(0, 4, (rows, t))], 1),
+        mask=np.arange(t) < length[:, None],
+        reward=np.arange(rows) % 3,
+        count=np.ones(rows),
+        prompt_length=np.full(rows, p),
+        group=np.arange(rows) // 4,
+    )
+    fields = {name: np.asarray(x, getattr(batch, name).dtype) for name, x in fields.items()}
+    return state, batch.replace(**rows_over_mesh(fields, mesh))
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,47 @@
+"""Parameters that wait in the memory of the host, and are copied to the device where they are used."""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxpo.parallel.sharding import shardings
+
+HOST = "pinned_host"
+
+
+def host_shardings(tree: Any, mesh: Mesh) -> Any:
+    """As `shardings`, each device's part in the memory of its host."""
+    return jax.tree.map(lambda s: s.with_memory_kind(HOST), shardings(tree, mesh))
+
+
+def to_host_memory(tree: Any, mesh: Mesh) -> Any:
+    """A copy of the arrays in the memory of the host.
+
+    Raises:
+      ValueError: the devices have no such memory.
+    """
+    check_host_memory(mesh)
+    return jax.device_put(tree, host_shardings(tree, mesh), may_alias=False)
+
+
+def check_host_memory(mesh: Mesh) -> None:
+    """``ValueError`` if the devices of the mesh cannot reach their host's memory."""
+    device = mesh.local_devices[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST not in kinds:
+        raise ValueError(
+            f"config.training.offload_reference: {device.device_kind} has no memory {HOST!r}, only "
+            f"{', '.join(kinds)}: set it to False"
+        )
+
+
+def fetched(tree: Any) -> Any:
+    """Inside jit: the arrays in the memory of the device; those that are there already as they are."""
+    host, device = jax.memory.Space.Host, jax.memory.Space.Device
+    return jax.tree.map(lambda x: jax.device_put(x, device) if jax.typeof(x).memory_space == host else x, tree)
+
+
+def is_on_host(x: Any) -> bool:
+    """Whether an array, or a shape with its sharding, lies in the memory of the host."""
+    return x.sharding.memory_kind == HOST

@@ -1,0 +1,72 @@
+"""Runs that pack short completions: the same metrics as without, with few programs."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxpo.batch import Rollouts
+from jaxpo.parallel import make_mesh
+from jaxpo.training import planned
+from jaxpo.training.config import validate
+from jaxpo.training.workspace import packed
+from tests.training import tiny
+
+MESH = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2}
+SMALL = {"sampling.max_new_tokens": 32, "training.epochs": 1, "training.minibatches": 1, "training.microbatches": 2}
+
+
+def test_a_step_on_a_mesh_is_that_of_rows_one_by_one_in_fewer_bytes():
+    """The run's own scoring and update, of two microbatches."""
+    mesh, rng = make_mesh(dict(fsdp=2, tensor=2, data=1), jax.devices()[:4]), np.random.default_rng(0)
+    length = rng.integers(1, 9, 32)
+    length[[3, 17]] = 32
+    out, temporaries = {}, {}
+    for packs in (False, True):
+        config = tiny.config(MESH | SMALL | {"training.packing": packs, "objective.beta": 0.1})
+        of_run = planned.trace_run(config, mesh, planned.data_of(config))
+        update = of_run.steps[-1]
+        state, batch = tiny.update_arguments(update, mesh, length)
+        plan = packed(config, mesh, batch, 2)
+        assert bool(plan) == packs and (not packs or plan["bins"] <= 4)
+        rows = np.arange(32, dtype=np.int32)
+        traced = update.function.lower(state, batch, rows, fresh=False, **plan).compile()
+        temporaries[packs] = traced.memory_analysis().temp_size_in_bytes
+        score = of_run.steps[1].function(
+            state.params,
+            Rollouts(**{n: getattr(batch, n) for n in ("tokens", "mask", "prompt_length")}, shared_prompt=4),
+            **plan,
+        )
+        new, metrics = update.function(state, batch, rows, fresh=False, **plan)
+        out[packs] = (new.params, metrics, score.logp * batch.mask)
+    a, b = out[False], out[True]
+    np.testing.assert_allclose(a[2], b[2], rtol=1e-4, atol=1e-5)
+    for name in a[1]:
+        np.testing.assert_allclose(a[1][name], b[1][name], rtol=1e-4, atol=1e-5, err_msg=name)
+    assert a[1]["grad_norm"] > 0
+    assert temporaries[True] < 0.7 * temporaries[False], temporaries
+
+
+def test_a_plan_counts_the_longest_completions():
+    config, mesh = tiny.config(SMALL | {"training.packing": True}), make_mesh(dict(data=1), jax.devices()[:1])
+    steps = planned.trace_run(config, mesh, planned.data_of(config)).steps
+    assert [s.options.get("bins") for s in steps] == [None, 16, 16]
+
+
+def test_a_row_alone_is_refused():
+    config = tiny.config(SMALL | {"training.packing": True, "training.microbatches": 32})
+    with pytest.raises(ValueError, match="config.training.packing has no effect: each device has one row"):
+        validate(config, 1)
+
+
+@pytest.mark.slow
+def test_a_run_that_packs_is_the_run_that_does_not(tmp_path):
+    short = {"warm_start.steps": 20, "steps": 3, "sampling.max_new_tokens": 8, "training.minibatches": 2}
+    with tiny.quick():
+        plain, packs = (
+            tiny.run(tiny.config(short | {"training.packing": on}), tmp_path / str(on)) for on in (False, True)
+        )
+    a, b = (tiny.trained(run.path) for run in (plain, packs))
+    assert "AGAIN" not in packs.printed
+    assert all(0 < line.pop("packing/share") <= 1 for line in b) and min(len(a), len(b)) == 3
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_allclose([x[k] for k in x], [y[k] for k in x], rtol=1e-3, atol=1e-5)
