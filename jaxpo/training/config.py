@@ -189,7 +189,7 @@ def default() -> ConfigDict:
             checkpoint=dict(
                 every=50,  # iterations
                 keep=2,  # the last ones
-                keep_best=optional(str),  # and the one with the highest "eval/greedy" or "eval/reward"
+                keep_best=optional(str),  # and the one with the highest eval/greedy, eval/reward or eval/accuracy
                 directory=optional(str),  # a bucket (gs://...) or a folder; None = WORKDIR/checkpoints
             ),
             mesh=dict(data=-1, fsdp=1, expert=1, context=1, tensor=1),  # see docs/scaling.md
@@ -457,7 +457,7 @@ def _check_offload(config: ConfigDict, objective: Objective, protocol: Protocol)
 
 
 def _check_checkpoint(config: ConfigDict) -> None:
-    best, judges = config.checkpoint.keep_best, ("eval/greedy", "eval/reward")
+    best, judges = config.checkpoint.keep_best, ("eval/greedy", "eval/reward", "eval/accuracy")
     if best is not None and best not in judges:
         raise ValueError(unknown("config.checkpoint.keep_best", best, judges))
     if best is not None and config.checkpoint.every % config.evaluation.every:

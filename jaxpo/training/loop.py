@@ -459,6 +459,11 @@ def check_start(workspace: Workspace) -> None:
         check_source(open_source(config.policy.path), tensors(workspace.model.config))
     if config.warm_start.steps:
         demonstrations(workspace, np.arange(len(workspace.train)))
+    best = config.checkpoint.keep_best
+    known = pair_evaluation.measurable(workspace) if best == "eval/accuracy" else workspace.task.score is not None
+    if best and not known:
+        what = "held-out pairs" if best == "eval/accuracy" else "verifier"
+        raise ValueError(f"config.checkpoint.keep_best {best!r}: this run has no {what} to judge checkpoints by")
     for path in config.soup.of:
         if find_checkpoint(path) is None:
             raise ValueError(f"config.soup.of {path!r} is no run directory with a checkpoint")

@@ -152,6 +152,13 @@ def test_soup_asks_for_the_runs_that_it_is_made_of():
         loop.check_start(workspace)
 
 
+def test_the_best_checkpoint_is_judged_by_what_there_is():
+    best = {"checkpoint.every": 2, "checkpoint.keep_best": "eval/accuracy"}
+    loop.check_start(setup(tiny.config(QUICK | DPO | best)))
+    with pytest.raises(ValueError, match="no held-out pairs"):
+        loop.check_start(setup(tiny.config(QUICK | best | {"objective": {"name": "reinforce"}})))
+
+
 def test_the_command_refuses_objectives_of_single_answers(capsys):
     flags = [f"--config={tiny.FILE}", "--workdir=nowhere"]
     with pytest.raises(SystemExit, match="train it with experiments.train_rl"):
