@@ -75,7 +75,7 @@ def figure(found: Mapping[float, Mapping[str, list[float]]]) -> "Figure":
     axes.plot([100 * share for share in found], start, color="#bdbdbd", linestyle=":", label="before")
     axes.set(xlabel="% of labels flipped", ylabel="greedy accuracy", ylim=(0, 1))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(loc="lower left", frameon=False, fontsize=8)
     return picture
 
 

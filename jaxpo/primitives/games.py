@@ -28,8 +28,10 @@ def check_game(P: Array) -> Array:  # noqa: N803 (the card's name)
         raise ValueError(f"P is a square matrix, P[i, j] = P(i beats j), not of shape {P.shape}")
     if not isinstance(P, jax.core.Tracer):
         off = float(jnp.abs(P + P.T - 1).max())
-        if not off <= 1e-5 or not bool(((P >= 0) & (P <= 1)).all()):
-            raise ValueError(f"P[i, j] + P[j, i] must be 1, each in [0, 1]: P is off by {off:.3g} at most")
+        if not off <= 1e-5:
+            raise ValueError(f"P[i, j] + P[j, i] must be 1: P is off by up to {off:.3g}")
+        if not bool(((P >= 0) & (P <= 1)).all()):
+            raise ValueError(f"P[i, j] is a probability, in [0, 1]: P has {float(P.min()):.3g} to {float(P.max()):.3g}")
     return P
 
 

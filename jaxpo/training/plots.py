@@ -111,7 +111,7 @@ def plot_reliability(bins: Mapping[str, Any], path: str | os.PathLike) -> None:
     axes.set(xlim=(0.5, 1), ylim=(0, 1), xlabel="stated probability", ylabel="share that is right")
     axes.set_title(f"{bins['pairs']} held-out pairs", loc="left", fontsize=9.5, color=INK)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(loc="upper left", frameon=False, fontsize=8)
     write_atomically(Path(path), lambda file: figure.savefig(file, format="png"))
 
 
