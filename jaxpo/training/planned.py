@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jaxpo.batch import Rollouts
-from jaxpo.objectives import Objective
+from jaxpo.objectives import Objective, Protocol
 from jaxpo.parallel import ROWS, replicated, reshaped, shardings
 from jaxpo.parallel.offload import host_shardings
 from jaxpo.policy import transformer
@@ -19,7 +19,6 @@ from jaxpo.policy.hf import read_config
 from jaxpo.policy.packing import lanes_of
 from jaxpo.rollout.engine import decode_trips
 from jaxpo.tasks import build
-from jaxpo.testing import cases
 from jaxpo.training import companions
 from jaxpo.training import config as config_lib
 from jaxpo.training.compiled import Compiled
@@ -147,7 +146,7 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
     trained = g * config_lib.rows_per_prompt(config, objective)
     if protocol.rows:
         width = data.prompt_width, config.sampling.max_new_tokens
-        batch = everywhere(unit_shapes(objective, trained, *width, trained // g), rows)
+        batch = everywhere(unit_shapes(objective, protocol, trained, *width, trained // g), rows)
     else:
         batch = labelled_shapes(rollout.trace().out_info, rows)
     seen = as_scored(batch)
@@ -183,17 +182,30 @@ def samples(config: ConfigDict) -> bool:
     return config.protocol.get("rejected") == "policy" or "own" in objective.layout
 
 
-def unit_shapes(objective: Objective, rows: int, prompt_width: int, width: int, of_prompt: int) -> Rollouts:
-    """Rows of preferences with every field that the objective may read: those of the example that its contracts are
-    checked on, in another size."""
+def unit_shapes(
+    objective: Objective, protocol: Protocol, rows: int, prompt_width: int, width: int, of_prompt: int
+) -> Rollouts:
+    """Rows of preferences as their protocols hand them on: with the numbers that the objective needs."""
 
-    def grown(x: Any) -> jax.ShapeDtypeStruct:
-        sizes = {cases.WIDTH: width, cases.PROMPT + cases.WIDTH: prompt_width + width}
-        return jax.ShapeDtypeStruct((rows, *(sizes.get(n, n) for n in x.shape[1:])), x.dtype)
+    def shape(*axes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *axes), dtype)
 
-    shapes = jax.tree.map(grown, cases.example(objective))
-    scored = dict(logp_old=None, logp_beh=None, entropy_old=None, value_old=None, slots={})
-    return shapes.replace(**scored, layout=objective.layout, shared_prompt=of_prompt)
+    needs, number = objective.needs, shape(dtype=jnp.int32)
+    return Rollouts(
+        tokens=shape(prompt_width + width, dtype=jnp.int32),
+        mask=shape(width),
+        prompt_length=number,
+        count=shape(),
+        group=number,
+        role=number,
+        prompt=number,
+        seed=shape(dtype=jnp.uint32),
+        reward=shape() if "reward" in needs else None,
+        extras={name: shape() for name in sorted(needs & protocol.provides - {"reward", "segment"})},
+        token_extras={"segment": shape(width, dtype=jnp.int32)} if "segment" in needs else {},
+        layout=objective.layout,
+        shared_prompt=of_prompt,
+    )
 
 
 def longest(config: ConfigDict, mesh: Mesh, rows: int) -> dict[str, Any]:
