@@ -18,13 +18,13 @@ from jaxpo.registry import make
 from jaxpo.rollout import SamplingOptions, generate
 from jaxpo.training import companions
 from jaxpo.training.arena import QUICK, Arena, Draws, Rules, judge, texts
+from jaxpo.training.functions import TrainState
 from jaxpo.training.judges import verified
 from jaxpo.training.needs import JUDGED, slots_of
 from jaxpo.training.protocols import NothingLeft, Run, Tools, Verdict, advance
 from jaxpo.training.protocols.base import in_batches, sample_once
 from jaxpo.training.step import score
 from jaxpo.training.tools import as_scored, labelled
-from jaxpo.training.workspace import TrainState
 
 
 class Together:

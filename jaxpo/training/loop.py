@@ -20,14 +20,14 @@ from jaxpo.batch import Rollouts
 from jaxpo.objectives import Protocol
 from jaxpo.objectives.base import check_rewards
 from jaxpo.parallel.distributed import anywhere, check_shared, from_first, is_first, on_first, only_first_prints
-from jaxpo.policy import heads
 from jaxpo.policy.families import tensors
-from jaxpo.policy.hf import check_source, load, open_source, read_config
+from jaxpo.policy.hf import check_source, open_source, read_config
 from jaxpo.policy.transformer import Params, parameter_count
 from jaxpo.training import companions, evaluation, pair_evaluation, reward_evaluation
 from jaxpo.training.checkpoint import Checkpoints, Restored, finished_steps
+from jaxpo.training.functions import packed
 from jaxpo.training.manifest import config_hash, differences
-from jaxpo.training.needs import heads_of, is_reward_model, slots_of
+from jaxpo.training.needs import is_reward_model, slots_of
 from jaxpo.training.plots import plot_curves, plot_reliability
 from jaxpo.training.protocols import NothingLeft, Run, Tools, advance
 from jaxpo.training.restore import (
@@ -36,14 +36,15 @@ from jaxpo.training.restore import (
     checkpoint_of,
     checkpoints_of,
     find_checkpoint,
-    load_params,
+    first_params,
+    first_slots,
     restore,
     template,
 )
 from jaxpo.training.rundir import Elsewhere, Progress, RunDirectory, closing_table, read_metrics
 from jaxpo.training.supervised import demonstrations, warm_start
 from jaxpo.training.tools import Clock, make_tools, score_companions
-from jaxpo.training.workspace import TrainState, Workspace, packed, prepare_process, setup, shard_count
+from jaxpo.training.workspace import Workspace, prepare_process, setup, shard_count
 
 RELIABILITY = "reliability.json"
 BEFORE_ALL = -(2**31)  # resuming from here keeps nothing of an earlier attempt's logs
@@ -304,33 +305,6 @@ def begin(session: Session, tables: dict[str, Any], report: Callable[[str], None
     if session.protocol.init is None:
         return run
     return session.protocol.init(run, session.tools, session.keys["protocol"])
-
-
-def first_slots(workspace: Workspace, state: TrainState) -> dict[str, Any]:
-    """The frozen companions at the start of a run: copies of the policy, of which there is one for all; the soup is
-    made of two other runs."""
-    needed = slots_of(workspace.objective, workspace.protocol)
-    if not needed and not workspace.protocol.keeps:
-        return {}
-    opt_state = companions.copied(state.opt_state) if "center" in workspace.protocol.keeps else None
-    slots = companions.held(needed, workspace.protocol, workspace.companion(state.params), opt_state)
-    if "soup" in slots:
-        soup = workspace.config.soup
-        first, second = (load_params(workspace, path)[0] for path in soup.of)
-        slots["soup"] = companions.blended(first, second, 1 - soup.alpha)
-    return slots
-
-
-def first_params(workspace: Workspace, key: Array) -> Params:
-    """Parameters of another run, pretrained ones, or random ones."""
-    config = workspace.config
-    if config.init_from:
-        return load_params(workspace, config.init_from)[0]
-    if config.policy.name == "pretrained" and not config.lora.rank:
-        loaded = load(open_source(config.policy.path), workspace.model.config, workspace.mesh)
-        fresh = heads.init(workspace.model.config.width, heads_of(workspace.objective, config.heads), key)
-        return {**loaded, **workspace.put_whole(fresh)}
-    return workspace.init_params(key)
 
 
 def evaluate_both(session: Session, run: Run) -> dict[str, float]:

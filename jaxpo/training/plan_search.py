@@ -15,6 +15,7 @@ from jaxpo.parallel.topology import Topology
 from jaxpo.policy import transformer
 from jaxpo.policy.attention import LONG, QUERIES_AT_ONCE
 from jaxpo.policy.config import TransformerConfig
+from jaxpo.training import checks
 from jaxpo.training import config as config_lib
 from jaxpo.training.plan import Plan, Say, StepPlan, make_plan
 from jaxpo.training.planned import Data, data_of, samples
@@ -45,7 +46,7 @@ def described(changes: Changes) -> str:
 def allowed(config: ConfigDict, changes: Changes, devices: int) -> bool:
     """Whether the changed config divides over the devices."""
     try:
-        config_lib.validate(changed(config, changes), devices)
+        checks.validate(changed(config, changes), devices)
     except ValueError:
         return False
     return True

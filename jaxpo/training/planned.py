@@ -19,21 +19,14 @@ from jaxpo.policy.hf import read_config
 from jaxpo.policy.packing import lanes_of
 from jaxpo.rollout.engine import decode_trips
 from jaxpo.tasks import build
-from jaxpo.training import companions
+from jaxpo.training import checks, companions
 from jaxpo.training import config as config_lib
 from jaxpo.training.compiled import Compiled
+from jaxpo.training.functions import TrainState, compile_functions, optimizer_of, rows_of, several
 from jaxpo.training.needs import must_score, slots_of
 from jaxpo.training.tools import as_scored
 from jaxpo.training.trained import random_params
-from jaxpo.training.workspace import (
-    TrainState,
-    compile_functions,
-    make_tokenizer,
-    optimizer_of,
-    rows_of,
-    several,
-    tokenize,
-)
+from jaxpo.training.workspace import make_tokenizer, tokenize
 
 
 class Data(NamedTuple):
@@ -104,10 +97,10 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
     """The rollout, scoring and update steps of an iteration, as `jaxpo.training.loop` calls them.
 
     Raises:
-      ValueError: whatever `jaxpo.training.config.validate` refuses for so many devices, or parameters that the mesh
+      ValueError: whatever `jaxpo.training.checks.validate` refuses for so many devices, or parameters that the mesh
         does not divide.
     """
-    config_lib.validate(config, mesh.size)
+    checks.validate(config, mesh.size)
     objective, protocol = config_lib.objective_of(config), config_lib.protocol_of(config)
     model = transformer.build(config_lib.transformer_of(config, data.vocab_size or 1), several(mesh))
     key = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=replicated(mesh))

@@ -35,6 +35,7 @@ from jaxpo.objectives.base import check_rewards
 from jaxpo.policy import stats
 from jaxpo.tasks.preferences import PAIR
 from jaxpo.training.arena import QUICK, Arena, Rules, build_arena, draws, parse_calls, survey
+from jaxpo.training.functions import TrainState
 from jaxpo.training.gathering import ByProtocol, Together, protocol_of, shape
 from jaxpo.training.needs import JUDGED, PROVIDED, derived_needs
 from jaxpo.training.optimizers import make_optimizer
@@ -42,7 +43,6 @@ from jaxpo.training.plots import COLORS, INK, PALE
 from jaxpo.training.race_pairs import Offline, in_pairs, unfit_for_pairs
 from jaxpo.training.rundir import Progress, closing_table, write_atomically
 from jaxpo.training.step import optimizer_step, score
-from jaxpo.training.workspace import TrainState
 
 RESULTS, CURVES = "results.json", "curves.png"
 

@@ -13,7 +13,7 @@ from jaxpo.tasks.preferences import PAIR
 from jaxpo.tasks.units import encode, units
 from jaxpo.tasks.verified_preferences import verified_pairs
 from jaxpo.training.arena import Arena, Draws, Rules, Surroundings
-from jaxpo.training.workspace import TrainState
+from jaxpo.training.functions import TrainState
 
 
 def in_pairs(rules: Rules) -> Rules:

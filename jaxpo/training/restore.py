@@ -6,20 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax import Array
 from ml_collections import ConfigDict
 
 from jaxpo.parallel import replicated, shardings
 from jaxpo.policy import heads
+from jaxpo.policy.hf import load, open_source
 from jaxpo.policy.transformer import Params
 from jaxpo.registry import unknown
 from jaxpo.tasks.tokenizers import from_json
-from jaxpo.training import checkpoint
+from jaxpo.training import checkpoint, companions
 from jaxpo.training.checkpoint import finished_steps, restore_params, saved_paths
 from jaxpo.training.companions import held
 from jaxpo.training.config import default
-from jaxpo.training.needs import slots_of
+from jaxpo.training.functions import TrainState, optimizer_of
+from jaxpo.training.needs import heads_of, slots_of
 from jaxpo.training.protocols import Run
-from jaxpo.training.workspace import TrainState, Workspace, optimizer_of, prepare_process, setup
+from jaxpo.training.workspace import Workspace, prepare_process, setup
 
 MODEL = "model"  # folder of a run with the config.json of the pretrained model that it started from
 
@@ -164,3 +167,30 @@ def open_finished(workdir: str, step: int | None = None, **changes: Any) -> tupl
 def find_checkpoint(workdir: str) -> int | None:
     """The last finished checkpoint of a run directory."""
     return max(finished_steps(checkpoints_of(workdir)), default=None)
+
+
+def first_slots(workspace: Workspace, state: TrainState) -> dict[str, Any]:
+    """The frozen companions at the start of a run: copies of the policy, of which there is one for all; the soup is
+    made of two other runs."""
+    needed = slots_of(workspace.objective, workspace.protocol)
+    if not needed and not workspace.protocol.keeps:
+        return {}
+    opt_state = companions.copied(state.opt_state) if "center" in workspace.protocol.keeps else None
+    slots = companions.held(needed, workspace.protocol, workspace.companion(state.params), opt_state)
+    if "soup" in slots:
+        soup = workspace.config.soup
+        first, second = (load_params(workspace, path)[0] for path in soup.of)
+        slots["soup"] = companions.blended(first, second, 1 - soup.alpha)
+    return slots
+
+
+def first_params(workspace: Workspace, key: Array) -> Params:
+    """Parameters of another run, pretrained ones, or random ones."""
+    config = workspace.config
+    if config.init_from:
+        return load_params(workspace, config.init_from)[0]
+    if config.policy.name == "pretrained" and not config.lora.rank:
+        loaded = load(open_source(config.policy.path), workspace.model.config, workspace.mesh)
+        fresh = heads.init(workspace.model.config.width, heads_of(workspace.objective, config.heads), key)
+        return {**loaded, **workspace.put_whole(fresh)}
+    return workspace.init_params(key)

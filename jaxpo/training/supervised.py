@@ -12,9 +12,10 @@ from jaxpo.parallel import replicated
 from jaxpo.parallel.distributed import place
 from jaxpo.policy.transformer import Params
 from jaxpo.tasks import imperfect
+from jaxpo.training.functions import init_state, make_step, policy_of
 from jaxpo.training.optimizers import make_optimizer
 from jaxpo.training.rundir import Progress, RunDirectory
-from jaxpo.training.workspace import Workspace, init_state, make_step, policy_of
+from jaxpo.training.workspace import Workspace
 
 
 def demonstrations(workspace: Workspace, indices: np.ndarray) -> Rollouts:

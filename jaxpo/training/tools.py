@@ -17,11 +17,12 @@ from jaxpo.rollout.sampling import SamplingOptions
 from jaxpo.rollout.sampling import validate as validate_sampling
 from jaxpo.training import companions
 from jaxpo.training.companions import held
+from jaxpo.training.functions import TrainState, packed
 from jaxpo.training.judges import make_judge
 from jaxpo.training.needs import must_score, slots_of
 from jaxpo.training.protocols import Run, Tools, Verdict, advance
 from jaxpo.training.protocols.base import in_batches
-from jaxpo.training.workspace import TrainState, Workspace, judge, packed
+from jaxpo.training.workspace import Workspace, judge
 
 
 class Clock:

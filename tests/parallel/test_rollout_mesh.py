@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as Spec
 from jaxpo.parallel import lay_out, make_mesh, moved_bytes, reshaped, shardings
 from jaxpo.parallel.sharding import spec_of
 from jaxpo.policy.stats import token_stats
-from jaxpo.training.config import validate
+from jaxpo.training.checks import validate
 from jaxpo.training.tools import as_scored
 from jaxpo.training.workspace import setup
 from tests.training import tiny

@@ -16,9 +16,9 @@ from jaxpo.policy.stats import token_stats
 from jaxpo.primitives import aggregation
 from jaxpo.training import loop
 from jaxpo.training.checkpoint import restore_params
-from jaxpo.training.config import validate
+from jaxpo.training.checks import validate
 from jaxpo.training.planned import data_of, trace_run
-from jaxpo.training.restore import open_finished
+from jaxpo.training.restore import first_params, open_finished
 from jaxpo.training.workspace import setup
 from tests.policy import tiny_gguf
 from tests.training import tiny
@@ -174,7 +174,7 @@ def test_an_objective_that_wants_a_value_gets_a_head(finished, model, tmp_path):
     assert head.keys() == {"value"} and head["value"]["weight"].shape == (tiny_gguf.WIDTH,)
     assert np.abs(np.asarray(head["value"]["weight"])).max() > 0 and head["value"]["bias"] > 0
     workspace = setup(config(model, **{"lora.rank": 0}))
-    params = loop.first_params(workspace, jax.random.key(0))
+    params = first_params(workspace, jax.random.key(0))
     assert workspace.base is None and not np.asarray(params["heads"]["value"]["weight"]).any()
     shapes = jax.eval_shape(workspace.init_params, jax.random.key(0))
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)

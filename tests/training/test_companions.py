@@ -8,9 +8,9 @@ import pytest
 
 from jaxpo.objectives import Protocol, make
 from jaxpo.training import companions
+from jaxpo.training.functions import TrainState
 from jaxpo.training.needs import slots_of
 from jaxpo.training.protocols import Run, Verdict
-from jaxpo.training.workspace import TrainState
 from tests.training.fake_tools import fake
 
 

@@ -7,10 +7,11 @@ import pytest
 
 from jaxpo.objectives import make, names
 from jaxpo.registry import entry
+from jaxpo.training import checks, loop
 from jaxpo.training import config as config_lib
-from jaxpo.training import loop
+from jaxpo.training.checks import validate
 from jaxpo.training.command_line import parse
-from jaxpo.training.config import fill, objective_of, validate
+from jaxpo.training.config import fill, objective_of
 from jaxpo.training.needs import heads_of
 from jaxpo.training.optimizers import OPTIMIZERS, SCHEDULES
 from jaxpo.training.rundir import RunDirectory
@@ -339,9 +340,9 @@ def test_what_does_not_divide(flags, devices, message):
 def test_microbatches_may_not_cut_groups_that_an_objective_sees_whole():
     config = fill(tiny.config({"training.microbatches": 8}))
     policy = config_lib.transformer_of(config)
-    config_lib._check_division(config, make("reinforce"), policy, 1)
+    checks._check_division(config, make("reinforce"), policy, 1)
     with pytest.raises(ValueError, match="config.training.microbatches 8 would cut groups .*: choose one of 1, 2, 4"):
-        config_lib._check_division(config, make("reinforce")._replace(coupling="group"), policy, 1)
+        checks._check_division(config, make("reinforce")._replace(coupling="group"), policy, 1)
 
 
 COUNTS = (

@@ -13,11 +13,12 @@ from ml_collections import ConfigDict
 from jaxpo.batch import Rollouts
 from jaxpo.parallel import AXES
 from jaxpo.policy.config import TransformerConfig
-from jaxpo.training import config as config_lib
+from jaxpo.training import checks
 from jaxpo.training.config import default, fill, sampling_of
+from jaxpo.training.functions import TrainState, optimizer_of
 from jaxpo.training.supervised import demonstrations
 from jaxpo.training.tools import prompt_order
-from jaxpo.training.workspace import TrainState, optimizer_of, setup
+from jaxpo.training.workspace import setup
 from tests.training import tiny
 
 
@@ -35,7 +36,7 @@ def leaves(block, path=""):
 def sources():
     """Everything that may read a config, without what lists the fields and what only checks them."""
     files = [file for folder in ("jaxpo", "experiments") for file in (tiny.ROOT / folder).rglob("*.py")]
-    passive = [inspect.getsource(f) for f in (default, config_lib.validate, config_lib._check_division)]
+    passive = [inspect.getsource(f) for f in (default, checks.validate, checks._check_division)]
     return functools.reduce(lambda text, f: text.replace(f, ""), passive, "\n".join(f.read_text() for f in files))
 
 

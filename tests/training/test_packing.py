@@ -7,8 +7,8 @@ import pytest
 from jaxpo.batch import Rollouts
 from jaxpo.parallel import make_mesh
 from jaxpo.training import planned
-from jaxpo.training.config import validate
-from jaxpo.training.workspace import packed
+from jaxpo.training.checks import validate
+from jaxpo.training.functions import packed
 from tests.training import tiny
 
 MESH = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2}

@@ -9,8 +9,9 @@ import pytest
 from experiments import train_preference
 from jaxpo.training import loop
 from jaxpo.training.checkpoint import finished_steps
+from jaxpo.training.checks import validate
 from jaxpo.training.command_line import parse
-from jaxpo.training.config import objective_of, protocol_name, validate
+from jaxpo.training.config import objective_of, protocol_name
 from jaxpo.training.pair_evaluation import START, tables
 from jaxpo.training.restore import checkpoints_of, restore
 from jaxpo.training.workspace import setup

@@ -8,7 +8,7 @@ from jaxpo.batch import Rollouts
 from jaxpo.objectives import make
 from jaxpo.registry import names
 from jaxpo.rollout.sampling import SamplingOptions
-from jaxpo.training.config import validate
+from jaxpo.training.checks import validate
 from jaxpo.training.protocols import NothingLeft, Run, advance
 from tests.training import tiny
 from tests.training.fake_tools import fake

@@ -6,11 +6,12 @@ import pytest
 
 from jaxpo.batch import Rollouts, TokenStats, take
 from jaxpo.objectives import evaluate, make
-from jaxpo.training.config import validate
+from jaxpo.training.checks import validate
+from jaxpo.training.functions import TrainState, policy_of
 from jaxpo.training.protocols import Run
 from jaxpo.training.protocols.outer_loop import outer_step
 from jaxpo.training.tools import Clock, make_tools
-from jaxpo.training.workspace import TrainState, policy_of, setup
+from jaxpo.training.workspace import setup
 from tests.training import tiny
 from tests.training.fake_tools import fake
 

@@ -11,7 +11,7 @@ from jaxpo.batch import Rollouts, TokenStats, role_id
 from jaxpo.objectives import make
 from jaxpo.training import loop
 from jaxpo.training.checkpoint import restore_params
-from jaxpo.training.config import validate
+from jaxpo.training.checks import validate
 from jaxpo.training.protocols import Run, advance
 from jaxpo.training.tools import Clock, make_tools, score_companions
 from jaxpo.training.workspace import setup

@@ -7,7 +7,7 @@ import pytest
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.objectives import make
 from jaxpo.rollout.sampling import SamplingOptions
-from jaxpo.training.config import validate
+from jaxpo.training.checks import validate
 from jaxpo.training.protocols import Run, advance
 from jaxpo.training.protocols.segment import joined
 from jaxpo.training.tools import Clock, make_tools

@@ -10,7 +10,7 @@ from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.objectives import make
 from jaxpo.training import loop
 from jaxpo.training.checkpoint import restore_params
-from jaxpo.training.config import validate
+from jaxpo.training.checks import validate
 from jaxpo.training.protocols import Run, advance
 from tests.training import tiny
 from tests.training.fake_tools import fake

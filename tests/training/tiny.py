@@ -20,7 +20,7 @@ from jaxpo.batch import Rollouts
 from jaxpo.parallel import rows_over_mesh
 from jaxpo.training import loop, tools
 from jaxpo.training.config import default
-from jaxpo.training.workspace import TrainState
+from jaxpo.training.functions import TrainState
 
 DEVICES = jax.devices()
 FILE = Path(__file__)

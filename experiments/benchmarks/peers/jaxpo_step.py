@@ -13,7 +13,7 @@ from jaxpo.parallel.host import keep_freed_memory
 from jaxpo.policy import transformer
 from jaxpo.rollout import SamplingOptions
 from jaxpo.training import config as config_lib
-from jaxpo.training.workspace import compile_functions, init_state, optimizer_of
+from jaxpo.training.functions import compile_functions, init_state, optimizer_of
 
 
 def config_of(job: record.Job) -> ConfigDict:

@@ -21,7 +21,7 @@ from jaxpo.registry import register
 from jaxpo.rollout.sampling import EntropyTemperature, SamplingOptions
 
 if TYPE_CHECKING:
-    from jaxpo.training.workspace import TrainState
+    from jaxpo.training.functions import TrainState
 
 
 @dataclass(frozen=True)
