@@ -87,6 +87,7 @@ def test_the_seeds_of_a_race_are_what_one_seed_gives(first):
     np.testing.assert_allclose(alone.objectives["grpo"]["curve"], together, atol=0.02)
 
 
+@pytest.mark.slow
 def test_rewards_by_a_verifier_on_the_host(capsys):
     words = "dataset='spell_backward', min_word_len=3, max_word_len=3, train_size=40, test_size=10, prompt_field='word'"
     rules = {**TINY, "seeds": 1, "steps": 1, "evaluations": 1, "warm_start": 0, "minibatches": 1, "drop_last": 0.0}

@@ -51,6 +51,7 @@ def test_another_mesh_samples_the_same(dtype):
     np.testing.assert_allclose(trained * ours.mask, ours.logp_beh, atol=1e-5 if dtype == "float32" else 0.05)
 
 
+@pytest.mark.slow
 def test_a_run_on_two_meshes(tmp_path):
     """One whole run, evaluation and protocol included; its layout is compiled once and its bytes are reported."""
     short = {"steps": 1, "warm_start.steps": 2, "evaluation.pass_at": (), **FSDP}

@@ -92,8 +92,9 @@ def workspace():
         right = [j < i % 5 for i, j in pairs]
         return [Score(float(r), r, None if i else "broken verifier") for r, (i, _) in zip(right, pairs, strict=True)]
 
-    config = ConfigDict(dict(rollout=dict(prompts=4, responses=2)))
+    config = ConfigDict(dict(rollout=dict(prompts=4, responses=2, mesh={})))
     return types.SimpleNamespace(
+        sampler_params=lambda params: params,
         config=config,
         mesh=mesh,
         generate=generate,

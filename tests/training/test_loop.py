@@ -12,6 +12,7 @@ import pytest
 
 from jaxpo import registry
 from jaxpo.objectives import make
+from jaxpo.parallel import AXES
 from jaxpo.registry import names
 from jaxpo.training import loop
 from jaxpo.training.checkpoint import finished_steps, restore_params
@@ -72,11 +73,8 @@ def test_files(finished):
     assert names == {"config.json", "tokenizer.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints"}
     assert finished_steps(finished.path / "checkpoints") == [2, 4]  # keep = 2
     config = json.loads((finished.path / "config.json").read_text())
-    assert config["objective"]["eps_high"] == 0.2 and config["rollout"] == {
-        "prompts": 8,
-        "responses": 4,
-        "prompt_width": None,
-    }
+    rollout = {"prompts": 8, "responses": 4, "prompt_width": None, "scan_layers": False, "mesh": dict.fromkeys(AXES)}
+    assert config["objective"]["eps_high"] == 0.2 and config["rollout"] == rollout
     assert json.loads((finished.path / "tokenizer.json").read_text()) == {"kind": "integers", "base": 4}
     assert (finished.path / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -398,6 +396,7 @@ def test_a_used_directory_is_refused(finished):
 # ---- profile, signals -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_profile(finished, tmp_path):
     run = tiny.run(
         tiny.warm(finished, {"objective": {"name": "reinforce"}, "steps": 3}), tmp_path / "run", profile_steps=1

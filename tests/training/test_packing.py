@@ -15,6 +15,7 @@ MESH = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2}
 SMALL = {"sampling.max_new_tokens": 32, "training.epochs": 1, "training.minibatches": 1, "training.microbatches": 2}
 
 
+@pytest.mark.slow
 def test_a_step_on_a_mesh_is_that_of_rows_one_by_one_in_fewer_bytes():
     """The run's own scoring and update, of two microbatches."""
     mesh, rng = make_mesh(dict(fsdp=2, tensor=2, data=1), jax.devices()[:4]), np.random.default_rng(0)

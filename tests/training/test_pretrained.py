@@ -119,7 +119,9 @@ def test_how_to_compute_is_chosen_and_the_shape_is_not(folder):
     assert {name: getattr(made, name) for name in numerics} == numerics and made.width == 16
     config.unlock()
     config.policy.width = 32
-    with pytest.raises(ValueError, match="unknown field of config.policy .pretrained. 'width': .*known: dtype, name"):
+    with pytest.raises(
+        ValueError, match="unknown field of config.policy .pretrained. 'width': .*known: attention, dtype"
+    ):
         fill(config)
 
 

@@ -198,6 +198,7 @@ def test_old_log_probs_are_no_peek_at_the_current_policy(stale):
 
     workspace = SimpleNamespace(
         config=tiny.config(),
+        mesh=None,
         objective=SimpleNamespace(peeks={"logp"}),
         protocol=SimpleNamespace(stale=stale),
         step=lambda state, batch, rows, fresh: step(state, batch, rows, fresh),
@@ -213,6 +214,7 @@ def test_old_log_probs_are_scored_even_for_a_single_step():
     def scored(stale):
         workspace = SimpleNamespace(
             config=config,
+            mesh=None,
             objective=make("r2vpo"),
             protocol=SimpleNamespace(stale=stale),
             score=lambda params, batch: stats,
