@@ -63,6 +63,7 @@ def test_every_objective_starts_alike_and_seeds_differ(first):
     assert not np.array_equal(a.prompt[0], a.prompt[1]) and not np.array_equal(a.prompt, b.prompt)
 
 
+@pytest.mark.slow
 def test_a_second_call_runs_only_what_is_missing(first, monkeypatch):
     out, results = first
     ran = []
@@ -74,11 +75,13 @@ def test_a_second_call_runs_only_what_is_missing(first, monkeypatch):
         race("grpo", out=out, **{**TINY, "steps": 3})
 
 
+@pytest.mark.slow
 def test_an_objective_of_the_users_own_and_the_same_numbers_again(first):
     results = race({"mine": make("grpo")}, **TINY)
     assert results.objectives["mine"]["curve"] == first[1].objectives["grpo"]["curve"]
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_the_seeds_of_a_race_are_what_one_seed_gives(first):
     """``vmap`` over seeds changes nothing: seed 0 of two is the only seed of one."""

@@ -6,7 +6,7 @@ import pytest
 
 from jaxpo.batch import Rollouts
 from jaxpo.parallel import make_mesh, offload
-from jaxpo.training import planned, workspace
+from jaxpo.training import checks, planned, workspace
 from jaxpo.training.plan import memory_of, shard_bytes
 from tests.training import tiny
 
@@ -58,7 +58,7 @@ def test_where_there_is_nothing_to_offload(changes, message):
         config.policy = type(config)(dict(name="pretrained", path="nowhere"))
     with pytest.raises(ValueError, match=message):
         workspace.config_lib.fill(config)
-        workspace.config_lib._check_offload(
+        checks._check_offload(
             config, workspace.config_lib.objective_of(config), workspace.config_lib.protocol_of(config)
         )
 
