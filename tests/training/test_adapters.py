@@ -112,7 +112,7 @@ def test_the_reference_is_the_base_and_no_second_copy(finished):
     workspace = finished.result.workspace
     batch = some_batch(workspace)
     plain = workspace.score(ref, batch).logp
-    base = loop.load(hf.open_source(workspace.config.policy.path), workspace.model.config, workspace.mesh)
+    base = hf.load(hf.open_source(workspace.config.policy.path), workspace.model.config, workspace.mesh)
     expected = jax.jit(lambda p: token_stats(workspace.model, p, batch).logp)(base)
     np.testing.assert_allclose(plain, expected, atol=1e-5)
 

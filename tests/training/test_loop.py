@@ -14,7 +14,7 @@ from jaxpo import registry
 from jaxpo.objectives import make
 from jaxpo.parallel import AXES
 from jaxpo.registry import names
-from jaxpo.training import loop
+from jaxpo.training import loop, restore
 from jaxpo.training.checkpoint import finished_steps, restore_params
 from jaxpo.training.rundir import read_metrics
 from jaxpo.training.tools import prompt_order
@@ -336,8 +336,8 @@ def test_a_run_that_ends_on_a_skipped_step_is_saved(finished, tmp_path, objectiv
 
 def test_a_policy_that_is_not_finite_any_more(finished, tmp_path, monkeypatch):
     """What it samples is nonsense, and the run says that it has diverged."""
-    load = loop.load_params
-    monkeypatch.setattr(loop, "load_params", lambda *args: jax.tree.map(lambda x: x * jnp.nan, load(*args)))
+    load = restore.load_params
+    monkeypatch.setattr(restore, "load_params", lambda *args: jax.tree.map(lambda x: x * jnp.nan, load(*args)))
     config = tiny.warm(finished, {"objective": {"name": "reinforce"}, "steps": 20, "nonfinite_patience": 3})
     with pytest.raises(loop.Diverged, match="up to iteration 3"):
         tiny.run(config, tmp_path / "run")
