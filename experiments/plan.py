@@ -150,7 +150,7 @@ def show(found, price: float) -> None:
         console.print(table)
     for step in found.steps:
         if step.error is not None:
-            console.print(f"{step.name} is refused by the compiler: {step.error}")
+            console.print(f"{step.name} is refused by the compiler: {step.error}", soft_wrap=True, markup=False)
             for buffer in step.buffers[:5]:
                 console.print(f"  {buffer}", soft_wrap=True)
         elif step.peak > found.chip.hbm:
