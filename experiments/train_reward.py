@@ -9,44 +9,29 @@
 Evaluated by accuracy and calibration on held-out pairs: ``eval/accuracy``, ``eval/ece``, ``reliability.png``.
 """
 
-import sys
 from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from experiments.train_rl import launch
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    from jaxpo.parallel.distributed import FLAGS, join_by_flags
+    launch(argv, check)
 
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        join_by_flags(argv)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    from jaxpo.training.command_line import parse
+
+def check(config: ConfigDict) -> None:
+    """``ValueError`` for an objective that trains a policy, or without pairs to learn from."""
     from jaxpo.training.config import objective_of
-    from jaxpo.training.loop import Diverged, train_rl
     from jaxpo.training.needs import is_reward_model
-    from jaxpo.training.protocols import NothingLeft
 
-    try:
-        config, flags = parse(
-            argv,
-            workdir=("", "directory of the run (required)"),
-            resume=(False, "go on from the last checkpoint in workdir, if there is one"),
-            profile_steps=(0, "iterations to trace with the profiler, into workdir/profile"),
-            **FLAGS,
+    if not is_reward_model(objective_of(config)):
+        raise ValueError(
+            f"objective {config.objective.name!r} trains a policy, not a reward model: train it with "
+            "experiments.train_preference, or set config.objective.name to bradley_terry_rm, gpm_rm or themis"
         )
-        if not flags["workdir"]:
-            raise ValueError("--workdir=DIRECTORY is required")
-        if not is_reward_model(objective_of(config)):
-            raise ValueError(
-                f"objective {config.objective.name!r} trains a policy, not a reward model: train it with "
-                "experiments.train_preference, or set config.objective.name to bradley_terry_rm, gpm_rm or themis"
-            )
-        if config.data.name is None:
-            raise ValueError("config.data.name is None: set it to jsonl, datasets or task, where the pairs come from")
-        train_rl(config, **{name: value for name, value in flags.items() if name not in FLAGS})
-    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError, Diverged, NothingLeft) as error:
-        sys.exit(f"error: {error}")
+    if config.data.name is None:
+        raise ValueError("config.data.name is None: set it to jsonl, datasets or task, where the pairs come from")
 
 
 if __name__ == "__main__":

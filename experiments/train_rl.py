@@ -6,10 +6,20 @@
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    launch(argv)
+
+
+def launch(argv: Sequence[str] | None, check: "Callable[[ConfigDict], None] | None" = None) -> None:
+    """Join the other processes, read the command line, train; every error is one line. ``check`` raises ``ValueError``
+    for a config that another program is for."""
     from jaxpo.parallel.distributed import FLAGS, join_by_flags
 
     argv = sys.argv[1:] if argv is None else argv
@@ -31,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         if not flags["workdir"]:
             raise ValueError("--workdir=DIRECTORY is required")
+        if check:
+            check(config)
         train_rl(config, **{name: value for name, value in flags.items() if name not in FLAGS})
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError, Diverged, NothingLeft) as error:
         sys.exit(f"error: {error}")
