@@ -33,7 +33,7 @@ from jaxpo.batch import Rollouts, take
 from jaxpo.objectives import Objective, make
 from jaxpo.objectives.base import check_rewards
 from jaxpo.policy import stats
-from jaxpo.tasks.preferences import PAIR
+from jaxpo.tasks.records import PAIR
 from jaxpo.training.arena import QUICK, Arena, Rules, build_arena, draws, parse_calls, survey
 from jaxpo.training.functions import TrainState
 from jaxpo.training.gathering import ByProtocol, Together, protocol_of, shape

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxpo.batch import Rollouts, take
 from jaxpo.objectives import Objective
 from jaxpo.policy import heads
-from jaxpo.tasks.preferences import PAIR
+from jaxpo.tasks.records import PAIR
 from jaxpo.tasks.units import encode, units
 from jaxpo.tasks.verified_preferences import verified_pairs
 from jaxpo.training.arena import Arena, Draws, Rules, Surroundings
