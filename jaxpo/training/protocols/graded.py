@@ -111,14 +111,14 @@ def dno_prct(
         return 2 * pairs
 
     def check(config: Any) -> None:
-        k = config.rollout.responses
-        if pairs > k * (k + 1) // 2:
-            raise ValueError(f"config.protocol.pairs {pairs}: {k + 1} answers make at most {k * (k + 1) // 2} pairs")
         if config.judge.name == "verifier" and positive > 1:
             raise ValueError(
                 f"config.protocol.positive {positive:g} is a grade from 1 to 6, a verifier's rewards lie in [0, 1]: "
                 "set it to 1 and config.protocol.teacher_gap and own_gap to 0.5, or another config.judge.name"
             )
+        k = config.rollout.responses
+        if pairs > k * (k + 1) // 2:
+            raise ValueError(f"config.protocol.pairs {pairs}: {k + 1} answers make at most {k * (k + 1) // 2} pairs")
 
     compiles, stale = {"score": 2}, bool(memory)
     return Protocol(
