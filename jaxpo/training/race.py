@@ -77,7 +77,7 @@ def unfit(objective: Objective, rules: Rules) -> str:
         return "does not ask for rewards: it would imitate its own completions"
     given = PROVIDED - {"value_old"} | {f"logp_{name}" for name in (*objective.derived, "ref")}
     if protocol:
-        given |= protocol.provides | {"label", "logp_prev", "logp_ema"}
+        given |= protocol.provides | {"logp_prev", "logp_ema"}
     if lacking := sorted(objective.needs - given):
         return f"needs {', '.join(lacking)}, which neither the race nor its protocol {objective.protocol!r} provides"
     return ""
