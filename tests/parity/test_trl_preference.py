@@ -165,6 +165,7 @@ def sums(logp, batch: Batch, average: bool):
             dict(beta=2.5, gamma=1.375, eps=0.1),
             dict(beta=2.5, loss_type="simpo", simpo_gamma=1.375, label_smoothing=0.1),
         ),
+        ("slic_hinge", dict(delta=1.0, lam=0.0), dict(beta=1.0, loss_type="hinge", label_smoothing=0.0)),
     ],
 )
 def test_cpo_trainer(name, ours, theirs):
