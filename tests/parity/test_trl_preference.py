@@ -16,7 +16,8 @@ import pytest
 from tests.oracles.preference import Batch
 from tests.oracles.preference_cases import evaluate, make_batch
 
-pytestmark = pytest.mark.parity
+# The notice that trl.experimental may change, which its first import would raise.
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")]
 
 PAIR = ("chosen", "rejected")
 
