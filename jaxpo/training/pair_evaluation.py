@@ -12,7 +12,7 @@ from jaxpo.parallel.distributed import to_host
 from jaxpo.policy import heads
 from jaxpo.policy.transformer import Params
 from jaxpo.primitives import preference_diagnostics as diagnostics
-from jaxpo.tasks.preferences import PAIR
+from jaxpo.tasks.records import PAIR
 from jaxpo.training import evaluation
 from jaxpo.training.protocols import Run
 from jaxpo.training.tools import as_scored, score_companions

@@ -4,7 +4,7 @@ objectives of data; a share of their labels is wrong."""
 from dataclasses import replace
 
 from jaxpo.objectives import Objective
-from jaxpo.tasks.preferences import PAIR
+from jaxpo.tasks.records import PAIR
 from jaxpo.tasks.units import as_kind, encode
 from jaxpo.tasks.verified_preferences import verified_pairs
 from jaxpo.training.arena import Rules, Surroundings
