@@ -7,6 +7,8 @@ A judge looks at all answers to a prompt at once and gives a `Verdict`. ``config
                     [G, K, K]
   model             the run directory of ``experiments.train_reward``: scores of its score head, or preferences of its
                     embeddings
+  follow_ups        the run directory of a language model: how likely it finds what a happy user says next
+                    (`jaxpo.training.follow_ups`)
 """
 
 from collections.abc import Callable, Sequence
@@ -24,6 +26,7 @@ from jaxpo.tasks import Example, Task
 from jaxpo.tasks.base import locate
 from jaxpo.tasks.tokenizers import question_of
 from jaxpo.tasks.units import with_trace
+from jaxpo.training import follow_ups
 from jaxpo.training.needs import is_reward_model
 from jaxpo.training.protocols import Verdict
 from jaxpo.training.restore import open_finished
@@ -61,6 +64,9 @@ def opinion_of(workspace: Workspace) -> Opinion:
         return partial(verified, workspace.task, judge.scale)
     if judge.name == "function":
         return partial(by_function, judge.path, judge.scale)
+    if judge.name == "follow_ups":
+        scores = follow_ups.scorer(judge.path, judge.file, judge.between)
+        return lambda examples, answers: of_scores(scores(examples, answers), judge.scale)
     return by_model(judge.path, judge.scale)
 
 
