@@ -91,7 +91,8 @@ class ByProtocol:
         for seed, tools in enumerate(self.tools):
             run = advance(self.runs[seed], state=one(state, seed))
             run = self.protocol.after(run, tools, one(batch, seed)) if self.protocol.after else run
-            slots = companions.moved(run.slots, self.protocol, run.state.params, run.iteration)
+            slots = companions.moved(run.slots, self.protocol, run.state.params)  # as if after one optimizer step
+            slots = companions.moved(slots, self.protocol, run.state.params, run.iteration)
             self.runs[seed] = advance(run, slots=slots)
 
     def _tools(self, seed: int, go_on: Callable[..., Rollouts], policy: Callable[..., TokenStats]) -> Tools:
