@@ -94,7 +94,7 @@ class Packed(NamedTuple):
     tokens, positions: [S, N]. prompt_ok: [S p, P] real prompt tokens. before: [S, M T] the token whose state predicts
     the one in a bin. slots: [S, R T] where the tokens of a row lie in the bins; M T = nowhere. keys, segments:
     [S, M, A] what the wider bins of attention hold, and the row it belongs to (0 = none). answers: [S, M T] where they
-    hold the tokens of the bins.
+    hold the tokens of the bins. ends: [S, 2, R] the last token of each row's prompt, and of the row itself.
     """
 
     tokens: Array
@@ -105,6 +105,7 @@ class Packed(NamedTuple):
     keys: Array
     segments: Array
     answers: Array
+    ends: Array
 
 
 def taken(x: Array, index: Array) -> Array:
@@ -137,6 +138,7 @@ def pack(batch: Rollouts, prompt_ok: Array, lanes: int, per_prompt: int, bins: i
 
         row, wide = jnp.arange(rows)[:, None], (bins, width)
         last, own = owner[:, None] * p + p - 1, prompts * p + slot
+        whole = jnp.where(length > 0, prompts * p + plan[:, 0] * t + plan[:, 1] + length - 1, last[:, 0])
         of_bins = laid(bins * t, slot, tokens[:, p:]), laid(bins * t, slot, start[:, None] + at)
         of_prompts = tokens[::per_prompt, :p].reshape(-1), jnp.maximum(jnp.cumsum(ok, -1) - 1, 0).reshape(-1)
         answered = jnp.where(inside, place, bins * width)
@@ -149,6 +151,7 @@ def pack(batch: Rollouts, prompt_ok: Array, lanes: int, per_prompt: int, bins: i
             keys=laid(bins * width, where, jnp.concatenate([owner[:, None] * p + jnp.arange(p), own], 1)).reshape(wide),
             segments=laid(bins * width, where, row + 1).reshape(wide),
             answers=laid(bins * t, slot, place),
+            ends=jnp.stack([last[:, 0], whole]),
         )
 
     def cut(x: Array) -> Array:
@@ -178,9 +181,9 @@ def packed_attend(config: TransformerConfig, packed: Packed, mesh: Mesh | None =
 
 def packed_hidden(
     model: Model, params: Params, batch: Rollouts, bins: int, mesh: Mesh | None = None
-) -> tuple[Array, Array, Callable[[Array], Array]]:
-    """The final hidden states [n, D] from which the tokens [n] of the bins are predicted, and what lays numbers [n] out
-    as [B, T].
+) -> tuple[Array, Array, Callable[[Array], Array], Callable[[int], Array]]:
+    """The final hidden states [n, D] from which the tokens [n] of the bins are predicted, what lays numbers [n] out as
+    [B, T], and what gives the states [B, D] after each row's prompt (of 0) or after its last token (of 1).
 
     Args:
       bins: of each lane, as `plan` says. mesh: over which rows are spread; each of the devices that have rows of their
@@ -204,7 +207,10 @@ def packed_hidden(
     def as_rows(x: Array) -> Array:
         return taken(x.reshape(lanes, -1), packed.slots).reshape(batch.rows, batch.width)
 
-    return hidden, packed.tokens[:, -packed.before.shape[1] :].reshape(-1), as_rows
+    def ends(which: int) -> Array:
+        return model.final(params, taken(x, packed.ends[:, which])).reshape(batch.rows, -1)
+
+    return hidden, packed.tokens[:, -packed.before.shape[1] :].reshape(-1), as_rows, ends
 
 
 def with_plan(batch: Rollouts, plan: Array | None) -> Rollouts:

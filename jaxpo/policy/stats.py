@@ -119,13 +119,17 @@ def token_stats(
         if name not in AVAILABLE and name not in derived and name not in heads.NAMES:
             raise ValueError(unknown("policy statistic", name, (*AVAILABLE, *derived, *heads.NAMES)))
     if bins:
-        if of_rows := sorted(wants & set(heads.AFTER_ALL)):
-            raise ValueError(f"a packed batch has no {of_rows[0]!r} of its rows: set config.training.packing to False")
-        hidden, tokens, as_rows = packed_hidden(model, params, batch, bins, mesh)
-        own = {"value": as_rows(heads.apply(params, "value", hidden))} if "value" in wants else {}
+        hidden, tokens, as_rows, ends = packed_hidden(model, params, batch, bins, mesh)
+        own = head_stats(params, wants, hidden, ends)
+        own |= {"value": as_rows(own["value"])} if "value" in own else {}
     else:
         hidden = completion_hidden(model, params, batch, mesh, read_last=not wants.isdisjoint(heads.AFTER_ALL))
-        own = head_stats(params, hidden, batch, wants)
+        states = hidden  # [B, T, D], or [B, T + 1, D]: position t holds the text before token t
+
+        def ends(which: int) -> Array:
+            return states[jnp.arange(batch.rows), 1 + heads.last(batch.mask)] if which else states[:, 0]
+
+        own = head_stats(params, wants, states[:, : batch.width], ends)
         parts = 1 if mesh is None else mesh.shape[POSITIONS]
         hidden = hidden[:, : -(-batch.width // parts) * parts]
         tokens = by_token(widened(batch.completions, hidden.shape[1]), mesh)
@@ -151,18 +155,12 @@ def token_stats(
     return TokenStats(logp=given.pop("logp"), entropy=given.pop("entropy", None), derived=given, **own)
 
 
-def head_stats(params: Params, hidden: Array, batch: Rollouts, wants: frozenset[str]) -> dict[str, Array]:
-    """What heads of their own say of hidden states [B, T, D], or [B, T + 1, D] for those of the whole text; position t
-    holds the text before token t."""
-    own = {}
-    if "value" in wants:
-        own["value"] = heads.apply(params, "value", hidden[:, : batch.width])
-    if "gate" in wants:
-        own["gate"] = heads.apply(params, "gate", hidden[:, 0])
-    if asked := wants.intersection(heads.AFTER_ALL):
-        whole = hidden[jnp.arange(batch.rows), 1 + heads.last(batch.mask)]
-        own |= {name: heads.apply(params, name, whole) for name in asked}
-    return own
+def head_stats(params: Params, wants: frozenset[str], before: Array, ends: Callable[[int], Array]) -> dict[str, Array]:
+    """What heads of their own say of the hidden states ``before`` each token [..., D], and of those [B, D] after the
+    prompt, ``ends(0)``, and after the last token, ``ends(1)``."""
+    own = {"value": heads.apply(params, "value", before)} if "value" in wants else {}
+    own |= {"gate": heads.apply(params, "gate", ends(0))} if "gate" in wants else {}
+    return own | {name: heads.apply(params, name, ends(1)) for name in heads.AFTER_ALL if name in wants}
 
 
 def derived_stats(

@@ -6,7 +6,7 @@ how they move (``Protocol.keeps``). At the start all of them are one copy of the
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -38,7 +38,7 @@ def renewed(slot: Params, policy: Params, iteration: int, every: int = 1) -> Par
 
 
 def averaged(slot: Params, policy: Params, iteration: int, b: float = 0.999) -> Params:
-    """``theta_bar <- (1 - b) theta + b theta_bar`` after every iteration (Nash-EMA, arXiv:2312.00886)."""
+    """``theta_bar <- (1 - b) theta + b theta_bar`` after every optimizer step (Nash-EMA, arXiv:2312.00886)."""
     return blended(policy, slot, b)
 
 
@@ -52,10 +52,12 @@ def ringed(slot: Params, policy: Params, iteration: int, size: int = 7, every: i
 
 
 class Companion(NamedTuple):
-    """What a slot holds, and ``update(slot, policy, iteration, **options)``: the slot after so many iterations."""
+    """What a slot holds, and ``update(slot, policy, iteration, **options)``: the slot after so many iterations, or
+    with ``each_step`` after one more optimizer step."""
 
     what: str
     update: Callable[..., Params]
+    each_step: bool = False
 
     @property
     def options(self) -> dict[str, inspect.Parameter]:
@@ -66,7 +68,7 @@ class Companion(NamedTuple):
 COMPANIONS: Mapping[str, Companion] = {
     "ref": Companion("the policy at the start of the run", kept),
     "prev": Companion("the policy at the start of the round", renewed),
-    "ema": Companion("an average of past policies", averaged),
+    "ema": Companion("an average of past policies", averaged, each_step=True),
     "soup": Companion("the average of two models (config.soup)", stays),
 }
 # ... and those that protocols keep.
@@ -109,10 +111,21 @@ def stored(protocol: Protocol, iteration: int) -> int:
     return min(1 + iteration // option(protocol, "pool", "every"), option(protocol, "pool", "size"))
 
 
-def moved(slots: Mapping[str, Any], protocol: Protocol, policy: Params, iteration: int) -> dict[str, Any]:
-    """All slots after ``iteration`` finished iterations."""
-    keeps = protocol.keeps
-    return {name: KEPT[name].update(slot, policy, iteration, **keeps.get(name, {})) for name, slot in slots.items()}
+def moved(slots: Mapping[str, Any], protocol: Protocol, policy: Params, iteration: int | None = None) -> dict[str, Any]:
+    """All slots after ``iteration`` finished iterations; None = after an optimizer step in the midst of one."""
+
+    def one(name: str, slot: Any) -> Any:
+        companion = KEPT[name]
+        if companion.each_step != (iteration is None):
+            return slot
+        return companion.update(slot, policy, iteration, **protocol.keeps.get(name, {}))
+
+    return {name: one(name, slot) for name, slot in slots.items()}
+
+
+def each_step(slots: Iterable[str]) -> bool:
+    """Whether one of the slots moves after every optimizer step."""
+    return any(KEPT[name].each_step for name in slots)
 
 
 def scored(objective: Objective, slots: Mapping[str, Any]) -> dict[str, Params]:

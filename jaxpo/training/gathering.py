@@ -1,7 +1,8 @@
 """How a race gathers rollouts: for all seeds at once, or seed after seed by an objective's own protocol.
 
 Either way ``collect(state, draws) -> (state, batch [S, B, ...])`` comes before the optimizer steps of an iteration and
-``after(state, batch) -> state`` behind them: protocols may move the weights.
+``after(state, batch, path) -> state`` behind them: protocols may move the weights. The path is the parameters after
+each optimizer step, [S, steps, ...], for who is ``watchful``: companions that move with each of them.
 """
 
 from collections.abc import Callable
@@ -36,6 +37,8 @@ from jaxpo.training.tools import as_scored, labelled
 class Together:
     """All seeds sample at once from their policies, in the compiled sampler of the race."""
 
+    watchful = False
+
     def __init__(self, arena: Arena, rules: Rules):
         self.arena, self.rules, self.sampled, self.idle = arena, rules, 0, 0
 
@@ -44,7 +47,7 @@ class Together:
         self.sampled += self.rules.seeds * self.rules.prompts * self.rules.responses
         return state, self.arena.collect(state.params, draws)
 
-    def after(self, state: TrainState, batch: Rollouts) -> TrainState:
+    def after(self, state: TrainState, batch: Rollouts, path: Params | None) -> TrainState:
         """The state as it is."""
         return state
 
@@ -67,6 +70,7 @@ class ByProtocol:
             slots = companions.held(slots_of(objective, protocol), protocol, own.params, own.opt_state)
             run = Run(own, slots, protocol.tables(tools) if protocol.tables else {})
             self.runs.append(protocol.init(run, tools, self._key(seed, 0)) if protocol.init else run)
+        self.watchful = companions.each_step(self.runs[0].slots)
 
     def _key(self, seed: int, iteration: int) -> Array:
         return jax.random.fold_in(jax.random.key(seed), iteration)
@@ -103,12 +107,16 @@ class ByProtocol:
         self.runs = [run for run, _ in made]
         return together([part for _, part in made])
 
-    def after(self, state: TrainState, batch: Rollouts) -> TrainState:
+    def after(self, state: TrainState, batch: Rollouts, path: Params | None) -> TrainState:
         """The state in which the protocol leaves the iteration; companions move."""
+        paths = [steps_of(path, seed) for seed in range(self.rules.seeds)]
         for seed, tools in enumerate(self.tools):
             run = advance(self.runs[seed], state=one(state, seed))
             run = self.protocol.after(run, tools, one(batch, seed)) if self.protocol.after else run
-            slots = companions.moved(run.slots, self.protocol, run.state.params, run.iteration + 1)
+            slots = run.slots
+            for params in paths[seed]:
+                slots = companions.moved(slots, self.protocol, params)
+            slots = companions.moved(slots, self.protocol, run.state.params, run.iteration + 1)
             self.runs[seed] = advance(run, slots=slots, iteration=run.iteration + 1)
         return together([run.state for run in self.runs])
 
@@ -203,6 +211,12 @@ def one(tree: Any, seed: int) -> Any:
 def together(trees: list[Any]) -> Any:
     """The leaves of all seeds, [S, ...]."""
     return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+
+def steps_of(path: Params | None, seed: int) -> list[Params]:
+    """The parameters of one seed after each optimizer step; [] if nobody watches."""
+    steps = [] if path is None else range(jax.tree.leaves(path)[0].shape[1])
+    return [jax.tree.map(lambda x, i=i: x[seed, i], path) for i in steps]
 
 
 def single(arena: Arena) -> tuple[Callable[..., Rollouts], Callable[..., TokenStats]]:

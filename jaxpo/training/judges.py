@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxpo.batch import Rollouts, TokenStats, from_sequences, pad
-from jaxpo.parallel.distributed import to_host
+from jaxpo.batch import Rollouts, TokenStats, from_sequences, pad, take
+from jaxpo.parallel.distributed import from_rows, own_rows, to_host
 from jaxpo.primitives import preference_data, preferences
 from jaxpo.tasks import Example, Task
 from jaxpo.tasks.base import locate
@@ -43,18 +43,33 @@ def make_judge(workspace: Workspace) -> Callable[..., Verdict]:
     """``(examples, *columns) -> Verdict`` of the judge that the config names. ``columns``: batches with answers to the
     same prompts in the same order; their answers stand side by side.
 
+    Of several processes each decodes and judges the answers to a share of the prompts, and all get the whole; a model
+    judges on the mesh, where the rows are spread already.
+
     Raises:
       ValueError: the run has no verifier, or what is named is no judge.
     """
-    opinion = opinion_of(workspace)
+    opinion, on_mesh = opinion_of(workspace), workspace.config.judge.name == "model"
 
     def judge(examples: Sequence[Example], *columns: Rollouts) -> Verdict:
         columns = [to_host(column) for column in columns]
         at = columns[0].prompt[:: columns[0].shared_prompt]
-        texts = [np.array(workspace.texts(c), object).reshape(len(at), -1) for c in columns]
-        return opinion([examples[i] for i in at], np.concatenate(texts, 1).tolist())
+        own = np.arange(len(at)) if on_mesh else own_rows(at)
+        answers = np.concatenate([answers_of(workspace, column, own) for column in columns], 1)
+        k = answers.shape[1]
+        said = Verdict(np.zeros((0, k)), np.zeros((0, k, k)))
+        if len(own):
+            said = opinion([examples[i] for i in at[own]], answers.tolist())
+        return said if on_mesh else Verdict(*(from_rows(x, own, len(at)) for x in said))
 
     return judge
+
+
+def answers_of(workspace: Workspace, column: Rollouts, prompts: np.ndarray) -> np.ndarray:
+    """[n, K] the texts of the answers (NumPy) to these of the prompts."""
+    k = column.shared_prompt
+    rows = take(column, (prompts[:, None] * k + np.arange(k)).reshape(-1), shared_prompt=k)
+    return np.array(workspace.texts(rows), object).reshape(len(prompts), k)
 
 
 def opinion_of(workspace: Workspace) -> Opinion:

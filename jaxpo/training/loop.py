@@ -122,7 +122,7 @@ def keys_of(seed: int) -> dict[str, Array]:
 
 def update(workspace: Workspace, run: Run, batch: Rollouts, key: Array) -> tuple[Run, list[dict[str, Array]]]:
     """All optimizer steps of an iteration; minibatches are made of whole groups."""
-    config, state, steps = workspace.config, run.state, []
+    config, state, slots, steps = workspace.config, run.state, run.slots, []
     responses = math.lcm(batch.shared_prompt, max(len(batch.layout), 1))
     groups = batch.rows // responses
     looks = bool(workspace.objective.peeks) and not workspace.protocol.stale
@@ -134,11 +134,12 @@ def update(workspace: Workspace, run: Run, batch: Rollouts, key: Array) -> tuple
             rows = (part[:, None] * responses + np.arange(responses)).reshape(-1).astype(np.int32)
             plan = packed(config, workspace.mesh, batch, config.training.microbatches, rows)
             state, out = workspace.step(state, batch, rows, fresh=not steps and looks, **plan)
+            slots = companions.moved(slots, workspace.protocol, state.params)
             if plan:  # bins, of the rows that would have been computed
                 lane = len(rows) // (config.training.microbatches * shard_count(workspace))
                 out = out | {"packing/share": plan["bins"] / lane}
             steps.append(out)
-    return advance(run, state=state), steps
+    return advance(run, state=state, slots=slots), steps
 
 
 def merge_steps(steps: list[dict[str, Array]]) -> dict[str, float]:

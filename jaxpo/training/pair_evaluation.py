@@ -15,7 +15,7 @@ from jaxpo.primitives import preference_diagnostics as diagnostics
 from jaxpo.tasks.records import PAIR
 from jaxpo.training import evaluation
 from jaxpo.training.protocols import Run
-from jaxpo.training.tools import as_scored, score_companions
+from jaxpo.training.tools import as_scored, score_companions, score_packed
 from jaxpo.training.workspace import Prompts, Workspace
 
 SHOWN = ("eval/accuracy", "eval/ece", "eval/margin", "eval/ranking_accuracy", "eval/idealized_accuracy")
@@ -45,7 +45,7 @@ def sums(workspace: Workspace, params: Params) -> np.ndarray:
     """[units, rows of a unit] log-probs of the held-out answers."""
     out = []
     for real, batch in chunks(workspace):
-        logp = to_host(workspace.score(params, as_scored(batch)).logp)
+        logp = to_host(score_packed(workspace, params, as_scored(batch)).logp)
         row = np.where(to_host(batch.mask) > 0, logp, 0).sum(1)
         out.append(row.reshape(workspace.config.rollout.prompts, -1)[: len(real)])
     return np.concatenate(out)
@@ -102,7 +102,7 @@ def implicit_kl(workspace: Workspace, run: Run) -> dict[str, float]:
     options = dict(responses=workspace.config.rollout.responses, chunk=n)
     (_, rollouts), *_ = evaluation.complete(workspace, params, first, workspace.sampling, jax.random.key(0), **options)
     seen, mask = workspace.put(as_scored(rollouts)), rollouts.mask > 0
-    own, ref = (to_host(workspace.score(p, seen).logp) for p in (params, run.slots["ref"]))
+    own, ref = (to_host(score_packed(workspace, p, seen).logp) for p in (params, run.slots["ref"]))
     return {"eval/kl": float(np.where(mask, own - ref, 0).sum(1).mean())}
 
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array, lax
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -33,6 +34,7 @@ from jaxpo.batch import Rollouts, take
 from jaxpo.objectives import Objective, make
 from jaxpo.objectives.base import check_rewards
 from jaxpo.policy import heads, stats
+from jaxpo.policy.transformer import Params
 from jaxpo.training.arena import QUICK, Arena, Rules, build_arena, draws, parse_calls, survey
 from jaxpo.training.functions import TrainState
 from jaxpo.training.gathering import ByProtocol, Together, protocol_of, reads_data, shape
@@ -152,34 +154,43 @@ def select(
 # ---- one contender
 
 
-def make_update(objective: Objective, arena: Arena, rules: Rules) -> tuple[TrainState, Callable[..., Any]]:
-    """The state of all seeds at the start, and ``(state, batch, rows) -> (state, steps skipped)``: the optimizer
-    steps of an iteration."""
+def start_state(objective: Objective, arena: Arena, rules: Rules) -> TrainState:
+    """The state of all seeds at the start."""
+    memory = jax.tree.map(lambda x: jnp.broadcast_to(x, (rules.seeds, *jnp.shape(x))), objective.init())
+    return TrainState(arena.start, jax.vmap(optimizer_of(rules).init)(arena.start), memory)
+
+
+def optimizer_of(rules: Rules) -> optax.GradientTransformation:
+    """The optimizer of every contender."""
+    adam = dict(name="adam", learning_rate=rules.learning_rate, clip_norm=1.0, schedule=dict(name="constant"))
+    return make_optimizer(adam, rules.steps * rules.epochs * rules.minibatches)
+
+
+def make_update(objective: Objective, arena: Arena, rules: Rules, watchful: bool) -> Callable[..., Any]:
+    """``(state, batch, rows) -> (state, steps skipped, path)``: the optimizer steps of an iteration, of all seeds.
+    path: parameters after each step [S, steps, ...]; None if nobody is ``watchful``."""
     model, derived = arena.where.model, objective.derived
     apply = stats.policy_of(model, wants=objective.wants | {"entropy"}, derived=derived)
     look = stats.policy_of(model, wants=objective.peeks | {"logp", "entropy"}, derived=derived)
     recalled = derived_needs(objective)
     recall = stats.policy_of(model, wants=recalled | {"logp"}, derived=derived)
-    adam = dict(name="adam", learning_rate=rules.learning_rate, clip_norm=1.0, schedule=dict(name="constant"))
-    optimizer = make_optimizer(adam, rules.steps * rules.epochs * rules.minibatches)
+    optimizer = optimizer_of(rules)
 
-    def iteration(state: TrainState, batch: Rollouts, rows: Array) -> tuple[TrainState, Array]:
+    def iteration(state: TrainState, batch: Rollouts, rows: Array) -> tuple[TrainState, Array, Params | None]:
         if recalled:
             batch = batch.replace(slots={**batch.slots, **score(recall, state.params, batch).derived})
         batch, memory = objective.prepare(batch, state.objective)
 
-        def step(state: TrainState, rows: Array) -> tuple[TrainState, Array]:
+        def step(state: TrainState, rows: Array) -> tuple[TrainState, tuple[Array, Params | None]]:
             part = take(batch, rows, shared_prompt=rules.responses)
             before = state.params, state.opt_state, state.objective
             *new, out = optimizer_step(objective, apply, optimizer, *before, part, look=look)
-            return TrainState(*new), out["step/nonfinite"]
+            return TrainState(*new), (out["step/nonfinite"], new[0] if watchful else None)
 
-        state, skipped = lax.scan(step, state.replace(objective=memory), rows)
-        return state, skipped.sum()
+        state, (skipped, path) = lax.scan(step, state.replace(objective=memory), rows)
+        return state, skipped.sum(), path
 
-    memory = jax.tree.map(lambda x: jnp.broadcast_to(x, (rules.seeds, *jnp.shape(x))), objective.init())
-    state = TrainState(arena.start, jax.vmap(optimizer.init)(arena.start), memory)
-    return state, jax.jit(jax.vmap(iteration), compiler_options=QUICK)
+    return jax.jit(jax.vmap(iteration), compiler_options=QUICK)
 
 
 def run(contender: Contender, arena: Arena, rules: Rules, progress: Callable[[dict[str, float]], None]) -> dict:
@@ -189,8 +200,9 @@ def run(contender: Contender, arena: Arena, rules: Rules, progress: Callable[[di
     rules = shape(objective, protocol, rules)
     # What is trained on: of a judge's prompts perhaps fewer rows than were sampled.
     rows = replace(rules, responses=protocol.rows(objective, rules.responses)) if protocol and protocol.rows else rules
-    state, update = make_update(objective, arena, rows)
+    state = start_state(objective, arena, rows)
     gather = ByProtocol(objective, protocol, arena, rules, state) if protocol else Together(arena, rules)
+    update = make_update(objective, arena, rows, gather.watchful)
     curve, compiling, skipped = [], 0.0, jnp.zeros(rules.seeds)
     for i in range(rules.steps + 1):
         if i in rules.points:
@@ -204,8 +216,8 @@ def run(contender: Contender, arena: Arena, rules: Rules, progress: Callable[[di
             compile_began = time.perf_counter()
             update = update.lower(state, batch, random.rows).compile()
             compiling = time.perf_counter() - compile_began
-        state, nonfinite = update(state, batch, random.rows)
-        state = gather.after(state, batch)
+        state, nonfinite, path = update(state, batch, random.rows)
+        state = gather.after(state, batch, path)
         skipped += nonfinite
         rewarded = {} if batch.reward is None else {"reward": float(batch.reward.mean())}
         progress({"accuracy": float(np.mean(curve[-1])), **rewarded})

@@ -146,7 +146,7 @@ def open_finished(workdir: str, step: int | None = None, **changes: Any) -> tupl
         # Nothing is trained here, so batches need not divide as they did; rows are spread over the devices there are.
         config.mesh, config.rollout.mesh = default().mesh, default().rollout.mesh
         config.rollout.prompts += -config.rollout.prompts % len(jax.devices())
-        config.training.update(minibatches=1, microbatches=1)
+        config.training.update(minibatches=1, microbatches=1, packing=False)
         config.warm_start.steps = 0
         if config.policy.name == "pretrained" and not config.lora.rank:  # what it started from may be gone
             config.policy.path = str(folder / MODEL)

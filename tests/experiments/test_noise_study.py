@@ -12,9 +12,9 @@ from experiments import noise_study
 from jaxpo.batch import Rollouts
 from jaxpo.objectives import make
 from jaxpo.training import race as racing
-from jaxpo.training.arena import Rules, build_arena, survey
-from jaxpo.training.gathering import ByProtocol, protocol_of
-from jaxpo.training.race import make_update, select
+from jaxpo.training.arena import Rules, build_arena, draws, survey
+from jaxpo.training.gathering import ByProtocol, one, protocol_of
+from jaxpo.training.race import make_update, select, start_state
 from jaxpo.training.race_pairs import in_units, race_preferences
 
 TINY = dict(
@@ -137,14 +137,28 @@ def test_half_steps_start_where_the_whole_step_does():
     rules = Rules(**{**TINY, "seeds": 1, "warm_start": 0})
     objective, arena = make("egpo"), build_arena(rules)
     protocol = protocol_of(objective)
-    state, _ = make_update(objective, arena, rules)
+    state = start_state(objective, arena, rules)
     gather = ByProtocol(objective, protocol, arena, rules, state)
     first, _ = gather.collect(state, None)
     half = first.replace(params=jax.tree.map(lambda x: x + 1, first.params))
-    assert gather.after(half, None) is not None
+    assert gather.after(half, None, None) is not None
     second, batch = gather.collect(half, None)
     chex.assert_trees_all_equal(second.params, state.params)
-    assert not np.allclose(batch.logp_beh, 0) and second.opt_state is not half.opt_state
+    assert not np.allclose(batch.logp_beh, 0)
+
+
+def test_an_average_of_weights_moves_with_every_optimizer_step():
+    rules = Rules(**{**TINY, "seeds": 1, "warm_start": 0, "learning_rate": 0.1})
+    objective, arena = make("nash_ema", b=0.5), build_arena(rules)
+    state = start_state(objective, arena, rules)
+    gather = ByProtocol(objective, protocol_of(objective), arena, rules, state)
+    state, batch = gather.collect(state, None)
+    after, _, path = make_update(objective, arena, rules, gather.watchful)(state, batch, draws(rules, 40, 0).rows)
+    gather.after(after, batch, path)
+    first, last = (jax.tree.map(lambda x, i=i: x[0, i], path) for i in range(2))
+    expected = jax.tree.map(lambda a, b, c: a / 4 + b / 4 + c / 2, one(state.params, 0), first, last)
+    chex.assert_trees_all_close(gather.runs[0].slots["ema"], expected, atol=1e-6)
+    chex.assert_trees_all_close(one(after.params, 0), last)
 
 
 @pytest.mark.slow

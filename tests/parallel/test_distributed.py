@@ -1,5 +1,6 @@
 """Several processes are one run: they find each other, feed and judge their own rows, and write one checkpoint."""
 
+import os
 import re
 import socket
 import subprocess
@@ -124,6 +125,15 @@ RUN += ["--config.task.partial_credit=True", "--config.evaluation.pass_at=()"]
 RUN += ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
 
 
+def assert_same_metrics(two, one):
+    two, one = (tiny.untimed(path / "metrics.jsonl") for path in (two, one))
+    assert [line["step"] for line in two] == [line["step"] for line in one]
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-4, abs=2e-6), (ours["step"], name)
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path):
     at, cache = f"127.0.0.1:{free_port()}", f"--config.compilation_cache={tmp_path / 'cache'}"
@@ -131,12 +141,7 @@ def test_two_processes_train_as_one_does(tmp_path):
     printed = end([start([*RUN, cache, *flags], [f"--process={i}"]) for i in range(2)], 900)
     assert "before and after 2 iterations" in printed[0][0] and printed[1][0] == ""  # one process prints
     end([start([*RUN, cache, f"--workdir={tmp_path / 'one'}"], [], devices=8)], 900)
-    two, one = (tiny.untimed(tmp_path / name / "metrics.jsonl") for name in ("two", "one"))
-    assert [line["step"] for line in two] == [line["step"] for line in one]
-    for ours, theirs in zip(two, one, strict=True):
-        assert ours.keys() == theirs.keys()
-        for name in ours:
-            assert ours[name] == pytest.approx(theirs[name], rel=2e-4, abs=2e-6), (ours["step"], name)
+    assert_same_metrics(tmp_path / "two", tmp_path / "one")
     samples = [tiny.lines(tmp_path / name / "samples.jsonl") for name in ("two", "one")]
     assert samples[0] == samples[1]
     a, b = (restore_params(tmp_path / name / "checkpoints", name="params")[0] for name in ("two", "one"))
@@ -144,6 +149,44 @@ def test_two_processes_train_as_one_does(tmp_path):
     # One process goes on from what two with eight have written.
     end([start([*RUN, cache, f"--workdir={tmp_path / 'two'}"], ["--resume", "--config.steps=3"], devices=8)], 900)
     assert restore_params(tmp_path / "two" / "checkpoints")[1]["iteration"] == 3
+
+
+PAIRS = [
+    "-m",
+    "experiments.train_preference",
+    f"--config={tiny.FILE}",
+    "--config.steps=2",
+    "--config.warm_start.steps=10",
+]
+PAIRS += ["--config.objective.name=dpo", "--config.evaluation.pass_at=()", "--config.evaluation.every=1"]
+PAIRS += ["--config.sampling.max_new_tokens=4", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+OFFLINE = ["--config.data.name=task"]
+REWARD = [*OFFLINE, "--config.objective.name=bradley_terry_rm", "--config.warm_start.steps=0"]
+ONLINE = ["--config.judge.name=function", "--config.judge.path=tests.parallel.test_distributed:longer"]
+
+
+def longer(questions, answers):
+    """A judge by the lengths of answers, which says how many prompts it was asked about."""
+    with open(f"{os.environ['SEEN']}/{jax.process_count()}-{jax.process_index()}", "a") as file:
+        file.write(f"{len(questions)} ")
+    return [[len(text) + text.count("1") / 8 for text in row] for row in answers]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", (OFFLINE, ONLINE, REWARD), ids=("offline", "online", "reward"))
+def test_two_processes_learn_preferences_as_one_does(flags, tmp_path):
+    at, cache = f"127.0.0.1:{free_port()}", f"--config.compilation_cache={tmp_path / 'cache'}"
+    program = ["-m", "experiments.train_reward", *PAIRS[2:]] if flags is REWARD else PAIRS
+    command, seen = [*program, *flags, cache], {"SEEN": str(tmp_path)}
+    two = [f"--workdir={tmp_path / 'two'}", f"--coordinator={at}", "--processes=2"]
+    end([start([*command, *two], [f"--process={i}"], **seen) for i in range(2)], 280)
+    end([start([*command, f"--workdir={tmp_path / 'one'}"], [], devices=8, **seen)], 280)
+    assert_same_metrics(tmp_path / "two", tmp_path / "one")
+    a, b = (restore_params(tmp_path / name / "checkpoints", name="params")[0] for name in ("two", "one"))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), a, b)
+    if flags is ONLINE:  # each asks about its own half of the prompts
+        asked = {name: (tmp_path / name).read_text().split() for name in ("2-0", "2-1", "1-0")}
+        assert asked == {"2-0": ["4"] * 2, "2-1": ["4"] * 2, "1-0": ["8"] * 2}
 
 
 # ---- who takes part

@@ -34,9 +34,10 @@ def batch_of(lanes=1, prompts=PROMPTS):
 
 def model_of(**fields):
     config = TransformerConfig(vocab_size=11, width=16, layers=2, heads=2, **fields)
-    params = transformer.init(config, jax.random.key(0)) | heads.init(16, {"value": ()}, jax.random.key(1))
-    noise = jax.random.normal(jax.random.key(1), (16,))
-    params["heads"]["value"]["weight"] = noise
+    own = heads.init(16, {"value": (), "score": (), "embed": (4,), "gate": (2,)}, jax.random.key(1))
+    params = transformer.init(config, jax.random.key(0)) | own
+    for i, head in enumerate(params["heads"].values()):
+        head["weight"] = jax.random.normal(jax.random.key(i), head["weight"].shape)
     return transformer.build(config), jax.tree.map(lambda x: 2 * x, params)
 
 
@@ -47,9 +48,12 @@ def test_statistics_and_gradients_are_those_of_rows_one_by_one(case, lanes):
     assert bins < B // lanes
     mesh = make_mesh(dict(data=2, fsdp=2, tensor=1), jax.devices()[:4]) if lanes > 1 else None
 
+    whole = LENGTHS > 0  # the state after the last token of none is nobody's
+
     def loss(params, bins, mesh):
-        out = stats.token_stats(model, params, batch, wants=frozenset({"entropy", "value"}), mesh=mesh, bins=bins)
+        out = stats.token_stats(model, params, batch, wants=frozenset({"entropy", *heads.NAMES}), mesh=mesh, bins=bins)
         seen = [jnp.where(batch.mask > 0, x, 0) for x in (out.logp, out.entropy, out.value)]
+        seen += [out.gate, *(jnp.where(there, x, 0) for there, x in ((whole, out.score), (whole[:, None], out.embed)))]
         return sum(jnp.sum(jnp.sin(x)) for x in seen), seen
 
     grad = jax.jit(jax.grad(loss, has_aux=True), static_argnums=(1, 2))
@@ -103,8 +107,6 @@ def test_full_rows_have_a_bin_each_and_bins_come_in_eighths():
 def test_what_is_refused():
     model, params = model_of()
     batch, bins = batch_of()
-    with pytest.raises(ValueError, match="no 'score' of its rows"):
-        stats.token_stats(model, params, batch, wants=frozenset({"score"}), bins=bins)
     with pytest.raises(ValueError, match=r"Rollouts.extras\['packing'\]"):
         stats.token_stats(model, params, batch.replace(extras={}), bins=bins)
     with pytest.raises(ValueError, match="16 rows do not divide into 3 lanes"):

@@ -5,12 +5,15 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.random import key
 
+from jaxpo.batch import Rollouts
 from jaxpo.objectives import Protocol, make
-from jaxpo.training import companions
+from jaxpo.training import companions, loop
 from jaxpo.training.functions import TrainState
 from jaxpo.training.needs import slots_of
 from jaxpo.training.protocols import Run, Verdict
+from tests.training import tiny
 from tests.training.fake_tools import fake
 
 
@@ -23,12 +26,12 @@ def value(slot):
 
 
 def trajectory(keeps, needed=(), iterations=6):
-    """The slots at the start and after each iteration of a policy that is theta(i) after iteration i."""
+    """The slots at the start and after each iteration, of one step, of a policy that is theta(i) after iteration i."""
     protocol = Protocol(None, keeps=keeps)
     slots = companions.held(list(needed), protocol, theta(0), None)
     out = [slots]
     for i in range(1, iterations + 1):
-        slots = companions.moved(slots, protocol, theta(i), i)
+        slots = companions.moved(companions.moved(slots, protocol, theta(i)), protocol, theta(i), i)
         out.append(slots)
     return out
 
@@ -49,6 +52,25 @@ def test_average_of_weights(b):
     for i in range(1, 7):
         expected.append((1 - b) * i + b * expected[-1])
     assert [value(s["ema"]) for s in trajectory({"ema": {"b": b}})] == pytest.approx(expected)
+
+
+def test_of_all_companions_the_average_alone_moves_with_each_optimizer_step():
+    """Two minibatches in two epochs are four steps (Nash-EMA: "after every step")."""
+    protocol, policy = Protocol(None, keeps={"ema": {"b": 0.5}, "pool": {"size": 2, "every": 1}}), iter(range(1, 5))
+    workspace = types.SimpleNamespace(
+        config=tiny.config(),
+        mesh=None,
+        objective=types.SimpleNamespace(peeks=()),
+        protocol=protocol,
+        step=lambda state, batch, rows, fresh: (state.replace(params=theta(next(policy))), {}),
+    )
+    start = run_at(0, 0, companions.held(["ref", "prev"], protocol, theta(0), None))
+    run, steps = loop.update(workspace, start, Rollouts(mask=np.ones((4, 1))), key(0))
+    assert len(steps) == 4 and value(run.state.params) == 4
+    assert value(run.slots["ema"]) == 4 / 2 + 3 / 4 + 2 / 8 + 1 / 16
+    assert value(run.slots["ref"]) == value(run.slots["prev"]) == value(run.slots["pool"]["1"]) == 0
+    after = companions.moved(run.slots, protocol, run.state.params, 1)
+    assert after["ema"] is run.slots["ema"] and value(after["prev"]) == value(after["pool"]["1"]) == 4
 
 
 def test_pool_is_a_ring_whose_first_place_stays():
@@ -111,8 +133,6 @@ def tools(objective):
 
 
 def test_extragradient_samples_with_the_half_step_and_steps_from_where_it_began(samplers):
-    from jax.random import key
-
     protocol = make("egpo", "protocol")
     run, batch = protocol.collect(run_at(0, 1, {}), tools("egpo"), key(0))
     assert batch == "batch" and samplers == [1, 1] and value(run.state.params) == 1
@@ -125,8 +145,6 @@ def test_extragradient_samples_with_the_half_step_and_steps_from_where_it_began(
 
 
 def test_mirror_prox_plays_against_the_center_and_then_against_the_half_step(samplers):
-    from jax.random import key
-
     protocol, slots, policy, opponents, starts = make("nash_mp", "protocol", stage=2), {}, 1.0, [], []
     for iteration in range(5):
         run, _ = protocol.collect(run_at(iteration, policy, slots), tools("nash_mp"), key(0))

@@ -99,6 +99,33 @@ def test_judges_by_verifier_and_by_a_function_of_the_users():
         judges.opinion_of(nothing)(EXAMPLES, [["a", "b"]])
 
 
+def test_each_process_judges_the_answers_to_its_own_prompts(monkeypatch):
+    """Two processes, one after the other: what they decode and ask adds up to the verdict of one."""
+    columns = [answers(2, 4).replace(prompt=np.repeat([7, 5, 6, 4], 2)), answers(1, 4)]
+    examples, asked = [Example(i, str(i), None, {}) for i in range(8)], []
+
+    def opinion(examples, texts):
+        asked.append([e.question for e in examples])
+        return judges.of_scores(np.array([[len(t) for t in row] for row in texts]), 1.0)
+
+    here = workspace(name="function", scale=1.0)
+    here.texts = lambda rows: ["x" * int(row[0] % 5) for row in rows.tokens]
+    monkeypatch.setattr(judges, "opinion_of", lambda workspace: opinion)
+    whole = judges.make_judge(here)(examples, *columns)
+    assert whole.scores.tolist() == [[0, 3, 0], [1, 4, 3], [2, 0, 1], [3, 1, 4]]
+    parts = []
+    monkeypatch.setattr(
+        judges, "from_rows", lambda values, rows, total: parts.append((rows.tolist(), values)) or values
+    )
+    for own in ([0, 1], [2, 3], []):  # more processes than prompts: one has none
+        monkeypatch.setattr(judges, "own_rows", lambda x, own=own: np.array(own, int))
+        judges.make_judge(here)(examples, *columns)
+    assert asked == [["7", "5", "6", "4"], ["7", "5"], ["6", "4"]]
+    assert [rows for rows, _ in parts[::2]] == [[0, 1], [2, 3], []] and parts[5][1].shape == (0, 3, 3)
+    np.testing.assert_array_equal(np.concatenate([x for _, x in parts[::2]]), whole.scores)
+    np.testing.assert_array_equal(np.concatenate([x for _, x in parts[1::2]]), whole.wins)
+
+
 # ---- pairs
 
 

@@ -71,3 +71,31 @@ def test_a_run_that_packs_is_the_run_that_does_not(tmp_path):
     assert all(0 < line.pop("packing/share") <= 1 for line in b) and min(len(a), len(b)) == 3
     for x, y in zip(a, b, strict=True):
         np.testing.assert_allclose([x[k] for k in x], [y[k] for k in x], rtol=1e-3, atol=1e-5)
+
+
+PAIRS = {
+    "data": {"name": "task", "flipped": 0.25, "seed": 3},
+    "warm_start.steps": 0,
+    "sampling.max_new_tokens": 12,
+    "training.epochs": 1,
+    "training.microbatches": 2,
+    "rollout.responses": 2,
+    "evaluation.pass_at": (),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", (1, 4))
+@pytest.mark.parametrize("objective", ("dpo", "kto", "hypo", "bradley_terry_rm", "gpm_rm"))
+def test_preferences_packed_are_those_that_are_not(objective, devices, tmp_path):
+    """Training, and what is said of held-out units."""
+    changes = PAIRS | {"objective": {"name": objective}} | (MESH if devices > 1 else {})
+    with tiny.quick(devices):
+        plain, packs = (
+            tiny.run(tiny.config(changes | {"training.packing": on}), tmp_path / str(on)) for on in (False, True)
+        )
+    assert "AGAIN" not in packs.printed
+    a, b = (tiny.untimed(run.path / "metrics.jsonl") for run in (plain, packs))
+    assert all(0 < line.pop("packing/share") <= 0.75 for line in b if "loss" in line) and len(a) == len(b) >= 5
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_allclose([x[k] for k in x], [y[k] for k in x], rtol=1e-3, atol=1e-4, err_msg=str(x["step"]))

@@ -203,7 +203,7 @@ def test_old_log_probs_are_no_peek_at_the_current_policy(stale):
         protocol=SimpleNamespace(stale=stale),
         step=lambda state, batch, rows, fresh: step(state, batch, rows, fresh),
     )
-    loop.update(workspace, Run(None), batch_of(0), jax.random.key(0))
+    loop.update(workspace, Run(SimpleNamespace(params=None)), batch_of(0), jax.random.key(0))
     assert fresh == [not stale, False, False, False]
 
 

@@ -85,6 +85,26 @@ def test_it_is_the_reward_of_a_run(reward_model, tmp_path):
     assert line["reward/mean"] != line["reward/verified"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ("bradley_terry_rm", "gpm_rm"))
+def test_on_a_mesh_it_is_the_same_and_judges_alike(objective, tmp_path):
+    changes = BRADLEY_TERRY | {"objective": {"name": objective}}
+    mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+    one = {"steps": 2, "training.epochs": 1, "training.minibatches": 1, "evaluation.pass_at": ()}
+    one |= {"warm_start.steps": 10, "judge": {"name": "model", "path": str(tmp_path / "one" / "run")}}
+    done = {}
+    for name, devices, where in (("one", 1, {}), ("many", 8, mesh)):
+        with tiny.quick(devices):
+            model = tiny.run(tiny.config(changes | where), tmp_path / name / "run")
+            judged = tiny.run(tiny.config(one | where), tmp_path / name / "rl")
+        assert "AGAIN" not in model.printed + judged.printed
+        done[name] = [tiny.untimed(run.path / "metrics.jsonl") for run in (model, judged)]
+    for alone, spread in zip(done["one"], done["many"], strict=True):
+        for a, b in zip(alone, spread, strict=True):
+            assert b == pytest.approx(a, abs=1e-4, rel=1e-4), a["step"]
+    assert all(line["reward/mean"] != 0 for line in done["one"][1] if "loss" in line)
+
+
 def test_a_policys_run_is_no_judge(monkeypatch):
     policy = setup(tiny.config(), report=lambda _: None)
     monkeypatch.setattr(judges, "open_finished", lambda path: (policy, None, 0))
