@@ -43,13 +43,13 @@ def make_judge(workspace: Workspace) -> Callable[..., Verdict]:
     """``(examples, *columns) -> Verdict`` of the judge that the config names. ``columns``: batches with answers to the
     same prompts in the same order; their answers stand side by side.
 
-    Of several processes each decodes and judges the answers to a share of the prompts, and all get the whole; a model
-    judges on the mesh, where the rows are spread already.
+    Of several processes each decodes and judges the answers to a share of the prompts, and all get the whole; models
+    judge on the mesh, where the rows are spread already.
 
     Raises:
       ValueError: the run has no verifier, or what is named is no judge.
     """
-    opinion, on_mesh = opinion_of(workspace), workspace.config.judge.name == "model"
+    opinion, on_mesh = opinion_of(workspace), workspace.config.judge.name in ("model", "follow_ups")
 
     def judge(examples: Sequence[Example], *columns: Rollouts) -> Verdict:
         columns = [to_host(column) for column in columns]
