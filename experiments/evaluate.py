@@ -112,14 +112,14 @@ def of_answers(
 
 def of_pairs(workspace: "Workspace", params: "Params") -> tuple[dict[str, float], list[str], str]:
     """As `of_answers`, of the order in which a reward model puts held-out pairs."""
-    from jaxpo.training.pair_evaluation import measurable
+    from jaxpo.training.pair_evaluation import how_many, measurable
     from jaxpo.training.reward_evaluation import calibration, stated
 
     if not measurable(workspace):
         raise ValueError(f"{workspace.task.name} has no held-out pairs: train with config.data.test_size")
     metrics, _ = calibration(*stated(workspace, params))
     names = ["eval/accuracy", "eval/confidence", "eval/ece", "eval/brier"]
-    return metrics, names, f"{len(workspace.preferences.test)} held-out pairs"
+    return metrics, names, how_many(workspace)
 
 
 if __name__ == "__main__":

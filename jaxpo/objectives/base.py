@@ -81,7 +81,8 @@ class Protocol(NamedTuple):
     functions with, by function. rows: (objective, responses) -> rows that it makes of a prompt; None = the responses.
     keeps: frozen companions that it has besides those that the objective needs, or whose update it has a say in, with
     the options of `jaxpo.training.companions`. stale: its batches hold rows of earlier policies too, so ``logp_old`` is
-    always scored and never taken for what the current policy says.
+    always scored and never taken for what the current policy says. judges: it asks ``config.judge`` about the policy's
+    own answers.
     """
 
     collect: Callable[[Any, Any, Array], tuple[Any, Rollouts]]
@@ -96,6 +97,7 @@ class Protocol(NamedTuple):
     rows: Callable[[Objective, int], int] | None = None
     keeps: Mapping[str, Mapping[str, Any]] = NONE
     stale: bool = False
+    judges: bool = False
 
 
 class Term(NamedTuple):

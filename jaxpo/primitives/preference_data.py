@@ -68,11 +68,22 @@ def best_and_worst(score: Array, *, margin: float = 0.0) -> tuple[Array, Array, 
     return best, worst, score.max(-1) - score.min(-1) > margin
 
 
-def graded_pairs(judge_score: Array, is_teacher: Array, *, positive: float = 5.0) -> Array:
+def graded_pairs(
+    judge_score: Array,
+    is_teacher: Array,
+    repeats: Array | None = None,
+    *,
+    positive: float = 5.0,
+    teacher_gap: float = 2.0,
+    own_gap: float = 1.0,
+) -> Array:
     """[K, K] bool of DNO-Prct (arXiv:2404.03715): i may be the chosen and j the rejected answer if i scores at least
-    ``positive``, and j at least 2 points less than a teacher's i, 1 less than the policy's own."""
+    ``positive``, and j at least ``teacher_gap`` less than a teacher's i, ``own_gap`` less than the policy's own (points
+    of a scale of 6). An answer that ``repeats`` itself [K] is never chosen, and may always be rejected."""
+    repeats = jnp.zeros(judge_score.shape, bool) if repeats is None else repeats
     gap = judge_score[:, None] - judge_score[None, :]
-    return (judge_score[:, None] >= positive) & (gap >= jnp.where(is_teacher, 2, 1)[:, None])
+    worse = gap >= jnp.where(is_teacher, teacher_gap, own_gap)[:, None]
+    return ((judge_score >= positive) & ~repeats)[:, None] & (worse | repeats[None, :])
 
 
 SEVERITY = (1.0, 2.5, 2.0, 1.5, 1.0)  # of no error, and of errors of severity 1 (worst) to 4

@@ -60,6 +60,7 @@ class Task:
 # @jaxpo.registry.register("task").
 TASKS = {
     "jsonl": "jaxpo.tasks.jsonl:jsonl",
+    "marketplace": "jaxpo.tasks.marketplace:marketplace",
     "reasoning_gym": "jaxpo.tasks.reasoning_gym:reasoning_gym",
     "toy": "jaxpo.tasks.toy:toy",
 }

@@ -1,18 +1,7 @@
 """Preference sets: which answers people, verifiers or models prefer, from files or made from a task.
 
-A set is a list of `Row`: a prompt and its answers. An `Answer` has a role of `jaxpo.batch.ROLES`, its text and what is
-known of it as numbers. There are three kinds of rows, in JSON lines or in a folder of Hugging Face ``datasets``:
-
-  pair      {"prompt", "chosen", "rejected"}         answers chosen, rejected, and any other role that is a field
-  label     {"prompt", "completion", "label"}        one answer "own" with the number label (true, false, or in [0, 1])
-  scored    {"prompt", "completions", "scores"}      K answers "own" with the number reward
-
-A prompt is a text or a list of messages ``{"role", "content"}``, which need the chat template of the tokenizer; an
-answer a text or one assistant message, tool calls after it ``"chosen_trace": [["tool", "2+2"], ...]``. Without "prompt"
-chosen and rejected are whole conversations with a common beginning. An answer of a further role may bring a prompt of
-its own: ``{"prompt", "completion"}``. Of numbers a pair may have those of ``NUMBERS``: one for the pair
-(``"pref_prob": 0.8``, a soft preference for chosen), or one an answer (``"win": {"chosen": 0.7, "rejected": 0.4}`` or
-``"win_chosen": 0.7, ...``).
+A set is a list of `jaxpo.tasks.records.Row`: a prompt and its answers, from JSON lines or a folder of Hugging Face
+``datasets`` (the records' fields: `jaxpo.tasks.records`), or made of a task's right and wrong answers.
 
 `build(config, task)` reads or makes a set. `jaxpo.tasks.units`: ``as_kind(rows, have, want)`` turns pairs into labelled
 or scored answers and scored answers into pairs, ``encode(rows, tokenizer, ...)`` makes tokens of them, and
@@ -22,8 +11,6 @@ or scored answers and scored answers into pairs, ``encode(rows, tokenizer, ...)`
 import importlib
 import inspect
 import json
-import math
-import numbers as numbers_lib
 import os
 import random
 from collections import Counter
@@ -31,49 +18,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxpo.batch import ROLES
 from jaxpo.registry import check_arguments, unknown
 from jaxpo.tasks.base import Task, check_sizes, locate
-from jaxpo.tasks.traces import Trace, check_trace
+from jaxpo.tasks.records import EDITS, BadRow, Prompt, Row, row_of
 
-PAIR = ("chosen", "rejected")
-Prompt = str | tuple[Mapping[str, str], ...]
-NUMBERS = ("pref_prob", "margin", "win", "rm", "pref_score")  # what a file may say of a pair or of its answers
-SHARES = ("pref_prob", "win", "label")  # those that must lie in [0, 1]
-KINDS = {"pair": ("chosen", "rejected"), "label": ("completion", "label"), "scored": ("completions", "scores")}
 BAD = ("error", "drop")
-
-
-class Answer(NamedTuple):
-    """An answer of a row. ``prompt``: its own, if it has not the row's. ``numbers``: what is known of it, by name.
-    ``trace``: of tool calls after it (`jaxpo.tasks.traces`)."""
-
-    role: str
-    text: str
-    numbers: Mapping[str, float] = {}
-    prompt: Prompt | None = None
-    trace: Trace = ()
-
-
-class Row(NamedTuple):
-    """A prompt with its answers; ``where`` it comes from, for messages."""
-
-    prompt: Prompt
-    answers: tuple[Answer, ...]
-    where: str = ""
-
-    def answer(self, role: str) -> Answer:
-        """The first answer of a role; `BadRow` without one."""
-        for answer in self.answers:
-            if answer.role == role:
-                return answer
-        raise BadRow("missing_field", f"there is no answer {role!r}: {unknown('role', role, roles_of(self))}")
+# Prompts that hold answers, and what their templates name besides {prompt}.
+PLACES = {"draft_prompt": ("draft",), "rationale_prompt": ("chosen", "rejected")}
 
 
 class PreferenceSet(NamedTuple):
     """Rows to train on and rows held out; no prompt is in both. ``kind`` is a key of ``KINDS``; ``report`` holds counts
     as metrics: ``data/size``, ``data/held_out``, ``data/dropped`` and ``data/dropped/<reason>``, ``data/flipped``.
-    ``bad`` says what is to be done with rows that turn out bad as tokens."""
+    ``bad`` says what is to be done with rows that turn out bad as tokens; ``templates`` (keys of ``PLACES``), how
+    prompts that hold answers are made of the row's, where the defaults of `jaxpo.tasks.units` will not do."""
 
     name: str
     kind: str
@@ -81,19 +39,7 @@ class PreferenceSet(NamedTuple):
     test: list[Row]
     report: dict[str, float]
     bad: str = "error"
-
-
-class BadRow(ValueError):
-    """A row that cannot be used; ``reason`` is what it is counted under when such rows are dropped."""
-
-    def __init__(self, reason: str, message: str):
-        self.reason = reason
-        super().__init__(message)
-
-
-def roles_of(row: Row) -> list[str]:
-    """The roles of a row's answers."""
-    return [a.role for a in row.answers]
+    templates: Mapping[str, str] = {}
 
 
 class Sieve:
@@ -122,175 +68,6 @@ class Sieve:
         """Counts as metrics."""
         by_reason = {f"data/dropped/{reason}": float(n) for reason, n in sorted(self.dropped.items())}
         return {"data/dropped": float(self.dropped.total()), **by_reason}
-
-
-# ---- one record
-
-
-def row_of(record: Any, fields: Mapping[str, str], kind: str | None = None) -> Row:
-    """The row that a record (of a file) holds.
-
-    Args:
-      fields: our name of a field -> the file's, where they differ. kind: that of the rows before; None = any.
-
-    Raises:
-      BadRow: whatever makes it useless.
-    """
-    if not isinstance(record, Mapping):
-        raise BadRow("wrong_type", f"a JSON object is expected, found {type(record).__name__}")
-    record = {**record, **{ours: record[theirs] for ours, theirs in fields.items() if theirs in record}}
-    own = kind_of(record)
-    if kind is not None and own != kind:
-        raise BadRow("another_kind", f"the rows before have the fields of a {kind!r} row, this one of a {own!r} row")
-    absent = [f for f in KINDS[own] if record.get(f) is None]
-    if absent:
-        raise BadRow("missing_field", f"field {absent[0]!r} is missing: {unknown('field', absent[0], record)}")
-    row = {"pair": pair_row, "label": label_row, "scored": scored_row}[own](record)
-    check_answers(row, own)
-    return row
-
-
-def kind_of(record: Mapping[str, Any]) -> str:
-    """The kind of which a record has a field; `BadRow` if of none."""
-    for kind, fields in KINDS.items():
-        if any(record.get(f) is not None for f in fields):
-            return kind
-    wanted = " or ".join("prompt, " + ", ".join(fields) for fields in KINDS.values())
-    raise BadRow("missing_field", f"a row has the fields {wanted}; this one has {', '.join(record) or 'none'}")
-
-
-def prompt_of(value: Any) -> Prompt:
-    """A text, or messages; `BadRow` for anything else."""
-    if isinstance(value, str):
-        if not value.strip():
-            raise BadRow("empty_prompt", "field 'prompt' is empty")
-        return value
-    messages = messages_of(value, "prompt")
-    if messages[-1]["role"] == "assistant":
-        raise BadRow("wrong_type", "field 'prompt': its last message is the assistant's, so there is nothing to answer")
-    return messages
-
-
-def messages_of(value: Any, field: str) -> tuple[Mapping[str, str], ...]:
-    """A non-empty list of messages; `BadRow` for anything else."""
-
-    def good(m: Any) -> bool:
-        return isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-
-    if not isinstance(value, list | tuple) or not value or not all(map(good, value)):
-        shown = repr(value)[:60]
-        raise BadRow(
-            "wrong_type", f'field {field!r} must be a text or a list of {{"role", "content"}} messages, found {shown}'
-        )
-    return tuple({"role": m["role"], "content": m["content"]} for m in value)
-
-
-def text_of(value: Any, field: str) -> str:
-    """The text of an answer: a string, or one message of the assistant; `BadRow` for anything else."""
-    if not isinstance(value, str):
-        messages = messages_of(value, field)
-        if len(messages) != 1 or messages[0]["role"] != "assistant":
-            roles = ", ".join(m["role"] for m in messages)
-            raise BadRow("wrong_type", f"field {field!r} must be one message of the assistant, found {roles}")
-        value = messages[0]["content"]
-    if not value.strip():
-        raise BadRow("empty_answer", f"field {field!r} is an empty answer")
-    return value
-
-
-def number_of(value: Any, name: str) -> float:
-    """A finite number, in [0, 1] where it is a share; `BadRow` otherwise."""
-    if not isinstance(value, numbers_lib.Real) or not math.isfinite(value):
-        raise BadRow("wrong_type", f"field {name!r} must be a finite number, found {value!r}")
-    if name in SHARES and not 0 <= value <= 1:
-        raise BadRow("out_of_range", f"field {name!r} must lie in [0, 1], found {value!r}")
-    return float(value)
-
-
-def pair_row(record: Mapping[str, Any]) -> Row:
-    """Answers chosen, rejected and of all further roles among the fields, with their numbers."""
-    record = with_prompt(record)
-    prompt = prompt_of(record["prompt"])
-    roles = [*PAIR, *(r for r in ROLES if r not in PAIR and record.get(r) is not None)]
-    answers = []
-    for role in roles:
-        value, own = record[role], None
-        if isinstance(value, Mapping):
-            absent = [f for f in ("prompt", "completion") if f not in value]
-            if absent:
-                raise BadRow("missing_field", f"field {role!r}: {absent[0]!r} is missing")
-            value, own = value["completion"], prompt_of(value["prompt"])
-        answers.append(Answer(role, text_of(value, role), numbers_of(record, role), own, trace_of(record, role)))
-    return Row(prompt, tuple(answers))
-
-
-def with_prompt(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The record itself, or, without a prompt, one whose prompt is what its two conversations begin with."""
-    if record.get("prompt") is not None:
-        return record
-    if any(isinstance(record[role], str) for role in PAIR):
-        raise BadRow("missing_field", f"field 'prompt' is missing: {unknown('field', 'prompt', record)}")
-    chosen, rejected = (messages_of(record[role], role) for role in PAIR)
-    same = 0
-    while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
-        same += 1
-    if not same:
-        raise BadRow("missing_field", "field 'prompt' is missing, and chosen and rejected do not begin alike")
-    return {**record, "prompt": chosen[:same], "chosen": chosen[same:], "rejected": rejected[same:]}
-
-
-def numbers_of(record: Mapping[str, Any], role: str) -> dict[str, float]:
-    """What a record says of the answer of a role: a number of the whole pair, or that of the role."""
-    out = {}
-    for name in NUMBERS:
-        value = record.get(name)
-        value = value.get(role) if isinstance(value, Mapping) else value
-        value = record.get(f"{name}_{role}") if value is None else value
-        if value is not None:
-            out[name] = number_of(value, name)
-    return out
-
-
-def trace_of(record: Mapping[str, Any], role: str) -> Trace:
-    """The tool calls after the answer of a role, from the field ``<role>_trace``; () without it."""
-    value = record.get(f"{role}_trace")
-    try:
-        return () if value is None else check_trace(value)
-    except ValueError as error:
-        raise BadRow("wrong_type", f"field '{role}_trace': {error}") from None
-
-
-def label_row(record: Mapping[str, Any]) -> Row:
-    """One answer with its label."""
-    prompt = prompt_of(required(record, "prompt"))
-    answer = Answer("own", text_of(record["completion"], "completion"), {"label": number_of(record["label"], "label")})
-    return Row(prompt, (answer,))
-
-
-def scored_row(record: Mapping[str, Any]) -> Row:
-    """K answers, each with its score as the number reward."""
-    prompt, texts, scores = prompt_of(required(record, "prompt")), record["completions"], record["scores"]
-    if not isinstance(texts, list | tuple) or not isinstance(scores, list | tuple) or len(texts) != len(scores):
-        raise BadRow("wrong_type", "fields 'completions' and 'scores' must be lists of one length")
-    answers = [
-        Answer("own", text_of(text, f"completions[{i}]"), {"reward": number_of(score, f"scores[{i}]")})
-        for i, (text, score) in enumerate(zip(texts, scores, strict=True))
-    ]
-    return Row(prompt, tuple(answers))
-
-
-def required(record: Mapping[str, Any], field: str) -> Any:
-    """The field of a record; `BadRow` without it."""
-    if record.get(field) is None:
-        raise BadRow("missing_field", f"field {field!r} is missing: {unknown('field', field, record)}")
-    return record[field]
-
-
-def check_answers(row: Row, kind: str) -> None:
-    """`BadRow` for answers that nothing can be learned from: those of a pair are equal, or all scored ones are."""
-    compared = [a.text for a in row.answers if kind == "scored" or a.role in PAIR]
-    if kind != "label" and len(set(compared)) < 2:
-        raise BadRow("equal_answers", f"the answers are equal ({compared[0][:40]!r}): nothing is preferred")
 
 
 # ---- sets
@@ -338,6 +115,8 @@ def jsonl(
     seed: int = 0,
     bad: str = "error",
     fields: Mapping[str, str] | None = None,
+    draft_prompt: str | None = None,
+    rationale_prompt: str | None = None,
 ) -> PreferenceSet:
     """A preference set from a file with one JSON object a line.
 
@@ -346,6 +125,9 @@ def jsonl(
       test_size: how many prompts are held out of ``path``, drawn by ``seed``. Neither = nothing is held out.
       bad: "error", or "drop": rows that cannot be used are left out, counted and reported.
       fields: our name of a field -> the file's: ``{"prompt": "question"}``.
+      draft_prompt: the prompt of an answer that improves on a draft (SRPO), of {prompt} and {draft}; rationale_prompt:
+        that of a rationale without a prompt of its own, of {prompt}, {chosen} and {rejected}. None = those of
+        `jaxpo.tasks.units`.
 
     Raises:
       ValueError: a bad row (names file, line and field), or no row left. FileNotFoundError: no such file.
@@ -357,7 +139,17 @@ def jsonl(
                 yield f"{file}:{number}", line
 
     sources = [records(p) for p in (path, test_path) if p is not None]
-    return from_records(Path(path).name, sources, parsed, test_size, seed, bad, fields)
+    data = from_records(Path(path).name, sources, parsed, test_size, seed, bad, fields)
+    return data._replace(templates=templates(draft_prompt=draft_prompt, rationale_prompt=rationale_prompt))
+
+
+def templates(**given: str | None) -> dict[str, str]:
+    """Those that are given; ``ValueError`` for one that leaves a place out."""
+    for name, template in given.items():
+        absent = [p for p in PLACES[name] if template is not None and f"{{{p}}}" not in template]
+        if absent:
+            raise ValueError(f"config.data.{name} {template!r} does not say where {{{absent[0]}}} goes")
+    return {name: template for name, template in given.items() if template is not None}
 
 
 def parsed(line: bytes) -> Any:
@@ -376,6 +168,8 @@ def datasets(
     seed: int = 0,
     bad: str = "error",
     fields: Mapping[str, str] | None = None,
+    draft_prompt: str | None = None,
+    rationale_prompt: str | None = None,
 ) -> PreferenceSet:
     """A preference set from a folder that ``datasets.Dataset.save_to_disk`` or that of a ``DatasetDict`` wrote.
 
@@ -408,7 +202,8 @@ def datasets(
         return ((f"{path}{name}:{number}", record) for number, record in enumerate(part, start=1))
 
     sources = [records(held, "")] if parts is None else [records(parts[name], f"[{name}]") for name in chosen]
-    return from_records(Path(path).name, sources, lambda record: record, test_size, seed, bad, fields)
+    data = from_records(Path(path).name, sources, lambda record: record, test_size, seed, bad, fields)
+    return data._replace(templates=templates(draft_prompt=draft_prompt, rationale_prompt=rationale_prompt))
 
 
 def from_records(
@@ -431,13 +226,20 @@ def from_records(
         for where, record in source:
             known = kind  # bound now
             for row in sieve(lambda x, known=known: row_of(parse(x), fields or {}, known), where, record):
-                kind = kind or ("scored" if "reward" in row.answers[0].numbers else None)
-                kind = kind or ("label" if "label" in row.answers[0].numbers else "pair")
+                kind = kind or kind_of_row(row)
                 rows.append(row._replace(where=where))
         parts.append(rows)
     train = parts[0]
     test = parts[1] if len(parts) > 1 else hold_out(train, test_size or 0, seed)
     return finish(name, kind or "pair", train, test, sieve.report())._replace(bad=bad)
+
+
+def kind_of_row(row: Row) -> str:
+    """The key of `jaxpo.tasks.records.KINDS` that says what a row is."""
+    first = row.answers[0]
+    if first.role == EDITS[0]:
+        return "edited"
+    return "scored" if "reward" in first.numbers else "label" if "label" in first.numbers else "pair"
 
 
 def hold_out(rows: Sequence[Row], size: int, seed: int) -> list[Row]:

@@ -4,7 +4,8 @@ import random
 from collections.abc import Iterator, Sequence
 
 from jaxpo.tasks.base import Example, Task, check_sizes
-from jaxpo.tasks.preferences import PAIR, Answer, PreferenceSet, Row, Sieve, finish
+from jaxpo.tasks.preferences import PreferenceSet, Sieve, finish, templates
+from jaxpo.tasks.records import PAIR, Answer, Row
 
 TRIES = 64  # wrong answers that are proposed for an example before it is given up
 
@@ -16,6 +17,7 @@ def verified_pairs(
     flipped: float = 0.0,
     seed: int = 0,
     bad: str = "error",
+    draft_prompt: str | None = None,
 ) -> PreferenceSet:
     """A right answer against a wrong one for every example of a task, as its verifier says; test examples make the
     held-out pairs, whose labels are never flipped.
@@ -28,6 +30,7 @@ def verified_pairs(
       size, test_size: pairs at most; None = one for every example.
       flipped: share of training pairs whose labels are exchanged, in [0, 1].
       bad: "error", or "drop": pairs that are too long as tokens are left out and counted.
+      draft_prompt: as of `jaxpo.tasks.preferences.jsonl`.
 
     Raises:
       ValueError: no answers to demonstrate, a share outside [0, 1], a right answer that the verifier refuses, or one
@@ -45,7 +48,8 @@ def verified_pairs(
     wrong = set(random.Random(f"{seed}:flipped").sample(range(len(train)), round(flipped * len(train))))
     train = [exchanged(row) if i in wrong else row for i, row in enumerate(train)]
     report = {"data/flipped": len(wrong) / len(train)}
-    return finish(task.name, "pair", train, test, report)._replace(bad=Sieve(bad).bad)
+    data = finish(task.name, "pair", train, test, report)
+    return data._replace(bad=Sieve(bad).bad, templates=templates(draft_prompt=draft_prompt))
 
 
 def pairs(task: Task, examples: Sequence[Example], seed: int, part: str) -> list[Row]:

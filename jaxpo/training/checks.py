@@ -21,7 +21,7 @@ from jaxpo.training.config import (
     sampling_of,
     transformer_of,
 )
-from jaxpo.training.needs import is_reward_model, slots_of
+from jaxpo.training.needs import form_of, is_reward_model, slots_of
 from jaxpo.training.optimizers import make_optimizer
 
 
@@ -102,8 +102,13 @@ def validate(config: ConfigDict, devices: int) -> ConfigDict:
 
 def _check_judge(config: ConfigDict, objective: Objective, protocol: Protocol) -> None:
     """A judge compares answers, or its scores are the rewards; where answers come from data it has nothing to say."""
-    compares = "pref_opp" in protocol.provides  # what only a judge gives
+    compares = protocol.judges
     rewards = protocol.rows is None
+    form = form_of(objective, config.rollout.responses)
+    if compares and form and form.mismatched and config.rollout.prompts < 2:
+        raise ValueError(
+            "config.rollout.prompts must be at least 2: the objective compares with the answers to other prompts"
+        )
     given, name = config.judge.name != "verifier", protocol_name(config, objective)
     if (given and not (compares or rewards)) or (config.judge.scale is not None and not compares):
         field = "config.judge" if given and not rewards else "config.judge.scale"

@@ -6,7 +6,7 @@ how they move (``Protocol.keeps``). At the start all of them are one copy of the
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -121,6 +121,11 @@ def moved(slots: Mapping[str, Any], protocol: Protocol, policy: Params, iteratio
         return companion.update(slot, policy, iteration, **protocol.keeps.get(name, {}))
 
     return {name: one(name, slot) for name, slot in slots.items()}
+
+
+def each_step(slots: Iterable[str]) -> bool:
+    """Whether one of the slots moves after every optimizer step."""
+    return any(KEPT[name].each_step for name in slots)
 
 
 def scored(objective: Objective, slots: Mapping[str, Any]) -> dict[str, Params]:

@@ -1,4 +1,9 @@
-"""How a race gathers rollouts: for all seeds at once, or seed after seed by an objective's own protocol."""
+"""How a race gathers rollouts: for all seeds at once, or seed after seed by an objective's own protocol.
+
+Either way ``collect(state, draws) -> (state, batch [S, B, ...])`` comes before the optimizer steps of an iteration and
+``after(state, batch, path) -> state`` behind them: protocols may move the weights. The path is the parameters after
+each optimizer step, [S, steps, ...], for who is ``watchful``: companions that move with each of them.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
@@ -23,6 +29,7 @@ from jaxpo.training.judges import verified
 from jaxpo.training.needs import JUDGED, slots_of
 from jaxpo.training.protocols import NothingLeft, Run, Tools, Verdict, advance
 from jaxpo.training.protocols.base import in_batches, sample_once
+from jaxpo.training.race_pairs import in_units, race_preferences
 from jaxpo.training.step import score
 from jaxpo.training.tools import as_scored, labelled
 
@@ -30,16 +37,19 @@ from jaxpo.training.tools import as_scored, labelled
 class Together:
     """All seeds sample at once from their policies, in the compiled sampler of the race."""
 
+    watchful = False
+
     def __init__(self, arena: Arena, rules: Rules):
         self.arena, self.rules, self.sampled, self.idle = arena, rules, 0, 0
 
-    def collect(self, state: TrainState, draws: Draws) -> Rollouts:
-        """Judged and scored rollouts [S, B, ...]."""
+    def collect(self, state: TrainState, draws: Draws) -> tuple[TrainState, Rollouts]:
+        """The state as it is, and judged and scored rollouts."""
         self.sampled += self.rules.seeds * self.rules.prompts * self.rules.responses
-        return self.arena.collect(state.params, draws)
+        return state, self.arena.collect(state.params, draws)
 
-    def after(self, state: TrainState, batch: Rollouts) -> None:
-        """The optimizer steps of an iteration are done."""
+    def after(self, state: TrainState, batch: Rollouts, path: Params | None) -> TrainState:
+        """The state as it is."""
+        return state
 
 
 class ByProtocol:
@@ -51,49 +61,64 @@ class ByProtocol:
     def __init__(self, objective: Objective, protocol: Protocol, arena: Arena, rules: Rules, state: TrainState):
         self.objective, self.protocol, self.arena, self.rules = objective, protocol, arena, rules
         self.sampled = self.idle = 0
+        self.preferences = race_preferences(objective, arena.where, rules) if reads_data(protocol) else None
         compiled = single(arena)
         self.tools = [self._tools(seed, *compiled) for seed in range(rules.seeds)]
         self.runs = []
         for seed, tools in enumerate(self.tools):
-            policy = one(state.params, seed)
-            slots = companions.held(slots_of(objective, protocol), protocol, policy, None)
-            run = Run(one(state, seed), slots, protocol.tables(tools) if protocol.tables else {})
+            own = one(state, seed)
+            slots = companions.held(slots_of(objective, protocol), protocol, own.params, own.opt_state)
+            run = Run(own, slots, protocol.tables(tools) if protocol.tables else {})
             self.runs.append(protocol.init(run, tools, self._key(seed, 0)) if protocol.init else run)
+        self.watchful = companions.each_step(self.runs[0].slots)
 
     def _key(self, seed: int, iteration: int) -> Array:
         return jax.random.fold_in(jax.random.key(seed), iteration)
 
-    def collect(self, state: TrainState, draws: Draws) -> Rollouts:
-        """As of `Together`."""
+    def collect(self, state: TrainState, draws: Draws) -> tuple[TrainState, Rollouts]:
+        """The state from which the protocol goes on, and judged and scored rollouts."""
         batches = []
         for seed, tools in enumerate(self.tools):
-            run = advance(self.runs[seed], state=one(state, seed), iteration=self.runs[seed].iteration + 1)
-            key = self._key(seed, run.iteration)
+            run = advance(self.runs[seed], state=one(state, seed))
+            key = self._key(seed, run.iteration + 1)  # the first one is that of the protocol's start
             try:
                 self.runs[seed], batch = self.protocol.collect(run, tools, key)
             except NothingLeft:  # nothing to train on: the optimizer steps are skipped
                 self.idle += 1
                 self.runs[seed], batch = sample_once(run, tools, key)
                 batch = batch.replace(count=np.zeros(batch.rows, np.float32))
-            batch = self._scored(self.runs[seed], self.tools[seed], batch)
+            batch = self._scored(self.runs[seed], tools, batch)
             batches.append(jax.tree.map(np.asarray, batch))
+        state = together([run.state for run in self.runs])
         batch = jax.tree.map(lambda *x: np.stack(x), *batches)
         seen = self.arena.look(state.params, batch)
-        return seen.replace(slots={**batch.slots, **seen.slots})
+        return state, self._before(seen.replace(slots={**seen.slots, **batch.slots}))
 
     def _scored(self, run: Run, tools: Tools, batch: Rollouts) -> Rollouts:
-        """With the log-probs under the frozen companions that the objective needs; the arena knows the reference."""
+        """With the log-probs under the frozen companions that the objective needs."""
         needed = companions.scored(self.objective, run.slots)
-        return batch.replace(slots={k: tools.score(slot, batch).logp for k, slot in needed.items() if k != "ref"})
+        return batch.replace(slots={name: tools.score(slot, batch).logp for name, slot in needed.items()})
 
-    def after(self, state: TrainState, batch: Rollouts) -> None:
-        """As of `Together`; companions move."""
+    def _before(self, batch: Rollouts) -> Rollouts:
+        """What the protocol makes of the scored batch."""
+        if self.protocol.before is None:
+            return batch
+        made = [self.protocol.before(run, self.tools[i], one(batch, i)) for i, run in enumerate(self.runs)]
+        self.runs = [run for run, _ in made]
+        return together([part for _, part in made])
+
+    def after(self, state: TrainState, batch: Rollouts, path: Params | None) -> TrainState:
+        """The state in which the protocol leaves the iteration; companions move."""
+        paths = [steps_of(path, seed) for seed in range(self.rules.seeds)]
         for seed, tools in enumerate(self.tools):
             run = advance(self.runs[seed], state=one(state, seed))
             run = self.protocol.after(run, tools, one(batch, seed)) if self.protocol.after else run
-            slots = companions.moved(run.slots, self.protocol, run.state.params)  # as if after one optimizer step
-            slots = companions.moved(slots, self.protocol, run.state.params, run.iteration)
-            self.runs[seed] = advance(run, slots=slots)
+            slots = run.slots
+            for params in paths[seed]:
+                slots = companions.moved(slots, self.protocol, params)
+            slots = companions.moved(slots, self.protocol, run.state.params, run.iteration + 1)
+            self.runs[seed] = advance(run, slots=slots, iteration=run.iteration + 1)
+        return together([run.state for run in self.runs])
 
     def _tools(self, seed: int, go_on: Callable[..., Rollouts], policy: Callable[..., TokenStats]) -> Tools:
         where, rules, protocol = self.arena.where, self.rules, self.protocol
@@ -103,6 +128,10 @@ class ByProtocol:
         def draw(run: Run, n: int) -> tuple[Run, np.ndarray]:
             rng = np.random.default_rng((seed, run.position))
             return advance(run, position=run.position + n), rng.integers(len(train), size=n, dtype=np.int32)
+
+        def draw_units(run: Run, n: int) -> tuple[Run, np.ndarray]:
+            rng = np.random.default_rng((seed, run.position))
+            return advance(run, position=run.position + n), rng.integers(len(self.preferences.train), size=n)
 
         def sampling(run: Run) -> SamplingOptions:
             return protocol.sampler(plain, run.state.objective) if protocol.sampler else plain
@@ -165,14 +194,29 @@ class ByProtocol:
             scored=absent,
             note=nothing,
             say=nothing,
+            preferences=self.preferences,
+            draw_units=draw_units,
             judge=compared,
             objective=self.objective,
         )
 
 
+@jax.jit
 def one(tree: Any, seed: int) -> Any:
     """The leaves of one seed."""
     return jax.tree.map(lambda x: x[seed], tree)
+
+
+@jax.jit
+def together(trees: list[Any]) -> Any:
+    """The leaves of all seeds, [S, ...]."""
+    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+
+def steps_of(path: Params | None, seed: int) -> list[Params]:
+    """The parameters of one seed after each optimizer step; [] if nobody watches."""
+    steps = [] if path is None else range(jax.tree.leaves(path)[0].shape[1])
+    return [jax.tree.map(lambda x, i=i: x[seed, i], path) for i in steps]
 
 
 def single(arena: Arena) -> tuple[Callable[..., Rollouts], Callable[..., TokenStats]]:
@@ -203,39 +247,41 @@ def single(arena: Arena) -> tuple[Callable[..., Rollouts], Callable[..., TokenSt
 
 
 def protocol_of(objective: Objective) -> Protocol | None:
-    """The protocol by which an objective gathers, `judged` if it needs a judge's word or goes
-    on from its own iterates; None if that is plain sampling,
-    or pairs that are given.
+    """The protocol by which an objective gathers; None if that is plain sampling. An objective that names none reads
+    pairs, or is told by a judge of its own answers, if it asks for what only those know.
 
     Raises:
-      ValueError: it trains on batches of earlier iterations, which a race does not keep, goes back to earlier weights,
-        or reads preference data.
+      ValueError: it trains on batches of earlier iterations, which a race does not keep.
     """
     name = objective.protocol
     if name == "on_policy" and objective.needs & {*JUDGED - {"label"}, "logp_prev"}:
         name = "judged"
+    elif name == "on_policy" and (objective.layout or "label" in objective.needs):
+        name = "preference_data"
     protocol = make(name, "protocol", **objective.protocol_options)
-    if {"center", "hat", "pool"} & set(protocol.keeps):
-        raise ValueError(f"protocol {name!r} goes back to earlier weights, which a race does not")
-    if protocol.rows and "pref_opp" not in protocol.provides:
-        raise ValueError(f"protocol {name!r} reads preference data; a race has pairs of its own, without a protocol")
-    if protocol.stale:
-        raise ValueError(f"protocol {objective.protocol!r} trains on earlier batches; a race has only fresh ones")
+    if protocol.stale and protocol.tables:
+        raise ValueError(f"protocol {name!r} trains on earlier batches; a race has only fresh ones")
     return None if protocol.collect is sample_once and not protocol.sampler else protocol
 
 
-def shape(protocol: Protocol, rules: Rules) -> Rules:
-    """The rules in the shape that the protocol accepts: as many completions, of one prompt each if it has to be.
+def reads_data(protocol: Protocol | None) -> bool:
+    """Whether its units are those of preference data: it makes rows of its own, and no judge speaks."""
+    return protocol is not None and protocol.rows is not None and "pref_opp" not in protocol.provides
+
+
+def shape(objective: Objective, protocol: Protocol | None, rules: Rules) -> Rules:
+    """The rules in the shape that the protocol accepts: as many rows in units of data; as many completions, of one
+    prompt each if it has to be.
 
     Raises:
       ValueError: it accepts neither.
     """
-    if protocol.rows:
-        if why := refusal(protocol, rules):
-            raise ValueError(why)
+    if protocol is None:
         return rules
+    if reads_data(protocol):
+        rules = in_units(rules, protocol.rows(objective, rules.responses))
     alone = replace(rules, prompts=rules.prompts * rules.responses, responses=1)
-    reasons = [refusal(protocol, r) for r in (rules, alone)]
+    reasons = [refusal(protocol, r) for r in ([rules] if protocol.rows else [rules, alone])]
     if all(reasons):
         raise ValueError(reasons[0])
     return alone if reasons[0] else rules
@@ -243,7 +289,8 @@ def shape(protocol: Protocol, rules: Rules) -> Rules:
 
 def refusal(protocol: Protocol, rules: Rules) -> str:
     """Why the protocol does not run by the rules; "" if it does."""
-    config = dict(rollout=dict(prompts=rules.prompts, responses=rules.responses), sampling=dict(temperature=1.0))
+    rollout = dict(prompts=rules.prompts, responses=rules.responses)
+    config = dict(rollout=rollout, sampling=dict(temperature=1.0), steps=rules.steps)
     try:
         if protocol.check:
             protocol.check(ConfigDict(config))

@@ -468,9 +468,8 @@ def summarise(
             f" [{metrics[name + '_lo']:.3f}, {metrics[name + '_hi']:.3f}]" if name + "_lo" in metrics else ""
         )
 
-    held = f"{len(workspace.test)} test prompts"
-    if is_reward_model(workspace.objective):
-        held = f"{len(workspace.preferences.test)} held-out pairs"
+    rewards = is_reward_model(workspace.objective)
+    held = pair_evaluation.how_many(workspace) if rewards else f"{len(workspace.test)} test prompts"
     names = ["eval/greedy", *[f"eval/pass@{k}" for k in workspace.config.evaluation.pass_at]]
     names = [name for name in (*names, *pair_evaluation.SHOWN) if name in {**before, **after}]
     closing_table(

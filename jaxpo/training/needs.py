@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from jaxpo.batch import MissingField, Rollouts
 from jaxpo.objectives import Objective, Protocol, State
 from jaxpo.policy import heads
-from jaxpo.tasks.preferences import NUMBERS, PAIR
+from jaxpo.tasks.records import EDITS, NUMBERS, PAIR, VECTORS, WEIGHTS
 from jaxpo.training.companions import COMPANIONS
 
 PROVIDED = frozenset(
@@ -33,14 +33,15 @@ JUDGING = frozenset({"score", "embed", "gate"})  # what a reward or preference m
 EMBED = 8  # numbers of an embedding, unless config.heads.embed says otherwise
 # Fields that come from data, or from a judge of the policy's own answers.
 JUDGED = frozenset({*NUMBERS, "label", "pref_opp"})
+GIVEN = frozenset({*NUMBERS, *VECTORS, "label", "reward"})  # what data know of an answer
 
 
 class Form(NamedTuple):
     """In which form an objective takes preferences.
 
-    kind: of rows (`jaxpo.tasks.preferences.KINDS`). layout: roles of a unit; () = answers as they are. numbers: that
+    kind: of rows (`jaxpo.tasks.records.KINDS`). layout: roles of a unit; () = answers as they are. numbers: that
     each answer must have. size: rows of a unit. mismatched: half of them are other prompts' answers (KTO).
-    segments: tokens say whether they belong to an answer or to tool calls after it.
+    segments: tokens say whether they belong to an answer or to tool calls after it. weights: that tokens have.
     """
 
     kind: str
@@ -49,6 +50,7 @@ class Form(NamedTuple):
     size: int
     mismatched: bool = False
     segments: bool = False
+    weights: tuple[str, ...] = ()
 
     @property
     def given(self) -> tuple[str, ...]:
@@ -59,17 +61,17 @@ class Form(NamedTuple):
 def form_of(objective: Objective, responses: int) -> Form | None:
     """The form in which the objective takes preferences; None if it takes none. ``responses``: scored answers a
     prompt."""
-    numbers = tuple(sorted(objective.needs & {*NUMBERS, "label", "reward"}))
+    numbers, weights = (tuple(sorted(objective.needs & set(of))) for of in (GIVEN, WEIGHTS))
     if objective.layout:
-        known = set(PAIR) <= set(objective.layout)
-        segments = "segment" in objective.needs
-        return Form("pair", objective.layout, numbers, len(objective.layout), False, segments) if known else None
+        kinds = [kind for kind, roles in (("pair", PAIR), ("edited", EDITS)) if set(roles) <= set(objective.layout)]
+        segments, size = "segment" in objective.needs, len(objective.layout)
+        return Form(kinds[0], objective.layout, numbers, size, False, segments, weights) if kinds else None
     if "label" in objective.needs:
         mismatched = "role" in objective.needs
         return Form("label", (), numbers, 1 + mismatched, mismatched)
     if {"reward", "group"} <= objective.needs:
         return Form("scored", (), numbers, responses)
-    return None
+    return Form("pair", PAIR[:1], numbers, 1) if objective.needs & set(VECTORS) else None
 
 
 def slots_of(objective: Objective, protocol: Protocol) -> list[str]:

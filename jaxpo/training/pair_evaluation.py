@@ -12,7 +12,7 @@ from jaxpo.parallel.distributed import to_host
 from jaxpo.policy import heads
 from jaxpo.policy.transformer import Params
 from jaxpo.primitives import preference_diagnostics as diagnostics
-from jaxpo.tasks.preferences import PAIR
+from jaxpo.tasks.records import PAIR
 from jaxpo.training import evaluation
 from jaxpo.training.protocols import Run
 from jaxpo.training.tools import as_scored, score_companions, score_packed
@@ -27,6 +27,11 @@ def measurable(workspace: Workspace) -> bool:
     """Whether there are held-out units, of answers that are all given."""
     data = workspace.preferences
     return data is not None and bool(data.test) and len(data.form.given) == len(data.form.layout)
+
+
+def how_many(workspace: Workspace) -> str:
+    """How many held-out pairs, or labelled answers, there are."""
+    return f"{len(workspace.preferences.test)} held-out {'pairs' if workspace.preferences.form.layout else 'answers'}"
 
 
 def chunks(workspace: Workspace) -> Iterator[tuple[np.ndarray, Rollouts]]:

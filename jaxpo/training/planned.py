@@ -19,6 +19,7 @@ from jaxpo.policy.hf import read_config
 from jaxpo.policy.packing import lanes_of
 from jaxpo.rollout.engine import decode_trips
 from jaxpo.tasks import build
+from jaxpo.tasks.records import VECTORS, WEIGHTS
 from jaxpo.training import checks, companions
 from jaxpo.training import config as config_lib
 from jaxpo.training.compiled import Compiled
@@ -139,7 +140,7 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
     trained = g * config_lib.rows_per_prompt(config, objective)
     if protocol.rows:
         width = data.prompt_width, config.sampling.max_new_tokens
-        batch = everywhere(unit_shapes(objective, protocol, trained, *width, trained // g), rows)
+        batch = everywhere(unit_shapes(objective, protocol, trained, *width, trained // g, config.heads.gate), rows)
     else:
         batch = labelled_shapes(rollout.trace().out_info, rows)
     seen = as_scored(batch)
@@ -176,14 +177,23 @@ def samples(config: ConfigDict) -> bool:
 
 
 def unit_shapes(
-    objective: Objective, protocol: Protocol, rows: int, prompt_width: int, width: int, of_prompt: int
+    objective: Objective,
+    protocol: Protocol,
+    rows: int,
+    prompt_width: int,
+    width: int,
+    of_prompt: int,
+    vector: int | None = None,
 ) -> Rollouts:
-    """Rows of preferences as their protocols hand them on: with the numbers that the objective needs."""
+    """Rows of preferences as their protocols hand them on: with the numbers that the objective needs, lists of
+    ``vector`` numbers among them."""
 
     def shape(*axes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, *axes), dtype)
 
-    needs, number = objective.needs, shape(dtype=jnp.int32)
+    needs, number = objective.needs & protocol.provides, shape(dtype=jnp.int32)
+    tokens = sorted(needs & {*WEIGHTS, "segment"})
+    numbers = needs - {*tokens, "reward"}
     return Rollouts(
         tokens=shape(prompt_width + width, dtype=jnp.int32),
         mask=shape(width),
@@ -193,9 +203,9 @@ def unit_shapes(
         role=number,
         prompt=number,
         seed=shape(dtype=jnp.uint32),
-        reward=shape() if "reward" in needs else None,
-        extras={name: shape() for name in sorted(needs & protocol.provides - {"reward", "segment"})},
-        token_extras={"segment": shape(width, dtype=jnp.int32)} if "segment" in needs else {},
+        reward=shape() if "reward" in objective.needs else None,
+        extras={name: shape(*([vector] if name in VECTORS else [])) for name in sorted(numbers)},
+        token_extras={name: shape(width, dtype=jnp.int32 if name == "segment" else jnp.float32) for name in tokens},
         layout=objective.layout,
         shared_prompt=of_prompt,
     )

@@ -10,10 +10,11 @@ from jaxpo.batch import Rollouts
 from jaxpo.objectives import Objective
 from jaxpo.tasks import Example, Task, preferences
 from jaxpo.tasks.base import locate
-from jaxpo.tasks.preferences import PAIR, PreferenceSet, Row
+from jaxpo.tasks.preferences import PreferenceSet
+from jaxpo.tasks.records import EDITS, NUMBERS, PAIR, VECTORS, Row
 from jaxpo.tasks.tokenizers import Tokenizer, question_of
 from jaxpo.tasks.traces import Tracer, check_trace
-from jaxpo.tasks.units import Encoded, as_kind, encode, units, widths
+from jaxpo.tasks.units import TEMPLATES, Encoded, as_kind, encode, units, widths
 from jaxpo.training.config import arguments_of
 from jaxpo.training.needs import Form, form_of
 
@@ -40,6 +41,7 @@ class Preferences:
             size=self.form.size if not self.form.layout else None,
             mismatched=self.form.mismatched,
             segments=self.form.segments,
+            weights=self.form.weights,
             prompt_width=self.prompt_width,
             width=self.width,
             pad_id=self.pad_id,
@@ -68,24 +70,38 @@ def traced(data: PreferenceSet, tracer: Tracer) -> PreferenceSet:
     return data._replace(train=[of(row) for row in data.train], test=[of(row) for row in data.test])
 
 
-def encoded(config: ConfigDict, objective: Objective, data: PreferenceSet, tokenizer: Tokenizer) -> Preferences:
-    """The set as tokens, in the form that the objective takes.
+def encoded(
+    config: ConfigDict, objective: Objective, data: PreferenceSet, tokenizer: Tokenizer, judges: bool
+) -> Preferences | None:
+    """The set as tokens, in the form that the objective takes; None where a judge says of the policy's own answers what
+    the objective asks, and the data give the prompts alone.
 
     Raises:
       ValueError: it takes no preferences or other ones, a bad row, or none is left.
     """
     form = form_of(objective, config.rollout.responses)
+    if judges and (form is None or set(form.numbers) & set(NUMBERS)):
+        return None
     if form is None:
         raise ValueError(
             f"config.data.name: objective {config.objective.name!r} takes no preferences"
             + (f" of this kind: a unit of it is {objective.layout}" if objective.layout else "")
         )
-    limits = dict(prompt_width=config.rollout.prompt_width, width=config.sampling.max_new_tokens, bad=data.bad)
+    options = dict(
+        roles=form.given,
+        numbers=form.numbers,
+        sizes=dict.fromkeys(VECTORS, config.heads.gate),
+        weights=form.weights,
+        prompt_width=config.rollout.prompt_width,
+        width=config.sampling.max_new_tokens,
+        bad=data.bad,
+        templates=templates_of(objective, data),
+    )
     parts, dropped = [], dict(data.report)
     for rows in (data.train, data.test):
-        part, report = encode(
-            as_kind(rows, data.kind, form.kind), tokenizer, roles=form.given, numbers=form.numbers, **limits
-        )
+        rows = as_kind(rows, data.kind, form.kind)
+        check_weights(config, form, data.name, rows)
+        part, report = encode(rows, tokenizer, **options)
         parts.append(part)
         dropped = {k: dropped.get(k, 0.0) + report.get(k, 0.0) for k in {**dropped, **report}}
     train, test = parts
@@ -107,13 +123,35 @@ def encoded(config: ConfigDict, objective: Objective, data: PreferenceSet, token
     return Preferences(form, train, test, *shape, tokenizer.pad_id, dropped)
 
 
+def templates_of(objective: Objective, data: PreferenceSet) -> dict[str, str]:
+    """The templates of prompts that the objective's units ask for; ``ValueError`` if the data have one of others."""
+    layout = objective.layout
+    asked = {"draft_prompt": any("_given_" in r for r in layout), "rationale_prompt": "rationale" in layout}
+    unused = [name for name in data.templates if not asked[name]]
+    if unused:
+        raise ValueError(f"config.data.{unused[0]} has no effect: the objective's units are {layout}")
+    return {name: text for name, text in {**TEMPLATES, **data.templates}.items() if asked[name]}
+
+
+def check_weights(config: ConfigDict, form: Form, name: str, rows: Sequence[Row]) -> None:
+    """``ValueError`` for weights of tokens that not a single row gives."""
+    for weight in form.weights if rows else ():
+        if not any(weight in a.weights for row in rows for a in row.answers):
+            raise ValueError(
+                f"objective {config.objective.name!r} weighs tokens by {weight}, and no row of {name} gives it: "
+                f'"{weight}": {{"revised": [["part of the answer", 2.5]]}}'
+            )
+
+
 def task_of(data: PreferenceSet) -> Task:
-    """The prompts of a preference set as a task that nothing verifies; the preferred answers are demonstrations."""
+    """The prompts of a preference set as a task that nothing verifies; the preferred answers are demonstrations (of an
+    expert's edits both, the truth and the revision)."""
 
     def examples(rows: Sequence[Row]) -> list[Example]:
         best = {}
         for row in rows:
-            best.setdefault(preferences.key_of(row.prompt), (row.prompt, preferred(row)))
+            for place, answer in enumerate(preferred(row)):
+                best.setdefault((preferences.key_of(row.prompt), place), (row.prompt, answer))
         return [Example(i, prompt, answer, {}) for i, (prompt, answer) in enumerate(best.values())]
 
     def demonstrate(example: Example) -> str:
@@ -125,9 +163,13 @@ def task_of(data: PreferenceSet) -> Task:
     return Task(data.name, train, test, None, demonstrate, {})
 
 
-def preferred(row: Row) -> str | None:
-    """The best answer of a row: chosen, of the highest score, or with a good label; None if there is none."""
-    if {a.role for a in row.answers} >= set(PAIR):
-        return row.answer("chosen").text
+def preferred(row: Row) -> list[str | None]:
+    """The best answer of a row: chosen, of the highest score, or with a good label, None if there is none; of an
+    expert's edits the truth and the revision."""
+    roles = {a.role for a in row.answers}
+    if roles >= set(EDITS):
+        return [row.answer(role).text for role in EDITS[:2]]
+    if roles >= set(PAIR):
+        return [row.answer("chosen").text]
     best = max(row.answers, key=lambda a: a.numbers.get("reward", a.numbers.get("label", 0.0)))
-    return best.text if "reward" in best.numbers or best.numbers.get("label", 0.0) > 0.5 else None
+    return [best.text if "reward" in best.numbers or best.numbers.get("label", 0.0) > 0.5 else None]

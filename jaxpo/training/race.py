@@ -3,9 +3,9 @@
 All seeds of an objective train in one compiled update (``vmap``); sampler, scorer and warm start are compiled once for
 all objectives (`jaxpo.training.arena`). Seed i gives every objective the same start, prompts and uniforms, so that
 differences are differences of the objectives. Those with a protocol of their own gather by it, seed after seed
-(`jaxpo.training.gathering`); what they sample beyond the others is in the table. Those of pairs sample nothing: they
-train on as many rows of right and wrong answers (`jaxpo.training.race_pairs`); or, with ``protocol='judged'``, on pairs
-of the policy's own answers, which the task's verifier compares.
+(`jaxpo.training.gathering`); what they sample beyond the others is in the table. Those of preferences train on as many
+rows of right and wrong answers (`jaxpo.training.race_pairs`), and most of them sample nothing; or, with
+``protocol='judged'``, on the policy's own answers, which the task's verifier compares.
 
 >>> race({"mine": my_objective, "grpo": make("grpo", beta=0.0)}, seeds=3).show()
 """
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array, lax
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -32,15 +33,15 @@ from jaxpo import registry
 from jaxpo.batch import Rollouts, take
 from jaxpo.objectives import Objective, make
 from jaxpo.objectives.base import check_rewards
-from jaxpo.policy import stats
-from jaxpo.tasks.preferences import PAIR
+from jaxpo.policy import heads, stats
+from jaxpo.policy.transformer import Params
 from jaxpo.training.arena import QUICK, Arena, Rules, build_arena, draws, parse_calls, survey
 from jaxpo.training.functions import TrainState
-from jaxpo.training.gathering import ByProtocol, Together, protocol_of, shape
-from jaxpo.training.needs import JUDGED, PROVIDED, derived_needs
+from jaxpo.training.gathering import ByProtocol, Together, protocol_of, reads_data, shape
+from jaxpo.training.needs import PROVIDED, derived_needs
 from jaxpo.training.optimizers import make_optimizer
 from jaxpo.training.plots import COLORS, INK, PALE
-from jaxpo.training.race_pairs import Offline, in_pairs, unfit_for_pairs
+from jaxpo.training.race_pairs import race_form
 from jaxpo.training.rundir import Progress, closing_table, write_atomically
 from jaxpo.training.step import optimizer_step, score
 
@@ -65,21 +66,21 @@ def fill(name: str, given: Mapping[str, Any], steps: int, max_new_tokens: int) -
 
 def unfit(objective: Objective, rules: Rules) -> str:
     """Why a race cannot run the objective; "" if it can."""
+    if asked := sorted(objective.wants.intersection(heads.NAMES)):
+        return f"trains a {asked[0]} head, which the policies of a race have not"
     try:
         protocol = protocol_of(objective)
-        if protocol:
-            shape(protocol, rules)
+        if reads_data(protocol):
+            race_form(objective, rules)
+        shape(objective, protocol, rules)
     except ValueError as error:
         return str(error)
-    if objective.layout and not protocol:
-        return unfit_for_pairs(objective, rules)
-    if objective.layout not in ((), PAIR):
-        return f"learns from units {objective.layout}; a race has pairs {PAIR}"
-    if not objective.needs & {"reward", "correct", *JUDGED} and not objective.layout:
+    if protocol is None and not objective.needs & {"reward", "correct"}:
         return "does not ask for rewards: it would imitate its own completions"
     given = PROVIDED - {"value_old"} | {f"logp_{name}" for name in (*objective.derived, "ref")}
-    given |= {f"logp_{name}" for name in ("prev", "ema")} if protocol and protocol.rows else set()
-    if lacking := sorted(objective.needs - given - (protocol.provides if protocol else set())):
+    if protocol:
+        given |= protocol.provides | {"logp_prev", "logp_ema"}
+    if lacking := sorted(objective.needs - given):
         return f"needs {', '.join(lacking)}, which neither the race nor its protocol {objective.protocol!r} provides"
     return ""
 
@@ -97,6 +98,25 @@ def everybody(rules: Rules, max_new_tokens: int) -> tuple[list[Contender], dict[
     return racing, left_out
 
 
+def by(protocol: str | None, objective: Objective) -> Objective:
+    """The objective with another protocol, named as in ``judged`` or ``judged(pairs='random')``; None = its own.
+
+    Raises:
+      ValueError: no such protocol, an argument that it does not have, or one that the objective's hyperparameters set.
+    """
+    if protocol is None:
+        return objective
+    calls = parse_calls(protocol)
+    if len(calls) != 1:
+        raise ValueError(f"protocol: an objective has one, not {protocol!r}")
+    _, name, options = calls[0]
+    registry.check_arguments(f"protocol {name!r}", options, registry.entry(name, "protocol").parameters)
+    taken = objective.protocol_options if name == objective.protocol else {}
+    if both := sorted(set(options) & set(taken)):
+        raise ValueError(f"protocol {name!r}: {both[0]} is set by the objective's own {both[0]}")
+    return objective._replace(protocol=name, protocol_options={**options, **taken})
+
+
 def select(
     contenders: str | Mapping[str, Objective], rules: Rules, max_new_tokens: int
 ) -> tuple[list[Contender], dict[str, str]]:
@@ -104,7 +124,7 @@ def select(
 
     Args:
       contenders: objectives by label, or registered ones as `parse_calls` reads them, with the protocol among the
-        arguments: ``dpo(protocol='judged')``; ``all`` stands for every one.
+        arguments: ``dpo(protocol="judged(pairs='random')")``; ``all`` stands for every one.
 
     Raises:
       ValueError: an unknown name or hyperparameter, the same twice, or nobody left.
@@ -118,12 +138,8 @@ def select(
             racing += more
         else:
             protocol = given.pop("protocol", None)
-            filled = fill(name, given, rules.steps, max_new_tokens)
-            objective = make(name, **filled)
-            if protocol is not None:
-                registry.entry(protocol, "protocol")
-                objective = objective._replace(protocol=protocol, protocol_options={})
-            racing.append(Contender(label, objective, named=True))
+            objective = make(name, **fill(name, given, rules.steps, max_new_tokens))
+            racing.append(Contender(label, by(protocol, objective), named=True))
     labels = [c.label for c in racing]
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise ValueError(f"objectives: {twice[0]!r} is given twice")
@@ -138,52 +154,55 @@ def select(
 # ---- one contender
 
 
-def make_update(objective: Objective, arena: Arena, rules: Rules) -> tuple[TrainState, Callable[..., Any]]:
-    """The state of all seeds at the start, and ``(state, batch, rows) -> (state, steps skipped)``: the optimizer
-    steps of an iteration."""
+def start_state(objective: Objective, arena: Arena, rules: Rules) -> TrainState:
+    """The state of all seeds at the start."""
+    memory = jax.tree.map(lambda x: jnp.broadcast_to(x, (rules.seeds, *jnp.shape(x))), objective.init())
+    return TrainState(arena.start, jax.vmap(optimizer_of(rules).init)(arena.start), memory)
+
+
+def optimizer_of(rules: Rules) -> optax.GradientTransformation:
+    """The optimizer of every contender."""
+    adam = dict(name="adam", learning_rate=rules.learning_rate, clip_norm=1.0, schedule=dict(name="constant"))
+    return make_optimizer(adam, rules.steps * rules.epochs * rules.minibatches)
+
+
+def make_update(objective: Objective, arena: Arena, rules: Rules, watchful: bool) -> Callable[..., Any]:
+    """``(state, batch, rows) -> (state, steps skipped, path)``: the optimizer steps of an iteration, of all seeds.
+    path: parameters after each step [S, steps, ...]; None if nobody is ``watchful``."""
     model, derived = arena.where.model, objective.derived
     apply = stats.policy_of(model, wants=objective.wants | {"entropy"}, derived=derived)
     look = stats.policy_of(model, wants=objective.peeks | {"logp", "entropy"}, derived=derived)
     recalled = derived_needs(objective)
     recall = stats.policy_of(model, wants=recalled | {"logp"}, derived=derived)
-    adam = dict(name="adam", learning_rate=rules.learning_rate, clip_norm=1.0, schedule=dict(name="constant"))
-    optimizer = make_optimizer(adam, rules.steps * rules.epochs * rules.minibatches)
+    optimizer = optimizer_of(rules)
 
-    def iteration(state: TrainState, batch: Rollouts, rows: Array) -> tuple[TrainState, Array]:
+    def iteration(state: TrainState, batch: Rollouts, rows: Array) -> tuple[TrainState, Array, Params | None]:
         if recalled:
             batch = batch.replace(slots={**batch.slots, **score(recall, state.params, batch).derived})
         batch, memory = objective.prepare(batch, state.objective)
 
-        def step(state: TrainState, rows: Array) -> tuple[TrainState, Array]:
+        def step(state: TrainState, rows: Array) -> tuple[TrainState, tuple[Array, Params | None]]:
             part = take(batch, rows, shared_prompt=rules.responses)
             before = state.params, state.opt_state, state.objective
             *new, out = optimizer_step(objective, apply, optimizer, *before, part, look=look)
-            return TrainState(*new), out["step/nonfinite"]
+            return TrainState(*new), (out["step/nonfinite"], new[0] if watchful else None)
 
-        state, skipped = lax.scan(step, state.replace(objective=memory), rows)
-        return state, skipped.sum()
+        state, (skipped, path) = lax.scan(step, state.replace(objective=memory), rows)
+        return state, skipped.sum(), path
 
-    memory = jax.tree.map(lambda x: jnp.broadcast_to(x, (rules.seeds, *jnp.shape(x))), objective.init())
-    state = TrainState(arena.start, jax.vmap(optimizer.init)(arena.start), memory)
-    return state, jax.jit(jax.vmap(iteration), compiler_options=QUICK)
+    return jax.jit(jax.vmap(iteration), compiler_options=QUICK)
 
 
 def run(contender: Contender, arena: Arena, rules: Rules, progress: Callable[[dict[str, float]], None]) -> dict:
     """Train all seeds of one contender; what `Results.objectives` holds of it."""
     objective, began = contender.objective, time.perf_counter()
     protocol = protocol_of(objective)
-    offline = bool(objective.layout) and not protocol
-    if offline:
-        rules = in_pairs(rules)
-    elif protocol:
-        rules = shape(protocol, rules)
+    rules = shape(objective, protocol, rules)
     # What is trained on: of a judge's prompts perhaps fewer rows than were sampled.
     rows = replace(rules, responses=protocol.rows(objective, rules.responses)) if protocol and protocol.rows else rules
-    state, update = make_update(objective, arena, rows)
-    if offline:
-        gather = Offline(arena, rules)
-    else:
-        gather = ByProtocol(objective, protocol, arena, rules, state) if protocol else Together(arena, rules)
+    state = start_state(objective, arena, rows)
+    gather = ByProtocol(objective, protocol, arena, rules, state) if protocol else Together(arena, rules)
+    update = make_update(objective, arena, rows, gather.watchful)
     curve, compiling, skipped = [], 0.0, jnp.zeros(rules.seeds)
     for i in range(rules.steps + 1):
         if i in rules.points:
@@ -191,14 +210,14 @@ def run(contender: Contender, arena: Arena, rules: Rules, progress: Callable[[di
         if i == rules.steps:
             break
         random = draws(rows, len(arena.where.train), i)
-        batch = gather.collect(state, random)
+        state, batch = gather.collect(state, random)
         check_rewards(objective.rewards, batch)
         if i == 0:
             compile_began = time.perf_counter()
             update = update.lower(state, batch, random.rows).compile()
             compiling = time.perf_counter() - compile_began
-        state, nonfinite = update(state, batch, random.rows)
-        gather.after(state, batch)
+        state, nonfinite, path = update(state, batch, random.rows)
+        state = gather.after(state, batch, path)
         skipped += nonfinite
         rewarded = {} if batch.reward is None else {"reward": float(batch.reward.mean())}
         progress({"accuracy": float(np.mean(curve[-1])), **rewarded})

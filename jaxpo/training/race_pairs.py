@@ -1,79 +1,52 @@
-"""How a race gathers preferences: pairs of a right and a wrong answer to its task's training prompts, the same for all
-objectives of pairs; a share of their labels is wrong."""
+"""The preferences of a race: pairs of a right and a wrong answer to its task's training prompts, the same for all
+objectives of data; a share of their labels is wrong."""
 
 from dataclasses import replace
 
-import jax
-import jax.numpy as jnp
-
-from jaxpo.batch import Rollouts, take
 from jaxpo.objectives import Objective
-from jaxpo.policy import heads
-from jaxpo.tasks.preferences import PAIR
-from jaxpo.tasks.units import encode, units
+from jaxpo.tasks.records import PAIR
+from jaxpo.tasks.units import as_kind, encode
 from jaxpo.tasks.verified_preferences import verified_pairs
-from jaxpo.training.arena import Arena, Draws, Rules, Surroundings
-from jaxpo.training.functions import TrainState
+from jaxpo.training.arena import Rules, Surroundings
+from jaxpo.training.needs import Form, form_of
+from jaxpo.training.preference_units import Preferences
 
 
-def in_pairs(rules: Rules) -> Rules:
-    """The rules of as many rows, two an answered prompt.
+def race_form(objective: Objective, rules: Rules) -> Form:
+    """The form in which the objective takes a race's pairs.
 
     Raises:
-      ValueError: rows that do not make pairs."""
+      ValueError: it takes none, or asks for more than a race's pairs have: other answers, or numbers.
+    """
+    form = form_of(objective, rules.responses)
+    if form is None or not set(form.given) <= set(PAIR):
+        raise ValueError(f"learns from units {objective.layout}; a race has pairs {PAIR}")
+    lacking = [*(set(form.numbers) - {"label"}), *(["tool calls"] if form.segments else [])]
+    if lacking:
+        raise ValueError(f"needs {', '.join(sorted(lacking))}, which the pairs of a race have not")
+    return form
+
+
+def in_units(rules: Rules, size: int) -> Rules:
+    """The rules of as many rows, ``size`` of them a unit of data.
+
+    Raises:
+      ValueError: rows that do not make units."""
     rows = rules.prompts * rules.responses
-    if rows % (2 * rules.minibatches):
-        raise ValueError(f"{rows} rows of an iteration are not {rules.minibatches} minibatches of pairs")
-    return replace(rules, prompts=rows // 2, responses=2)
+    if rows % (size * rules.minibatches):
+        raise ValueError(f"{rows} rows of an iteration are not {rules.minibatches} minibatches of units of {size} rows")
+    return replace(rules, prompts=rows // size, responses=size)
 
 
-def unfit_for_pairs(objective: Objective, rules: Rules) -> str:
-    """Why a race cannot run an objective of units; "" if it can."""
-    if objective.layout != PAIR:
-        return f"learns from units {objective.layout}; a race has pairs {PAIR}"
-    if asked := sorted(objective.wants.intersection(heads.NAMES)):
-        return f"trains a {asked[0]} head: it is no objective of a policy"
-    given = {"role", "group", "count", "mask", "seed", "prompt", "logp_old", "entropy_old", "logp_ref"}
-    if lacking := sorted(objective.needs - given):
-        return f"needs {', '.join(lacking)}, which the pairs of a race have not"
-    try:
-        in_pairs(rules)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-class Offline:
-    """Pairs instead of samples: every seed draws its own of the same set, in every iteration; nothing is generated."""
-
-    def __init__(self, arena: Arena, rules: Rules):
-        self.arena, self.sampled, self.idle = arena, 0, 0
-        data = pairs_of(arena.where, rules.flipped)
-        self.size = data.rows // len(PAIR)
-
-        def drawn(which: jax.Array) -> Rollouts:
-            rows = (which[:, None] * len(PAIR) + jnp.arange(len(PAIR))).reshape(-1)
-            batch = take(data, rows, shared_prompt=len(PAIR))
-            return batch.replace(group=jnp.repeat(jnp.arange(len(which)), len(PAIR)))
-
-        self.draw = jax.jit(jax.vmap(drawn))
-
-    def collect(self, state: TrainState, draws: Draws) -> Rollouts:
-        """Scored pairs [S, B, ...], chosen and rejected in turn."""
-        batch = self.draw(draws.prompt % self.size).replace(seed=draws.seed)
-        return self.arena.look(state.params, batch)
-
-    def after(self, state: TrainState, batch: Rollouts) -> None:
-        """As of `jaxpo.training.gathering.Together`."""
-
-
-def pairs_of(where: Surroundings, flipped: float) -> Rollouts:
-    """All training pairs of a race's task, of the race's widths.
+def race_preferences(objective: Objective, where: Surroundings, rules: Rules) -> Preferences:
+    """All training pairs of a race's task in the form that the objective takes, of the race's widths.
 
     Raises:
-      ValueError: the task has no answers, or one that is too long."""
-    data = verified_pairs(where.task, flipped=flipped)
+      ValueError: the task has no answers, or what `race_form` refuses."""
+    form = race_form(objective, rules)
+    data = verified_pairs(where.task, flipped=rules.flipped)
     width = dict(prompt_width=where.train.tokens.shape[1], width=where.max_new_tokens)
+    rows = as_kind(data.train, data.kind, form.kind)
     # A wrong answer may be a little longer than any right one: such a pair is left out.
-    encoded, _ = encode(data.train, where.tokenizer, roles=PAIR, bad="drop", **width)
-    return jax.tree.map(jnp.asarray, units(encoded, PAIR, **width, pad_id=where.tokenizer.pad_id))
+    train, _ = encode(rows, where.tokenizer, roles=form.given, numbers=form.numbers, bad="drop", **width)
+    return Preferences(form, train, [], **width, pad_id=where.tokenizer.pad_id, report=data.report)

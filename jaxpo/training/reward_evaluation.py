@@ -12,7 +12,7 @@ import numpy as np
 from jaxpo.parallel.distributed import to_host
 from jaxpo.policy.transformer import Params
 from jaxpo.primitives import preference_diagnostics as diagnostics
-from jaxpo.tasks.preferences import PAIR
+from jaxpo.tasks.records import PAIR
 from jaxpo.training.evaluation import wilson
 from jaxpo.training.judges import of_stats
 from jaxpo.training.pair_evaluation import chunks
@@ -24,14 +24,19 @@ BINS = 10
 
 def stated(workspace: Workspace, params: Params) -> tuple[np.ndarray, np.ndarray]:
     """[N] the model's probability that the chosen answer of a held-out pair beats the rejected one, and what is known
-    of it: pref_prob where the data give it, 1 otherwise."""
-    layout, said = workspace.preferences.form.layout, []
-    w, l = (layout.index(role) for role in PAIR)  # noqa: E741
+    of it: pref_prob where the data give it, 1 otherwise. Of labelled answers the probability of a good label, and the
+    label."""
+    form, said = workspace.preferences.form, []
+    w, l = (form.layout.index(role) for role in PAIR) if form.layout else (0, 0)  # noqa: E741
     for real, batch in chunks(workspace):
         stats = to_host(workspace.opinion(params, as_scored(batch)))
-        wins = of_stats(workspace, stats, (batch.rows // len(layout), len(layout))).wins
-        said.append(wins[: len(real), w, l])
-    outcome = [entry[w].numbers.get("pref_prob", 1.0) for entry in workspace.preferences.test]
+        if form.layout:
+            p = of_stats(workspace, stats, (batch.rows // form.size, form.size)).wins[:, w, l]
+        else:
+            p = 1 / (1 + np.exp(-np.asarray(stats.score, np.float64)))
+        said.append(p[: len(real)])
+    known, default = ("pref_prob", 1.0) if form.layout else ("label", None)
+    outcome = [entry[w].numbers.get(known, default) for entry in workspace.preferences.test]
     return np.concatenate(said), np.asarray(outcome, np.float64)
 
 

@@ -270,7 +270,7 @@ def closing_table(
         raise ValueError(f"rows: {tuple(wrong[0])} has {len(wrong[0])} cells where {width} are expected")
     table = Table(title=title, title_justify="left", title_style="bold", show_header=bool(columns))
     for index in range(width):
-        table.add_column(columns[index] if columns else "", justify="right" if index else "left")
+        table.add_column(columns[index] if columns else "", justify="right" if index else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     Console(file=file).print(table)

@@ -18,18 +18,19 @@ from jaxpo.training.rundir import Progress, RunDirectory
 from jaxpo.training.workspace import Workspace
 
 
-def demonstrations(workspace: Workspace, indices: np.ndarray) -> Rollouts:
-    """Demonstrations of training examples: their prompts, and answers that end with the first EOS id.
+def demonstrations(workspace: Workspace, indices: np.ndarray, drop_last: float = 0.0) -> Rollouts:
+    """Demonstrations of training examples: their prompts, and answers that end with the first EOS id; of a share
+    ``drop_last`` of them the last character is missing.
 
     Raises:
       ValueError: the task has no answers, or one is longer than ``sampling.max_new_tokens``.
     """
     config, prompts, tokenizer = workspace.config, workspace.train, workspace.tokenizer
     if workspace.task.demonstrate is None:
-        raise ValueError(f"config.warm_start.steps: task {workspace.task.name} has no answers to demonstrate")
+        raise ValueError(f"config.task.name: {workspace.task.name} has no answers to demonstrate")
     demonstrate = workspace.task.demonstrate
-    if config.warm_start.drop_last:
-        demonstrate = imperfect(demonstrate, config.warm_start.drop_last, config.seed)
+    if drop_last:
+        demonstrate = imperfect(demonstrate, drop_last, config.seed)
     answers = [[*tokenizer.encode(demonstrate(prompts.examples[i])), tokenizer.eos_ids[0]] for i in indices]
     longest = max(map(len, answers))
     if longest > config.sampling.max_new_tokens:
@@ -61,7 +62,9 @@ def warm_start(
     options = dict(base=workspace.base, microbatches=slices, name="supervised update", report=report)
     step = make_step(workspace.config, objective, apply, optimizer, mesh, **options)
     state = init_state(params, optimizer, objective, mesh)
-    data, memory = objective.prepare(demonstrations(workspace, np.arange(len(workspace.train))), state.objective)
+    data, memory = objective.prepare(
+        demonstrations(workspace, np.arange(len(workspace.train)), config.drop_last), state.objective
+    )
     data, state = workspace.put_whole(data), state.replace(objective=place(memory, replicated(mesh)))
     rng, tokens, start = np.random.default_rng((workspace.config.seed, 1)), 0.0, time.perf_counter()
     with Progress(

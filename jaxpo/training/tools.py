@@ -22,6 +22,7 @@ from jaxpo.training.judges import make_judge
 from jaxpo.training.needs import must_score, slots_of
 from jaxpo.training.protocols import Run, Tools, Verdict, advance
 from jaxpo.training.protocols.base import in_batches
+from jaxpo.training.supervised import demonstrations
 from jaxpo.training.workspace import Workspace, judge
 
 
@@ -175,6 +176,7 @@ def make_tools(workspace: Workspace, clock: Clock, notes: dict[str, float], say:
         draw_units=draw_units,
         judge=judged,
         objective=workspace.objective,
+        demonstrations=lambda indices: demonstrations(workspace, indices).replace(prompt=indices),
     )
 
 

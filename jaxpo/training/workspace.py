@@ -27,13 +27,15 @@ from jaxpo.policy.transformer import Model, Params
 from jaxpo.rollout import SamplingOptions
 from jaxpo.rollout.stopping import stop_table
 from jaxpo.tasks import Example, Task, build
-from jaxpo.tasks.preferences import PreferenceSet, Row
+from jaxpo.tasks.preferences import PreferenceSet
+from jaxpo.tasks.records import Row
 from jaxpo.tasks.tokenizers import CharTokenizer, IntegerTokenizer, PretrainedTokenizer, Tokenizer, question_of
 from jaxpo.training import checks, companions, preference_units
 from jaxpo.training import config as config_lib
 from jaxpo.training.compiled import Compiled
 from jaxpo.training.functions import TrainState, compile_functions, init_state, optimizer_of, several
 from jaxpo.training.needs import heads_of, slots_of
+from jaxpo.training.preference_units import templates_of
 from jaxpo.training.trained import lora_scale, random_params
 
 BLANK = [Example(0, "", None, {})]
@@ -164,8 +166,10 @@ def prepare_process(cache: str | None) -> None:
 
 
 def texts_of(row: Row) -> list[str]:
-    """The texts of a row's answers, with those of tool calls after them."""
-    return [text for answer in row.answers for text in (answer.text, *(part for _, part in answer.trace))]
+    """The texts of a row: of its prompts, its answers, and the tool calls after them."""
+    prompts = [row.prompt, *(answer.prompt for answer in row.answers if answer.prompt)]
+    answers = [text for answer in row.answers for text in (answer.text, *(part for _, part in answer.trace))]
+    return [*map(question_of, prompts), *answers]
 
 
 def make_tokenizer(config: ConfigDict, task: Task, data: PreferenceSet | None = None) -> Tokenizer:
@@ -174,7 +178,8 @@ def make_tokenizer(config: ConfigDict, task: Task, data: PreferenceSet | None = 
         case "characters":
             texts = [text for e in (*task.train, *task.test) for text in (question_of(e.question), e.answer or "")]
             rows = [] if data is None else [*data.train, *data.test]
-            texts += [text for row in rows for text in (question_of(row.prompt), *texts_of(row))]
+            texts += [text for row in rows for text in texts_of(row)]
+            texts += [] if data is None else templates_of(config_lib.objective_of(config), data).values()
             return CharTokenizer.from_texts(texts)
         case "integers":
             return IntegerTokenizer(config.tokenizer.base)
@@ -265,7 +270,9 @@ def setup(
         )
     width = limit or max(map(len, [*train_ids, *test_ids]))
     dropped = len(task.train) - len(train) + min(len(task.test), config.evaluation.prompts) - len(test)
-    pairs = None if data is None else preference_units.encoded(config, objective, data, tokenizer)
+    pairs = None
+    if data is not None:
+        pairs = preference_units.encoded(config, objective, data, tokenizer, protocol.judges)
     model = transformer.build(config_lib.transformer_of(config, tokenizer.vocab_size), several(mesh))
     unused = unused_ids(model, tokenizer)
     base = hf.load(hf.open_source(config.policy.path), model.config, mesh) if config.lora.rank else None

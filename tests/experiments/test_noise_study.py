@@ -1,17 +1,21 @@
-"""The noise study, and pairs in a race."""
+"""The noise study, and preferences in a race."""
 
 import json
+from dataclasses import replace
 
+import chex
 import jax
 import numpy as np
 import pytest
 
 from experiments import noise_study
+from jaxpo.batch import Rollouts
 from jaxpo.objectives import make
 from jaxpo.training import race as racing
-from jaxpo.training.arena import Rules, survey
-from jaxpo.training.race import select
-from jaxpo.training.race_pairs import in_pairs, pairs_of
+from jaxpo.training.arena import Rules, build_arena, draws, survey
+from jaxpo.training.gathering import ByProtocol, one, protocol_of
+from jaxpo.training.race import make_update, select, start_state
+from jaxpo.training.race_pairs import in_units, race_preferences
 
 TINY = dict(
     task="toy(digits=2, train_size=40, test_size=10)",
@@ -32,23 +36,46 @@ def test_who_races_on_pairs_and_who_does_not():
     rules = Rules(**TINY)
     racing, left_out = select("all", rules, 5)
     labels = {c.label for c in racing}
-    assert labels >= {"grpo", "dpo", "ipo", "rdpo", "simpo", "orpo", "cpo", "slic_hinge", "rpo", "rso"}
-    assert "trains a score head" in left_out["bradley_terry_rm"]
+    assert labels >= {"grpo", "dpo", "ipo", "rdpo", "simpo", "orpo", "cpo", "slic_hinge", "rpo", "rso", "kto"}
     assert labels >= {"online_ipo", "nash_md", "nash_ema", "ipo_md", "sppo", "inpo"}  # by the verifier as a judge
-    assert "a race has pairs" in left_out["srpo"] and "goes back to earlier weights" in left_out["egpo"]
-    assert "reads preference data" in left_out["seppo"] or "goes back" in left_out["seppo"]
-    with pytest.raises(ValueError, match="5 rows of an iteration are not 1 minibatches of pairs"):
-        in_pairs(Rules(**{**TINY, "prompts": 5, "responses": 1, "minibatches": 1}))
+    assert labels >= {"seppo", "hypo"}  # pairs, and samples of the policy or of its past
+    assert "trains a score head" in left_out["bradley_terry_rm"]
+    assert "a race has pairs" in left_out["srpo"] and "a race has pairs" in left_out["rationale_dpo"]
+    assert "config.steps must be a multiple of 8" in left_out["nash_mp"]
+    with pytest.raises(ValueError, match="5 rows of an iteration are not 1 minibatches of units of 2 rows"):
+        in_units(Rules(**{**TINY, "prompts": 5, "responses": 1, "minibatches": 1}), 2)
     with pytest.raises(ValueError, match="flipped is a share"):
         Rules(flipped=1.5)
 
 
+@pytest.mark.parametrize(
+    "protocol, message",
+    [
+        ("jugded", "did you mean 'judged'"),
+        ("judged(pair='random')", "did you mean 'pairs'"),
+        ("judged,rso", "has one"),
+        ("nash_md(mixture=0.5)", "set by the objective's own mixture"),
+    ],
+)
+def test_another_protocol_is_named_with_its_arguments(protocol, message):
+    name = "nash_md" if "nash" in protocol else "dpo"
+    with pytest.raises(ValueError, match=message):
+        select(f'{name}(protocol="{protocol}")', Rules(**TINY), 5)
+    [contender], _ = select("""dpo(protocol="judged(pairs='adjacent')")""", Rules(**TINY), 5)
+    assert contender.objective.protocol_options == {"pairs": "adjacent"}
+
+
 def test_as_many_rows_in_pairs_of_which_a_share_is_labelled_wrong():
     rules = Rules(**TINY)
-    paired = in_pairs(rules)
+    paired = in_units(rules, 2)
     assert paired.prompts * paired.responses == rules.prompts * rules.responses and paired.responses == 2
     where = survey(rules)
-    clean, noisy = (jax.tree.map(np.asarray, pairs_of(where, share)) for share in (0.0, 0.25))
+
+    def units(name: str, share: float) -> Rollouts:
+        data = race_preferences(make(name), where, replace(rules, flipped=share))
+        return data.units(range(len(data.train)), (0, 0))
+
+    clean, noisy = (units("dpo", share) for share in (0.0, 0.25))
     assert clean.layout == ("chosen", "rejected") and clean.shared_prompt == 2
     chosen, rejected = clean.unit(clean.completions).swapaxes(0, 1)
     texts = [where.tokenizer.decode(row[m > 0].tolist()) for row, m in zip(chosen, clean.mask[::2], strict=True)]
@@ -56,6 +83,8 @@ def test_as_many_rows_in_pairs_of_which_a_share_is_labelled_wrong():
     assert all(s.correct for s in scored)
     exchanged = (noisy.unit(noisy.completions)[:, 0] == rejected).all(1) & (chosen != rejected).any(1)
     assert exchanged.sum() == round(0.25 * len(texts)) > 5
+    labels = units("kto", 0.0)
+    assert labels.extras["label"].tolist()[:4] == [1, 0, 0, 0]  # each answer, then one that is another prompt's
 
 
 def test_methods_are_told_the_share():
@@ -81,10 +110,55 @@ def test_study(tmp_path):
 
 @pytest.mark.slow
 def test_who_is_judged_samples_and_learns_from_its_own_answers():
-    results = racing.race("dpo(protocol='judged'),online_ipo,ipo_md,nash_md,nash_ema,sppo", **TINY)
-    assert len(results.objectives) == 6 and not results.left_out
+    results = racing.race("dpo(protocol='judged'),online_ipo,ipo_md,nash_md,nash_ema,sppo,inpo,dno,gpo", **TINY)
+    assert len(results.objectives) == 9 and not results.left_out
     for result in results.objectives.values():
         assert result["sampled"] >= 16 and result["skipped"] == 0 and np.shape(result["curve"]) == (2, 2)
+
+
+MOVING = {  # completions of a seed in an iteration
+    "kto": 0,
+    "dpo(protocol='apo_accelerated(iterations=2)')": 0,
+    "seppo": 8,
+    "hypo": 8,
+    "egpo": 32,
+    "nash_mp(protocol='nash_mp(stage=2)')": 32,
+}
+
+
+@pytest.mark.slow
+def test_protocols_that_move_the_weights_do_so_in_a_race():
+    results = racing.race(",".join(MOVING), **{**TINY, "steps": 4, "learning_rate": 1e-3})
+    assert {label: r["sampled"] for label, r in results.objectives.items()} == MOVING and not results.left_out
+
+
+def test_half_steps_start_where_the_whole_step_does():
+    """EGPO in a race: the second iteration of two samples with the half step, and steps from before it."""
+    rules = Rules(**{**TINY, "seeds": 1, "warm_start": 0})
+    objective, arena = make("egpo"), build_arena(rules)
+    protocol = protocol_of(objective)
+    state = start_state(objective, arena, rules)
+    gather = ByProtocol(objective, protocol, arena, rules, state)
+    first, _ = gather.collect(state, None)
+    half = first.replace(params=jax.tree.map(lambda x: x + 1, first.params))
+    assert gather.after(half, None, None) is not None
+    second, batch = gather.collect(half, None)
+    chex.assert_trees_all_equal(second.params, state.params)
+    assert not np.allclose(batch.logp_beh, 0)
+
+
+def test_an_average_of_weights_moves_with_every_optimizer_step():
+    rules = Rules(**{**TINY, "seeds": 1, "warm_start": 0, "learning_rate": 0.1})
+    objective, arena = make("nash_ema", b=0.5), build_arena(rules)
+    state = start_state(objective, arena, rules)
+    gather = ByProtocol(objective, protocol_of(objective), arena, rules, state)
+    state, batch = gather.collect(state, None)
+    after, _, path = make_update(objective, arena, rules, gather.watchful)(state, batch, draws(rules, 40, 0).rows)
+    gather.after(after, batch, path)
+    first, last = (jax.tree.map(lambda x, i=i: x[0, i], path) for i in range(2))
+    expected = jax.tree.map(lambda a, b, c: a / 4 + b / 4 + c / 2, one(state.params, 0), first, last)
+    chex.assert_trees_all_close(gather.runs[0].slots["ema"], expected, atol=1e-6)
+    chex.assert_trees_all_close(one(after.params, 0), last)
 
 
 @pytest.mark.slow

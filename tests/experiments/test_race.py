@@ -82,7 +82,6 @@ def test_an_objective_of_the_users_own_and_the_same_numbers_again(first):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_seeds_of_a_race_are_what_one_seed_gives(first):
     """``vmap`` over seeds changes nothing: seed 0 of two is the only seed of one."""
     alone = race("grpo", **{**TINY, "seeds": 1})
@@ -102,9 +101,10 @@ def test_rewards_by_a_verifier_on_the_host(capsys):
 
 def test_as_many_completions_in_the_shape_that_a_protocol_accepts():
     rules = Rules(**TINY)
-    protocol = protocol_of(make("spo_single_stream"))
-    assert (shape(protocol, rules).prompts, shape(protocol, rules).responses) == (16, 1)
-    assert shape(protocol_of(make("dapo")), rules) == rules
+    single, dapo = make("spo_single_stream"), make("dapo")
+    alone = shape(single, protocol_of(single), rules)
+    assert (alone.prompts, alone.responses) == (16, 1)
+    assert shape(dapo, protocol_of(dapo), rules) == rules
     assert protocol_of(make("grpo")) is protocol_of(make("ppo_outer_loop")) is None  # plain sampling
     with pytest.raises(ValueError, match="'replay' trains on earlier batches"):
         protocol_of(make("r2vpo")._replace(protocol="replay"))

@@ -191,6 +191,25 @@ def test_runs_on_preferences(kind):
     assert operations.count(run.steps[-1].trace().jaxpr) > 0
 
 
+OF_ROWS = {  # rows a prompt, numbers and weights of tokens
+    "opa_dpo": ({}, 5, {"severity": (8,), "relevance": (8,)}),
+    "preference_orchestrator": ({"heads.gate": 3}, 1, {"rm_scores": (3,)}),
+    "kto": ({"data": {"name": None}}, 8, {"label": ()}),
+}
+
+
+@pytest.mark.parametrize("name", OF_ROWS)
+def test_what_rows_of_preferences_bear(name):
+    changes, rows, fields = OF_ROWS[name]
+    changes = PAIRS | {"objective": {"name": name}, "sampling.max_new_tokens": 8} | changes
+    config, mesh = tiny.config(changes), make_mesh({"data": 1}, jax.devices()[:1])
+    update = planned.trace_run(config, mesh, planned.data_of(config)).steps[-1]
+    batch = update.arguments[1]
+    assert batch.rows == rows * config.rollout.prompts
+    assert fields.items() <= {k: x.shape[1:] for k, x in {**batch.extras, **batch.token_extras}.items()}.items()
+    assert operations.count(update.trace().jaxpr) > 0
+
+
 def test_a_step_planned_on_the_devices_that_there_are(run):
     config, mesh, of_run = run
     scoring = of_run.steps[1]

@@ -16,7 +16,8 @@ import pytest
 from tests.oracles.preference import Batch
 from tests.oracles.preference_cases import evaluate, make_batch
 
-pytestmark = pytest.mark.parity
+# The notice that trl.experimental may change, which its first import would raise.
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")]
 
 PAIR = ("chosen", "rejected")
 
@@ -165,6 +166,7 @@ def sums(logp, batch: Batch, average: bool):
             dict(beta=2.5, gamma=1.375, eps=0.1),
             dict(beta=2.5, loss_type="simpo", simpo_gamma=1.375, label_smoothing=0.1),
         ),
+        ("slic_hinge", dict(delta=1.0, lam=0.0), dict(beta=1.0, loss_type="hinge", label_smoothing=0.0)),
     ],
 )
 def test_cpo_trainer(name, ours, theirs):

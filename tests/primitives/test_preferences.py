@@ -152,8 +152,13 @@ def test_win_matrix():
 
 
 def test_graded_pairs():
-    pairs = data.graded_pairs(jnp.array([6.0, 5.0, 4.0, 3.0]), jnp.array([True, False, False, False]))
+    scores, teacher = jnp.array([6.0, 5.0, 4.0, 3.0]), jnp.array([True, False, False, False])
+    pairs = data.graded_pairs(scores, teacher)
     assert pairs.tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
+    options = dict(positive=4.0, teacher_gap=3.0, own_gap=2.0)
+    pairs = data.graded_pairs(scores, teacher, jnp.array([False, True, False, False]), **options)
+    # The second repeats itself: rejected against all that are good enough, and never chosen.
+    assert pairs.tolist() == [[0, 1, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
 
 
 def test_weights_of_edits():

@@ -8,7 +8,8 @@ import pytest
 
 from jaxpo.batch import ROLES
 from jaxpo.tasks import build as build_task
-from jaxpo.tasks.preferences import build, datasets, jsonl, row_of
+from jaxpo.tasks.preferences import build, datasets, jsonl
+from jaxpo.tasks.records import row_of
 from jaxpo.tasks.tokenizers import CharTokenizer
 from jaxpo.tasks.units import as_kind, encode, units
 
@@ -230,7 +231,7 @@ def test_units_of_ragged_scored_answers_are_filled_with_rows_that_do_not_count()
 
 def test_revisions_hold_a_draft_in_the_prompt():
     layout = ("chosen", "rejected", "chosen_given_rejected")
-    encoded, _ = encode(pairs(1), TOKENIZER, roles=layout, revision="{prompt} {draft}")
+    encoded, _ = encode(pairs(1), TOKENIZER, roles=layout, templates={"draft_prompt": "{prompt} {draft}"})
     batch = units(encoded, layout)
     assert [TOKENIZER.decode(t) for t in batch.tokens] == ["a\nc", "a\nd", "a d\nc"] and batch.shared_prompt == 1
 
@@ -258,3 +259,96 @@ def test_answers_that_are_equal_as_tokens_and_foreign_characters():
     with pytest.raises(ValueError, match="missing|no answer 'rationale'"):
         encode(pairs(1), TOKENIZER, roles=("chosen", "rationale"))
     assert np.isfinite(units(encode(pairs(), TOKENIZER)[0], ("chosen", "rejected")).mask).all()
+
+
+# ---- an expert's edits, lists of numbers, prompts that hold answers
+
+EDIT = {
+    **{"prompt": "where", "truth": "in rome", "revised": "it is in rome", "original": "it is in oslo"},
+    **{"corrupted_prompt": "whe", "severity": {"revised": [["rome", 2.5]], "original": [["is", 1.5], ["oslo", 2]]}},
+    "relevance_revised": [["it", 3]],
+}
+EDITED = ("truth", "revised", "original", "truth_corrupted", "revised_corrupted")
+
+
+def test_edits_are_five_answers_whose_tokens_weigh_what_their_spans_do(tmp_path):
+    data = jsonl(write(tmp_path / "e", [EDIT]))
+    assert data.kind == "edited" and [a.role for a in data.train[0].answers] == list(EDITED)
+    encoded, _ = encode(data.train, TOKENIZER, roles=EDITED, weights=("severity", "relevance"))
+    batch = units(encoded, EDITED, weights=("severity", "relevance"), width=16)
+    texts = [TOKENIZER.decode(t) for t in batch.tokens]
+    assert texts[3] == "whe\nin rome" and batch.shared_prompt == 1
+    severity, relevance = batch.token_extras["severity"], batch.token_extras["relevance"]
+    assert severity[0].tolist() == [1] * 8 + [0] * 8  # the truth, its end, and nothing
+    assert severity[1].tolist() == severity[4].tolist() == [1] * 9 + [2.5] * 4 + [1] + [0] * 2
+    assert severity[2].tolist() == [1] * 3 + [1.5] * 2 + [1] * 4 + [2] * 4 + [1] + [0] * 2
+    assert relevance[1].tolist() == [3] * 2 + [1] * 12 + [0] * 2
+    pair = as_kind(data.train, "edited", "pair")[0]
+    assert [(a.role, a.text) for a in pair.answers] == [("chosen", "in rome"), ("rejected", "it is in oslo")]
+    with pytest.raises(ValueError, match="needs the fields truth, revised, original, corrupted_prompt"):
+        as_kind([pair], "pair", "edited")
+
+
+class Words:
+    """A tokenizer whose tokens are words with the space before them, the first one too."""
+
+    vocab_size, pad_id, eos_ids = 9, 0, (0,)
+    words = ("", " é", " in", " ro", "me", " it", " is", " q", " x")
+
+    def encode(self, text):
+        out, left = [], " " + text
+        while left:
+            token = max((w for w in self.words if w and left.startswith(w)), key=len)
+            out, left = [*out, self.words.index(token)], left[len(token) :]
+        return out
+
+    def token_bytes(self):
+        return [w.encode() for w in self.words]
+
+    def render(self, question):
+        return "q"
+
+
+def test_a_token_that_shares_a_byte_with_a_span_has_its_weight():
+    record = EDIT | {"revised": "é in rome", "relevance_revised": [["é", 3], ["n r", 2], ["m", 4]]}
+    record |= {"truth": "it is", "original": "it x", "severity": {}}
+    rows = [row_of(record, {})]
+    encoded, _ = encode(rows, Words(), roles=EDITED, weights=("relevance",))
+    assert encoded[0][1].weights["relevance"].tolist() == [3, 2, 2, 4, 1]
+
+
+BAD_EDITS = {
+    "no_such_span": {"severity": {"revised": [["rome", 2], ["it", 2]]}},  # not in this order
+    "wrong_type": {"severity": {"revized": []}},
+    "out_of_range": {"severity_revised": [["it", -1]], "severity": {}},
+    "missing_field": {"corrupted_prompt": None},
+    "equal_answers": {"truth": EDIT["original"]},
+}
+
+
+@pytest.mark.parametrize("reason", BAD_EDITS)
+def test_bad_edits(tmp_path, reason):
+    path = write(tmp_path / "e.jsonl", [EDIT, EDIT | BAD_EDITS[reason]])
+    with pytest.raises(ValueError, match=r"e\.jsonl:2: .*bad='drop'"):
+        jsonl(path)
+    assert jsonl(path, bad="drop").report[f"data/dropped/{reason}"] == 1
+
+
+def test_lists_of_numbers_are_the_preferred_answers(tmp_path):
+    data = jsonl(write(tmp_path / "p", [PAIR_ROW | {"rm_scores": [1, -0.5]}]))
+    options = dict(roles=("chosen",), numbers=("rm_scores",))
+    encoded, _ = encode(data.train, TOKENIZER, sizes={"rm_scores": 2}, **options)
+    assert units(encoded, ("chosen",), ("rm_scores",)).extras["rm_scores"].tolist() == [[1, -0.5]]
+    with pytest.raises(ValueError, match=r"p:1: 2 rm_scores of the chosen answer; config.heads.gate"):
+        encode(data.train, TOKENIZER, sizes={"rm_scores": 3}, **options)
+    with pytest.raises(ValueError, match="'rm_scores' must be a list of numbers"):
+        jsonl(write(tmp_path / "q", [PAIR_ROW | {"rm_scores": 2}]))
+
+
+def test_prompts_that_hold_answers(tmp_path):
+    rows = [PAIR_ROW | {"rationale": "b"}, PAIR_ROW | {"rationale": {"prompt": "", "completion": "c"}}]
+    data = jsonl(write(tmp_path / "p", rows), rationale_prompt="{rejected} {prompt} {chosen} {other}")
+    encoded, _ = encode(data.train, TOKENIZER, roles=("rationale",), templates=data.templates)
+    assert [TOKENIZER.decode(t.prompt) for (t,) in encoded] == ["up up down {other}\n", "\n"]
+    with pytest.raises(ValueError, match=r"draft_prompt 'better' does not say where \{draft\} goes"):
+        jsonl(tmp_path / "p", draft_prompt="better")

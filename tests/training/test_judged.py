@@ -11,7 +11,17 @@ from jaxpo.batch import Rollouts, role_id
 from jaxpo.objectives import make
 from jaxpo.tasks import Example, Score
 from jaxpo.training import judges
-from jaxpo.training.protocols.judged import answer_fields, arranged, ordered, pick, rso_sampler
+from jaxpo.training.protocols.judged import (
+    answer_fields,
+    arranged,
+    judged,
+    labels,
+    ordered,
+    pick,
+    rso,
+    rso_sampler,
+    with_labels,
+)
 from jaxpo.training.protocols.preference_data import with_samples, without_equal_pairs
 from tests.training.fake_tools import fake
 
@@ -159,6 +169,43 @@ def test_what_is_said_of_an_answer():
     assert soft["pref_score"][0].tolist() == pytest.approx([-1, 1], abs=1e-5)  # GPO: mean score over the samples
     single = arranged(make("nash_md"), answers(2), VERDICT, None)
     assert single.extras["pref_opp"].tolist() == [0, 1, 0.5, 0.5] and single.layout == () and single.shared_prompt == 2
+
+
+def test_labels_of_the_policys_own_answers():
+    good, known = labels(VERDICT, 4)
+    assert good.tolist() == [[False, True, False, False], [False] * 4]
+    assert known.tolist() == [[True, True, False, False], [False] * 4]  # 1/2: as good as the others
+    good, known = labels(VERDICT, 4, threshold=0.5)
+    assert good.tolist() == [[False, True, True, True], [True] * 4] and known.all()
+
+
+def test_labelled_answers_beside_those_of_another_prompt():
+    own = answers().replace(
+        group=np.repeat(np.arange(2, dtype=np.int32), 4),
+        prompt=np.repeat(np.array([7, 9], np.int32), 4),
+        seed=np.arange(8, dtype=np.uint32),
+    )
+    good, known = labels(VERDICT, 4)
+    batch = with_labels(own, good, known, mismatched=True)
+    assert batch.rows == 16 and batch.shared_prompt == 8 and batch.role.tolist() == [0, role_id("kl")] * 8
+    assert batch.prompt.tolist() == [7] * 8 + [9] * 8 and (batch.count[1::2] == 1).all()
+    assert batch.extras["label"][::2].tolist() == good.reshape(-1).tolist() and not batch.extras["label"][1::2].any()
+    assert batch.count[::2].tolist() == known.reshape(-1).tolist()
+    assert batch.tokens[::2].tolist() == own.tokens.tolist()
+    mismatched = batch.tokens[1::2]
+    assert mismatched[:, 0].tolist() == own.tokens[:, 0].tolist()  # this prompt ...
+    assert mismatched[:4, 1:].tolist() == own.tokens[4:, 1:].tolist()  # ... the other prompt's answer
+    assert with_labels(own, good, known, mismatched=False).rows == 8
+
+
+def test_who_gets_pairs_and_labels_of_a_judge():
+    assert judged().rows(make("kto"), 4) == 8 and judged().rows(make("dpo"), 4) == 2
+    with pytest.raises(ValueError, match="label_threshold has no effect"):
+        judged(label_threshold=0.5).rows(make("dpo"), 4)
+    with pytest.raises(ValueError, match="a judge does not make"):
+        judged().rows(make("rationale_dpo"), 4)
+    with pytest.raises(ValueError, match="makes pairs"):
+        rso().rows(make("kto"), 4)
 
 
 def test_rejection_sampling_of_the_best_and_of_the_first():

@@ -128,7 +128,7 @@ def data_of(config):
     """What a run trains and evaluates on, as far as it is settled before anything is computed."""
     w = setup(config)
     order = prompt_order(config.seed, 0, config.rollout.prompts, len(w.train))
-    shown = demonstrations(w, np.arange(len(w.train)))
+    shown = demonstrations(w, np.arange(len(w.train)), config.warm_start.drop_last)
     scores = w.task.score(w.test.examples[:2], [w.test.examples[0].answer, w.test.examples[1].answer[:1]])
     return (
         [x.tolist() for x in (order, w.train.tokens, w.test.tokens, shown.tokens, shown.mask)],

@@ -119,7 +119,12 @@ def test_files_without_a_task(tmp_path):
     assert workspace.task.demonstrate(workspace.task.train[0]) in {r["chosen"] for r in rows}
     with pytest.raises(ValueError, match="config.judge.name"):
         setup(tiny.config(QUICK | files | {"objective": {"name": "online_ipo"}}))
-    with pytest.raises(ValueError, match="needs relevance, severity"):
+    by = {"judge": {"name": "function", "path": "jaxpo.tasks.traces:reverser"}, "objective": {"name": "online_ipo"}}
+    online = setup(
+        tiny.config(QUICK | files | by)
+    )  # the judge says what the objective asks: the prompts alone are read
+    assert online.preferences is None and len(online.train) == 9
+    with pytest.raises(ValueError, match="data are 'pair' rows, and this objective needs the fields truth"):
         setup(tiny.config(QUICK | files | {"objective": {"name": "opa_dpo"}, "protocol": {"name": "preference_data"}}))
     with pytest.raises(ValueError, match="has no 'win'"):
         setup(tiny.config(QUICK | files | {"objective": {"name": "sppo"}}))
@@ -131,6 +136,10 @@ REFUSED = [
     (DPO | {"judge": {"name": "verifer"}}, "did you mean 'verifier'"),
     (DPO | {"data": {"name": "task", "fliped": 0.1}}, "did you mean 'flipped'"),
     (DPO | {"data": {"name": "taks"}}, "did you mean 'task'"),
+    (DPO | {"data": {"name": "task", "draft_prompt": "{draft}"}}, "draft_prompt has no effect"),
+    ({"objective": {"name": "kto"}, "rollout.prompts": 1, "training.minibatches": 1}, "prompts must be at least 2"),
+    ({"objective": {"name": "rationale_dpo"}}, "which a judge does not make"),
+    ({"objective": {"name": "dno"}, "protocol": {"name": "dno_prct"}}, "is a grade from 1 to 6"),
     (DPO | {"training.microbatches": 8}, "would cut units of 2 rows"),
     (DPO | {"soup.of": ("a",)}, "config.soup.of"),
     (DPO | {"sampling.max_new_tokens": 2}, "sampling.max_new_tokens, the limit, is 2"),

@@ -1,6 +1,15 @@
 """How data is gathered: host-side hooks around the jitted functions (`jaxpo.objectives.Protocol`)."""
 
-from jaxpo.training.protocols import iterates, judged, outer_loop, preference_data, replay, segment, single_stream  # noqa: F401 (their registrations)
+from jaxpo.training.protocols import (  # noqa: F401 (their registrations)
+    graded,
+    iterates,
+    judged,
+    outer_loop,
+    preference_data,
+    replay,
+    segment,
+    single_stream,
+)
 from jaxpo.training.protocols.base import (
     NothingLeft,
     Run,

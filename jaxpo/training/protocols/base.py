@@ -69,6 +69,7 @@ class Tools(NamedTuple):
     draw_units(run, n) -> (run, places of the next n units of the data).
     judge(*columns) -> what ``config.judge`` says of answers to the same prompts, of one or several generated batches.
     objective: what is trained.
+    demonstrations(indices) -> the task's own answers to these training prompts (NumPy), one each.
     """
 
     prompts: int
@@ -91,6 +92,7 @@ class Tools(NamedTuple):
     draw_units: Callable[[Run, int], tuple[Run, np.ndarray]] | None = None
     judge: Callable[..., Verdict] | None = None
     objective: Objective | None = None
+    demonstrations: Callable[[np.ndarray], Rollouts] | None = None
 
 
 def advance(run: Run, **changes: Any) -> Run:

@@ -13,8 +13,9 @@ from jaxpo.parallel.distributed import to_host
 from jaxpo.primitives import preference_data as rules
 from jaxpo.primitives.advantages import choice
 from jaxpo.registry import register
-from jaxpo.tasks.preferences import NUMBERS, PAIR
-from jaxpo.training.protocols.base import Run, Tools, Verdict
+from jaxpo.tasks.records import PAIR
+from jaxpo.training.needs import JUDGED, form_of
+from jaxpo.training.protocols.base import Run, Tools, Verdict, stacked
 from jaxpo.training.protocols.preference_data import rounds
 
 RULES = ("best_worst", "random", "adjacent")
@@ -106,6 +107,43 @@ def arranged(objective: Objective, own: Rollouts, verdict: Verdict, chosen: Chos
     )
 
 
+def labels(verdict: Verdict, k: int, threshold: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the first ``k`` answers are good [G, k], and of which that is known: those of a score above the
+    threshold, of all; without one, those that beat the others (the opponent's, if there is one) with a mean probability
+    above 1/2, and an answer that is even with them is neither good nor bad."""
+    if threshold is not None:
+        good = np.asarray(verdict.scores)[:, :k] > threshold
+        return good, np.ones_like(good)
+    p = answer_fields(verdict, k)["pref_opp"]
+    return p > 0.5, p != 0.5
+
+
+def with_labels(own: Rollouts, good: np.ndarray, known: np.ndarray, mismatched: bool) -> Rollouts:
+    """Rows (NumPy) with their labels, of count 0 where that is not known; ``mismatched``: after each row one of role
+    "kl", the previous prompt's answer to this prompt (KTO), which nobody has sampled: ``logp_beh`` is left out."""
+    label, k = good.reshape(-1).astype(np.float32), own.shared_prompt
+    own = own.replace(
+        extras={**own.extras, "label": label}, count=own.count * known.reshape(-1).astype(np.float32), logp_beh=None
+    )
+    if not mismatched:
+        return own
+    other = np.roll(np.arange(own.rows), k)
+    completions = np.asarray(own.tokens)[other, own.prompt_width :]
+    kl = take(own, other).replace(
+        tokens=np.concatenate([np.asarray(own.tokens)[:, : own.prompt_width], completions], 1),
+        prompt_length=own.prompt_length,
+        prompt=own.prompt,
+        group=own.group,
+        seed=own.seed,
+        role=np.full(own.rows, role_id("kl"), np.int32),
+        count=np.ones(own.rows, np.float32),
+        extras={name: np.zeros_like(x) for name, x in own.extras.items()},
+    )
+    both = stacked([own.replace(shared_prompt=1), kl])
+    order = np.stack([np.arange(own.rows), own.rows + np.arange(own.rows)], 1).reshape(-1)
+    return take(both, order, shared_prompt=2 * k)
+
+
 # ---- protocols
 
 
@@ -115,6 +153,7 @@ def compared(
     *,
     pairs: str = "best_worst",
     margin: float = 0.0,
+    threshold: float | None = None,
     keeps: Mapping[str, Mapping[str, Any]] | None = None,
     choose: Callable[[Verdict, int, Array], tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None,
     count: Callable[[int], int] | None = None,
@@ -122,7 +161,7 @@ def compared(
     """K answers to each prompt by ``own``, as many by an ``opponent``; the judge compares them, and rules make rows.
 
     Args:
-      pairs, margin: for objectives of pairs, as of `judged`. keeps: of the protocol.
+      pairs, margin: for objectives of pairs, as of `judged`; threshold: for those of labels. keeps: of the protocol.
       choose: (verdict, K, key) -> (i, j, there): other pairs. count: K -> pairs a prompt, of ``choose``.
     """
     choice("pairs", pairs, RULES)
@@ -142,11 +181,26 @@ def compared(
             chosen = (i, j, there & (i != j)) if soft else ordered(verdict, i, j, margin)
             chosen = (*chosen[:2], chosen[2] & there)
             tools.note("judge/kept", float(chosen[2].mean()))
-        return run, arranged(tools.objective, columns[0], verdict, chosen)
+        batch = arranged(tools.objective, columns[0], verdict, chosen)
+        if "label" not in tools.objective.needs:
+            return run, batch
+        good, known = labels(verdict, k, threshold)
+        tools.note("judge/good", float(good[known].mean()) if known.any() else 0.0)
+        tools.note("judge/kept", float(known.mean()))
+        return run, with_labels(batch, good, known, form_of(tools.objective, k).mismatched)
 
     def rows(objective: Objective, responses: int) -> int:
+        if objective.layout not in ((), PAIR):
+            raise ValueError(
+                f"the objective learns from units {objective.layout}, which a judge does not make of the policy's own "
+                "answers: set config.data.name, and config.protocol.name to preference_data"
+            )
+        if threshold is not None and "label" not in objective.needs:
+            raise ValueError("config.protocol.label_threshold has no effect: the objective reads no labels")
+        if choose and not objective.layout:
+            raise ValueError("this protocol makes pairs, and the objective learns from single answers: choose judged")
         if not objective.layout:
-            return responses
+            return form_of(objective, responses).size * responses if "label" in objective.needs else responses
         each = count(responses) if count else responses // 2 if pairs == "adjacent" else 1
         return len(objective.layout) * each
 
@@ -160,8 +214,9 @@ def compared(
         rows=rows,
         keeps=keeps or {},
         check=check,
-        compiles={"generate": 1} if opponent or own.partner else {},
-        provides=frozenset({*NUMBERS, *(("pref_opp",))}),
+        compiles={"generate": int(opponent is not None or own.partner is not None), "score": 1},
+        provides=JUDGED,
+        judges=True,
     )
 
 
@@ -176,7 +231,11 @@ def sampled(run: Run, tools: Tools, who: Source, indices: np.ndarray, key: Array
 
 @register("protocol", source="online DPO, arXiv:2402.04792; best against worst: arXiv:2310.05344")
 def judged(
-    pairs: str = "best_worst", margin: float = 0.0, prev_every: int | None = None, ref_every: int | None = None
+    pairs: str = "best_worst",
+    margin: float = 0.0,
+    label_threshold: float | None = None,
+    prev_every: int | None = None,
+    ref_every: int | None = None,
 ) -> Protocol:
     """K answers of the policy to each prompt, compared by ``config.judge``.
 
@@ -185,9 +244,11 @@ def judged(
         the third and the fourth, ... Objectives that read pref_prob or win take them in this order, others the better
         one first, if the judge is not even.
       margin: pairs whose scores are at most so far apart do not count.
+      label_threshold: for objectives of labels (KTO): answers of a score above it are good. None: those that beat the
+        other answers to the prompt with a mean probability above 1/2; of even ones nothing is learned.
       prev_every, ref_every: as of `preference_data`.
     """
-    return compared(pairs=pairs, margin=margin, keeps=rounds(prev_every, ref_every))
+    return compared(pairs=pairs, margin=margin, threshold=label_threshold, keeps=rounds(prev_every, ref_every))
 
 
 @register("protocol", source="IPO-MD, arXiv:2403.08635")

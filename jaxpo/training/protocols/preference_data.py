@@ -12,9 +12,9 @@ from jaxpo.objectives import Objective, Protocol
 from jaxpo.policy.transformer import Params
 from jaxpo.primitives.advantages import choice
 from jaxpo.registry import register
-from jaxpo.tasks.preferences import NUMBERS
+from jaxpo.tasks.records import WEIGHTS
 from jaxpo.training.companions import stored
-from jaxpo.training.needs import form_of
+from jaxpo.training.needs import GIVEN, form_of
 from jaxpo.training.protocols.base import Run, Tools, advance, stacked
 
 Keeps = dict[str, Mapping[str, Any]]
@@ -59,9 +59,7 @@ def preference_data(rejected: str = "data", prev_every: int | None = None, ref_e
         return run, with_samples(batch, run, tools, run.state.params, key, ["own"] * len(wanted)) if wanted else batch
 
     keeps = rounds(prev_every, ref_every)
-    return Protocol(
-        collect, rows=rows, keeps=keeps, compiles={"score": 1}, provides=frozenset({*NUMBERS, "label", "segment"})
-    )
+    return Protocol(collect, rows=rows, keeps=keeps, compiles={"score": 1}, provides=GIVEN | {*WEIGHTS, "segment"})
 
 
 @register("protocol", source="SePPO, arXiv:2410.05255")
