@@ -76,7 +76,7 @@ def opinion_of(workspace: Workspace) -> Opinion:
         return partial(verified, workspace.task, judge.scale)
     if judge.name == "function":
         return partial(by_function, judge.path, judge.scale)
-    return by_model(judge.path, judge.scale)
+    return by_model(judge.path, judge.scale, characters(workspace))
 
 
 def of_scores(scores: np.ndarray, scale: float | None) -> Verdict:
@@ -119,9 +119,23 @@ def by_function(path: str, scale: float | None, examples: Sequence[Example], ans
     return of_wins(said)
 
 
-def by_model(path: str, scale: float | None) -> Opinion:
-    """By a trained model: its score head, or its embeddings and gate (general preference model)."""
-    workspace, params, _ = open_finished(path)
+def characters(workspace: Workspace) -> list[str]:
+    """Those that occur in the prompts of a run and in its tokens."""
+    examples = [e for prompts in (workspace.train, workspace.test) for e in prompts.examples]
+    tokens = (workspace.tokenizer.decode([i]) for i in range(workspace.tokenizer.vocab_size))
+    return sorted({c for e in examples for c in question_of(e.question)}.union(*tokens))
+
+
+def by_model(path: str, scale: float | None, characters: Sequence[str] = ()) -> Opinion:
+    """By a trained model: its score head, or its embeddings and gate (general preference model).
+
+    Raises:
+      ValueError: no run directory, not of such a model, or one that cannot read all of these ``characters``.
+    """
+    try:
+        workspace, params, _ = open_finished(path, examples=False)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"config.judge.path: {error}") from None
     if not is_reward_model(workspace.objective):
         raise ValueError(
             f"config.judge.path {path!r} holds no reward or preference model: it has no score or embed head"
@@ -129,6 +143,14 @@ def by_model(path: str, scale: float | None) -> Opinion:
 
     if "segment" in workspace.objective.needs and not workspace.config.trace:
         raise ValueError(f"config.judge.path {path!r}: the model reads tool calls, and its config.trace makes none")
+    for character in characters:
+        try:
+            workspace.tokenizer.encode(character)
+        except ValueError as error:
+            raise ValueError(
+                f"config.judge.path {path!r}: the model cannot read what this run asks or may answer: {error}; train "
+                "it with a tokenizer that has all of its characters"
+            ) from None
 
     def judge(examples: Sequence[Example], answers: Answers) -> Verdict:
         rows = rows_of(workspace, examples, answers)

@@ -440,6 +440,15 @@ def test_the_config_of_every_optimizer_can_be_written(tmp_path, name):
         run.close()
 
 
+def test_a_block_without_a_name():
+    data = ("--config.data.name=jsonl", "--config.data.path=pairs.jsonl", "--config.objective.name=dpo")
+    config = of("--config.task.name=None", "--config.protocol.name=None", *data)
+    assert config.task.to_dict() == {"name": None} and config.protocol.name is None and config.data.path
+    assert config_lib.protocol_name(config, config_lib.objective_of(config)) == "preference_data"
+    with pytest.raises(ValueError, match="config.task.name is None"):
+        of("--config.task.name=None")
+
+
 def test_combinations_of_names_are_valid():
     for objective, optimizer, schedule in itertools.product(names(), ("adamw", "sgd"), SCHEDULES):
         of(
