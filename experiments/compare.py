@@ -19,6 +19,7 @@ from jaxpo.training.rundir import METRICS, closing_table, read_metrics
 
 WINDOW = 10  # values that a last or best reward averages
 COLUMNS = ("run", "reward last", "reward best", "accuracy before", "after", "steps", "wall time")
+PAIRS = ("pairs before", "after")  # where a run has them: the share of held-out pairs that it orders right
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,10 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runs = dict(zip(labels(options.runs), [read_metrics(find(run)) for run in options.runs], strict=True))
     except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
+    pairs = any(len(_present(metrics, "eval/accuracy")) for metrics in runs.values())
+    what = f"rewards are means of {WINDOW} values; accuracy is greedy, on held-out items"
     closing_table(
-        f"rewards are means of {WINDOW} values; accuracy is greedy, on held-out items",
-        [row(label, metrics) for label, metrics in runs.items()],
-        columns=COLUMNS,
+        what + ("; pairs: held-out ones in the right order" if pairs else ""),
+        [row(label, metrics, pairs) for label, metrics in runs.items()],
+        columns=(*COLUMNS[:5], *(PAIRS if pairs else ()), *COLUMNS[5:]),
     )
     plot_curves(runs, out)
     print(f"curves: {out}")
@@ -66,16 +69,17 @@ def labels(directories: Sequence[str]) -> list[str]:
     return ["/".join(part[-length:]) for part in parts]
 
 
-def row(label: str, metrics: dict[str, np.ndarray]) -> tuple[str, ...]:
-    """A run's row of the table; "–" where it has no such metric."""
-    rewards, accuracy = _present(metrics, "reward/mean"), _present(metrics, "eval/greedy")
+def row(label: str, metrics: dict[str, np.ndarray], pairs: bool = False) -> tuple[str, ...]:
+    """A run's row of the table, with the columns of pairs if there are; "–" where it has no such metric."""
+    rewards = _present(metrics, "reward/mean")
+    accuracies = [_present(metrics, name) for name in ("eval/greedy", "eval/accuracy")[: 1 + pairs]]
     width = min(WINDOW, len(rewards))
     means = np.convolve(rewards, np.ones(width) / width, "valid") if width else np.array([math.nan])
-    before, after = (accuracy[0], accuracy[-1]) if len(accuracy) else (math.nan, math.nan)
+    ends = [x for values in accuracies for x in (values[[0, -1]] if len(values) else (math.nan, math.nan))]
     seconds = _present(metrics, "time").max(initial=0)
     return (
         label,
-        *(_text(value) for value in (means[-1], means.max(), before, after)),
+        *(_text(value) for value in (means[-1], means.max(), *ends)),
         str(metrics["step"].max(initial=0)),
         str(timedelta(seconds=int(seconds))),
     )

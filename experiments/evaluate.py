@@ -1,4 +1,5 @@
-"""Greedy accuracy and pass@k with 95% intervals, from any checkpoint of a run.
+"""Greedy accuracy and pass@k with 95% intervals, from any checkpoint of a run; of a reward model, accuracy and
+calibration on held-out pairs.
 
 python -m experiments.evaluate --run=runs/quickstart
 python -m experiments.evaluate --run=runs/quickstart --step=0 --k=1,8,16 --samples=32 --prompts=100
@@ -8,14 +9,23 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxpo.policy.transformer import Params
+    from jaxpo.training.workspace import Workspace
+
+SAMPLING = ("k", "samples", "prompts", "seed")  # flags of what a policy writes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     from jaxpo.training.command_line import parse
 
     try:
+        argv = sys.argv[1:] if argv is None else argv
+        asked = [name for name in SAMPLING if any(arg.startswith(f"--{name}=") for arg in argv)]
         _, flags = parse(
-            sys.argv[1:] if argv is None else argv,
+            argv,
             config_required=False,
             run=("", "run directory (required)"),
             step=(-1, "checkpoint; -1 = the last"),
@@ -32,25 +42,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         ks = tuple(int(k) for k in flags["k"].split(",") if k)
         if flags["json"] and not Path(flags["json"]).absolute().parent.is_dir():
             raise ValueError(f"--json={flags['json']}: there is no such folder")
-        evaluate(
-            flags["run"],
-            None if flags["step"] < 0 else flags["step"],
-            ks,
-            flags["samples"],
-            flags["prompts"],
-            flags["seed"],
-            flags["json"],
-        )
-    except ValueError as error:
+        step = None if flags["step"] < 0 else flags["step"]
+        evaluate(flags["run"], step, ks, flags["samples"], flags["prompts"], flags["seed"], flags["json"], asked)
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
 def evaluate(
-    run: str, step: int | None, ks: tuple[int, ...], samples: int, prompts: int, seed: int, out: str
+    run: str,
+    step: int | None,
+    ks: tuple[int, ...],
+    samples: int,
+    prompts: int,
+    seed: int,
+    out: str,
+    asked: Sequence[str] = (),
 ) -> dict[str, float]:
-    import jax
-
-    from jaxpo.training import evaluation
+    """Print and return the metrics of a policy's answers, or of a reward model's order of held-out pairs."""
+    from jaxpo.training.needs import is_reward_model
     from jaxpo.training.restore import open_finished
     from jaxpo.training.rundir import closing_table
 
@@ -58,25 +67,59 @@ def evaluate(
         {"evaluation.prompts": prompts} if prompts else {}
     )
     workspace, params, step = open_finished(run, step, **changes)
-    metrics, _ = evaluation.greedy(workspace, params, workspace.test)
-    if ks:
-        metrics |= evaluation.sampled(workspace, params, workspace.test, jax.random.key(seed), samples=samples, ks=ks)
-    rows = [
-        (n.removeprefix("eval/"), f"{metrics[n]:.4f}", f"[{metrics[n + '_lo']:.4f}, {metrics[n + '_hi']:.4f}]")
-        for n in ("eval/greedy", *[f"eval/pass@{k}" for k in ks])
-    ]
+    if is_reward_model(workspace.objective):
+        if asked:
+            raise ValueError(f"--{asked[0]} has no effect: {run} holds a reward model, which writes no answers")
+        metrics, names, held = of_pairs(workspace, params)
+    else:
+        metrics, names, held = of_answers(workspace, params, run, ks, samples, seed)
+
+    def interval(name: str) -> str:
+        return f"[{metrics[name + '_lo']:.4f}, {metrics[name + '_hi']:.4f}]" if name + "_lo" in metrics else ""
+
     closing_table(
-        f"{run}, checkpoint {step}, {len(workspace.test)} test prompts, {workspace.task.name}",
-        rows,
+        f"{run}, checkpoint {step}, {held}, {workspace.task.name}",
+        [(name.removeprefix("eval/"), f"{metrics[name]:.4f}", interval(name)) for name in names],
         columns=("", "value", "95% interval"),
     )
-    if metrics["eval/errors"]:
+    if metrics.get("eval/errors"):
         print(
             f"{metrics['eval/errors']:.0f} completions could not be verified (errors of the verifier, counted as wrong)"
         )
     if out:
         Path(out).write_text(json.dumps({"run": run, "step": step, **metrics}, indent=1) + "\n")
     return metrics
+
+
+def of_answers(
+    workspace: "Workspace", params: "Params", run: str, ks: tuple[int, ...], samples: int, seed: int
+) -> tuple[dict[str, float], list[str], str]:
+    """Metrics of a policy's greedy answers and of samples, the names of those to show, and of how many prompts."""
+    import jax
+
+    from jaxpo.training import evaluation
+
+    if workspace.task.score is None:
+        raise ValueError(
+            f"--run={run}: nothing verifies answers to {workspace.task.name}; what held-out pairs say was measured in "
+            f"training: eval/... in {run}/metrics.jsonl"
+        )
+    metrics, _ = evaluation.greedy(workspace, params, workspace.test)
+    if ks:
+        metrics |= evaluation.sampled(workspace, params, workspace.test, jax.random.key(seed), samples=samples, ks=ks)
+    return metrics, ["eval/greedy", *[f"eval/pass@{k}" for k in ks]], f"{len(workspace.test)} test prompts"
+
+
+def of_pairs(workspace: "Workspace", params: "Params") -> tuple[dict[str, float], list[str], str]:
+    """As `of_answers`, of the order in which a reward model puts held-out pairs."""
+    from jaxpo.training.pair_evaluation import how_many, measurable
+    from jaxpo.training.reward_evaluation import calibration, stated
+
+    if not measurable(workspace):
+        raise ValueError(f"{workspace.task.name} has no held-out pairs: train with config.data.test_size")
+    metrics, _ = calibration(*stated(workspace, params))
+    names = ["eval/accuracy", "eval/confidence", "eval/ece", "eval/brier"]
+    return metrics, names, how_many(workspace)
 
 
 if __name__ == "__main__":

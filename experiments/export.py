@@ -32,15 +32,23 @@ def export_run(workdir: str, out: str, step: int | None = None, dtype: str | Non
     """Write checkpoint ``step`` (the last one) of a run to the folder ``out``; adapters are added to their weights.
 
     Raises:
-      ValueError: no such run or checkpoint, or a policy that no known architecture has. FileExistsError: ``out`` is
-        there.
+      ValueError: no such run or checkpoint, a policy that no known architecture has, or a reward model.
+      FileExistsError: ``out`` is there.
     """
     from jaxpo.policy.hf import check_out, export, read_config
     from jaxpo.tasks.tokenizers import for_transformers
+    from jaxpo.training.needs import is_reward_model
     from jaxpo.training.restore import MODEL, open_finished
 
     check_out(out)
-    workspace, params, step = open_finished(workdir, step)
+    workspace, params, step = open_finished(workdir, step, examples=False)
+    if is_reward_model(workspace.objective):
+        raise ValueError(
+            f"--workdir={workdir} holds a reward model, and a folder of Hugging Face has no place for its heads "
+            f"({', '.join(sorted(params['heads']))}): let it judge from its run directory (config.judge.path)"
+        )
+    if "heads" in params:
+        print(f"left out, as no part of what writes answers: the heads {', '.join(sorted(params['heads']))}")
     tokenizer = workspace.tokenizer
     ends = dict(eos_token_id=list(tokenizer.eos_ids), pad_token_id=tokenizer.pad_id)
     pretrained = workspace.config.policy.name == "pretrained"

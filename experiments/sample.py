@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if flags["n"] < 1:
             raise ValueError(f"--n={flags['n']} must be at least 1")
         sample(prompts, **flags)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -41,10 +41,13 @@ def sample(
 
     from jaxpo.rollout.sampling import validate
     from jaxpo.tasks import Example
+    from jaxpo.training.needs import is_reward_model
     from jaxpo.training.restore import open_finished
     from jaxpo.training.workspace import pad_prompts, tokenize
 
-    workspace, params, _ = open_finished(run, None if step < 0 else step)
+    workspace, params, _ = open_finished(run, None if step < 0 else step, examples=False)
+    if is_reward_model(workspace.objective):
+        raise ValueError(f"--run={run} holds a reward model, which judges answers and writes none")
     examples, ids = tokenize([Example(i, p, None, {}) for i, p in enumerate(prompts)], workspace.tokenizer, None)
     batch = pad_prompts(examples, ids, max(map(len, ids)), workspace.tokenizer.pad_id)
     if greedy and n > 1:

@@ -110,7 +110,7 @@ def nash_ema(tau: float = 0.008, kl: str = "sequence", b: float = 0.999) -> Obje
     Shapes: as of `nash_md`; logp, logp_ref [B, T], pref_opp [B].
 
     Args:
-      b: of the average, of the protocol; it moves after every optimizer step (in a race: after every iteration)."""
+      b: of the average, of the protocol; it moves after every optimizer step."""
     return self_play(tau, kl, protocol="nash_ema", protocol_options={"b": b})
 
 

@@ -12,6 +12,8 @@ from ml_collections.config_flags import config_flags
 from jaxpo.registry import unknown
 from jaxpo.training.config import NAMED, OWN, block_of, fill
 
+NAMELESS = ("task.name", "data.name", "protocol.name")  # blocks that may have no name
+
 
 def read(path: str) -> ConfigDict:
     """``get_config()`` of a Python file.
@@ -39,6 +41,16 @@ def _check_paths(config: ConfigDict, overrides: Sequence[str]) -> None:
                 where = ".".join(["config", *path.split(".")[:i]])
                 raise ValueError(unknown(f"field of {where}", part, list(here) if isinstance(here, ConfigDict) else []))
             here = here.get_ref(part).get() if not isinstance(here[part], ConfigDict) else here[part]
+
+
+def _take_none(config: ConfigDict, overrides: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """``--config.task.name=None`` and the like make an empty block, which absl would take for a name; the overrides
+    that are left."""
+    none = [(path, value) for path, value in overrides if path in NAMELESS and value == "None"]
+    for path, _ in none:
+        with config.unlocked():
+            config[path.split(".")[0]] = ConfigDict(dict(name=config_dict.placeholder(str)))
+    return [override for override in overrides if override not in none]
 
 
 def _take_names(config: ConfigDict, overrides: Sequence[tuple[str, str]]) -> None:
@@ -97,10 +109,12 @@ def parse(
             given["config"] = value
     if "config" in given:
         config = read(given["config"])
+        overrides = _take_none(config, overrides)
         _take_names(config, overrides)
         fill(config)
         _check_paths(config, [path for path, _ in overrides])
-        argv = [a for a in argv if not a.startswith("--config=")]
+        argv = [a for a in argv if not a.startswith("--config")]
+        argv += [f"--config.{path}={value}" for path, value in overrides]
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["", *argv])
     elif config_required or overrides:
         raise ValueError("--config=FILE is required, e.g. --config=configs/quickstart.py")

@@ -85,11 +85,11 @@ def opinion_of(workspace: Workspace) -> Opinion:
     if judge.name == "function":
         return partial(by_function, judge.path, judge.scale)
     if judge.name == "models":
-        return by_models(tuple(judge.paths), judge.weights, judge.adapter, judge.scale)
+        return by_models(tuple(judge.paths), judge.weights, judge.adapter, judge.scale, characters(workspace))
     if judge.name == "follow_ups":
         scores = follow_ups.scorer(judge.path, judge.file, judge.between)
         return lambda examples, answers: of_scores(scores(examples, answers), judge.scale)
-    return by_model(judge.path, judge.scale)
+    return by_model(judge.path, judge.scale, characters(workspace))
 
 
 def of_scores(scores: np.ndarray, scale: float | None) -> Verdict:
@@ -132,9 +132,23 @@ def by_function(path: str, scale: float | None, examples: Sequence[Example], ans
     return of_wins(said)
 
 
-def by_model(path: str, scale: float | None) -> Opinion:
-    """By a trained model: its score head, or its embeddings and gate (general preference model)."""
-    workspace, params, _ = open_finished(path)
+def characters(workspace: Workspace) -> list[str]:
+    """Those that occur in the prompts of a run and in its tokens."""
+    examples = [e for prompts in (workspace.train, workspace.test) for e in prompts.examples]
+    tokens = (workspace.tokenizer.decode([i]) for i in range(workspace.tokenizer.vocab_size))
+    return sorted({c for e in examples for c in question_of(e.question)}.union(*tokens))
+
+
+def by_model(path: str, scale: float | None, characters: Sequence[str] = ()) -> Opinion:
+    """By a trained model: its score head, or its embeddings and gate (general preference model).
+
+    Raises:
+      ValueError: no run directory, not of such a model, or one that cannot read all of these ``characters``.
+    """
+    try:
+        workspace, params, _ = open_finished(path, examples=False)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"config.judge.path: {error}") from None
     if not is_reward_model(workspace.objective):
         raise ValueError(
             f"config.judge.path {path!r} holds no reward or preference model: it has no score or embed head"
@@ -142,6 +156,14 @@ def by_model(path: str, scale: float | None) -> Opinion:
 
     if "segment" in workspace.objective.needs and not workspace.config.trace:
         raise ValueError(f"config.judge.path {path!r}: the model reads tool calls, and its config.trace makes none")
+    for character in characters:
+        try:
+            workspace.tokenizer.encode(character)
+        except ValueError as error:
+            raise ValueError(
+                f"config.judge.path {path!r}: the model cannot read what this run asks or may answer: {error}; train "
+                "it with a tokenizer that has all of its characters"
+            ) from None
 
     def judge(examples: Sequence[Example], answers: Answers) -> Verdict:
         return of_stats(
@@ -152,19 +174,23 @@ def by_model(path: str, scale: float | None) -> Opinion:
 
 
 def by_models(
-    paths: tuple[str, ...], weights: Sequence[float] | None, adapter: str | None, scale: float | None
+    paths: tuple[str, ...],
+    weights: Sequence[float] | None,
+    adapter: str | None,
+    scale: float | None,
+    characters: Sequence[str] = (),
 ) -> Opinion:
     """By the sum of the scores of M trained models, weighed by fixed numbers, or by the gate of a finished run of
     `preference_orchestrator`, prompt by prompt: what the rewards ``rluf`` and ``preference_orchestrator`` say."""
     if not paths or (weights is None) == (adapter is None):
         raise ValueError("config.judge: name the models in paths, and give either their weights or an adapter")
-    models = [by_model(path, None) for path in paths]
+    models = [by_model(path, None, characters) for path in paths]
     if adapter is None:
         if len(weights) != len(paths):
             raise ValueError(f"config.judge.weights {tuple(weights)} are not one for each of {len(paths)} paths")
         reward = make("rluf", "reward", weights=tuple(weights))
     else:
-        workspace, params, _ = open_finished(adapter)
+        workspace, params, _ = open_finished(adapter, examples=False)
         if workspace.objective.wants & JUDGING != {"gate"}:
             raise ValueError(
                 f"config.judge.adapter {adapter!r} is no run of preference_orchestrator: it has no such gate"

@@ -219,7 +219,7 @@ def _train(config: ConfigDict, workdir: str, resume: bool, profile_steps: int) -
     tools = make_tools(workspace, clock, notes, lambda text: say(text))
     tables = workspace.protocol.tables(tools) if workspace.protocol.tables else {}
     tables |= pair_evaluation.tables(workspace)
-    run, found = (None, None) if done is None else restore(workspace, tables, directory)
+    run, found = (None, None) if done is None or not resume else restore(workspace, tables, directory)
     if found is None:
         check_start(workspace)
     kept = config.checkpoint.keep + bool(config.checkpoint.keep_best)
@@ -335,7 +335,7 @@ def evaluated(workspace: Workspace, run: Run) -> tuple[dict[str, float], list[di
         return {**greedy, **metrics}, samples, {}
     if not pair_evaluation.measurable(workspace):
         return metrics, [], {}
-    calibrated, bins = reward_evaluation.calibration(*reward_evaluation.stated(workspace, run))
+    calibrated, bins = reward_evaluation.calibration(*reward_evaluation.stated(workspace, run.state.params))
     return {**metrics, **calibrated}, [], bins
 
 
@@ -468,11 +468,12 @@ def summarise(
             f" [{metrics[name + '_lo']:.3f}, {metrics[name + '_hi']:.3f}]" if name + "_lo" in metrics else ""
         )
 
+    rewards = is_reward_model(workspace.objective)
+    held = pair_evaluation.how_many(workspace) if rewards else f"{len(workspace.test)} test prompts"
     names = ["eval/greedy", *[f"eval/pass@{k}" for k in workspace.config.evaluation.pass_at]]
     names = [name for name in (*names, *pair_evaluation.SHOWN) if name in {**before, **after}]
     closing_table(
-        f"{workspace.task.name}, {len(workspace.test)} test prompts: before and after {run.iteration} "
-        "iterations (95% intervals)",
+        f"{workspace.task.name}, {held}: before and after {run.iteration} iterations (95% intervals)",
         [(n.removeprefix("eval/"), shown(before, n), shown(after, n)) for n in names],
         columns=("", "before", "after"),
     )

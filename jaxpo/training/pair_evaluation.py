@@ -29,6 +29,11 @@ def measurable(workspace: Workspace) -> bool:
     return data is not None and bool(data.test) and len(data.form.given) == len(data.form.layout)
 
 
+def how_many(workspace: Workspace) -> str:
+    """How many held-out pairs, or labelled answers, there are."""
+    return f"{len(workspace.preferences.test)} held-out {'pairs' if workspace.preferences.form.layout else 'answers'}"
+
+
 def chunks(workspace: Workspace) -> Iterator[tuple[np.ndarray, Rollouts]]:
     """Held-out units in batches of the size of an iteration: their places, and the rows; the last batch is filled up
     with rows of count 0."""

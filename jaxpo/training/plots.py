@@ -36,7 +36,6 @@ DEFAULT = (
     Panel("reward", ("reward/mean",)),
     Panel("held-out accuracy, greedy", ("eval/greedy",)),
     Panel("preference accuracy", ("preference/accuracy",)),
-    Panel("held-out preference accuracy", ("eval/accuracy",)),
     Panel("log-prob of chosen answers", ("logp/chosen",)),
     Panel("log-prob of rejected answers", ("logp/rejected",)),
     Panel("win rate against the opponent", ("judge/win",)),

@@ -126,11 +126,14 @@ def load_params(workspace: Workspace, workdir: str, step: int | None = None) -> 
     return params, position["iteration"]
 
 
-def open_finished(workdir: str, step: int | None = None, **changes: Any) -> tuple[Workspace, Params, int]:
+def open_finished(
+    workdir: str, step: int | None = None, *, examples: bool = True, **changes: Any
+) -> tuple[Workspace, Params, int]:
     """A run directory to evaluate or sample from: its workspace, the parameters of checkpoint ``step`` (the last
     one), and that step.
 
     Args:
+      examples: whether its task and data are read, as of `jaxpo.training.workspace.setup`.
       changes: config fields by path ("evaluation.prompts": 100) that differ from the run's.
 
     Raises:
@@ -160,7 +163,7 @@ def open_finished(workdir: str, step: int | None = None, **changes: Any) -> tupl
             f"{workdir} has no checkpoint{'' if step is None else f' {step}'}; it has: "
             f"{', '.join(map(str, steps)) or 'none'}"
         )
-    workspace = setup(config, tokenizer=tokenizer)
+    workspace = setup(config, tokenizer=tokenizer, examples=examples)
     return workspace, *load_params(workspace, workdir, step)
 
 

@@ -10,26 +10,26 @@ from typing import Any
 import numpy as np
 
 from jaxpo.parallel.distributed import to_host
+from jaxpo.policy.transformer import Params
 from jaxpo.primitives import preference_diagnostics as diagnostics
 from jaxpo.tasks.records import PAIR
 from jaxpo.training.evaluation import wilson
 from jaxpo.training.judges import of_stats
 from jaxpo.training.pair_evaluation import chunks
-from jaxpo.training.protocols import Run
 from jaxpo.training.tools import as_scored
 from jaxpo.training.workspace import Workspace
 
 BINS = 10
 
 
-def stated(workspace: Workspace, run: Run) -> tuple[np.ndarray, np.ndarray]:
+def stated(workspace: Workspace, params: Params) -> tuple[np.ndarray, np.ndarray]:
     """[N] the model's probability that the chosen answer of a held-out pair beats the rejected one, and what is known
     of it: pref_prob where the data give it, 1 otherwise. Of labelled answers the probability of a good label, and the
     label."""
     form, said = workspace.preferences.form, []
     w, l = (form.layout.index(role) for role in PAIR) if form.layout else (0, 0)  # noqa: E741
     for real, batch in chunks(workspace):
-        stats = to_host(workspace.opinion(run.state.params, as_scored(batch)))
+        stats = to_host(workspace.opinion(params, as_scored(batch)))
         if form.layout:
             p = of_stats(workspace, stats, (batch.rows // form.size, form.size)).wins[:, w, l]
         else:

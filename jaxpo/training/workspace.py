@@ -39,6 +39,9 @@ from jaxpo.training.needs import heads_of, slots_of
 from jaxpo.training.preference_units import templates_of
 from jaxpo.training.trained import lora_scale, random_params
 
+BLANK = [Example(0, "", None, {})]
+NOTHING = Task("nothing", BLANK, BLANK, None, None, {})  # of a workspace without examples
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -218,14 +221,26 @@ def pad_prompts(examples: Sequence[Example], ids: Sequence[Sequence[int]], width
     return Prompts(examples, tokens, np.array([len(x) for x in ids], np.int32))
 
 
+def examples_of(config: ConfigDict) -> tuple[Task, PreferenceSet | None]:
+    """The task and the preference set that the config names; a set alone makes a task of its prompts."""
+    task = build({k: v for k, v in config.task.items() if v is not None}) if config.task.name else None
+    data = preference_units.read(config, task)
+    return task or preference_units.task_of(data), data
+
+
 def setup(
-    config: ConfigDict, *, tokenizer: Tokenizer | None = None, report: Callable[[str], None] = print
+    config: ConfigDict,
+    *,
+    tokenizer: Tokenizer | None = None,
+    examples: bool = True,
+    report: Callable[[str], None] = print,
 ) -> Workspace:
     """Build the workspace of a validated config.
 
     Args:
-      tokenizer: instead of the config's (the one that a run directory holds). report: where messages about
-        compilation go.
+      tokenizer: instead of the config's (the one that a run directory holds), which needs ``examples``.
+      examples: of the config's task and data; False = none are read or made, for what only samples, judges or exports.
+      report: where messages about compilation go.
 
     Raises:
       ValueError: whatever `jaxpo.training.checks.validate` refuses, no prompt short enough, or an objective whose
@@ -241,9 +256,7 @@ def setup(
             f"objective {config.objective.name!r} learns from units {objective.layout}, which rollouts of "
             "single completions are not: set config.data.name, or config.protocol.name to judged"
         )
-    task = build({k: v for k, v in config.task.items() if v is not None}) if config.task.name else None
-    data = preference_units.read(config, task)
-    task = task or preference_units.task_of(data)
+    task, data = examples_of(config) if examples else (NOTHING, None)
     tokenizer = tokenizer or make_tokenizer(config, task, data)
     mesh = make_mesh(config.mesh)
     if config.training.offload_reference:

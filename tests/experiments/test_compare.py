@@ -31,6 +31,19 @@ def test_table_and_picture(runs, capsys):
         assert file.read(4) == b"\x89PNG"
 
 
+def test_runs_of_pairs(runs, capsys):
+    pairs = RunDirectory("runs/dpo")
+    for step in (0, 10):
+        pairs.write(step, {"eval/accuracy": 0.5 + step / 40})
+    pairs.close()
+    main(["runs/grpo", "runs/dpo"])
+    out = capsys.readouterr().out
+    assert "pairs: held-out ones in the right order" in " ".join(out.split())
+    rows = {line.split()[1]: line.split()[3::2] for line in out.splitlines() if line.startswith("│")}
+    assert rows["grpo"] == ["0.245", "0.245", "0.100", "0.500", "–", "–", "29", "0:00:00"]
+    assert rows["dpo"] == ["–", "–", "–", "–", "0.500", "0.750", "10", "0:00:00"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -162,6 +162,7 @@ PAIRS += ["--config.objective.name=dpo", "--config.evaluation.pass_at=()", "--co
 PAIRS += ["--config.sampling.max_new_tokens=4", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
 OFFLINE = ["--config.data.name=task"]
 REWARD = [*OFFLINE, "--config.objective.name=bradley_terry_rm", "--config.warm_start.steps=0"]
+MODEL = ["--config.judge.name=model", "--config.judge.path={judge}"]
 ONLINE = ["--config.judge.name=function", "--config.judge.path=tests.parallel.test_distributed:longer"]
 
 
@@ -173,11 +174,18 @@ def longer(questions, answers):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", (OFFLINE, ONLINE, REWARD), ids=("offline", "online", "reward"))
+@pytest.mark.parametrize("flags", (OFFLINE, ONLINE, MODEL, REWARD), ids=("offline", "online", "model", "reward"))
 def test_two_processes_learn_preferences_as_one_does(flags, tmp_path):
     at, cache = f"127.0.0.1:{free_port()}", f"--config.compilation_cache={tmp_path / 'cache'}"
     program = ["-m", "experiments.train_reward", *PAIRS[2:]] if flags is REWARD else PAIRS
-    command, seen = [*program, *flags, cache], {"SEEN": str(tmp_path)}
+    command, seen = (
+        [*program, *(flag.format(judge=tmp_path / "judge") for flag in flags), cache],
+        {"SEEN": str(tmp_path)},
+    )
+    if flags is MODEL:
+        changes = {"objective": {"name": "gpm_rm"}, "data": {"name": "task"}, "warm_start.steps": 0}
+        with tiny.quick():
+            tiny.run(tiny.config(changes | {"sampling.max_new_tokens": 4, "steps": 2}), tmp_path / "judge")
     two = [f"--workdir={tmp_path / 'two'}", f"--coordinator={at}", "--processes=2"]
     end([start([*command, *two], [f"--process={i}"], **seen) for i in range(2)], 280)
     end([start([*command, f"--workdir={tmp_path / 'one'}"], [], devices=8, **seen)], 280)

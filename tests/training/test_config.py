@@ -44,6 +44,9 @@ def test_the_objectives_defaults_are_there_before_flags_are_parsed():
 
 # what the protocol of an objective asks of the rest of the config
 ALONE = {"spo_single_stream": ["--config.rollout.responses=1"], "nash_mp": ["--config.steps=8"]}
+# Units of other answers than a judge makes of samples come from data.
+UNITS = ("hypo", "mapl", "opa_dpo", "rationale_dpo", "rationale_orpo", "srpo")
+ALONE |= {name: ["--config.data.name=task"] for name in UNITS}
 
 
 @pytest.mark.parametrize("name", names())
@@ -435,6 +438,15 @@ def test_the_config_of_every_optimizer_can_be_written(tmp_path, name):
         run.save_json("config.json", config.to_dict())
     finally:
         run.close()
+
+
+def test_a_block_without_a_name():
+    data = ("--config.data.name=jsonl", "--config.data.path=pairs.jsonl", "--config.objective.name=dpo")
+    config = of("--config.task.name=None", "--config.protocol.name=None", *data)
+    assert config.task.to_dict() == {"name": None} and config.protocol.name is None and config.data.path
+    assert config_lib.protocol_name(config, config_lib.objective_of(config)) == "preference_data"
+    with pytest.raises(ValueError, match="config.task.name is None"):
+        of("--config.task.name=None")
 
 
 def test_combinations_of_names_are_valid():

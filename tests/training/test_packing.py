@@ -84,12 +84,16 @@ PAIRS = {
 }
 
 
+PACKED = [("dpo", 1), ("dpo", 4), ("kto", 1), ("hypo", 1), ("bradley_terry_rm", 1), ("gpm_rm", 4), ("themis", 1)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", (1, 4))
-@pytest.mark.parametrize("objective", ("dpo", "kto", "hypo", "bradley_terry_rm", "gpm_rm"))
+@pytest.mark.parametrize(("objective", "devices"), PACKED)
 def test_preferences_packed_are_those_that_are_not(objective, devices, tmp_path):
     """Training, and what is said of held-out units."""
     changes = PAIRS | {"objective": {"name": objective}} | (MESH if devices > 1 else {})
+    if objective == "themis":
+        changes |= {"trace": "jaxpo.tasks.traces:reverser", "sampling.max_new_tokens": 24}
     with tiny.quick(devices):
         plain, packs = (
             tiny.run(tiny.config(changes | {"training.packing": on}), tmp_path / str(on)) for on in (False, True)

@@ -78,7 +78,8 @@ def test_metrics_of_pairs(dpo):
         "drift/rejected",
     }
     for line in lines:
-        assert line.keys() >= names | {"loss", "kl/ref_k3", "grad_norm"} and line["step/empty"] == 0
+        assert line.keys() >= names | {"loss", "grad_norm"} and line["step/empty"] == 0
+        assert "kl/ref_k3" not in line  # an estimate for samples, which given answers are not
         assert all(np.isfinite(line[name]) for name in names)
     assert "AGAIN" not in dpo.printed and "data/flipped 0.238" in dpo.printed  # 5 of 21
     assert (dpo.path / "curves.png").read_bytes()[:4] == b"\x89PNG"

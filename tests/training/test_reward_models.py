@@ -63,7 +63,7 @@ def test_it_judges_answers_as_its_head_scores_them(reward_model):
     params = {**params, "heads": jax.tree.map(lambda x: x + 0.3, params["heads"])}
     examples, answers = workspace.task.test[:2], [["12", "3"], ["", "0123"]]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judges, "open_finished", lambda path: (workspace, params, 0))
+        patch.setattr(judges, "open_finished", lambda path, **_: (workspace, params, 0))
         verdict = judges.by_model("somewhere", None)(examples, answers)
         doubled = judges.by_model("somewhere", 2.0)(examples, answers)
     rows = judges.rows_of(workspace, examples, answers)
@@ -90,7 +90,7 @@ def test_several_models_and_what_weighs_them(reward_model, tmp_path, monkeypatch
         "love": (loves, {**params, "heads": jax.tree.map(lambda x: x + 0.1, params["heads"])}, 0),
         "adapter": (gates, heads, 0),
     }
-    monkeypatch.setattr(judges, "open_finished", runs.__getitem__)
+    monkeypatch.setattr(judges, "open_finished", lambda path, **_: runs[path])
     examples, answers = workspace.task.test[:2], [["12", "3", "1"], ["", "0123", "2"]]
     one, two, love = (judges.by_model(name, None)(examples, answers).scores for name in ("one", "two", "love"))
     assert ((love > 0) & (love < 1)).all()  # a probability
@@ -144,9 +144,20 @@ def test_on_a_mesh_it_is_the_same_and_judges_alike(objective, tmp_path):
 
 def test_a_policys_run_is_no_judge(monkeypatch):
     policy = setup(tiny.config(), report=lambda _: None)
-    monkeypatch.setattr(judges, "open_finished", lambda path: (policy, None, 0))
+    monkeypatch.setattr(judges, "open_finished", lambda path, **_: (policy, None, 0))
     with pytest.raises(ValueError, match="'runs/rl' holds no reward or preference model: it has no score or embed"):
         judges.by_model("runs/rl", None)
+
+
+def test_what_a_judge_cannot_be_is_said_before_anything_is_compiled(reward_model):
+    near = reward_model.path.parent / "rum"
+    with pytest.raises(ValueError, match="config.judge.path: unknown run directory '.*rum': did you mean '.*/run'"):
+        judges.by_model(str(near), None)
+    judge = {"judge": {"name": "model", "path": str(reward_model.path)}}
+    asks = setup(tiny.config(judge | {"tokenizer": {"name": "integers", "base": 6}}), report=lambda _: None)
+    assert judges.characters(asks) == list("012345=")
+    with pytest.raises(ValueError, match="cannot read what this run asks or may answer: character '4' of '4'"):
+        judges.make_judge(asks)
 
 
 def test_heads_come_and_go_between_runs(reward_model):
@@ -178,7 +189,7 @@ def test_tool_calls_are_read_after_the_answers(monkeypatch):
     assert workspace.tokenizer.decode(rows.completions[0][rows.mask[0] > 0].tolist()) == "123123321"
     untold = setup(config, report=lambda _: None)
     untold.config.trace = None
-    monkeypatch.setattr(judges, "open_finished", lambda path: (untold, None, 0))
+    monkeypatch.setattr(judges, "open_finished", lambda path, **_: (untold, None, 0))
     with pytest.raises(ValueError, match="reads tool calls, and its config.trace makes none"):
         judges.by_model("runs/themis", None)
 
