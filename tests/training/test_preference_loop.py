@@ -158,6 +158,14 @@ def test_refused_before_anything_is_compiled(changes, message):
         setup(tiny.config(QUICK | changes))
 
 
+def test_the_alphabet_is_that_of_the_prompts_that_hold_answers_too():
+    words = {"tokenizer": {"name": "characters"}, "objective": {"name": "srpo"}}
+    workspace = setup(tiny.config(QUICK | DPO | words))
+    assert workspace.tokenizer.alphabet == "".join(sorted(set("\n0123 :Draft:Better:")))
+    data = {"data": {"name": "task", "draft_prompt": "{draft}>{prompt}"}}
+    assert setup(tiny.config(QUICK | DPO | words | data)).tokenizer.alphabet == "\n0123>"
+
+
 def test_soup_asks_for_the_runs_that_it_is_made_of():
     workspace = setup(tiny.config(QUICK | DPO | {"soup.of": ("absent", "absent")}))
     with pytest.raises(ValueError, match="'absent' is no run directory"):
