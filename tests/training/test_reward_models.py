@@ -90,7 +90,7 @@ def test_several_models_and_what_weighs_them(reward_model, tmp_path, monkeypatch
         "love": (loves, {**params, "heads": jax.tree.map(lambda x: x + 0.1, params["heads"])}, 0),
         "adapter": (gates, heads, 0),
     }
-    monkeypatch.setattr(judges, "open_finished", runs.__getitem__)
+    monkeypatch.setattr(judges, "open_finished", lambda path, **_: runs[path])
     examples, answers = workspace.task.test[:2], [["12", "3", "1"], ["", "0123", "2"]]
     one, two, love = (judges.by_model(name, None)(examples, answers).scores for name in ("one", "two", "love"))
     assert ((love > 0) & (love < 1)).all()  # a probability
