@@ -338,21 +338,25 @@ def per_token(x: Array) -> Array:
 
 
 def standard_metrics(stats: TokenStats, batch: Rollouts) -> dict[str, Any]:
-    """The metrics every objective reports under the same names (inputs sanitised)."""
+    """The metrics every objective reports under the same names (inputs sanitised).
+
+    Of units of compared answers there is no ``kl``: the estimate is one for samples of the policy alone, and on given
+    answers explodes; how far these have moved is ``drift``."""
     count = promote(batch.count)
     tokens = promote(batch.mask) * count[:, None]
     log_ratio = ratios.token_log_ratio(stats.logp, batch.logp_old, batch.mask)
     out: dict[str, Any] = {
         "ratio/mean": Mean.of(jnp.exp(log_ratio), tokens),
         "ratio/max": Max.of(jnp.exp(log_ratio), tokens),
-        "kl/old_k3": Mean.of(regularizers.kl_estimate(stats.logp, batch.logp_old, "k3"), tokens),
         "length/mean": Mean.of(batch.lengths, count),
         "tokens": Sum(tokens.sum()),
     }
     if stats.entropy is not None:
         out["entropy"] = Mean.of(stats.entropy, tokens)
-    if "ref" in batch.slots:
-        out["kl/ref_k3"] = Mean.of(regularizers.kl_estimate(stats.logp, batch.slots["ref"], "k3"), tokens)
+    if not batch.layout:
+        past = {"old": batch.logp_old, "ref": batch.slots.get("ref")}
+        kl = {k: regularizers.kl_estimate(stats.logp, x, "k3") for k, x in past.items() if x is not None}
+        out |= {f"kl/{k}_k3": Mean.of(x, tokens) for k, x in kl.items()}
     if batch.reward is not None:
         out["reward"] = Moments.of(batch.reward, count)
     if batch.adv is not None:

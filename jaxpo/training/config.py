@@ -60,7 +60,13 @@ def judge_arguments(name: str) -> Mapping[str, inspect.Parameter]:
 
     def model(path: str, scale: float | None = None): ...  # a run directory; None = 1
 
-    judges = {f.__name__: f for f in (verifier, function, model)}
+    def follow_ups(path: str, file: str, between: str = "\n", scale: float | None = None): ...  # a run, a JSON file
+
+    def models(
+        paths: tuple = (), weights: tuple | None = None, adapter: str | None = None, scale: float | None = None
+    ): ...  # run directories
+
+    judges = {f.__name__: f for f in (verifier, function, model, models, follow_ups)}
     if name not in judges:
         raise ValueError(unknown("judge", name, judges))
     return inspect.signature(judges[name]).parameters

@@ -266,7 +266,7 @@ def protocol_of(objective: Objective) -> Protocol | None:
 
 def reads_data(protocol: Protocol | None) -> bool:
     """Whether its units are those of preference data: it makes rows of its own, and no judge speaks."""
-    return protocol is not None and protocol.rows is not None and "pref_opp" not in protocol.provides
+    return protocol is not None and protocol.rows is not None and not protocol.judges
 
 
 def shape(objective: Objective, protocol: Protocol | None, rules: Rules) -> Rules:
@@ -278,8 +278,9 @@ def shape(objective: Objective, protocol: Protocol | None, rules: Rules) -> Rule
     """
     if protocol is None:
         return rules
+    size = protocol.rows(objective, rules.responses) if protocol.rows else None
     if reads_data(protocol):
-        rules = in_units(rules, protocol.rows(objective, rules.responses))
+        rules = in_units(rules, size)
     alone = replace(rules, prompts=rules.prompts * rules.responses, responses=1)
     reasons = [refusal(protocol, r) for r in ([rules] if protocol.rows else [rules, alone])]
     if all(reasons):

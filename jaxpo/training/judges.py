@@ -7,6 +7,10 @@ A judge looks at all answers to a prompt at once and gives a `Verdict`. ``config
                     [G, K, K]
   model             the run directory of ``experiments.train_reward``: scores of its score head, or preferences of its
                     embeddings
+  models            several of them: a sum of their scores by weights (RLUF), or by those that an adapter gives to each
+                    prompt (Preference Orchestrator)
+  follow_ups        the run directory of a language model: how likely it finds what a happy user says next
+                    (`jaxpo.training.follow_ups`)
 """
 
 from collections.abc import Callable, Sequence
@@ -19,17 +23,21 @@ from jax import Array
 
 from jaxpo.batch import Rollouts, TokenStats, from_sequences, pad, take
 from jaxpo.parallel.distributed import from_rows, own_rows, to_host
+from jaxpo.policy.transformer import Params
 from jaxpo.primitives import preference_data, preferences
+from jaxpo.registry import make
 from jaxpo.tasks import Example, Task
 from jaxpo.tasks.base import locate
 from jaxpo.tasks.tokenizers import question_of
 from jaxpo.tasks.units import with_trace
-from jaxpo.training.needs import is_reward_model
+from jaxpo.training import follow_ups
+from jaxpo.training.needs import JUDGING, is_reward_model
 from jaxpo.training.protocols import Verdict
 from jaxpo.training.restore import open_finished
 from jaxpo.training.workspace import Workspace, shard_count
 
 STEP = 32  # widths of what a model judges are rounded up to this: few shapes are compiled
+ON_MESH = ("model", "models", "follow_ups")  # judges that compute on it
 
 
 Answers = list[list[str]]
@@ -40,13 +48,13 @@ def make_judge(workspace: Workspace) -> Callable[..., Verdict]:
     """``(examples, *columns) -> Verdict`` of the judge that the config names. ``columns``: batches with answers to the
     same prompts in the same order; their answers stand side by side.
 
-    Of several processes each decodes and judges the answers to a share of the prompts, and all get the whole; a model
-    judges on the mesh, where the rows are spread already.
+    Of several processes each decodes and judges the answers to a share of the prompts, and all get the whole; models
+    judge on the mesh, where the rows are spread already.
 
     Raises:
       ValueError: the run has no verifier, or what is named is no judge.
     """
-    opinion, on_mesh = opinion_of(workspace), workspace.config.judge.name == "model"
+    opinion, on_mesh = opinion_of(workspace), workspace.config.judge.name in ON_MESH
 
     def judge(examples: Sequence[Example], *columns: Rollouts) -> Verdict:
         columns = [to_host(column) for column in columns]
@@ -76,6 +84,11 @@ def opinion_of(workspace: Workspace) -> Opinion:
         return partial(verified, workspace.task, judge.scale)
     if judge.name == "function":
         return partial(by_function, judge.path, judge.scale)
+    if judge.name == "models":
+        return by_models(tuple(judge.paths), judge.weights, judge.adapter, judge.scale, characters(workspace))
+    if judge.name == "follow_ups":
+        scores = follow_ups.scorer(judge.path, judge.file, judge.between)
+        return lambda examples, answers: of_scores(scores(examples, answers), judge.scale)
     return by_model(judge.path, judge.scale, characters(workspace))
 
 
@@ -153,20 +166,69 @@ def by_model(path: str, scale: float | None, characters: Sequence[str] = ()) -> 
             ) from None
 
     def judge(examples: Sequence[Example], answers: Answers) -> Verdict:
-        rows = rows_of(workspace, examples, answers)
-        spread = pad(rows, rows=-(-rows.rows // shard_count(workspace)) * shard_count(workspace))
-        stats = to_host(workspace.opinion(params, workspace.put(spread)))
-        stats = jax.tree.map(lambda x: x[: rows.rows], stats)
-        return of_stats(workspace, stats, (len(answers), len(answers[0])), scale)
+        return of_stats(
+            workspace, heads_say(workspace, params, examples, answers), (len(answers), len(answers[0])), scale
+        )
 
     return judge
 
 
+def by_models(
+    paths: tuple[str, ...],
+    weights: Sequence[float] | None,
+    adapter: str | None,
+    scale: float | None,
+    characters: Sequence[str] = (),
+) -> Opinion:
+    """By the sum of the scores of M trained models, weighed by fixed numbers, or by the gate of a finished run of
+    `preference_orchestrator`, prompt by prompt: what the rewards ``rluf`` and ``preference_orchestrator`` say."""
+    if not paths or (weights is None) == (adapter is None):
+        raise ValueError("config.judge: name the models in paths, and give either their weights or an adapter")
+    models = [by_model(path, None, characters) for path in paths]
+    if adapter is None:
+        if len(weights) != len(paths):
+            raise ValueError(f"config.judge.weights {tuple(weights)} are not one for each of {len(paths)} paths")
+        reward = make("rluf", "reward", weights=tuple(weights))
+    else:
+        workspace, params, _ = open_finished(adapter)
+        if workspace.objective.wants & JUDGING != {"gate"}:
+            raise ValueError(
+                f"config.judge.adapter {adapter!r} is no run of preference_orchestrator: it has no such gate"
+            )
+        if workspace.config.heads.gate != len(paths):
+            raise ValueError(
+                f"config.judge.adapter weighs {workspace.config.heads.gate} models, not {len(paths)} of paths"
+            )
+        reward = make("preference_orchestrator", "reward")
+
+    def judge(examples: Sequence[Example], answers: Answers) -> Verdict:
+        scores = np.stack([model(examples, answers).scores for model in models], -1)
+        flat, k = scores.reshape(-1, len(paths)), scores.shape[1]
+        said = {"obj_scores": flat}
+        if adapter is not None:  # the gate reads the prompt alone, whatever is answered
+            gate = heads_say(workspace, params, examples, [[""]] * len(examples)).gate
+            said = {"cand_scores": flat, "adapter_logits": np.repeat(gate, k, 0)}
+        batch = Rollouts(mask=np.ones((len(flat), 1)), extras=said)
+        return of_scores(np.asarray(reward.fn(batch, None)).reshape(-1, k), scale)
+
+    return judge
+
+
+def heads_say(workspace: Workspace, params: Params, examples: Sequence[Example], answers: Answers) -> TokenStats:
+    """What the heads say of K answers to each of G prompts: rows [G K] (NumPy)."""
+    rows = rows_of(workspace, examples, answers)
+    spread = pad(rows, rows=-(-rows.rows // shard_count(workspace)) * shard_count(workspace))
+    stats = to_host(workspace.opinion(params, workspace.put(spread)))
+    return jax.tree.map(lambda x: x[: rows.rows], stats)
+
+
 def of_stats(workspace: Workspace, stats: TokenStats, shape: tuple[int, int], scale: float | None = None) -> Verdict:
     """Of what the heads of a reward model say of K answers to each of G prompts: ``shape`` is (G, K), rows in that
-    order."""
+    order. The score of a model of labels (`rluf`) is the probability of a good one."""
     if "score" in workspace.objective.wants:
-        return of_scores(np.asarray(stats.score).reshape(shape), 1.0 if scale is None else scale)
+        score = np.asarray(stats.score, np.float64).reshape(shape)
+        score = 1 / (1 + np.exp(-score)) if "label" in workspace.objective.needs else score
+        return of_scores(score, 1.0 if scale is None else scale)
     return of_wins(np.asarray(preferred(stats, shape, workspace.config.objective)))
 
 

@@ -60,9 +60,9 @@ def tables(workspace: Workspace) -> dict[str, np.ndarray]:
     """The table that a checkpoint holds, of pairs that the policy itself is to rank."""
     data = workspace.preferences
     scores = workspace.objective.wants & set(heads.NAMES)  # a reward model's log-probs say nothing
-    if not measurable(workspace) or data.form.kind != "pair" or scores:
+    if data is None or not data.test or data.form.kind != "pair" or scores:
         return {}
-    return {START: np.zeros((len(data.test), data.form.size), np.float32)}
+    return {START: np.zeros((len(data.test), len(data.form.given)), np.float32)}
 
 
 def started(workspace: Workspace, params: Params, tables: dict[str, Any]) -> dict[str, Any]:
@@ -71,8 +71,9 @@ def started(workspace: Workspace, params: Params, tables: dict[str, Any]) -> dic
 
 
 def held_out(workspace: Workspace, run: Run) -> dict[str, float]:
-    """``eval/<metric>`` of the objective on held-out units, and of pairs how log-probs have moved since the start of
-    the run and how the policy ranks answers; {} without held-out units.
+    """``eval/<metric>`` of the objective on held-out units (not where fresh samples belong to them, as in HyPO), and of
+    pairs how log-probs have moved since the start of the run and how the policy ranks answers; {} without held-out
+    units.
 
     ``eval/accuracy``, ``eval/margin``: of the objective's own margin. ``eval/logp_<role>``, ``eval/drift_<role>``: mean
     log-prob of the answers, and its change. ``eval/reward_accuracy``: share of pairs whose chosen answer has gained
@@ -80,8 +81,12 @@ def held_out(workspace: Workspace, run: Run) -> dict[str, float]:
     that the optimum of DPO with the objective's beta would rank right (arXiv:2405.19534). ``eval/kl``: mean of
     ``logp - logp_ref`` over whole answers of the policy's own, if there is a reference.
     """
-    if not measurable(workspace):
-        return {}
+    out = measured(workspace, run) if measurable(workspace) else {}
+    return out | ranked(workspace, run) | implicit_kl(workspace, run) if START in run.tables else out
+
+
+def measured(workspace: Workspace, run: Run) -> dict[str, float]:
+    """The objective's loss and its metrics of preferences, of held-out units."""
     reports, state = [], run.state.objective
     for _, batch in chunks(workspace):
         batch = score_companions(workspace, run, batch)
@@ -89,10 +94,7 @@ def held_out(workspace: Workspace, run: Run) -> dict[str, float]:
     report = metrics_lib.merge(jax.tree.map(lambda *x: np.concatenate([np.asarray(y) for y in x]), *reports))
     results = {k: float(v) for k, v in metrics_lib.results(report).items()}
     wanted = {name: f"eval/{name.split('/')[-1]}" for name in results if name.startswith("preference/")}
-    out = {"eval/loss": results["loss"] / len(reports), **{to: results[name] for name, to in wanted.items()}}
-    if START in run.tables:
-        out |= ranked(workspace, run) | implicit_kl(workspace, run)
-    return out
+    return {"eval/loss": results["loss"] / len(reports), **{to: results[name] for name, to in wanted.items()}}
 
 
 def implicit_kl(workspace: Workspace, run: Run) -> dict[str, float]:

@@ -184,6 +184,7 @@ class Progress:
     METRICS: Mapping[str, str | tuple[str, ...]] = {
         "reward": "reward/mean",
         "acc": "preference/accuracy",
+        "margin": "preference/margin",
         "kl": ("kl/ref_k3", "kl/old_k3"),
         "entropy": "entropy",
         "tok/s": "time/tokens_per_s",

@@ -27,9 +27,10 @@ from jaxpo.policy.transformer import Model, Params
 from jaxpo.rollout import SamplingOptions
 from jaxpo.rollout.stopping import stop_table
 from jaxpo.tasks import Example, Task, build
-from jaxpo.tasks.preferences import PreferenceSet
+from jaxpo.tasks.preferences import PLACES, PreferenceSet
 from jaxpo.tasks.records import Row
 from jaxpo.tasks.tokenizers import CharTokenizer, IntegerTokenizer, PretrainedTokenizer, Tokenizer, question_of
+from jaxpo.tasks.units import filled
 from jaxpo.training import checks, companions, preference_units
 from jaxpo.training import config as config_lib
 from jaxpo.training.compiled import Compiled
@@ -179,7 +180,8 @@ def make_tokenizer(config: ConfigDict, task: Task, data: PreferenceSet | None = 
             texts = [text for e in (*task.train, *task.test) for text in (question_of(e.question), e.answer or "")]
             rows = [] if data is None else [*data.train, *data.test]
             texts += [text for row in rows for text in texts_of(row)]
-            texts += [] if data is None else templates_of(config_lib.objective_of(config), data).values()
+            used = {} if data is None else templates_of(config_lib.objective_of(config), data)
+            texts += [filled("", text, dict.fromkeys(PLACES[name], "")) for name, text in used.items()]
             return CharTokenizer.from_texts(texts)
         case "integers":
             return IntegerTokenizer(config.tokenizer.base)

@@ -44,6 +44,9 @@ def test_the_objectives_defaults_are_there_before_flags_are_parsed():
 
 # what the protocol of an objective asks of the rest of the config
 ALONE = {"spo_single_stream": ["--config.rollout.responses=1"], "nash_mp": ["--config.steps=8"]}
+# Units of other answers than a judge makes of samples come from data.
+UNITS = ("hypo", "mapl", "opa_dpo", "rationale_dpo", "rationale_orpo", "srpo")
+ALONE |= {name: ["--config.data.name=task"] for name in UNITS}
 
 
 @pytest.mark.parametrize("name", names())

@@ -117,6 +117,7 @@ def from_file(path, name):
     held = {k: v for line in last for k, v in line.items() if k.startswith("eval/")}
     measured = "own" not in form.layout  # what is held out has no fresh samples beside it
     assert measured == bool(held.keys() & {"eval/loss", "eval/accuracy"}) and all(map(np.isfinite, held.values()))
+    assert measured or held["eval/drift_chosen"] != 0
 
 
 def slow_but(fast, all_of):

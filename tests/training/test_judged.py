@@ -16,6 +16,7 @@ from jaxpo.training.protocols.judged import (
     arranged,
     judged,
     labels,
+    nash_md,
     ordered,
     pick,
     rso,
@@ -145,6 +146,19 @@ def test_the_better_answer_comes_first_and_even_ones_do_not_count():
     assert (chosen[0].tolist(), rejected[0].tolist()) == ([1, 2], [0, 3])
     assert counts.tolist() == [[True, False], [False, False]]
     assert not ordered(VERDICT, i, j, 2.0)[2].any()  # the gap of 2 is not above the margin
+
+
+@pytest.mark.parametrize(
+    "protocol, name, message",
+    [
+        (judged(pairs="random"), "nash_md", "config.protocol.pairs has no effect"),
+        (judged(margin=0.5), "nash_md", "config.protocol.margin has no effect"),
+        (nash_md(), "dpo", "the objective reads nothing of that"),
+    ],
+)
+def test_what_has_no_effect_is_refused(protocol, name, message):
+    with pytest.raises(ValueError, match=message):
+        protocol.rows(make(name), 4)
 
 
 def test_pairs_side_by_side():

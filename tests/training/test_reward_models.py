@@ -75,6 +75,43 @@ def test_it_judges_answers_as_its_head_scores_them(reward_model):
     np.testing.assert_allclose(verdict.wins + verdict.wins.transpose(0, 2, 1), 1, atol=1e-6)
 
 
+def test_several_models_and_what_weighs_them(reward_model, tmp_path, monkeypatch):
+    row = {"prompt": "12", "chosen": "21", "rejected": "12", "rm_scores": [1, 0]}
+    (tmp_path / "scores.jsonl").write_text(json.dumps(row))
+    scores = {"objective": {"name": "preference_orchestrator"}, "heads.gate": 2, "sampling.max_new_tokens": 4}
+    gates = setup(tiny.config(PAIRS | scores | {"data": {"name": "jsonl", "path": str(tmp_path / "scores.jsonl")}}))
+    workspace, params, _ = open_finished(str(reward_model.path))
+    heads = gates.init_params(jax.random.key(1))
+    heads = {**heads, "heads": jax.tree.map(lambda x: x + np.linspace(0, 1, x.shape[-1]), heads["heads"])}
+    loves = setup(tiny.config(BRADLEY_TERRY | {"objective": {"name": "rluf"}}))
+    runs = {
+        "one": (workspace, {**params, "heads": jax.tree.map(lambda x: x + 0.3, params["heads"])}, 0),
+        "two": (workspace, {**params, "heads": jax.tree.map(lambda x: x - 0.2, params["heads"])}, 0),
+        "love": (loves, {**params, "heads": jax.tree.map(lambda x: x + 0.1, params["heads"])}, 0),
+        "adapter": (gates, heads, 0),
+    }
+    monkeypatch.setattr(judges, "open_finished", lambda path, **_: runs[path])
+    examples, answers = workspace.task.test[:2], [["12", "3", "1"], ["", "0123", "2"]]
+    one, two, love = (judges.by_model(name, None)(examples, answers).scores for name in ("one", "two", "love"))
+    assert ((love > 0) & (love < 1)).all()  # a probability
+    fixed = judges.by_models(("one", "love"), (0.9, 0.1), None, None)(examples, answers)
+    np.testing.assert_allclose(fixed.scores, 0.9 * one + 0.1 * love, atol=1e-6)
+    assert set(np.unique(fixed.wins)) <= {0, 0.5, 1}  # without a scale the higher score wins
+    gate = judges.heads_say(gates, heads, examples, answers).gate.reshape(2, 3, 2)
+    np.testing.assert_allclose(gate, gate[:, :1].repeat(3, 1), atol=1e-6)  # of the prompt alone
+    weight = np.exp(gate) / np.exp(gate).sum(-1, keepdims=True)
+    mixed = judges.by_models(("one", "two"), None, "adapter", 1.0)(examples, answers)
+    np.testing.assert_allclose(mixed.scores, weight[..., 0] * one + weight[..., 1] * two, atol=1e-5)
+    for arguments, message in (
+        ((("one",), None, None, None), "either their weights or an adapter"),
+        ((("one",), (1.0, 2.0), None, None), "not one for each of 1 paths"),
+        ((("one",), None, "two", None), "is no run of preference_orchestrator"),
+        ((("one",), None, "adapter", None), "weighs 2 models, not 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            judges.by_models(*arguments)
+
+
 @pytest.mark.slow
 def test_it_is_the_reward_of_a_run(reward_model, tmp_path):
     judge = {"judge": {"name": "model", "path": str(reward_model.path)}}

@@ -12,7 +12,7 @@ from jaxpo.primitives.advantages import choice
 from jaxpo.registry import register
 from jaxpo.training.companions import copied
 from jaxpo.training.protocols.base import Run, Tools, advance
-from jaxpo.training.protocols.judged import RULES, Source, compared, judged
+from jaxpo.training.protocols.judged import Source, compared, judged
 from jaxpo.training.protocols.preference_data import preference_data
 
 extrapolated = jax.jit(preferences.extrapolate)
@@ -31,17 +31,16 @@ def gone_back(run: Run) -> Run:
 
 
 @register("protocol", source="EGPO, arXiv:2503.08942; zhourunlong/EGPO")
-def egpo(pairs: str = "random") -> Protocol:
+def egpo(pairs: str | None = None) -> Protocol:
     """Extragradient: iterations come in twos. The first backs up weights and optimizer state, samples with
     ``theta_t`` and steps to ``theta_{t+1/2}``; the second samples with that, goes back, and steps from ``theta_t`` to
     ``theta_{t+1}``. The pairs are sampled as ``config.sampling`` says (the paper: temperature 2, top-k 10), the
     opponent's answers at temperature 1.
 
     Args:
-      pairs: as of `judged`.
+      pairs: as of `judged`; None = random.
     """
-    choice("pairs", pairs, RULES)
-    inner = compared(opponent=Source(plain=True), pairs=pairs, keeps={"center": {}})
+    inner = compared(opponent=Source(plain=True), pairs=pairs, unasked="random", keeps={"center": {}})
 
     def collect(run: Run, tools: Tools, key: Array) -> tuple[Run, Rollouts]:
         if run.iteration % 2 == 0:

@@ -19,6 +19,7 @@ from jaxpo.training.protocols.base import Run, Tools, Verdict, stacked
 from jaxpo.training.protocols.preference_data import rounds
 
 RULES = ("best_worst", "random", "adjacent")
+OF_OPPONENTS = {"win", "pref_opp", "pref_score"}  # what only answers of an opponent change
 SOFT = {"pref_prob", "win"}  # who reads these takes pairs as they come; others want the better answer first
 Chosen = tuple[np.ndarray, np.ndarray, np.ndarray]  # places i, j [G, pairs] of answers, and whether the pair counts
 
@@ -151,7 +152,8 @@ def compared(
     own: Source = POLICY,
     opponent: Source | None = None,
     *,
-    pairs: str = "best_worst",
+    pairs: str | None = None,
+    unasked: str = "best_worst",
     margin: float = 0.0,
     threshold: float | None = None,
     keeps: Mapping[str, Mapping[str, Any]] | None = None,
@@ -161,10 +163,12 @@ def compared(
     """K answers to each prompt by ``own``, as many by an ``opponent``; the judge compares them, and rules make rows.
 
     Args:
-      pairs, margin: for objectives of pairs, as of `judged`; threshold: for those of labels. keeps: of the protocol.
+      pairs, margin: for objectives of pairs, as of `judged` (unasked: of ``pairs=None``); threshold: for those of
+        labels. keeps: of the protocol.
       choose: (verdict, K, key) -> (i, j, there): other pairs. count: K -> pairs a prompt, of ``choose``.
     """
-    choice("pairs", pairs, RULES)
+    rule = unasked if pairs is None else pairs
+    choice("pairs", rule, RULES)
 
     def collect(run: Run, tools: Tools, key: Array) -> tuple[Run, Rollouts]:
         run, indices = tools.draw(run, tools.prompts)
@@ -176,7 +180,7 @@ def compared(
             tools.note("judge/win", float(verdict.wins[:, :k, k:].mean()))
         chosen = None
         if tools.objective.layout:
-            i, j, there = choose(verdict, k, keys[2]) if choose else (*pick(pairs, verdict, k, keys[2]), True)
+            i, j, there = choose(verdict, k, keys[2]) if choose else (*pick(rule, verdict, k, keys[2]), True)
             soft = tools.objective.needs & SOFT
             chosen = (i, j, there & (i != j)) if soft else ordered(verdict, i, j, margin)
             chosen = (*chosen[:2], chosen[2] & there)
@@ -197,11 +201,19 @@ def compared(
             )
         if threshold is not None and "label" not in objective.needs:
             raise ValueError("config.protocol.label_threshold has no effect: the objective reads no labels")
+        if opponent and not objective.needs & OF_OPPONENTS:
+            raise ValueError(
+                "this protocol judges answers against those of an opponent, and the objective reads nothing of that "
+                f"({', '.join(sorted(OF_OPPONENTS))}): set config.protocol.name to judged"
+            )
+        if not objective.layout and (pairs is not None or margin):
+            field = "margin" if pairs is None else "pairs"
+            raise ValueError(f"config.protocol.{field} has no effect: the objective learns from single answers")
         if choose and not objective.layout:
             raise ValueError("this protocol makes pairs, and the objective learns from single answers: choose judged")
         if not objective.layout:
             return form_of(objective, responses).size * responses if "label" in objective.needs else responses
-        each = count(responses) if count else responses // 2 if pairs == "adjacent" else 1
+        each = count(responses) if count else responses // 2 if rule == "adjacent" else 1
         return len(objective.layout) * each
 
     def check(config: Any) -> None:
@@ -231,7 +243,7 @@ def sampled(run: Run, tools: Tools, who: Source, indices: np.ndarray, key: Array
 
 @register("protocol", source="online DPO, arXiv:2402.04792; best against worst: arXiv:2310.05344")
 def judged(
-    pairs: str = "best_worst",
+    pairs: str | None = None,
     margin: float = 0.0,
     label_threshold: float | None = None,
     prev_every: int | None = None,
@@ -240,9 +252,9 @@ def judged(
     """K answers of the policy to each prompt, compared by ``config.judge``.
 
     Args:
-      pairs: which answers become pairs: "best_worst" by score, "random" two, or "adjacent": the first and the second,
-        the third and the fourth, ... Objectives that read pref_prob or win take them in this order, others the better
-        one first, if the judge is not even.
+      pairs: which answers become pairs: "best_worst" by score (None), "random" two, or "adjacent": the first and the
+        second, the third and the fourth, ... Objectives that read pref_prob or win take them in this order, others
+        the better one first, if the judge is not even.
       margin: pairs whose scores are at most so far apart do not count.
       label_threshold: for objectives of labels (KTO): answers of a score above it are good. None: those that beat the
         other answers to the prompt with a mean probability above 1/2; of even ones nothing is learned.
@@ -252,9 +264,9 @@ def judged(
 
 
 @register("protocol", source="IPO-MD, arXiv:2403.08635")
-def ipo_md(beta: float = 0.125, pairs: str = "random") -> Protocol:
-    """Pairs of answers from the geometric mixture ``pi^(1 - beta) ref^beta``, token by token."""
-    return compared(Source(partner="ref", share=share_in_unit("beta", beta)), pairs=pairs)
+def ipo_md(beta: float = 0.125, pairs: str | None = None) -> Protocol:
+    """Pairs of answers from the geometric mixture ``pi^(1 - beta) ref^beta``, token by token. pairs: None = random."""
+    return compared(Source(partner="ref", share=share_in_unit("beta", beta)), pairs=pairs, unasked="random")
 
 
 @register("protocol", source="Nash-MD-PG, arXiv:2312.00886")

@@ -59,7 +59,7 @@ def preference_data(rejected: str = "data", prev_every: int | None = None, ref_e
         return run, with_samples(batch, run, tools, run.state.params, key, ["own"] * len(wanted)) if wanted else batch
 
     keeps = rounds(prev_every, ref_every)
-    return Protocol(collect, rows=rows, keeps=keeps, compiles={"score": 1}, provides=GIVEN | {*WEIGHTS, "segment"})
+    return Protocol(collect, rows=rows, keeps=keeps, compiles={"score": 2}, provides=GIVEN | {*WEIGHTS, "segment"})
 
 
 @register("protocol", source="SePPO, arXiv:2410.05255")
