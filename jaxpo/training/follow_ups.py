@@ -58,7 +58,7 @@ def scorer(path: str, file: str, between: str) -> Callable[..., np.ndarray]:
       ValueError: no such run, one of a reward model, or a file that holds no follow-ups.
     """
     follow_ups = read(file)
-    workspace, params, _ = open_finished(path)
+    workspace, params, _ = open_finished(path, examples=False)
     if is_reward_model(workspace.objective):
         raise ValueError(f"config.judge.path {path!r} holds a reward model, which does not say what comes next")
     texts = [t for signs in follow_ups.values() for sign in SIGNS for t in signs[sign]]

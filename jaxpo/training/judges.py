@@ -190,7 +190,7 @@ def by_models(
             raise ValueError(f"config.judge.weights {tuple(weights)} are not one for each of {len(paths)} paths")
         reward = make("rluf", "reward", weights=tuple(weights))
     else:
-        workspace, params, _ = open_finished(adapter)
+        workspace, params, _ = open_finished(adapter, examples=False)
         if workspace.objective.wants & JUDGING != {"gate"}:
             raise ValueError(
                 f"config.judge.adapter {adapter!r} is no run of preference_orchestrator: it has no such gate"

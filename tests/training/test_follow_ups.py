@@ -20,7 +20,7 @@ def scored(tmp_path_factory):
     with tiny.quick(), pytest.MonkeyPatch.context() as patch:
         workspace = setup(tiny.config({"training.minibatches": 1}))  # as `open_finished` has it
         params = workspace.init_params(jax.random.key(0))
-        patch.setattr(follow_ups, "open_finished", lambda path: (workspace, params, 0))
+        patch.setattr(follow_ups, "open_finished", lambda path, **_: (workspace, params, 0))
 
         def scorer(content):
             file = tmp_path_factory.mktemp("follow_ups") / "f.json"
