@@ -111,12 +111,12 @@ class ByProtocol:
         """The state in which the protocol leaves the iteration; companions move."""
         paths = [steps_of(path, seed) for seed in range(self.rules.seeds)]
         for seed, tools in enumerate(self.tools):
-            run = advance(self.runs[seed], state=one(state, seed))
-            run = self.protocol.after(run, tools, one(batch, seed)) if self.protocol.after else run
-            slots = run.slots
+            slots = self.runs[seed].slots
             for params in paths[seed]:
                 slots = companions.moved(slots, self.protocol, params)
-            slots = companions.moved(slots, self.protocol, run.state.params, run.iteration + 1)
+            run = advance(self.runs[seed], state=one(state, seed), slots=slots)
+            run = self.protocol.after(run, tools, one(batch, seed)) if self.protocol.after else run
+            slots = companions.moved(run.slots, self.protocol, run.state.params, run.iteration + 1)
             self.runs[seed] = advance(run, slots=slots, iteration=run.iteration + 1)
         return together([run.state for run in self.runs])
 
