@@ -428,6 +428,11 @@ def read_evaluation(workdir: str, iteration: int) -> dict[str, float]:
 def check_start(workspace: Workspace) -> None:
     """What parameters come from is there, before anything is compiled or written."""
     config = workspace.config
+    if is_reward_model(workspace.objective) and workspace.preferences is None:
+        raise ValueError(
+            f"config.data.name is None: {config.objective.name!r} trains a reward model, which learns from answers "
+            "that are given; set it to jsonl, datasets or task"
+        )
     if config.init_from and find_checkpoint(config.init_from) is None:
         raise ValueError(f"config.init_from {config.init_from!r} is no run directory with a checkpoint")
     if config.policy.name == "pretrained" and not config.init_from and not config.lora.rank:

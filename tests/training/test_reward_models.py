@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxpo.objectives import make
-from jaxpo.training import judges
+from jaxpo.training import judges, loop
 from jaxpo.training.needs import is_reward_model
 from jaxpo.training.restore import load_params, open_finished
 from jaxpo.training.reward_evaluation import calibration
@@ -147,6 +147,12 @@ def test_a_policys_run_is_no_judge(monkeypatch):
     monkeypatch.setattr(judges, "open_finished", lambda path, **_: (policy, None, 0))
     with pytest.raises(ValueError, match="'runs/rl' holds no reward or preference model: it has no score or embed"):
         judges.by_model("runs/rl", None)
+
+
+def test_it_learns_from_data_alone():
+    alone = setup(tiny.config(BRADLEY_TERRY | {"data": {"name": None}}), report=lambda _: None)
+    with pytest.raises(ValueError, match="config.data.name is None: 'bradley_terry_rm' trains a reward model"):
+        loop.check_start(alone)
 
 
 def test_what_a_judge_cannot_be_is_said_before_anything_is_compiled(reward_model):
