@@ -51,7 +51,7 @@ def test_reward_of_held_out_questions_rises(tmp_path):
 
 
 def test_pairs_it_has_not_seen_are_ordered_right(tmp_path):
-    """configs/dpo_smollm2.py, its first ten iterations: from chance to more than seven of ten by the implicit reward."""
+    """configs/dpo_smollm2.py, ten iterations: from none to over seven of ten by the implicit reward."""
     path_or_skip()
     flags = ["--config=configs/dpo_smollm2.py", "--config.steps=10", f"--workdir={tmp_path / 'run'}"]
     in_a_process("-m", "experiments.train_preference", *flags)
