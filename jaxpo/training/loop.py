@@ -477,11 +477,12 @@ def summarise(
     held = pair_evaluation.how_many(workspace) if rewards else f"{len(workspace.test)} test prompts"
     names = ["eval/greedy", *[f"eval/pass@{k}" for k in workspace.config.evaluation.pass_at]]
     names = [name for name in (*names, *pair_evaluation.SHOWN) if name in {**before, **after}]
-    closing_table(
-        f"{workspace.task.name}, {held}: before and after {run.iteration} iterations (95% intervals)",
-        [(n.removeprefix("eval/"), shown(before, n), shown(after, n)) for n in names],
-        columns=("", "before", "after"),
-    )
+    if names:
+        closing_table(
+            f"{workspace.task.name}, {held}: before and after {run.iteration} iterations (95% intervals)",
+            [(n.removeprefix("eval/"), shown(before, n), shown(after, n)) for n in names],
+            columns=("", "before", "after"),
+        )
     compiling = sum(c.seconds for c in workspace.compiled)
     rest = seconds - sum(clock.seconds.values())
     rows = [*clock.seconds.items(), ("everything else", rest)]

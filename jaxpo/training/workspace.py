@@ -1,6 +1,7 @@
 """Everything a run computes with, built once from its config: task, tokenizer, mesh, policy, objective, compiled
 functions."""
 
+import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -29,7 +30,14 @@ from jaxpo.rollout.stopping import stop_table
 from jaxpo.tasks import Example, Task, build
 from jaxpo.tasks.preferences import PLACES, PreferenceSet
 from jaxpo.tasks.records import Row
-from jaxpo.tasks.tokenizers import CharTokenizer, IntegerTokenizer, PretrainedTokenizer, Tokenizer, question_of
+from jaxpo.tasks.tokenizers import (
+    CharTokenizer,
+    IntegerTokenizer,
+    PretrainedTokenizer,
+    Tokenizer,
+    from_json,
+    question_of,
+)
 from jaxpo.tasks.units import filled
 from jaxpo.training import checks, companions, preference_units
 from jaxpo.training import config as config_lib
@@ -174,8 +182,20 @@ def texts_of(row: Row) -> list[str]:
 
 
 def make_tokenizer(config: ConfigDict, task: Task, data: PreferenceSet | None = None) -> Tokenizer:
-    """The tokenizer that the config names; characters come from the task's questions and answers, and from data."""
+    """The tokenizer that the config names; characters are those of the run that ``config.init_from`` names, whose
+    parameters know them by their numbers, or come from the task's questions and answers, and from data.
+
+    Raises:
+      ValueError: the run has a tokenizer of another kind."""
     match config.tokenizer.name:
+        case "characters" if config.init_from and (held := Path(config.init_from) / "tokenizer.json").is_file():
+            tokenizer = from_json(json.loads(held.read_text()))
+            if not isinstance(tokenizer, CharTokenizer):
+                raise ValueError(
+                    f"config.tokenizer.name is 'characters', and config.init_from {config.init_from!r} has another "
+                    "tokenizer: name that"
+                )
+            return tokenizer
         case "characters":
             texts = [text for e in (*task.train, *task.test) for text in (question_of(e.question), e.answer or "")]
             rows = [] if data is None else [*data.train, *data.test]

@@ -1,12 +1,15 @@
 """Named blocks bring their own fields, flags change them, and what is wrong fails before anything is compiled."""
 
 import itertools
+import json
 
 import jax
 import pytest
 
 from jaxpo.objectives import make, names
 from jaxpo.registry import entry
+from jaxpo.tasks import Example, Task
+from jaxpo.tasks.tokenizers import CharTokenizer, IntegerTokenizer
 from jaxpo.training import checks, loop
 from jaxpo.training import config as config_lib
 from jaxpo.training.checks import validate
@@ -15,6 +18,7 @@ from jaxpo.training.config import fill, objective_of
 from jaxpo.training.needs import heads_of
 from jaxpo.training.optimizers import OPTIMIZERS, SCHEDULES
 from jaxpo.training.rundir import RunDirectory
+from jaxpo.training.workspace import make_tokenizer
 from tests.training import tiny
 
 FILE = f"--config={tiny.FILE}"
@@ -482,3 +486,20 @@ def test_sizes_of_heads(objective, sizes, found):
             heads_of(make(objective), given)
     else:
         assert heads_of(make(objective), given) == found
+
+
+def test_characters_are_those_of_the_run_that_is_started_from(tmp_path):
+    """Other data have other characters, and parameters know theirs by number."""
+    config, other = (
+        of(f"--config.init_from={tmp_path}", "--config.tokenizer.name=characters"),
+        Task("other", [Example(0, "xyz", "y", {})], [], None, None, {}),
+    )
+    for held in (CharTokenizer.from_texts(["abc"]), IntegerTokenizer(4)):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(held.to_json()))
+        if isinstance(held, CharTokenizer):
+            assert make_tokenizer(config, other).to_json() == held.to_json()
+        else:
+            with pytest.raises(ValueError, match="has another tokenizer: name that"):
+                make_tokenizer(config, other)
+    config.init_from = None
+    assert set("xyz") <= set(make_tokenizer(config, other).to_json()["alphabet"])

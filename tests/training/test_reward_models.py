@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import score_pairs
 from jaxpo.objectives import make
 from jaxpo.training import judges, loop
 from jaxpo.training.needs import is_reward_model
@@ -232,3 +233,32 @@ def test_it_learns_what_the_verifier_says(objective, trace, tmp_path):
     with tiny.quick(4):
         done = tiny.run(tiny.config(BRADLEY_TERRY | changes | more), tmp_path / "run")
     assert done.result.after["eval/accuracy"] > 0.7 > done.result.before["eval/accuracy"]
+
+
+def test_it_scores_given_pairs_and_says_which_are_hard(reward_model, tmp_path, capsys):
+    workspace = reward_model.result.workspace
+    examples = workspace.task.train[:3]
+    wrong = [e.answer[::-1] + "1" for e in examples]
+    pairs = [{"prompt": e.question, "chosen": e.answer, "rejected": w} for e, w in zip(examples, wrong, strict=True)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)) + "\n\n")
+    expected = judges.by_model(str(reward_model.path), None)(
+        examples, [[e.answer, w] for e, w in zip(examples, wrong, strict=True)]
+    ).scores
+    gap = float(np.median(np.abs(expected[:, 0] - expected[:, 1])))
+    flags = [f"--pairs={tmp_path / 'pairs.jsonl'}", f"--judge={reward_model.path}", f"--gap={gap}"]
+    flags += [f"--{name}={tmp_path / name}.jsonl" for name in ("out", "hard")]
+    score_pairs.main(flags)
+    scored, hard = (
+        [json.loads(x) for x in (tmp_path / f"{n}.jsonl").read_text().splitlines()] for n in ("out", "hard")
+    )
+    np.testing.assert_allclose([[r["rm_chosen"], r["rm_rejected"]] for r in scored], expected, atol=1e-6)
+    assert [{k: r[k] for k in pairs[0]} for r in scored] == pairs
+    assert len(hard) == 2 and all(abs(r["rm_chosen"] - r["rm_rejected"]) <= gap + 1e-9 for r in hard)
+    assert "3 pairs" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="is there already"):
+        score_pairs.main(flags)
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "1", "chosen": "2"}')
+    with pytest.raises(SystemExit, match=r"pairs.jsonl:1: field 'rejected' is missing"):
+        score_pairs.main([*flags[:3], f"--out={tmp_path / 'new.jsonl'}"])
+    with pytest.raises(SystemExit, match="--judge is required"):
+        score_pairs.main(flags[:1])
