@@ -6,7 +6,7 @@ turns. Leaves have a leading axis of seeds S throughout.
 
 import ast
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -259,12 +259,18 @@ def warm_start(where: Surroundings, rules: Rules) -> Params:
     params = jax.tree.map(lambda *x: jnp.stack(x), *params)
     if not rules.warm_start:
         return params
-    prompts = [row[len(row) - n :].tolist() for row, n in zip(where.train.tokens, where.train.length, strict=True)]
-    size = dict(prompt_width=where.train.tokens.shape[1], width=where.max_new_tokens, pad_id=where.tokenizer.pad_id)
-    data = jax.tree.map(jnp.asarray, Demonstrations(prompts, where.answers, **size))
+    data = jax.tree.map(jnp.asarray, demonstrations(where, range(len(where.train)), where.answers))
     shape = rules.warm_start, rules.warm_batch
     rows = [np.random.default_rng(seed).integers(data.rows, size=shape) for seed in range(rules.seeds)]
     return jax.jit(jax.vmap(train, (0, 0, None)), compiler_options=QUICK)(params, np.stack(rows), data)
+
+
+def demonstrations(where: Surroundings, indices: Iterable[int], answers: Sequence[list[int]]) -> Rollouts:
+    """These answers to the training prompts of ``indices``."""
+    train = where.train
+    prompts = [train.tokens[i, train.tokens.shape[1] - train.length[i] :].tolist() for i in indices]
+    size = dict(prompt_width=train.tokens.shape[1], width=where.max_new_tokens, pad_id=where.tokenizer.pad_id)
+    return Demonstrations(prompts, answers, **size)
 
 
 class Draws(NamedTuple):

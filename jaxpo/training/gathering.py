@@ -23,7 +23,7 @@ from jaxpo.policy.transformer import Params
 from jaxpo.registry import make
 from jaxpo.rollout import SamplingOptions, generate
 from jaxpo.training import companions
-from jaxpo.training.arena import QUICK, Arena, Draws, Rules, judge, texts
+from jaxpo.training.arena import QUICK, Arena, Draws, Rules, demonstrations, judge, texts
 from jaxpo.training.functions import TrainState
 from jaxpo.training.judges import verified
 from jaxpo.training.needs import JUDGED, slots_of
@@ -171,6 +171,13 @@ class ByProtocol:
             answers = [np.array(texts(where, c), object).reshape(len(at), -1) for c in columns]
             return verified(where.task, None, [train.examples[i] for i in at], np.concatenate(answers, 1).tolist())
 
+        def teacher(indices: np.ndarray) -> Rollouts:
+            if where.task.demonstrate is None:
+                raise ValueError(f"task {where.task.name} has no answers to demonstrate")
+            end = where.tokenizer.eos_ids[0]
+            answers = [[*where.tokenizer.encode(where.task.demonstrate(train.examples[i])), end] for i in indices]
+            return demonstrations(where, indices, answers).replace(prompt=indices)
+
         def nothing(*_: Any) -> None:
             """A race has no metrics but its own, and tells nothing else."""
 
@@ -197,6 +204,7 @@ class ByProtocol:
             preferences=self.preferences,
             draw_units=draw_units,
             judge=compared,
+            demonstrations=teacher,
             objective=self.objective,
         )
 
@@ -291,7 +299,7 @@ def shape(objective: Objective, protocol: Protocol | None, rules: Rules) -> Rule
 def refusal(protocol: Protocol, rules: Rules) -> str:
     """Why the protocol does not run by the rules; "" if it does."""
     rollout = dict(prompts=rules.prompts, responses=rules.responses)
-    config = dict(rollout=rollout, sampling=dict(temperature=1.0), steps=rules.steps)
+    config = dict(rollout=rollout, sampling=dict(temperature=1.0), steps=rules.steps, judge=dict(name="verifier"))
     try:
         if protocol.check:
             protocol.check(ConfigDict(config))
