@@ -41,7 +41,14 @@ COSTLIEST = {
     testing.independent_replicas,
     testing.mesh_invariance,
 }
-COSTLY = {testing.microbatch_invariance, testing.finite_on_hostile_input, testing.padding_invariance}
+COSTLY = {
+    testing.microbatch_invariance,
+    testing.finite_on_hostile_input,
+    testing.padding_invariance,
+    testing.evaluate_agrees_with_training,
+    testing.float32_accumulation,
+    testing.state_survives_a_checkpoint,
+}
 IN_FULL = ("grpo", "sft")
 OF_EACH_KIND = ("dapo", "gspo", "clip_cov", "hapo", "dpo", "kto", "egpo", "gpm_rm")
 

@@ -1,5 +1,6 @@
 """The noise study, and preferences in a race."""
 
+import functools
 import json
 from dataclasses import replace
 
@@ -132,10 +133,14 @@ def test_protocols_that_move_the_weights_do_so_in_a_race():
     assert {label: r["sampled"] for label, r in results.objectives.items()} == MOVING and not results.left_out
 
 
+ONE_SEED = Rules(**{**TINY, "seeds": 1, "warm_start": 0, "learning_rate": 0.1})
+arena_of = functools.cache(build_arena)
+
+
 def test_half_steps_start_where_the_whole_step_does():
     """EGPO in a race: the second iteration of two samples with the half step, and steps from before it."""
-    rules = Rules(**{**TINY, "seeds": 1, "warm_start": 0})
-    objective, arena = make("egpo"), build_arena(rules)
+    rules = ONE_SEED
+    objective, arena = make("egpo"), arena_of(rules)
     protocol = protocol_of(objective)
     state = start_state(objective, arena, rules)
     gather = ByProtocol(objective, protocol, arena, rules, state)
@@ -148,8 +153,8 @@ def test_half_steps_start_where_the_whole_step_does():
 
 
 def test_an_average_of_weights_moves_with_every_optimizer_step():
-    rules = Rules(**{**TINY, "seeds": 1, "warm_start": 0, "learning_rate": 0.1})
-    objective, arena = make("nash_ema", b=0.5), build_arena(rules)
+    rules = ONE_SEED
+    objective, arena = make("nash_ema", b=0.5), arena_of(rules)
     state = start_state(objective, arena, rules)
     gather = ByProtocol(objective, protocol_of(objective), arena, rules, state)
     state, batch = gather.collect(state, None)

@@ -43,6 +43,7 @@ def first(tmp_path_factory):
     return out, main(["--objectives=grpo,grpo(eps_high=0.3)", f"--out={out}", *FLAGS])
 
 
+@pytest.mark.slow
 def test_the_folder_holds_what_was_returned(first):
     out, results = first
     held = json.loads((out / "results.json").read_text())
@@ -56,6 +57,7 @@ def test_the_folder_holds_what_was_returned(first):
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_every_objective_starts_alike_and_seeds_differ(first):
     grpo, other = first[1].objectives.values()
     assert grpo["curve"][0] == other["curve"][0]

@@ -454,7 +454,8 @@ def test_a_block_without_a_name():
 
 
 def test_combinations_of_names_are_valid():
-    for objective, optimizer, schedule in itertools.product(names(), ("adamw", "sgd"), SCHEDULES):
+    pairs = list(itertools.product(("adamw", "sgd"), SCHEDULES))
+    for objective, (optimizer, schedule) in zip(names(), itertools.cycle(pairs)):  # noqa: B905 (cycle never ends)
         of(
             f"--config.objective.name={objective}",
             f"--config.optimizer.name={optimizer}",

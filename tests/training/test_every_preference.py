@@ -120,16 +120,14 @@ def from_file(path, name):
     assert measured or held["eval/drift_chosen"] != 0
 
 
-def slow_but(fast, all_of):
-    return [pytest.param(name, marks=() if name == fast else pytest.mark.slow) for name in all_of]
-
-
-@pytest.mark.parametrize("name", slow_but("opa_dpo", OFFLINE))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OFFLINE)
 def test_from_a_file(name, tmp_path):
     from_file(tmp_path, name)
 
 
-@pytest.mark.parametrize("name", slow_but("kto", ONLINE))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ONLINE)
 def test_on_judged_answers(name, tmp_path):
     trained(tmp_path, name, judge={"name": "function", "path": f"{__name__}:judge"})
 
