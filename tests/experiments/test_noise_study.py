@@ -152,6 +152,7 @@ def test_half_steps_start_where_the_whole_step_does():
     assert not np.allclose(batch.logp_beh, 0)
 
 
+@pytest.mark.slow
 def test_an_average_of_weights_moves_with_every_optimizer_step():
     rules = ONE_SEED
     objective, arena = make("nash_ema", b=0.5), arena_of(rules)

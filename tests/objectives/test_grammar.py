@@ -87,6 +87,7 @@ def test_what_means_nothing_is_refused_with_the_reason(spelled, message):
         jaxpo.make("policy_gradient", **spelled)
 
 
+@pytest.mark.slow
 def test_every_combination_is_finite_or_refused():
     """Every advantage x ratio x surrogate x aggregation, on the contracts' example; a part of them by its gradient."""
     kinds = ("advantage", "ratio", "surrogate")
