@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    from jaxpo.training.command_line import parse
+    from jaxpo.config.command_line import parse
 
     try:
         argv = list(sys.argv[1:] if argv is None else argv)
@@ -39,11 +39,11 @@ def sample(
 ) -> list[list[str]]:
     import jax
 
+    from jaxpo.learning.needs import is_reward_model
     from jaxpo.rollout.sampling import validate
+    from jaxpo.runs.restore import open_finished
+    from jaxpo.runs.workspace import pad_prompts, tokenize
     from jaxpo.tasks import Example
-    from jaxpo.training.needs import is_reward_model
-    from jaxpo.training.restore import open_finished
-    from jaxpo.training.workspace import pad_prompts, tokenize
 
     workspace, params, _ = open_finished(run, None if step < 0 else step, examples=False)
     if is_reward_model(workspace.objective):

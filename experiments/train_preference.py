@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check(config: ConfigDict) -> None:
     """``ValueError`` for an objective of rewards."""
-    from jaxpo.training.config import objective_of, protocol_name
+    from jaxpo.config.resolve import objective_of, protocol_name
 
     if protocol_name(config, objective_of(config)) == "on_policy":
         raise ValueError(

@@ -22,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check(config: ConfigDict) -> None:
     """``ValueError`` for an objective that trains a policy, or without pairs to learn from."""
-    from jaxpo.training.config import objective_of
-    from jaxpo.training.needs import is_reward_model
+    from jaxpo.config.resolve import objective_of
+    from jaxpo.learning.needs import is_reward_model
 
     if not is_reward_model(objective_of(config)):
         raise ValueError(

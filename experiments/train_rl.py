@@ -27,9 +27,9 @@ def launch(argv: Sequence[str] | None, check: "Callable[[ConfigDict], None] | No
         join_by_flags(argv)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    from jaxpo.training.command_line import parse
-    from jaxpo.training.loop import Diverged, train_rl
-    from jaxpo.training.protocols import NothingLeft
+    from jaxpo.config.command_line import parse
+    from jaxpo.protocols.protocol import NothingLeft
+    from jaxpo.runs.loop import Diverged, train_rl
 
     try:
         config, flags = parse(

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxpo.batch import Rollouts, TokenStats
+from jaxpo.config.command_line import parse
 from jaxpo.objectives import Objective, evaluate, make, names
 from jaxpo.registry import entry, unknown
 from jaxpo.testing import example
-from jaxpo.training.command_line import parse
 
 HEADS = {"score": (), "embed": (4,), "gate": (2,)}  # what a row's heads say, by their shapes
 LIMIT = 3.0  # times grpo, above which a reason is due

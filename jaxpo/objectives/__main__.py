@@ -4,7 +4,7 @@
 import importlib
 import sys
 
-from jaxpo.objectives.reference import listing, reference
+from jaxpo.objectives.listing import listing, reference
 from jaxpo.registry import KINDS, describe, kinds_of, names, unknown
 
 USAGE = """usage: python -m jaxpo.objectives                        every objective, a line each
@@ -18,7 +18,7 @@ def run(arguments: list[str]) -> str:
 
     Raises:
       ValueError: an unknown command, name or kind, with the nearest."""
-    importlib.import_module("jaxpo.training.protocols")  # for its registrations: nothing below training imports it
+    importlib.import_module("jaxpo.protocols")  # for its registrations: nothing below training imports it
     match arguments:
         case []:
             return listing("objective")

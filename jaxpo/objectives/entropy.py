@@ -1,8 +1,8 @@
 """Objectives that steer entropy: by covariance, by improbable tokens, by shared tokens, by temperature."""
 
-from jaxpo.objectives.base import Objective, is_off
-from jaxpo.objectives.common import clipped_tokens, eps_pair
-from jaxpo.objectives.composition import policy_gradient
+from jaxpo.objectives.clipped import clipped_tokens, eps_pair
+from jaxpo.objectives.grammar.base import Objective, is_off
+from jaxpo.objectives.grammar.policy_gradient import policy_gradient
 from jaxpo.objectives.parts import advantages, batches, ratios, regularizers, surrogates
 from jaxpo.objectives.parts.surrogates import unused
 from jaxpo.primitives import aggregation

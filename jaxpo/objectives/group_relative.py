@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from jaxpo.objectives.base import Objective, is_off
-from jaxpo.objectives.common import clipped_tokens, eps_pair
-from jaxpo.objectives.composition import policy_gradient
+from jaxpo.objectives.clipped import clipped_tokens, eps_pair
+from jaxpo.objectives.grammar.base import Objective, is_off
+from jaxpo.objectives.grammar.policy_gradient import policy_gradient
 from jaxpo.objectives.parts import advantages, aggregation_of, batches, ratios, regularizers, surrogates
 from jaxpo.primitives import aggregation
 from jaxpo.registry import register

@@ -1,6 +1,6 @@
 """Objectives that learn from demonstrations, alone or mixed with reinforcement learning."""
 
-from jaxpo.objectives.base import Objective, Term, from_terms
+from jaxpo.objectives.grammar.base import Objective, Term, from_terms
 from jaxpo.objectives.parts import aggregation_of
 from jaxpo.registry import register
 

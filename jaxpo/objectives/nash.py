@@ -7,10 +7,10 @@ from typing import Any
 from jax import Array, lax
 
 from jaxpo.batch import Rollouts, TokenStats
-from jaxpo.objectives.base import Objective, State, Term, from_terms
+from jaxpo.objectives.grammar.base import Objective, State, Term, from_terms
+from jaxpo.objectives.grammar.units import Units, log_ratios, preference
 from jaxpo.objectives.parts.surrogates import unused
 from jaxpo.objectives.preference import regression
-from jaxpo.objectives.units import Units, log_ratios, preference
 from jaxpo.primitives import aggregation, preferences
 from jaxpo.primitives.advantages import choice
 from jaxpo.primitives.aggregation import positive

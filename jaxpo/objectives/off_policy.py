@@ -4,8 +4,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxpo.batch import Rollouts, TokenStats
-from jaxpo.objectives.base import Objective, State
-from jaxpo.objectives.composition import Part, policy_gradient
+from jaxpo.objectives.grammar.base import Objective, State
+from jaxpo.objectives.grammar.parts import Part
+from jaxpo.objectives.grammar.policy_gradient import policy_gradient
 from jaxpo.objectives.parts import advantages, ratios, regularizers, surrogates
 from jaxpo.objectives.parts.surrogates import unused
 from jaxpo.primitives import aggregation, grouping

@@ -9,9 +9,9 @@ from jax import Array
 
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.metrics import Mean, Metrics
-from jaxpo.objectives.base import Objective, State, Term, from_terms
+from jaxpo.objectives.grammar.base import Objective, State, Term, from_terms
+from jaxpo.objectives.grammar.units import PAIR, Units, unit_term
 from jaxpo.objectives.parts.surrogates import unused
-from jaxpo.objectives.units import PAIR, Units, unit_term
 from jaxpo.primitives import aggregation, preferences, shaping
 from jaxpo.primitives.advantages import choice
 from jaxpo.primitives.aggregation import positive

@@ -3,9 +3,9 @@ penalties."""
 
 import warnings
 
-from jaxpo.objectives.base import Objective
-from jaxpo.objectives.common import eps_pair
-from jaxpo.objectives.composition import policy_gradient
+from jaxpo.objectives.clipped import eps_pair
+from jaxpo.objectives.grammar.base import Objective
+from jaxpo.objectives.grammar.policy_gradient import policy_gradient
 from jaxpo.objectives.parts import advantages, aggregation_of, ratios, regularizers, surrogates
 from jaxpo.primitives import aggregation
 from jaxpo.registry import register

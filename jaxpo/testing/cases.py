@@ -13,9 +13,9 @@ from jax import Array
 
 from jaxpo import registry
 from jaxpo.batch import Rollouts, TokenStats, complete, pad, role_id
+from jaxpo.learning.step import accumulate, score
 from jaxpo.metrics import results
 from jaxpo.objectives import Objective, evaluate
-from jaxpo.training.step import accumulate, score
 
 Subject = str | Objective | Callable[..., Objective]
 VOCABULARY, PROMPT, WIDTH, GROUP = 7, 3, 6, 4

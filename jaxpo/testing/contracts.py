@@ -15,7 +15,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxpo.batch import MissingField, Rollouts, TokenStats, concatenate, take
 from jaxpo.metrics import results
-from jaxpo.objectives.base import standard_metrics
+from jaxpo.objectives.grammar.base import standard_metrics
+from jaxpo.storage.checkpoint import Checkpoints
 from jaxpo.testing.cases import (
     GROUP,
     TOKEN_FIELDS,
@@ -34,7 +35,6 @@ from jaxpo.testing.cases import (
     train,
     where_masked,
 )
-from jaxpo.training.checkpoint import Checkpoints
 
 
 def finite_on_hostile_input(case: Case) -> str:

@@ -12,11 +12,11 @@ import pytest
 from experiments import noise_study
 from jaxpo.batch import Rollouts
 from jaxpo.objectives import make
-from jaxpo.training import race as racing
-from jaxpo.training.arena import Rules, build_arena, draws, survey
-from jaxpo.training.gathering import ByProtocol, one, protocol_of
-from jaxpo.training.race import make_update, select, start_state
-from jaxpo.training.race_pairs import in_units, race_preferences
+from jaxpo.race import race as racing
+from jaxpo.race.pairs import in_units, race_preferences
+from jaxpo.race.race import make_update, select, start_state
+from jaxpo.race.seeds import ByProtocol, one, protocol_of
+from jaxpo.race.setup import Rules, build_arena, draws, survey
 
 TINY = dict(
     task="toy(digits=2, train_size=40, test_size=10)",

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxpo.batch import Rollouts
-from jaxpo.parallel import make_mesh, operations
+from jaxpo.parallel import make_mesh
+from jaxpo.plan import operations
 from jaxpo.policy import heads, packing, stats, transformer
 from jaxpo.policy.config import TransformerConfig
 

@@ -19,7 +19,7 @@ from jaxpo.policy.transformer import Model, TransformerConfig, build, init
 from jaxpo.primitives.preferences import geometric_mixture
 from jaxpo.rollout import SamplingOptions, engine, generate
 from jaxpo.rollout.stopping import stop_table
-from jaxpo.tasks.tokenizers import CharTokenizer
+from jaxpo.text.tokenizers import CharTokenizer
 from tests.oracles import sampling as oracle
 from tests.oracles.cases import COMPILE_FAST
 from tests.oracles.transformer import log_softmax

@@ -8,17 +8,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.benchmarks import record
+from jaxpo.config.fields import default
+from jaxpo.config.fill import fill
+from jaxpo.config.resolve import microbatch_rows, objective_of, protocol_of, transformer_of
+from jaxpo.learning.programs import compile_functions, init_state, optimizer_of
 from jaxpo.parallel import make_mesh, shardings
 from jaxpo.parallel.host import keep_freed_memory
 from jaxpo.policy import transformer
 from jaxpo.rollout import SamplingOptions
-from jaxpo.training import config as config_lib
-from jaxpo.training.functions import compile_functions, init_state, optimizer_of
 
 
 def config_of(job: record.Job) -> ConfigDict:
     """GRPO with a KL to the reference, one update over all rows at once."""
-    config = config_lib.default()
+    config = default()
     config.policy.update(width=job.hidden, layers=job.layers, heads=job.heads, mlp_width=job.mlp)
     config.sampling.max_new_tokens = job.new_tokens
     config.rollout.update(prompts=job.prompts, responses=job.generations)
@@ -26,7 +28,7 @@ def config_of(job: record.Job) -> ConfigDict:
     config.training.microbatches = 4 if job.rows % 4 == 0 else 1
     config.objective = ConfigDict(dict(name="grpo", beta=record.BETA, agg="token_mean"))
     config.optimizer.learning_rate = record.LEARNING_RATE
-    return config_lib.fill(config)
+    return fill(config)
 
 
 def main() -> None:
@@ -35,10 +37,12 @@ def main() -> None:
     job = record.job_from_flags(__doc__)
     keep_freed_memory()
     config, mesh = config_of(job), make_mesh()
-    model = transformer.build(config_lib.transformer_of(config, job.vocab))
-    objective, protocol = config_lib.objective_of(config), config_lib.protocol_of(config)
+    model = transformer.build(transformer_of(config, job.vocab))
+    objective, protocol = objective_of(config), protocol_of(config)
     options = SamplingOptions(max_new_tokens=job.new_tokens)
-    functions = compile_functions(config, mesh, model, objective, protocol, record.PAD, report=lambda text: None)
+    functions = compile_functions(
+        config, mesh, model, objective, protocol.compiles, microbatch_rows(config), record.PAD, report=lambda text: None
+    )
     init = partial(transformer.init, model.config)
     where = shardings(jax.eval_shape(init, jax.random.key(0)), mesh)  # or the second step would be compiled anew
     params = jax.jit(init, out_shardings=where)(jax.random.key(0))

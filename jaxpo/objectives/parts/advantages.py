@@ -7,8 +7,8 @@ from jax import Array
 
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.metrics import Mean, Metrics
-from jaxpo.objectives.base import State, is_off
-from jaxpo.objectives.composition import Part
+from jaxpo.objectives.grammar.base import State, is_off
+from jaxpo.objectives.grammar.parts import Part
 from jaxpo.primitives import advantages, aggregation, selection, token_advantages
 from jaxpo.primitives.advantages import choice
 from jaxpo.primitives.numerics import promote, ratio_or_zero

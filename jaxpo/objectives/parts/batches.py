@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxpo.batch import Rollouts
-from jaxpo.objectives.base import State, per_token
-from jaxpo.objectives.composition import Part
+from jaxpo.objectives.grammar.base import State, per_token
+from jaxpo.objectives.grammar.parts import Part
 from jaxpo.objectives.parts.regularizers import check_estimators
 from jaxpo.objectives.parts.surrogates import tokens_of
 from jaxpo.primitives import mismatch, selection, shaping

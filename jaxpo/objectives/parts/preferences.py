@@ -8,9 +8,9 @@ from jax import Array
 
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.metrics import Mean, Metrics
-from jaxpo.objectives.base import State
-from jaxpo.objectives.composition import Part
-from jaxpo.objectives.units import PAIR, Units, log_ratios
+from jaxpo.objectives.grammar.base import State
+from jaxpo.objectives.grammar.parts import Part
+from jaxpo.objectives.grammar.units import PAIR, Units, log_ratios
 from jaxpo.primitives import aggregation, preference_data, preference_diagnostics, regularizers, shaping
 from jaxpo.primitives.advantages import choice
 from jaxpo.primitives.numerics import promote

@@ -2,7 +2,7 @@
 
 from jax import Array
 
-from jaxpo.objectives.composition import Part
+from jaxpo.objectives.grammar.parts import Part
 from jaxpo.primitives import aggregation, ratios
 from jaxpo.registry import register
 

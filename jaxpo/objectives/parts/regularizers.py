@@ -6,8 +6,8 @@ from jax import Array
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.kernels.policy_surrogate.core import KL
 from jaxpo.metrics import Mean, Metrics
-from jaxpo.objectives.base import State, per_token
-from jaxpo.objectives.composition import Part
+from jaxpo.objectives.grammar.base import State, per_token
+from jaxpo.objectives.grammar.parts import Part
 from jaxpo.objectives.parts.surrogates import PEEK, tokens_of, unused
 from jaxpo.primitives import ratios, regularizers, selection, surrogates
 from jaxpo.primitives.advantages import choice

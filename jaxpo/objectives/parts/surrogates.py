@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxpo.batch import Rollouts, TokenStats
-from jaxpo.objectives.base import State, per_token
-from jaxpo.objectives.composition import Part
+from jaxpo.objectives.grammar.base import State, per_token
+from jaxpo.objectives.grammar.parts import Part
 from jaxpo.primitives import ratios, selection, surrogates, token_advantages
 from jaxpo.primitives.advantages import choice
 from jaxpo.primitives.aggregation import positive
