@@ -46,10 +46,11 @@ def score_pairs(pairs: str, judge: str, out: str, gap: float = 1.0, hard: str = 
       ValueError: a bad line (names file, line and field), a row that is no pair, or no run of such a model.
       FileExistsError: a file to write is there.
     """
+    from jaxpo.fields import PAIR
     from jaxpo.runs.judges.judge import by_model
     from jaxpo.storage.rundir import Progress
     from jaxpo.tasks import Example
-    from jaxpo.tasks.preferences.records import PAIR, BadRow, row_of
+    from jaxpo.tasks.preferences.records import BadRow, row_of
 
     for path in filter(None, (out, hard)):
         if Path(path).exists():

@@ -135,7 +135,7 @@ def distribution(requirement: str) -> str:
     ],
 )
 def test_imports_are_found(code, names):
-    assert set(imported(ast.parse(code), "jaxpo.objectives.grammar.base", is_package=False)) == names
+    assert set(imported(ast.parse(code), "jaxpo.objectives.nash", is_package=False)) == names
 
 
 @pytest.mark.parametrize(

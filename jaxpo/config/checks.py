@@ -171,10 +171,10 @@ def _check_division(config: ConfigDict, objective: Objective, policy: Transforme
             f"config.training.microbatches {microbatches} does not divide the {rows} rows of a minibatch "
             f"(rollout.prompts / training.minibatches * rollout.responses): choose one of {_divisors(rows)}"
         )
-    if objective.layout and prompts // minibatches % microbatches:
+    if objective.unit.layout and prompts // minibatches % microbatches:
         raise ValueError(
-            f"config.training.microbatches {microbatches} would cut units of {len(objective.layout)} rows: choose one "
-            f"of {_divisors(prompts // minibatches)}"
+            f"config.training.microbatches {microbatches} would cut units of {len(objective.unit.layout)} rows: choose "
+            f"one of {_divisors(prompts // minibatches)}"
         )
     if rows // microbatches % shards:
         raise ValueError(
@@ -196,7 +196,7 @@ def _check_division(config: ConfigDict, objective: Objective, policy: Transforme
             f"config.warm_start.batch {demonstrations} does not divide into config.warm_start.microbatches {parts} "
             f"times {row_axes} = {shards}"
         )
-    if objective.coupling == "group" and prompts // minibatches % microbatches:
+    if objective.unit.coupling == "group" and prompts // minibatches % microbatches:
         raise ValueError(
             f"config.training.microbatches {microbatches} would cut groups that {config.objective.name} must "
             "see whole: "

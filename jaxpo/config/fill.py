@@ -72,7 +72,7 @@ def _fill_protocol(config: ConfigDict) -> None:
     block, objective = config.protocol, objective_of(config)
     name = protocol_name(config, objective)
     parameters = registry.entry(name, "protocol").parameters
-    taken = objective.protocol_options if name == objective.protocol else {}
+    taken = objective.protocol.options if name == objective.protocol.name else {}
     for field in block:
         if field in taken:
             raise ValueError(f"config.protocol.{field} is set by config.objective.{field} ({config.objective.name})")

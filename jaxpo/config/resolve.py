@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from jaxpo import protocols, registry  # noqa: F401 (protocols: for its registrations)
 from jaxpo.config.blocks import arguments_of, policy_arguments
-from jaxpo.learning.needs import JUDGED
+from jaxpo.fields import JUDGED
 from jaxpo.objectives import Objective, make
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.families import config_from_hf
@@ -20,11 +20,11 @@ from jaxpo.rollout.sampling import validate as validate_sampling
 def protocol_name(config: ConfigDict, objective: Objective) -> str:
     """The protocol that the config names, or the objective; otherwise preferences come from ``config.data``, or from
     a judge if the objective cannot do without."""
-    if config.protocol.name or objective.protocol != "on_policy":
-        return config.protocol.name or objective.protocol
+    if config.protocol.name or objective.protocol.name != "on_policy":
+        return config.protocol.name or objective.protocol.name
     if config.data.name:
         return "preference_data"
-    return "judged" if objective.layout or objective.needs & JUDGED else "on_policy"
+    return "judged" if objective.unit.layout or objective.asks.needs & JUDGED else "on_policy"
 
 
 def protocol_of(config: ConfigDict) -> Protocol:
@@ -32,7 +32,7 @@ def protocol_of(config: ConfigDict) -> Protocol:
     objective = objective_of(config)
     name = protocol_name(config, objective)
     parameters = registry.entry(name, "protocol").parameters
-    taken = dict(objective.protocol_options) if name == objective.protocol else {}
+    taken = dict(objective.protocol.options) if name == objective.protocol.name else {}
     given = arguments_of(config.protocol, parameters)
     registry.check_arguments(f"protocol {name!r}", given, parameters)
     return make(name, "protocol", **{**given, **taken})

@@ -7,34 +7,13 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxpo.batch import MissingField, Rollouts
+from jaxpo.fields import EDITS, GIVEN, LOOP, PAIR, VECTORS, WEIGHTS
 from jaxpo.learning.references import COMPANIONS
 from jaxpo.objectives import Objective, State
 from jaxpo.policy import heads
-from jaxpo.tasks.preferences.records import EDITS, NUMBERS, PAIR, VECTORS, WEIGHTS
 
-PROVIDED = frozenset(
-    {
-        "reward",
-        "correct",
-        "truncated",
-        "group",
-        "role",
-        "prompt",
-        "seed",
-        "count",
-        "mask",
-        "tokens",
-        "logp_old",
-        "logp_beh",
-        "entropy_old",
-        "value_old",
-    }
-)
 JUDGING = frozenset({"score", "embed", "gate"})  # what a reward or preference model says of a whole answer
 EMBED = 8  # numbers of an embedding, unless config.heads.embed says otherwise
-# Fields that come from data, or from a judge of the policy's own answers.
-JUDGED = frozenset({*NUMBERS, "label", "pref_opp"})
-GIVEN = frozenset({*NUMBERS, *VECTORS, "label", "reward"})  # what data know of an answer
 
 
 class Form(NamedTuple):
@@ -62,17 +41,19 @@ class Form(NamedTuple):
 def form_of(objective: Objective, responses: int) -> Form | None:
     """The form in which the objective takes preferences; None if it takes none. ``responses``: scored answers a
     prompt."""
-    numbers, weights = (tuple(sorted(objective.needs & set(of))) for of in (GIVEN, WEIGHTS))
-    if objective.layout:
-        kinds = [kind for kind, roles in (("pair", PAIR), ("edited", EDITS)) if set(roles) <= set(objective.layout)]
-        segments, size = "segment" in objective.needs, len(objective.layout)
-        return Form(kinds[0], objective.layout, numbers, size, False, segments, weights) if kinds else None
-    if "label" in objective.needs:
-        mismatched = "role" in objective.needs
+    numbers, weights = (tuple(sorted(objective.asks.needs & set(of))) for of in (GIVEN, WEIGHTS))
+    if objective.unit.layout:
+        kinds = [
+            kind for kind, roles in (("pair", PAIR), ("edited", EDITS)) if set(roles) <= set(objective.unit.layout)
+        ]
+        segments, size = "segment" in objective.asks.needs, len(objective.unit.layout)
+        return Form(kinds[0], objective.unit.layout, numbers, size, False, segments, weights) if kinds else None
+    if "label" in objective.asks.needs:
+        mismatched = "role" in objective.asks.needs
         return Form("label", (), numbers, 1 + mismatched, mismatched)
-    if {"reward", "group"} <= objective.needs:
+    if {"reward", "group"} <= objective.asks.needs:
         return Form("scored", (), numbers, responses)
-    return Form("pair", PAIR[:1], numbers, 1) if objective.needs & set(VECTORS) else None
+    return Form("pair", PAIR[:1], numbers, 1) if objective.asks.needs & set(VECTORS) else None
 
 
 def slots_of(objective: Objective, provides: Collection[str] = ()) -> list[str]:
@@ -84,9 +65,9 @@ def slots_of(objective: Objective, provides: Collection[str] = ()) -> list[str]:
     Raises:
       ValueError: it needs something that neither this loop nor its protocol provides; the message says what they do.
     """
-    provided = PROVIDED | {f"logp_{name}" for name in objective.derived} | {*provides}
-    wanted = sorted(n[len("logp_") :] for n in objective.needs - provided if n.startswith("logp_"))
-    other = sorted(n for n in objective.needs - provided if not n.startswith("logp_")) + [
+    provided = LOOP | {f"logp_{name}" for name in objective.asks.derived} | {*provides}
+    wanted = sorted(n[len("logp_") :] for n in objective.asks.needs - provided if n.startswith("logp_"))
+    other = sorted(n for n in objective.asks.needs - provided if not n.startswith("logp_")) + [
         f"logp_{s}" for s in wanted if s not in COMPANIONS
     ]
     if other:
@@ -100,7 +81,7 @@ def slots_of(objective: Objective, provides: Collection[str] = ()) -> list[str]:
 def must_score(objective: Objective, batch: Rollouts, state: State) -> bool:
     """Whether ``prepare`` or ``weigh`` read what only a scoring pass gives. If they do not, the first optimizer step
     is its own old policy."""
-    if objective.peeks:
+    if objective.asks.peeks:
         return True
     try:
         jax.eval_shape(lambda b, s: objective.weigh(*objective.prepare(b, s), None), batch, state)
@@ -109,7 +90,7 @@ def must_score(objective: Objective, batch: Rollouts, state: State) -> bool:
             "logp_old",
             "entropy_old",
             "value_old",
-            *(f"logp_{name}" for name in objective.derived),
+            *(f"logp_{name}" for name in objective.asks.derived),
         ):
             raise
         return True
@@ -118,13 +99,13 @@ def must_score(objective: Objective, batch: Rollouts, state: State) -> bool:
 
 def derived_needs(objective: Objective) -> frozenset[str]:
     """Derived statistics that the objective needs of the old policy, as ``logp_<name>``; "value", as ``value_old``."""
-    derived = frozenset(name for name in objective.derived if f"logp_{name}" in objective.needs)
-    return derived | ({"value"} if "value_old" in objective.needs else set())
+    derived = frozenset(name for name in objective.asks.derived if f"logp_{name}" in objective.asks.needs)
+    return derived | ({"value"} if "value_old" in objective.asks.needs else set())
 
 
 def is_reward_model(objective: Objective) -> bool:
     """Whether the objective trains a judge of pairs of answers rather than a policy."""
-    return bool(objective.wants & {"score", "embed"})
+    return bool(objective.asks.wants & {"score", "embed"})
 
 
 def heads_of(objective: Objective, sizes: ConfigDict) -> dict[str, tuple[int, ...]]:
@@ -132,7 +113,7 @@ def heads_of(objective: Objective, sizes: ConfigDict) -> dict[str, tuple[int, ..
 
     Raises:
       ValueError: a size that nothing reads, that is missing, or that does not go with another one."""
-    wanted = objective.wants | objective.peeks | derived_needs(objective)
+    wanted = objective.asks.wants | objective.asks.peeks | derived_needs(objective)
     asked = [name for name in heads.NAMES if name in wanted]
     for name in ("embed", "gate"):
         if sizes[name] is not None and name not in asked:

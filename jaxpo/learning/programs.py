@@ -50,7 +50,7 @@ def compile_functions(
       base: of `Workspace`; bound to each as an argument (a constant would be compiled into every one of them).
     """
     apply, training = policy_of(model, config, objective, mesh=mesh), config.training
-    look = policy_of(model, config, objective, objective.peeks, mesh=mesh) if objective.peeks else None
+    look = policy_of(model, config, objective, objective.asks.peeks, mesh=mesh) if objective.asks.peeks else None
     recall = policy_of(model, config, objective, derived_needs(objective), mesh=mesh)
     beside, seen = partial(with_base, config), partial(seen_with_base, config)
     slices, steps = training.minibatches * training.microbatches, training.epochs * training.minibatches
@@ -111,7 +111,7 @@ def compile_functions(
         return gradient_noise(objective, own, mesh, state, batch, halves, look=peek, rows_at_once=rows_at_once)
 
     def run_opinion(base: Params | None, params: Params, batch: Rollouts) -> TokenStats:
-        heads = policy_of(model, config, objective, objective.wants & JUDGING, mesh=mesh)
+        heads = policy_of(model, config, objective, objective.asks.wants & JUDGING, mesh=mesh)
         said = score(seen(base, heads), params, batch, microbatches=slices if batch.rows % slices == 0 else 1)
         return said.replace(logp=None, entropy=None)  # so that nothing of the vocabulary is computed
 
@@ -145,7 +145,7 @@ def compile_functions(
             look=look,
             fused=fused_of(model, config, objective, mesh),
             report=report,
-            expected=(2 if objective.peeks and steps > 1 else 1) * packings,
+            expected=(2 if objective.asks.peeks and steps > 1 else 1) * packings,
         ),
     )
 
@@ -156,7 +156,7 @@ def measured(
     """What the objective reports of a batch (scored, not prepared), without a gradient, to be merged over ``slices``
     and further batches."""
     batch, state = objective.prepare(batch, state)
-    peek = score(look, params, batch, microbatches=slices) if objective.peeks else None
+    peek = score(look, params, batch, microbatches=slices) if objective.asks.peeks else None
     batch = objective.weigh(batch, state, peek)
     return in_slices(lambda part: objective.loss(partial(apply, params), part, state)[1], batch, slices)
 
@@ -191,7 +191,7 @@ def gradient_noise(
       halves: [2, B/2] rows. rows_at_once: of a microbatch; a half is cut into as few slices as keep to it.
     """
     size, shards = halves.shape[1], batch_shards(mesh)
-    whole = batch.shared_prompt if objective.coupling == "group" else 1
+    whole = batch.shared_prompt if objective.unit.coupling == "group" else 1
     fitting = [n for n in range(1, size + 1) if size % n == 0 and size // n % shards == 0 and size // n % whole == 0]
     if not fitting:
         raise ValueError(f"a half-batch of {size} rows does not divide over {shards} devices: raise rollout.prompts")
@@ -200,7 +200,7 @@ def gradient_noise(
     def gradient(rows: Array) -> Params:
         half = constrain_rows(take(batch, rows, shared_prompt=batch.shared_prompt), mesh)
         half, memory = objective.prepare(half, state.objective)
-        peek = score(look, state.params, half, microbatches=n) if objective.peeks else None
+        peek = score(look, state.params, half, microbatches=n) if objective.asks.peeks else None
         half = objective.weigh(half, memory, peek)
         return jax.tree.map(promote, accumulate(objective, apply, state.params, half, memory, microbatches=n)[1])
 
@@ -223,18 +223,18 @@ def policy_of(
 ) -> Apply:
     """``(params, batch) -> TokenStats`` with what is asked (None = what the objective wants), and the entropy for the
     metrics (it costs nothing more). With a ``mesh`` of several devices the head is used where it lies."""
-    wants = (objective.wants if asked is None else asked) | {"entropy"}
-    options = dict(derived=objective.derived, temperature=config.policy_temperature, mesh=several(mesh))
+    wants = (objective.asks.wants if asked is None else asked) | {"entropy"}
+    options = dict(derived=objective.asks.derived, temperature=config.policy_temperature, mesh=several(mesh))
     return stats.policy_of(model, wants=wants, **options)
 
 
 def fused_of(model: Model, config: ConfigDict, objective: Objective, mesh: Mesh) -> Fused | None:
     """What gives the loss in one pass over the logits. None = a gradient flows through statistics that other heads
     give, or that the policy derives from the logits by itself."""
-    if not objective.wants <= set(stats.AVAILABLE):
+    if not objective.asks.wants <= set(stats.AVAILABLE):
         return None
     options = dict(temperature=config.policy_temperature, mesh=several(mesh))
-    return partial(policy_loss, model, wants=objective.wants | {"entropy"}, **options)
+    return partial(policy_loss, model, wants=objective.asks.wants | {"entropy"}, **options)
 
 
 def several(mesh: Mesh | None) -> Mesh | None:

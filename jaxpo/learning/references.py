@@ -88,7 +88,7 @@ def check(objective: Objective, keeps: Keeps) -> None:
         if name not in KEPT:
             raise ValueError(unknown("frozen companion", name, KEPT))
         check_arguments(f"companion {name!r}", options, KEPT[name].options)
-        if name in ("prev", "ref") and options and f"logp_{name}" not in objective.needs:
+        if name in ("prev", "ref") and options and f"logp_{name}" not in objective.asks.needs:
             raise ValueError(f"config.protocol.{name}_every has no effect: this objective does not need logp_{name}")
 
 
@@ -131,4 +131,4 @@ def each_step(slots: Iterable[str]) -> bool:
 
 def scored(objective: Objective, slots: Mapping[str, Any]) -> dict[str, Params]:
     """The slots that the objective needs the log-probs of."""
-    return {name: slot for name, slot in slots.items() if f"logp_{name}" in objective.needs}
+    return {name: slot for name, slot in slots.items() if f"logp_{name}" in objective.asks.needs}

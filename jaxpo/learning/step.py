@@ -83,7 +83,8 @@ def accumulate(
         report = jax.tree.map(lambda x: x[None], report)
     else:
         parts = slices(batch, microbatches)
-        if objective.coupling == "group" and (batch.shared_prompt == 1 or parts.shared_prompt < batch.shared_prompt):
+        cut = batch.shared_prompt == 1 or parts.shared_prompt < batch.shared_prompt
+        if objective.unit.coupling == "group" and cut:
             raise ValueError(
                 f"{microbatches} microbatches cut groups of {batch.shared_prompt} rows, which this objective "
                 "must see whole"
@@ -101,7 +102,7 @@ def accumulate(
 
 def unit_of(objective: Objective, batch: Rollouts) -> int:
     """Consecutive rows that one call of the objective's loss must see together."""
-    if objective.coupling == "row":
+    if objective.unit.coupling == "row":
         return max(len(batch.layout), 1)
     return batch.shared_prompt if batch.shared_prompt > 1 else batch.rows
 
@@ -141,9 +142,9 @@ def optimizer_step(
       fused, place: as of `accumulate`.
     """
     peek = None
-    if objective.peeks:
+    if objective.asks.peeks:
         known = {"logp": batch.logp_old, "entropy": batch.entropy_old}
-        free = fresh and all(known.get(name) is not None for name in objective.peeks)
+        free = fresh and all(known.get(name) is not None for name in objective.asks.peeks)
         peek = (
             TokenStats(logp=batch.logp_old, entropy=batch.entropy_old)
             if free

@@ -78,7 +78,7 @@ def settings(row: Entry) -> str:
 def composition(objective: Objective) -> str:
     """What it is made of, by kind of part."""
     return (
-        "; ".join(f"{kind} `{' + '.join(parts)}`" for kind, parts in objective.slots.items() if parts)
+        "; ".join(f"{kind} `{' + '.join(parts)}`" for kind, parts in objective.made_of.items() if parts)
         or "its own terms"
     )
 
@@ -86,8 +86,8 @@ def composition(objective: Objective) -> str:
 def section(name: str) -> str:
     """Markdown of one objective."""
     row, objective = entry(name), example(name)
-    asks = [f"`{n}`" for n in sorted(objective.needs)]
-    current = sorted(objective.wants - {"logp"}) + [f"{n} (peek)" for n in sorted(objective.peeks)]
+    asks = [f"`{n}`" for n in sorted(objective.asks.needs)]
+    current = sorted(objective.asks.wants - {"logp"}) + [f"{n} (peek)" for n in sorted(objective.asks.peeks)]
     lines = [
         f"### `{name}`",
         first_paragraph(row),
@@ -95,8 +95,8 @@ def section(name: str) -> str:
         f"- made of: {composition(objective)}",
         f"- needs: {', '.join(asks) or 'nothing'}"
         + (f"; of the current policy {', '.join(current)}" if current else ""),
-        *([f"- protocol: `{objective.protocol}`"] if objective.protocol != "on_policy" else []),
-        *([f"- rewards in [{objective.rewards[0]:g}, {objective.rewards[1]:g}]"] if objective.rewards else []),
+        *([f"- protocol: `{objective.protocol.name}`"] if objective.protocol.name != "on_policy" else []),
+        *(["- rewards in [{:g}, {:g}]".format(*objective.asks.rewards)] if objective.asks.rewards else []),
         f"- hyperparameters: {settings(row)}",
     ]
     return "\n\n".join(lines[:2]) + "\n\n" + "\n".join(lines[2:])

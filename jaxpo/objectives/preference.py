@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from jax import Array
 
-from jaxpo.batch import Rollouts, TokenStats, role_id
+from jaxpo.batch import Rollouts, TokenStats
+from jaxpo.fields import PAIR, role_id
 from jaxpo.metrics import Mean, Metrics
 from jaxpo.objectives.grammar.base import Objective, State, Term, from_terms
-from jaxpo.objectives.grammar.units import PAIR, Units, log_ratios, nll_term, preference, unit_objective, unit_term
+from jaxpo.objectives.grammar.units import Units, log_ratios, nll_term, preference, unit_objective, unit_term
 from jaxpo.objectives.parts.surrogates import unused
 from jaxpo.primitives import aggregation, preference_data, preferences
 from jaxpo.primitives.advantages import choice
@@ -93,7 +94,7 @@ def kto(beta: float = 0.1, lam_D: float = 1.0, lam_U: float = 1.0) -> Objective:
     def anchor(batch: Rollouts, state: State, peek: TokenStats) -> Rollouts:
         count = promote(batch.count) * (batch.role == role_id("kl"))
         mean = ratio_or_zero(jnp.sum(drift(peek, batch) * count), count.sum())
-        return batch.replace(extras={**batch.extras, "anchor": jnp.full(batch.rows, jnp.maximum(mean, 0))})
+        return batch.with_row(anchor=jnp.full(batch.rows, jnp.maximum(mean, 0)))
 
     def value(stats: TokenStats, batch: Rollouts, state: State) -> Array:
         return preferences.kahneman_tversky(

@@ -4,8 +4,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxpo.batch import Rollouts, TokenStats
+from jaxpo.fields import EDITS, PAIR
 from jaxpo.objectives.grammar.base import Objective, State, Term, from_terms, is_off
-from jaxpo.objectives.grammar.units import PAIR, Units, log_ratios, nll_term, preference, unit_objective, unit_term
+from jaxpo.objectives.grammar.units import Units, log_ratios, nll_term, preference, unit_objective, unit_term
 from jaxpo.objectives.parts.surrogates import unused
 from jaxpo.objectives.preference import log_odds_ratio
 from jaxpo.primitives import aggregation, grouping, preferences
@@ -126,7 +127,7 @@ def token_ratios(units: Units, role: str, weight: str = "", of: str = "") -> tup
     return d, mask
 
 
-EDITS = ("truth", "revised", "original", "truth_corrupted", "revised_corrupted")
+EDITED = (*EDITS, "truth_corrupted", "revised_corrupted")
 
 
 @register(source="OPA-DPO, arXiv:2501.09695; zhyang2226/OPA-DPO")
@@ -187,7 +188,7 @@ def opa_dpo(
     return unit_objective(
         terms,
         margin=lambda units: beta * (units.log_ratio("truth") - units.log_ratio("original")),
-        layout=EDITS,
+        layout=EDITED,
         needs=("logp_ref", *weights),
     )
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxpo.batch import Rollouts, TokenStats
+from jaxpo.fields import PAIR
 from jaxpo.metrics import Mean, Metrics
 from jaxpo.objectives.grammar.base import Objective, State, Term, from_terms
-from jaxpo.objectives.grammar.units import PAIR, Units, unit_term
+from jaxpo.objectives.grammar.units import Units, unit_term
 from jaxpo.objectives.parts.surrogates import unused
 from jaxpo.primitives import aggregation, preferences, shaping
 from jaxpo.primitives.advantages import choice
@@ -163,7 +164,7 @@ def preference_orchestrator(T: float = 1.0, normalize: bool = True) -> Objective
     def prepare(batch: Rollouts, state: State) -> tuple[Rollouts, State]:
         scores = promote(batch.get("rm_scores"))
         scores = shaping.standardized(scores, batch.count) if normalize else scores
-        return batch.replace(extras={**batch.extras, "importance": jax.nn.softmax(scores / T)}), state
+        return batch.with_row(importance=jax.nn.softmax(scores / T)), state
 
     def value(stats: TokenStats, batch: Rollouts, state: State) -> Array:
         return preferences.categorical_kl(batch.get("importance"), stats.gate)

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from jaxpo.batch import Rollouts
+from jaxpo.batch import Rollouts, logps
 from jaxpo.config import checks
 from jaxpo.config.resolve import (
     microbatch_rows,
@@ -21,6 +21,7 @@ from jaxpo.config.resolve import (
     sampling_of,
     transformer_of,
 )
+from jaxpo.fields import VECTORS, WEIGHTS
 from jaxpo.learning import references
 from jaxpo.learning.compiled import Compiled
 from jaxpo.learning.needs import must_score, slots_of
@@ -38,7 +39,6 @@ from jaxpo.rollout.engine import decode_trips
 from jaxpo.runs.gatherer import as_scored
 from jaxpo.runs.workspace import make_tokenizer, tokenize
 from jaxpo.tasks import build
-from jaxpo.tasks.preferences.records import VECTORS, WEIGHTS
 
 
 class Data(NamedTuple):
@@ -160,12 +160,12 @@ def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
     how = longest(config, mesh, trained)
     score = Step("scoring", functions["score"], (params, seen), how, 0, ("params", *frozen), mesh)
     stats = everywhere(score.trace().out_info, rows)
-    batch = batch.replace(slots={name: stats.logp for name in scored})
+    batch = batch.with_token(**logps(dict.fromkeys(scored, stats.logp)))
     updates = config.training.epochs * config.training.minibatches
     old = protocol.stale or updates > 1 or must_score(objective, batch, memory)
     if old:
         constants = dict(logp_old=stats.logp, entropy_old=stats.entropy, value_old=stats.value)
-        batch = batch.replace(**constants, slots={**batch.slots, **stats.derived})
+        batch = batch.replace(**constants).with_token(**logps(stats.derived))
     own = score._replace(times=old if offloaded else len(scored) + old)
     reference = score._replace(name="reference", arguments=(frozen_copy, seen), state=(*frozen,))
     scoring = [reference._replace(times=len(scored))] * offloaded + [own] * (own.times > 0)
@@ -186,7 +186,7 @@ def samples(config: ConfigDict) -> bool:
     objective = objective_of(config)
     if config.data.name is None or protocol_name(config, objective) != "preference_data":
         return True
-    return config.protocol.get("rejected") == "policy" or "own" in objective.layout
+    return config.protocol.get("rejected") == "policy" or "own" in objective.unit.layout
 
 
 def unit_shapes(
@@ -204,7 +204,7 @@ def unit_shapes(
     def shape(*axes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, *axes), dtype)
 
-    needs, number = objective.needs & protocol.provides, shape(dtype=jnp.int32)
+    needs, number = objective.asks.needs & protocol.provides, shape(dtype=jnp.int32)
     tokens = sorted(needs & {*WEIGHTS, "segment"})
     numbers = needs - {*tokens, "reward"}
     return Rollouts(
@@ -216,10 +216,10 @@ def unit_shapes(
         role=number,
         prompt=number,
         seed=shape(dtype=jnp.uint32),
-        reward=shape() if "reward" in objective.needs else None,
-        extras={name: shape(*([vector] if name in VECTORS else [])) for name in sorted(numbers)},
-        token_extras={name: shape(width, dtype=jnp.int32 if name == "segment" else jnp.float32) for name in tokens},
-        layout=objective.layout,
+        reward=shape() if "reward" in objective.asks.needs else None,
+        per_row={name: shape(*([vector] if name in VECTORS else [])) for name in sorted(numbers)},
+        per_token={name: shape(width, dtype=jnp.int32 if name == "segment" else jnp.float32) for name in tokens},
+        layout=objective.unit.layout,
         shared_prompt=of_prompt,
     )
 

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 from jax import Array
 
-from jaxpo.batch import Rollouts, role_id, take
+from jaxpo.batch import Rollouts, take
+from jaxpo.fields import PAIR, role_id
 from jaxpo.learning.state import Run, advance
 from jaxpo.objectives import Objective
 from jaxpo.primitives import preference_data as rules
@@ -15,7 +16,6 @@ from jaxpo.protocols.preference_data import rounds
 from jaxpo.protocols.protocol import Protocol, Tools
 from jaxpo.protocols.rows import stacked
 from jaxpo.registry import register
-from jaxpo.tasks.preferences.records import PAIR
 
 
 @register("protocol", source="DNO-Prct, arXiv:2404.03715 (n-grams, pairs a prompt and the choice of pairs are assumed)")
@@ -106,9 +106,10 @@ def dno_prct(
         return run, as_pairs(stacked(parts), rng)
 
     def rows(objective: Objective, responses: int) -> int:
-        if objective.layout != PAIR:
+        if objective.unit.layout != PAIR:
             raise ValueError(
-                f"protocol 'dno_prct' makes pairs, and a unit of the objective is {objective.layout or 'one answer'}"
+                "protocol 'dno_prct' makes pairs, and a unit of the objective is "
+                f"{objective.unit.layout or 'one answer'}"
             )
         return 2 * pairs
 

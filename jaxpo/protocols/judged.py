@@ -7,8 +7,9 @@ import jax
 import numpy as np
 from jax import Array
 
-from jaxpo.batch import Rollouts, role_id, take
-from jaxpo.learning.needs import JUDGED, form_of
+from jaxpo.batch import Rollouts, take
+from jaxpo.fields import JUDGED, PAIR, role_id
+from jaxpo.learning.needs import form_of
 from jaxpo.learning.state import Run
 from jaxpo.objectives import Objective
 from jaxpo.parallel.distributed import to_host
@@ -18,7 +19,6 @@ from jaxpo.protocols.preference_data import rounds
 from jaxpo.protocols.protocol import Protocol, Tools, Verdict
 from jaxpo.protocols.rows import stacked
 from jaxpo.registry import register
-from jaxpo.tasks.preferences.records import PAIR
 
 RULES = ("best_worst", "random", "adjacent")
 OF_OPPONENTS = {"win", "pref_opp", "pref_score"}  # what only answers of an opponent change
@@ -89,8 +89,8 @@ def arranged(objective: Objective, own: Rollouts, verdict: Verdict, chosen: Chos
     k = own.shared_prompt
     fields = {name: x.astype(np.float32) for name, x in answer_fields(verdict, k).items()}
     own = own.replace(reward=fields["rm"].reshape(-1))
-    wanted = {name: x.reshape(-1) for name, x in fields.items() if name in objective.needs}
-    own = own.replace(extras={**own.extras, **wanted})
+    wanted = {name: x.reshape(-1) for name, x in fields.items() if name in objective.asks.needs}
+    own = own.with_row(**wanted)
     if chosen is None:
         return own
     i, j, counts = chosen
@@ -106,7 +106,7 @@ def arranged(objective: Objective, own: Rollouts, verdict: Verdict, chosen: Chos
         layout=PAIR,
         role=np.tile(np.array([role_id(r) for r in PAIR], np.int32), g * i.shape[1]),
         count=batch.count * np.repeat(counts.reshape(-1), 2).astype(np.float32),
-        extras={**batch.extras, **{name: x for name, x in twice.items() if name in objective.needs}},
+        per_row={**batch.per_row, **{name: x for name, x in twice.items() if name in objective.asks.needs}},
     )
 
 
@@ -125,9 +125,7 @@ def with_labels(own: Rollouts, good: np.ndarray, known: np.ndarray, mismatched: 
     """Rows (NumPy) with their labels, of count 0 where that is not known; ``mismatched``: after each row one of role
     "kl", the previous prompt's answer to this prompt (KTO), which nobody has sampled: ``logp_beh`` is left out."""
     label, k = good.reshape(-1).astype(np.float32), own.shared_prompt
-    own = own.replace(
-        extras={**own.extras, "label": label}, count=own.count * known.reshape(-1).astype(np.float32), logp_beh=None
-    )
+    own = own.replace(label=label, count=own.count * known.reshape(-1).astype(np.float32), logp_beh=None)
     if not mismatched:
         return own
     other = np.roll(np.arange(own.rows), k)
@@ -140,7 +138,7 @@ def with_labels(own: Rollouts, good: np.ndarray, known: np.ndarray, mismatched: 
         seed=own.seed,
         role=np.full(own.rows, role_id("kl"), np.int32),
         count=np.ones(own.rows, np.float32),
-        extras={name: np.zeros_like(x) for name, x in own.extras.items()},
+        per_row={name: np.zeros_like(x) for name, x in own.per_row.items()},
     )
     both = stacked([own.replace(shared_prompt=1), kl])
     order = np.stack([np.arange(own.rows), own.rows + np.arange(own.rows)], 1).reshape(-1)
@@ -181,14 +179,14 @@ def compared(
         if opponent:
             tools.note("judge/win", float(verdict.wins[:, :k, k:].mean()))
         chosen = None
-        if tools.objective.layout:
+        if tools.objective.unit.layout:
             i, j, there = choose(verdict, k, keys[2]) if choose else (*pick(rule, verdict, k, keys[2]), True)
-            soft = tools.objective.needs & SOFT
+            soft = tools.objective.asks.needs & SOFT
             chosen = (i, j, there & (i != j)) if soft else ordered(verdict, i, j, margin)
             chosen = (*chosen[:2], chosen[2] & there)
             tools.note("judge/kept", float(chosen[2].mean()))
         batch = arranged(tools.objective, columns[0], verdict, chosen)
-        if "label" not in tools.objective.needs:
+        if "label" not in tools.objective.asks.needs:
             return run, batch
         good, known = labels(verdict, k, threshold)
         tools.note("judge/good", float(good[known].mean()) if known.any() else 0.0)
@@ -196,27 +194,27 @@ def compared(
         return run, with_labels(batch, good, known, form_of(tools.objective, k).mismatched)
 
     def rows(objective: Objective, responses: int) -> int:
-        if objective.layout not in ((), PAIR):
+        if objective.unit.layout not in ((), PAIR):
             raise ValueError(
-                f"the objective learns from units {objective.layout}, which a judge does not make of the policy's own "
-                "answers: set config.data.name, and config.protocol.name to preference_data"
+                f"the objective learns from units {objective.unit.layout}, which a judge does not make of the policy's "
+                "own answers: set config.data.name, and config.protocol.name to preference_data"
             )
-        if threshold is not None and "label" not in objective.needs:
+        if threshold is not None and "label" not in objective.asks.needs:
             raise ValueError("config.protocol.label_threshold has no effect: the objective reads no labels")
-        if opponent and not objective.needs & OF_OPPONENTS:
+        if opponent and not objective.asks.needs & OF_OPPONENTS:
             raise ValueError(
                 "this protocol judges answers against those of an opponent, and the objective reads nothing of that "
                 f"({', '.join(sorted(OF_OPPONENTS))}): set config.protocol.name to judged"
             )
-        if not objective.layout and (pairs is not None or margin):
+        if not objective.unit.layout and (pairs is not None or margin):
             field = "margin" if pairs is None else "pairs"
             raise ValueError(f"config.protocol.{field} has no effect: the objective learns from single answers")
-        if choose and not objective.layout:
+        if choose and not objective.unit.layout:
             raise ValueError("this protocol makes pairs, and the objective learns from single answers: choose judged")
-        if not objective.layout:
-            return form_of(objective, responses).size * responses if "label" in objective.needs else responses
+        if not objective.unit.layout:
+            return form_of(objective, responses).size * responses if "label" in objective.asks.needs else responses
         each = count(responses) if count else responses // 2 if rule == "adjacent" else 1
-        return len(objective.layout) * each
+        return len(objective.unit.layout) * each
 
     def check(config: Any) -> None:
         least = 2 if opponent is None else 1

@@ -59,7 +59,7 @@ def outer_step(rollouts: Rollouts, new: np.ndarray, log_ratio_clip: float) -> di
     """
     anchor = rollouts.logp_old
     if anchor is None:
-        anchor = rollouts.token_extras.get("logp_sampler", rollouts.logp_beh)
+        anchor = rollouts.per_token.get("logp_sampler", rollouts.logp_beh)
     count = np.asarray(rollouts.count)
     mask = (np.asarray(rollouts.mask) > 0) & (count > 0)[:, None]
     x = np.clip(np.where(mask, new - np.asarray(anchor), 0), -log_ratio_clip, log_ratio_clip)

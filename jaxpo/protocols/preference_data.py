@@ -7,8 +7,9 @@ import jax
 import numpy as np
 from jax import Array
 
-from jaxpo.batch import Rollouts, role_id, take
-from jaxpo.learning.needs import GIVEN, form_of
+from jaxpo.batch import Rollouts, take
+from jaxpo.fields import GIVEN, WEIGHTS, role_id
+from jaxpo.learning.needs import form_of
 from jaxpo.learning.references import stored
 from jaxpo.learning.state import Run, advance
 from jaxpo.objectives import Objective
@@ -17,7 +18,6 @@ from jaxpo.primitives.advantages import choice
 from jaxpo.protocols.protocol import Protocol, Tools
 from jaxpo.protocols.rows import stacked
 from jaxpo.registry import register
-from jaxpo.tasks.preferences.records import WEIGHTS
 
 Keeps = dict[str, Mapping[str, Any]]
 
@@ -25,7 +25,7 @@ Keeps = dict[str, Mapping[str, Any]]
 def rows(objective: Objective, responses: int) -> int:
     """Rows of a unit of data."""
     form = form_of(objective, responses)
-    return form.size if form else max(len(objective.layout), 1)
+    return form.size if form else max(len(objective.unit.layout), 1)
 
 
 def rounds(prev_every: int | None, ref_every: int | None) -> Keeps:
@@ -120,7 +120,7 @@ def with_samples(batch: Rollouts, run: Run, tools: Tools, params: Params, key: A
         role=np.tile(np.array([role_id(r) for r in roles], np.int32), n),
         prompt=np.repeat(first.prompt, k),
         seed=np.asarray(jax.random.bits(seed_key, (n * k,))),
-        extras={name: np.zeros((n * k, *x.shape[1:]), x.dtype) for name, x in batch.extras.items()},
+        per_row={name: np.zeros((n * k, *x.shape[1:]), x.dtype) for name, x in batch.per_row.items()},
     )
     both = stacked([batch.replace(layout=(), shared_prompt=1), fresh])
     whole = [*layout, *(r for r in roles if r not in layout)]

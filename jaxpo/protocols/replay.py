@@ -4,7 +4,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxpo.batch import Rollouts, role_id
+from jaxpo.batch import Rollouts
+from jaxpo.fields import role_id
 from jaxpo.learning.state import Run, advance
 from jaxpo.parallel.distributed import to_host
 from jaxpo.protocols.on_policy import sample_once

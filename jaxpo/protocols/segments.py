@@ -95,7 +95,7 @@ def chain(interval: int, threshold: float, completions: int) -> Collect:
             value[row, at] = ends.rewards(tools).reshape(-1, completions).mean(1)
         tools.note("chain/cutpoints", len(row) / batch.rows)
         value = np.asarray(previous_at(value, cuts)[0])  # read at cutpoints only
-        return run, batch.replace(token_extras={**batch.token_extras, "mc_value": value})
+        return run, batch.replace(mc_value=value)
 
     return collect
 
@@ -291,7 +291,7 @@ def rows_of(
     prompts, length = joined(paths.prompt, paths.prompt_length, paths.tokens, start, width)
     own = of_rows(lambda level: level.sampled.completions)
     mask = of_rows(lambda level: level.sampled.mask) * used[:, None]
-    extra = levels[0].sampled.token_extras
+    extra = levels[0].sampled.per_token
     batch = Rollouts(
         tokens=np.concatenate([prompts, own], 1),
         mask=mask.astype(np.float32),
@@ -304,7 +304,7 @@ def rows_of(
         reward=np.concatenate(values)[rows].astype(np.float32),
         truncated=of_rows(lambda level: level.cut & (level.paths.stop == tools.width)).astype(np.float32),
         logp_beh=of_rows(lambda level: level.sampled.logp_beh),
-        token_extras={name: of_rows(lambda level, n=name: level.sampled.token_extras[n]) for name in extra},
-        extras={"edge_adv": np.where(used, gain[rows], 0).astype(np.float32)},
+        per_token={name: of_rows(lambda level, n=name: level.sampled.per_token[n]) for name in extra},
+        edge_adv=np.where(used, gain[rows], 0).astype(np.float32),
     )
     return batch, int(used.sum()), len(telling)

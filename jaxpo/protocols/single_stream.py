@@ -83,10 +83,8 @@ def spo_single_stream(
         value = trackers.tracker_value(run.tables["alpha"], run.tables["beta"])
         indices = prioritized(value, tools.prompts, draw_key, floor)
         rollouts = sample(run, tools, indices, key)
-        extras = dict(tracker_value=np.asarray(value)[indices], tracker_reward=rollouts.reward)  # before any shaping
-        return advance(run, position=run.position + tools.prompts), rollouts.replace(
-            extras={**rollouts.extras, **extras}
-        )
+        known = dict(tracker_value=np.asarray(value)[indices], tracker_reward=rollouts.reward)  # before any shaping
+        return advance(run, position=run.position + tools.prompts), rollouts.replace(**known)
 
     def after(run: Run, tools: Tools, rollouts: Rollouts) -> Run:
         rollouts, params = to_host(rollouts), run.state.params
@@ -94,7 +92,7 @@ def spo_single_stream(
         now["logp"] = to_host(tools.score(params, rollouts).logp)
         drift = drift_of(run.tables, at, tools, params, rollouts)
         rho = trackers.forgetting(drift, d_half=d_half, rho_min=rho_min, rho_max=rho_max)
-        reward = rollouts.extras["tracker_reward"]
+        reward = rollouts.per_row["tracker_reward"]
         alpha, beta = trackers.tracker_update(run.tables["alpha"][at], run.tables["beta"][at], reward, rho)
         new = {**now, "alpha": np.asarray(alpha), "beta": np.asarray(beta), "seen": np.ones(len(at), np.float32)}
         tools.note("tracker/value", float(trackers.tracker_value(alpha, beta).mean()))

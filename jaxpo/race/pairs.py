@@ -3,12 +3,12 @@ objectives of data; a share of their labels is wrong."""
 
 from dataclasses import replace
 
+from jaxpo.fields import PAIR
 from jaxpo.learning.needs import Form, form_of
 from jaxpo.objectives import Objective
 from jaxpo.race.setup import Rules, Surroundings
 from jaxpo.runs.preference_data import Preferences
 from jaxpo.tasks.preferences.encode import as_kind, encode
-from jaxpo.tasks.preferences.records import PAIR
 from jaxpo.tasks.preferences.verified import verified_pairs
 
 
@@ -20,7 +20,7 @@ def race_form(objective: Objective, rules: Rules) -> Form:
     """
     form = form_of(objective, rules.responses)
     if form is None or not set(form.given) <= set(PAIR):
-        raise ValueError(f"learns from units {objective.layout}; a race has pairs {PAIR}")
+        raise ValueError(f"learns from units {objective.unit.layout}; a race has pairs {PAIR}")
     lacking = [*(set(form.numbers) - {"label"}), *(["tool calls"] if form.segments else [])]
     if lacking:
         raise ValueError(f"needs {', '.join(sorted(lacking))}, which the pairs of a race have not")

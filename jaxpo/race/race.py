@@ -30,13 +30,14 @@ from matplotlib.figure import Figure
 from scipy.special import stdtrit
 
 from jaxpo import registry
-from jaxpo.batch import Rollouts, take
-from jaxpo.learning.needs import PROVIDED, derived_needs
+from jaxpo.batch import Rollouts, logps, take
+from jaxpo.fields import LOOP
+from jaxpo.learning.needs import derived_needs
 from jaxpo.learning.optimizers import make_optimizer
 from jaxpo.learning.state import TrainState
 from jaxpo.learning.step import optimizer_step, score
 from jaxpo.objectives import Objective, make
-from jaxpo.objectives.grammar.base import check_rewards
+from jaxpo.objectives.grammar.base import Gathering, check_rewards
 from jaxpo.policy import heads, stats
 from jaxpo.policy.transformer import Params
 from jaxpo.race.pairs import race_form
@@ -66,7 +67,7 @@ def fill(name: str, given: Mapping[str, Any], steps: int, max_new_tokens: int) -
 
 def unfit(objective: Objective, rules: Rules) -> str:
     """Why a race cannot run the objective; "" if it can."""
-    if asked := sorted(objective.wants.intersection(heads.NAMES)):
+    if asked := sorted(objective.asks.wants.intersection(heads.NAMES)):
         return f"trains a {asked[0]} head, which the policies of a race have not"
     try:
         protocol = protocol_of(objective)
@@ -75,13 +76,15 @@ def unfit(objective: Objective, rules: Rules) -> str:
         shape(objective, protocol, rules)
     except ValueError as error:
         return str(error)
-    if protocol is None and not objective.needs & {"reward", "correct"}:
+    if protocol is None and not objective.asks.needs & {"reward", "correct"}:
         return "does not ask for rewards: it would imitate its own completions"
-    given = PROVIDED - {"value_old"} | {f"logp_{name}" for name in (*objective.derived, "ref")}
+    given = LOOP - {"value_old"} | {f"logp_{name}" for name in (*objective.asks.derived, "ref")}
     if protocol:
         given |= protocol.provides | {"logp_prev", "logp_ema"}
-    if lacking := sorted(objective.needs - given):
-        return f"needs {', '.join(lacking)}, which neither the race nor its protocol {objective.protocol!r} provides"
+    if lacking := sorted(objective.asks.needs - given):
+        return (
+            f"needs {', '.join(lacking)}, which neither the race nor its protocol {objective.protocol.name!r} provides"
+        )
     return ""
 
 
@@ -111,10 +114,10 @@ def by(protocol: str | None, objective: Objective) -> Objective:
         raise ValueError(f"protocol: an objective has one, not {protocol!r}")
     _, name, options = calls[0]
     registry.check_arguments(f"protocol {name!r}", options, registry.entry(name, "protocol").parameters)
-    taken = objective.protocol_options if name == objective.protocol else {}
+    taken = objective.protocol.options if name == objective.protocol.name else {}
     if both := sorted(set(options) & set(taken)):
         raise ValueError(f"protocol {name!r}: {both[0]} is set by the objective's own {both[0]}")
-    return objective._replace(protocol=name, protocol_options={**options, **taken})
+    return objective._replace(protocol=Gathering(name, {**options, **taken}))
 
 
 def select(
@@ -169,16 +172,16 @@ def optimizer_of(rules: Rules) -> optax.GradientTransformation:
 def make_update(objective: Objective, arena: Arena, rules: Rules, watchful: bool) -> Callable[..., Any]:
     """``(state, batch, rows) -> (state, steps skipped, path)``: the optimizer steps of an iteration, of all seeds.
     path: parameters after each step [S, steps, ...]; None if nobody is ``watchful``."""
-    model, derived = arena.where.model, objective.derived
-    apply = stats.policy_of(model, wants=objective.wants | {"entropy"}, derived=derived)
-    look = stats.policy_of(model, wants=objective.peeks | {"logp", "entropy"}, derived=derived)
+    model, derived = arena.where.model, objective.asks.derived
+    apply = stats.policy_of(model, wants=objective.asks.wants | {"entropy"}, derived=derived)
+    look = stats.policy_of(model, wants=objective.asks.peeks | {"logp", "entropy"}, derived=derived)
     recalled = derived_needs(objective)
     recall = stats.policy_of(model, wants=recalled | {"logp"}, derived=derived)
     optimizer = optimizer_of(rules)
 
     def iteration(state: TrainState, batch: Rollouts, rows: Array) -> tuple[TrainState, Array, Params | None]:
         if recalled:
-            batch = batch.replace(slots={**batch.slots, **score(recall, state.params, batch).derived})
+            batch = batch.with_token(**logps(score(recall, state.params, batch).derived))
         batch, memory = objective.prepare(batch, state.objective)
 
         def step(state: TrainState, rows: Array) -> tuple[TrainState, tuple[Array, Params | None]]:
@@ -211,7 +214,7 @@ def run(contender: Contender, arena: Arena, rules: Rules, progress: Callable[[di
             break
         random = draws(rows, len(arena.where.train), i)
         state, batch = gather.collect(state, random)
-        check_rewards(objective.rewards, batch)
+        check_rewards(objective.asks.rewards, batch)
         if i == 0:
             compile_began = time.perf_counter()
             update = update.lower(state, batch, random.rows).compile()

@@ -16,9 +16,10 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from jaxpo.batch import Rollouts, TokenStats
+from jaxpo.batch import Rollouts, TokenStats, logps
+from jaxpo.fields import JUDGED
 from jaxpo.learning import references
-from jaxpo.learning.needs import JUDGED, slots_of
+from jaxpo.learning.needs import slots_of
 from jaxpo.learning.state import Run, TrainState, advance
 from jaxpo.learning.step import score
 from jaxpo.objectives import Objective
@@ -93,12 +94,13 @@ class ByProtocol:
         state = together([run.state for run in self.runs])
         batch = jax.tree.map(lambda *x: np.stack(x), *batches)
         seen = self.arena.look(state.params, batch)
-        return state, self._before(seen.replace(slots={**seen.slots, **batch.slots}))
+        return state, self._before(seen.with_token(**batch.per_token))
 
     def _scored(self, run: Run, tools: Tools, batch: Rollouts) -> Rollouts:
         """With the log-probs under the frozen companions that the objective needs."""
         needed = references.scored(self.objective, run.slots)
-        return batch.replace(slots={name: tools.score(slot, batch).logp for name, slot in needed.items()})
+        said = {name: tools.score(slot, batch).logp for name, slot in needed.items()}
+        return batch.with_token(**logps(said))
 
     def _before(self, batch: Rollouts) -> Rollouts:
         """What the protocol makes of the scored batch."""
@@ -262,12 +264,12 @@ def protocol_of(objective: Objective) -> Protocol | None:
     Raises:
       ValueError: it trains on batches of earlier iterations, which a race does not keep.
     """
-    name = objective.protocol
-    if name == "on_policy" and objective.needs & {*JUDGED - {"label"}, "logp_prev"}:
+    name = objective.protocol.name
+    if name == "on_policy" and objective.asks.needs & {*JUDGED - {"label"}, "logp_prev"}:
         name = "judged"
-    elif name == "on_policy" and (objective.layout or "label" in objective.needs):
+    elif name == "on_policy" and (objective.unit.layout or "label" in objective.asks.needs):
         name = "preference_data"
-    protocol = make(name, "protocol", **objective.protocol_options)
+    protocol = make(name, "protocol", **objective.protocol.options)
     if protocol.stale and protocol.tables:
         raise ValueError(f"protocol {name!r} trains on earlier batches; a race has only fresh ones")
     return None if protocol.collect is sample_once and not protocol.sampler else protocol

@@ -192,7 +192,7 @@ def build_arena(rules: Rules) -> Arena:
 
     def look_back(params: Params, first: Params, batch: Rollouts) -> Rollouts:
         old, ref = score(policy, params, batch), score(policy, first, batch)
-        return batch.replace(logp_old=old.logp, entropy_old=old.entropy, slots={"ref": ref.logp})
+        return batch.replace(logp_old=old.logp, entropy_old=old.entropy, logp_ref=ref.logp)
 
     look = jax.jit(jax.vmap(look_back), compiler_options=QUICK)
     draw = rated(where, jax.vmap(sample, (0, 0, None, None)), where.train)
@@ -240,7 +240,7 @@ def texts(where: Surroundings, batch: Rollouts) -> list[str]:
 def warm_start(where: Surroundings, rules: Rules) -> Params:
     """Random parameters [S, ...] after ``rules.warm_start`` supervised steps, all in one compiled program."""
     model, objective = where.model, make("sft")
-    apply = stats.policy_of(model, wants=objective.wants)
+    apply = stats.policy_of(model, wants=objective.asks.wants)
     adam = dict(name="adam", learning_rate=rules.warm_learning_rate, clip_norm=1.0, schedule=dict(name="constant"))
     optimizer = make_optimizer(adam, max(rules.warm_start, 1))
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from jaxpo.batch import Rollouts, TokenStats
+from jaxpo.batch import Rollouts, TokenStats, logps
 from jaxpo.learning import references
 from jaxpo.learning.needs import must_score, slots_of
 from jaxpo.learning.programs import packed
@@ -207,10 +207,11 @@ def score_packed(workspace: Workspace, params: Params, seen: Rollouts) -> TokenS
 def score_companions(workspace: Workspace, run: Run, batch: Rollouts) -> Rollouts:
     """Attach ``logp_old`` (unless the first optimizer step is its own old policy) and ``logp_<slot>``."""
     seen, slots = as_scored(batch), references.scored(workspace.objective, run.slots)
-    scored = batch.replace(slots={name: score_packed(workspace, p, seen).logp for name, p in slots.items()})
+    said = {name: score_packed(workspace, p, seen).logp for name, p in slots.items()}
+    scored = batch.with_token(**logps(said))
     always = workspace.protocol.stale or workspace.optimizer_steps() > 1
     if always or must_score(workspace.objective, scored, run.state.objective):
         old = score_packed(workspace, run.state.params, seen)
         constants = dict(logp_old=old.logp, entropy_old=old.entropy, value_old=old.value)
-        scored = scored.replace(**constants, slots={**scored.slots, **old.derived})
+        scored = scored.replace(**constants).with_token(**logps(old.derived))
     return scored

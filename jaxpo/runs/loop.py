@@ -126,7 +126,7 @@ def update(workspace: Workspace, run: Run, batch: Rollouts, key: Array) -> tuple
     config, state, slots, steps = workspace.config, run.state, run.slots, []
     responses = math.lcm(batch.shared_prompt, max(len(batch.layout), 1))
     groups = batch.rows // responses
-    looks = bool(workspace.objective.peeks) and not workspace.protocol.stale
+    looks = bool(workspace.objective.asks.peeks) and not workspace.protocol.stale
     for epoch in range(config.training.epochs):
         order = np.arange(groups)
         if config.training.minibatches > 1:
@@ -163,7 +163,7 @@ def iterate(session: Session, run: Run, key: Array) -> tuple[Run, dict[str, floa
     """One iteration: gather, score, prepare, update."""
     workspace, protocol, tools = session.workspace, session.protocol, session.tools
     run, rollouts = protocol.collect(run, tools, jax.random.fold_in(key, 0))
-    check_rewards(workspace.objective.rewards, rollouts)
+    check_rewards(workspace.objective.asks.rewards, rollouts)
     with session.clock.phase("score"):
         batch = score_companions(workspace, run, workspace.put(rollouts))
     if protocol.before:

@@ -8,13 +8,14 @@ from ml_collections import ConfigDict
 
 from jaxpo.batch import Rollouts
 from jaxpo.config.blocks import arguments_of
+from jaxpo.fields import EDITS, NUMBERS, PAIR, VECTORS
 from jaxpo.learning.needs import Form, form_of
 from jaxpo.objectives import Objective
 from jaxpo.tasks import Example, Task
 from jaxpo.tasks.base import locate
 from jaxpo.tasks.preferences import sets
 from jaxpo.tasks.preferences.encode import TEMPLATES, Encoded, as_kind, encode, units, widths
-from jaxpo.tasks.preferences.records import EDITS, NUMBERS, PAIR, VECTORS, Row
+from jaxpo.tasks.preferences.records import Row
 from jaxpo.tasks.preferences.sets import PreferenceSet
 from jaxpo.tasks.preferences.traces import Tracer, check_trace
 from jaxpo.text.tokenizers import Tokenizer, question_of
@@ -86,7 +87,7 @@ def encoded(
     if form is None:
         raise ValueError(
             f"config.data.name: objective {config.objective.name!r} takes no preferences"
-            + (f" of this kind: a unit of it is {objective.layout}" if objective.layout else "")
+            + (f" of this kind: a unit of it is {objective.unit.layout}" if objective.unit.layout else "")
         )
     options = dict(
         roles=form.given,
@@ -126,7 +127,7 @@ def encoded(
 
 def templates_of(objective: Objective, data: PreferenceSet) -> dict[str, str]:
     """The templates of prompts that the objective's units ask for; ``ValueError`` if the data have one of others."""
-    layout = objective.layout
+    layout = objective.unit.layout
     asked = {"draft_prompt": any("_given_" in r for r in layout), "rationale_prompt": "rationale" in layout}
     unused = [name for name in data.templates if not asked[name]]
     if unused:

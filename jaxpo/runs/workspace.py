@@ -275,9 +275,9 @@ def setup(
     slots_of(objective, protocol.provides)
     heads_of(objective, config.heads)
     references.check(objective, protocol.keeps)
-    if objective.layout and protocol.rows is None:
+    if objective.unit.layout and protocol.rows is None:
         raise ValueError(
-            f"objective {config.objective.name!r} learns from units {objective.layout}, which rollouts of "
+            f"objective {config.objective.name!r} learns from units {objective.unit.layout}, which rollouts of "
             "single completions are not: set config.data.name, or config.protocol.name to judged"
         )
     task, data = examples_of(config) if examples else (NOTHING, None)

@@ -121,7 +121,7 @@ def count_is_multiplicity(case: Case) -> str:
 def microbatch_invariance(case: Case) -> str:
     """One slice, or as many as units (groups, if it looks at groups): the same loss, gradient and metrics."""
     batch, most = case.batch, case.units
-    if case.objective.coupling == "group":
+    if case.objective.unit.coupling == "group":
         if batch.shared_prompt == 1:
             batch = batch.replace(shared_prompt=GROUP if case.unit == 1 else case.unit)
         most = batch.rows // batch.shared_prompt
@@ -155,7 +155,7 @@ def independent_replicas(case: Case) -> str:
     n, f = 2 * devices, partial(train, case.objective)
     params = [jax.tree.map(lambda x, i=i: x * (1 + i / 10), case.params) for i in range(n)]
     batches = [take(case.batch, case.rows(np.roll(np.arange(case.units), i))) for i in range(n)]
-    factor = [1 / (i + 1) if case.objective.rewards else i + 1 for i in range(n)]
+    factor = [1 / (i + 1) if case.objective.asks.rewards else i + 1 for i in range(n)]
     batches = [b if b.reward is None else b.replace(reward=b.reward * x) for b, x in zip(batches, factor, strict=True)]
     expected = _stack([case.train(p, b) for p, b in zip(params, batches, strict=True)])
     mesh = jax.make_mesh((devices,), ("replica",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
@@ -266,7 +266,7 @@ def float32_accumulation(case: Case) -> str:
 def needs_is_exact(case: Case) -> str:
     """Every field of ``needs`` is asked for by name and has an effect; no other is needed (but tokens and mask)."""
     objective, batch = case.objective, case.batch
-    for name in sorted(objective.needs):
+    for name in sorted(objective.asks.needs):
         try:
             jax.eval_shape(objective.prepare, _without(batch, name), objective.init())
         except MissingField as error:
@@ -274,12 +274,13 @@ def needs_is_exact(case: Case) -> str:
         else:
             raise AssertionError(f"{name!r} is in needs, but a batch without it is accepted")
     least = batch
-    for name in set(batch.fields()) - {"tokens", "mask"} - objective.needs:
+    for name in set(batch.fields()) - {"tokens", "mask"} - objective.asks.needs:
         least = _without(least, name)
     try:
         jax.eval_shape(partial(direct, objective), case.stats, least)
     except (MissingField, AttributeError, TypeError) as error:
-        raise AssertionError(f"with needs {sorted(objective.needs)} alone: {type(error).__name__}: {error}") from error
+        alone = f"with needs {sorted(objective.asks.needs)} alone"
+        raise AssertionError(f"{alone}: {type(error).__name__}: {error}") from error
     prepared, _ = jax.eval_shape(objective.prepare, batch, objective.init())
     seen = prepared.replace(logp_old=case.stats.logp)
     standard = jax.eval_shape(lambda batch: results(standard_metrics(case.stats, batch)), seen)
@@ -294,16 +295,16 @@ def needs_is_exact(case: Case) -> str:
         return leaves_of(outs)
 
     before = effects(batch)
-    for name in sorted(objective.needs):
+    for name in sorted(objective.asks.needs):
         after = effects(_replaced(batch, name, jnp.zeros_like(batch.get(name))))
         changed = any(not np.array_equal(after[path], before[path]) for path in before)
         assert changed, f"{name!r} is in needs, but neither loss, gradient nor a metric of its own depends on it"
-    return f"needs {', '.join(sorted(objective.needs)) or 'nothing'}"
+    return f"needs {', '.join(sorted(objective.asks.needs)) or 'nothing'}"
 
 
 def _replaced(batch: Rollouts, name: str, value: Array | None) -> Rollouts:
     """The batch with another field, slot or extra of that name; None removes it."""
-    for group, key in (("slots", name.removeprefix("logp_")), ("extras", name), ("token_extras", name)):
+    for group, key in (("per_row", name), ("per_token", name)):
         held = dict(getattr(batch, group))
         if key in held and name not in Rollouts.__dataclass_fields__:
             held.pop(key) if value is None else held.update({key: value})

@@ -30,11 +30,11 @@ def remembering(**options):
 
 
 def rollouts(**fields):
-    return Rollouts(mask=jnp.ones((B, T)), extras={"x": X}).replace(**fields)
+    return Rollouts(mask=jnp.ones((B, T)), per_row={"x": X}).replace(**fields)
 
 
 def linear(params, batch):
-    return TokenStats(logp=batch.extras["x"] * params["w"])
+    return TokenStats(logp=batch.per_row["x"] * params["w"])
 
 
 def make_step(objective, apply=linear, optimizer=None, **options):
@@ -68,7 +68,7 @@ def test_a_step_moves_parameters_optimizer_and_state():
 
 def root(params, batch):
     """Finite log-probs with a gradient that is not: the root has an infinite slope at 0."""
-    return TokenStats(logp=batch.extras["x"] * jnp.sqrt(batch.extras["gate"][:, None] * (1 + params["w"] ** 2)))
+    return TokenStats(logp=batch.per_row["x"] * jnp.sqrt(batch.per_row["gate"][:, None] * (1 + params["w"] ** 2)))
 
 
 BAD = {
@@ -81,12 +81,12 @@ BAD = {
 @pytest.mark.parametrize("microbatches", [1, 4])
 @pytest.mark.parametrize("why", BAD)
 def test_a_step_that_is_not_finite_is_skipped_whole(why, microbatches):
-    apply, extras = BAD[why]
+    apply, per_row = BAD[why]
     step, *start = make_step(remembering(), apply, microbatches=microbatches)
-    good = {**extras, "x": X, **({"gate": jnp.ones(B)} if "gate" in extras else {})}
-    *moved, metrics = step(*start, rollouts(extras=good))
+    good = {**per_row, "x": X, **({"gate": jnp.ones(B)} if "gate" in per_row else {})}
+    *moved, metrics = step(*start, rollouts(per_row=good))
     assert bits(moved) != bits(start) and metrics["step/nonfinite"] == 0
-    params, opt_state, state, metrics = step(*moved, rollouts(extras=extras))
+    params, opt_state, state, metrics = step(*moved, rollouts(per_row=per_row))
     assert metrics["step/nonfinite"] == 1 and metrics["step/empty"] == 0
     assert np.isfinite(metrics["loss"]) == (why == "only the gradient") and not np.isfinite(metrics["grad_norm"])
     assert bits((params, opt_state)) == bits(moved[:2])
@@ -121,7 +121,7 @@ def test_one_weighted_token_is_enough():
 def test_gradients_of_bfloat16_parameters_are_added_in_float32():
     """One slice with a gradient of 1 and fifteen of 2^-9, each of which bfloat16 would lose beside the 1."""
     x = jnp.full((16, 1), -(2.0**-9)).at[0].set(-1)
-    batch = Rollouts(mask=jnp.ones((16, 1)), extras={"x": x})
+    batch = Rollouts(mask=jnp.ones((16, 1)), per_row={"x": x})
     objective = from_terms([Term("nll", nll, make("sum_const", "aggregation", L_const=1.0))])
     batch, state = objective.prepare(batch, objective.init())
     batch = objective.weigh(batch, state, None)

@@ -206,7 +206,7 @@ def test_what_rows_of_preferences_bear(name):
     update = trace.trace_run(config, mesh, trace.data_of(config)).steps[-1]
     batch = update.arguments[1]
     assert batch.rows == rows * config.rollout.prompts
-    assert fields.items() <= {k: x.shape[1:] for k, x in {**batch.extras, **batch.token_extras}.items()}.items()
+    assert fields.items() <= {k: x.shape[1:] for k, x in {**batch.per_row, **batch.per_token}.items()}.items()
     assert operations.count(update.trace().jaxpr) > 0
 
 

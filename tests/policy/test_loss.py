@@ -40,7 +40,7 @@ def rollouts():
             reward=np.float32(rng.integers(2, size=B)),
             correct=np.float32(rng.integers(2, size=B)),
             logp_old=logp,
-            slots={"ref": logp + np.float32(rng.normal(size=(B, T)))},
+            per_token={"logp_ref": logp + np.float32(rng.normal(size=(B, T)))},
         ),
     )
 

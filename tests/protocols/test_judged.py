@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from jaxpo.batch import Rollouts, role_id
+from jaxpo.batch import Rollouts
+from jaxpo.fields import role_id
 from jaxpo.objectives import make
 from jaxpo.protocols.judged import (
     answer_fields,
@@ -160,13 +161,13 @@ def test_what_has_no_effect_is_refused(protocol, name, message):
 def test_pairs_side_by_side():
     chosen = ordered(VERDICT, *pick("best_worst", VERDICT, 4, None), 0.0)
     batch = arranged(make("dpo"), answers(), VERDICT, chosen)
-    assert batch.layout == ("chosen", "rejected") and batch.shared_prompt == 2 and batch.extras == {}
+    assert batch.layout == ("chosen", "rejected") and batch.shared_prompt == 2 and batch.per_row == {}
     assert batch.tokens[:2].tolist() == [[3, 4, 5], [0, 1, 2]] and batch.count.tolist() == [1, 1, 0, 0]
     assert batch.role.tolist() == [role_id("chosen"), role_id("rejected")] * 2 and batch.reward[:2].tolist() == [2, 0]
     soft = arranged(
         make("online_ipo"), answers(), VERDICT, (np.array([[0], [0]]), np.array([[1], [1]]), np.ones((2, 1)))
     )
-    assert soft.extras["pref_prob"].tolist() == [0, 0, 0.5, 0.5]
+    assert soft.per_row["pref_prob"].tolist() == [0, 0, 0.5, 0.5]
 
 
 def test_what_is_said_of_an_answer():
@@ -178,7 +179,7 @@ def test_what_is_said_of_an_answer():
     soft = answer_fields(judge.of_scores(SCORES, 1.0), 2)
     assert soft["pref_score"][0].tolist() == pytest.approx([-1, 1], abs=1e-5)  # GPO: mean score over the samples
     single = arranged(make("nash_md"), answers(2), VERDICT, None)
-    assert single.extras["pref_opp"].tolist() == [0, 1, 0.5, 0.5] and single.layout == () and single.shared_prompt == 2
+    assert single.per_row["pref_opp"].tolist() == [0, 1, 0.5, 0.5] and single.layout == () and single.shared_prompt == 2
 
 
 def test_labels_of_the_policys_own_answers():
@@ -199,7 +200,7 @@ def test_labelled_answers_beside_those_of_another_prompt():
     batch = with_labels(own, good, known, mismatched=True)
     assert batch.rows == 16 and batch.shared_prompt == 8 and batch.role.tolist() == [0, role_id("kl")] * 8
     assert batch.prompt.tolist() == [7] * 8 + [9] * 8 and (batch.count[1::2] == 1).all()
-    assert batch.extras["label"][::2].tolist() == good.reshape(-1).tolist() and not batch.extras["label"][1::2].any()
+    assert batch.per_row["label"][::2].tolist() == good.reshape(-1).tolist() and not batch.per_row["label"][1::2].any()
     assert batch.count[::2].tolist() == known.reshape(-1).tolist()
     assert batch.tokens[::2].tolist() == own.tokens.tolist()
     mismatched = batch.tokens[1::2]

@@ -51,8 +51,8 @@ def test_nothing_moved():
 @pytest.mark.parametrize("plain", (False, True))
 def test_the_anchor_as_the_sampler_recorded_it(plain):
     """Where the loop did not score it: that of the plain policy, if what was sampled was another distribution."""
-    extras = {} if plain else {"logp_sampler": BATCH.logp_old}
-    batch = BATCH.replace(logp_old=None, logp_beh=BATCH.logp_old - (0 if plain else 3), token_extras=extras)
+    per_row = {} if plain else {"logp_sampler": BATCH.logp_old}
+    batch = BATCH.replace(logp_old=None, logp_beh=BATCH.logp_old - (0 if plain else 3), per_token=per_row)
     assert outer_step(batch, NEW, 20.0) == outer_step(BATCH, NEW, 20.0)
 
 

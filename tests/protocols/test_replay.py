@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpo.batch import Rollouts, TokenStats, role_id
+from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.config.checks import validate
+from jaxpo.fields import role_id
 from jaxpo.learning.state import Run, advance
 from jaxpo.objectives import make
 from jaxpo.runs import loop
@@ -39,8 +40,8 @@ def batch_of(iteration):
         reward=name.astype(np.float32),
         correct=name.astype(np.float32),
         logp_old=wide(-name),
-        slots={"ref": wide(-2 * name)},
-        token_extras={"logp_sampler": wide(-3 * name)},
+        logp_ref=wide(-2 * name),
+        per_token={"logp_sampler": wide(-3 * name)},
         shared_prompt=K,
     )
 
@@ -82,8 +83,8 @@ def test_whole_groups_come_back_as_they_were():
         (mixed.reward, 1),
         (mixed.correct, 1),
         (mixed.logp_old[:, 1], -1),
-        (mixed.slots["ref"][:, 0], -2),
-        (mixed.token_extras["logp_sampler"][:, 2], -3),
+        (mixed.per_token["logp_ref"][:, 0], -2),
+        (mixed.per_token["logp_sampler"][:, 2], -3),
     ):
         np.testing.assert_array_equal(x, times * name)
     for field in ("group", "seed", "count"):
@@ -182,7 +183,11 @@ def test_the_shapes_of_a_scored_batch():
         rollouts = tools.reward(tools.generate(params, np.arange(8, dtype=np.int32), jax.random.key(1)))
         run = Run(SimpleNamespace(params=params, objective=workspace.objective.init()), {"ref": params})
         batch = score_companions(workspace, run, workspace.put(rollouts))
-    assert set(batch.slots) == {"ref"} and batch.logp_old is not None and "logp_sampler" in batch.token_extras
+    assert (
+        set(batch.per_token) == {"logp_ref", "logp_sampler"}
+        and batch.logp_old is not None
+        and "logp_sampler" in batch.per_token
+    )
     assert jax.tree.structure(batch) == jax.tree.structure(shapes)
     assert [(x.shape, x.dtype) for x in jax.tree.leaves(batch)] == [(x.shape, x.dtype) for x in jax.tree.leaves(shapes)]
 
@@ -221,7 +226,7 @@ def test_old_log_probs_are_scored_even_for_a_single_step():
             optimizer_steps=lambda: 1,
         )
         run = Run(SimpleNamespace(params=None, objective=make("r2vpo").init()))
-        return score_companions(workspace, run, batch_of(0).replace(logp_old=None, slots={}))
+        return score_companions(workspace, run, batch_of(0).replace(logp_old=None))
 
     assert scored(False).logp_old is None and scored(True).logp_old is stats.logp
 

@@ -144,7 +144,7 @@ def test_chain_by_hand():
     assert world.calls == [(paths, [5, 2, 6, 3], 3)] and run.position == 2
     # completion j of a prefix is j + 1 for the rest of the budget: 2 on the average
     values = {(0, 1): 3 + 5 * 2, (0, 4): 3 + 4 + 5 + 6 + 2 * 2, (1, 0): 100 + 6 * 2, (1, 3): 100 + 2 + 3 + 4 + 3 * 2}
-    mc_value = batch.token_extras["mc_value"]
+    mc_value = batch.per_token["mc_value"]
     assert mc_value.shape == (2, CHAIN) and mc_value.dtype == np.float32
     for at, value in values.items():
         assert mc_value[at] == pytest.approx(value)
@@ -158,7 +158,7 @@ def test_the_objective_finds_the_same_cutpoints():
     world, tools = chain_world()
     _, batch = make("spo_segment", "protocol", interval=2, rollouts=3).collect(Run(State()), tools, KEY)
     logp = LOGP.astype(np.float32)
-    gain = segment_advantage(batch.reward, batch.token_extras["mc_value"], logp, batch.mask, interval=2)
+    gain = segment_advantage(batch.reward, batch.per_token["mc_value"], logp, batch.mask, interval=2)
     total = np.where(np.asarray(cutpoints(logp, batch.mask, interval=2)), gain, 0).sum(1)
     np.testing.assert_allclose(total, [33 - 13, 114 - 112], rtol=1e-6)
 
@@ -166,7 +166,7 @@ def test_the_objective_finds_the_same_cutpoints():
 def test_a_chain_without_cutpoints():
     world, tools = chain_world(np.full((2, CHAIN), SURE))
     _, batch = make("spo_segment", "protocol").collect(Run(State()), tools, KEY)
-    assert world.calls == [] and not batch.token_extras["mc_value"].any() and world.notes == {"chain/cutpoints": 0}
+    assert world.calls == [] and not batch.per_token["mc_value"].any() and world.notes == {"chain/cutpoints": 0}
 
 
 # ---- tree -----------------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def edges(batch):
         prompt = tuple(batch.tokens[i, start : batch.prompt_width].tolist())
         response = tuple(batch.completions[i][batch.mask[i] > 0].tolist())
         assert (prompt, response) not in out and prompt[0] == 10 + batch.prompt[i]
-        out[prompt, response] = (batch.extras["edge_adv"][i], batch.reward[i], batch.truncated[i])
+        out[prompt, response] = (batch.per_row["edge_adv"][i], batch.reward[i], batch.truncated[i])
     return out
 
 
@@ -229,7 +229,7 @@ def test_the_rows_of_a_tree():
     assert batch.count.tolist() == [1, 1, 1, 1, 1, 1, 0, 0]
     assert batch.prompt.tolist() == batch.group.tolist() == [0] * 4 + [1] * 4
     fillers = batch.count == 0
-    assert not batch.mask[fillers].any() and not batch.extras["edge_adv"][fillers].any()
+    assert not batch.mask[fillers].any() and not batch.per_row["edge_adv"][fillers].any()
     assert batch.mask[~fillers].any(1).all() and len(set(batch.seed.tolist())) == 8
     np.testing.assert_allclose(batch.logp_beh * batch.mask, -0.1 * batch.completions * batch.mask)
     assert (batch.prompt_length >= 1).all()

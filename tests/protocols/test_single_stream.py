@@ -123,7 +123,7 @@ def test_the_value_handed_on_is_that_before_the_step():
     protocol, run = started(world, n0=3)
     value = run.tables["alpha"] / (run.tables["alpha"] + run.tables["beta"])
     _, batch = protocol.collect(run, world.tools, jax.random.key(0))
-    np.testing.assert_allclose(batch.extras["tracker_value"], value[batch.prompt], rtol=1e-6)
+    np.testing.assert_allclose(batch.per_row["tracker_value"], value[batch.prompt], rtol=1e-6)
 
 
 def test_two_visits_by_hand():
@@ -143,7 +143,7 @@ def test_two_visits_by_hand():
     assert (run.tables["alpha"][untouched] == 0.5).all() and (run.tables["logp"][untouched] == 0).all()
     assert world.notes["tracker/drift"] == 0 and world.notes["tracker/rho"] == pytest.approx(0.9)
 
-    again = batch.replace(extras={**batch.extras, "tracker_reward": np.zeros(B, np.float32)})
+    again = batch.replace(per_row={**batch.per_row, "tracker_reward": np.zeros(B, np.float32)})
     run = protocol.after(moved(run, 0.7), world.tools, again)
     drift = np.array([np.mean([0.4 * (i + t) for t in range(1 + i % T)]) for i in at])
     rho = np.clip(2 ** (-drift / 2.0), 0.5, 0.9)

@@ -175,7 +175,7 @@ def update_of(config):
         group=np.arange(n) // 4,
         logp_old=token,
         entropy_old=token,
-        slots={"ref": token},
+        logp_ref=token,
         shared_prompt=config.rollout.responses,
     )
     params = jax.eval_shape(w.init_params, jax.random.key(0))

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from jaxpo.config.resolve import objective_of, protocol_name
-from jaxpo.learning.needs import JUDGED, form_of, is_reward_model
+from jaxpo.fields import JUDGED, PAIR
+from jaxpo.learning.needs import form_of, is_reward_model
 from jaxpo.objectives import make
 from jaxpo.registry import entry, names
-from jaxpo.tasks.preferences.records import PAIR
 from tests.runs import tiny
 
 MODULES = ("preference", "answers", "nash", "reward_models")
@@ -20,7 +20,7 @@ ONLINE = [
     name
     for name in ALL
     if not is_reward_model(make(name))
-    and (make(name).layout == PAIR or make(name).needs & {"pref_opp", "label"})
+    and (make(name).unit.layout == PAIR or make(name).asks.needs & {"pref_opp", "label"})
     and make(name).protocol != "seppo"
 ]
 OPTIONS = {
@@ -134,4 +134,4 @@ def test_on_judged_answers(name, tmp_path):
 
 def test_every_objective_has_a_source_of_data():
     assert set(ALL) == {*OFFLINE, *ONLINE}
-    assert {name for name in ALL if make(name).needs & JUDGED} <= {*OFFLINE, *ONLINE}
+    assert {name for name in ALL if make(name).asks.needs & JUDGED} <= {*OFFLINE, *ONLINE}

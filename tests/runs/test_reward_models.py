@@ -188,7 +188,7 @@ def test_tool_calls_are_read_after_the_answers(monkeypatch):
     config = tiny.config(THEMIS | {"trace": "jaxpo.tasks.preferences.traces:reverser"})
     workspace = setup(config, report=lambda _: None)
     batch = workspace.preferences.units([0, 1], (0,))
-    segment = batch.token_extras["segment"]
+    segment = batch.per_token["segment"]
     for row in range(4):
         ids = batch.completions[row][batch.mask[row] > 0]
         answer, tool, seen = (ids[segment[row][: len(ids)] == kind] for kind in (0, 1, 2))

@@ -208,12 +208,12 @@ def test_objectives_run(finished, ran, name):
 def has_all_it_needs(name: str) -> bool:
     """Whether samples and rewards are all that the objective learns from: no pairs, no judge."""
     objective = make(name, **registry.entry(name).of_run(8, 1))
-    protocol = make(objective.protocol, "protocol", **objective.protocol_options)
+    protocol = make(objective.protocol.name, "protocol", **objective.protocol.options)
     try:
         slots_of(objective, protocol.provides)
     except ValueError:
         return False
-    return not objective.layout and "pref_opp" not in protocol.provides
+    return not objective.unit.layout and "pref_opp" not in protocol.provides
 
 
 @pytest.mark.slow

@@ -62,7 +62,12 @@ def main() -> None:
             reward=np.array([record.reward(row) for row in np.asarray(batch.completions).tolist()], np.float32)
         )
         with recorder.phase("reference"):
-            batch = batch.replace(slots={"ref": jax.block_until_ready(functions["score"](reference, batch).logp)})
+            batch = batch.replace(
+                per_token={
+                    **batch.per_token,
+                    "logp_ref": jax.block_until_ready(functions["score"](reference, batch).logp),
+                }
+            )
         with recorder.phase("update"):
             batch, memory = functions["prepare"](batch, state.objective)
             state, _ = functions["step"](state.replace(objective=memory), batch, rows)

@@ -14,7 +14,8 @@ import numpy as np
 from flax import struct
 from jax import Array, lax
 
-from jaxpo.batch import Rollouts, TokenStats, complete, role_id
+from jaxpo.batch import Rollouts, TokenStats, complete
+from jaxpo.fields import SHARES, role_id
 from jaxpo.metrics import Max, Mean, Metrics, Moments, Sum
 from jaxpo.primitives import aggregation, ratios, regularizers
 from jaxpo.primitives.numerics import promote, ratio_or_zero
@@ -22,7 +23,6 @@ from jaxpo.primitives.numerics import promote, ratio_or_zero
 Policy = Callable[[Rollouts], TokenStats]
 Statistic = Callable[[Array, Array], Array]  # (logits [N, V] at the policy's temperature, tokens [N]) -> [N]
 NONE: Mapping[str, Any] = MappingProxyType({})
-PROBABILITIES = frozenset({"win", "pref_prob", "pref_opp", "label"})  # fields that must lie in [0, 1]
 
 
 @struct.dataclass
@@ -37,33 +37,65 @@ class State:
     memory: Any = struct.field(default_factory=dict)
 
 
-class Objective(NamedTuple):
-    """What is minimised: pure, jittable, vmappable functions.
+class Asks(NamedTuple):
+    """What an objective, a term or a part asks for.
 
-    needs: fields of the batch that must be there. wants: statistics of the policy under gradient; peeks: of the current
-      policy on the whole optimizer batch, without gradient, for ``weigh``.
-    coupling: what one call of ``loss`` must see together. layout: roles of the consecutive rows of a unit.
-    protocol, protocol_options: how its data is gathered.
-    derived: statistics that the policy computes from its logits slice by slice, and that ``wants``, ``peeks`` or (of
-      the old policy, as ``logp_<name>``) ``needs`` may name: nothing of the size of the vocabulary is ever stored.
+    needs: fields that the batch must have.
+    wants: statistics of the policy under gradient.
+    peeks: statistics of the current policy on the whole optimizer batch, without gradient, for ``weigh``.
+    derived: statistics that the policy computes from its logits slice by slice, by name; ``wants``, ``peeks`` or (of
+      the old policy, as ``logp_<name>``) ``needs`` may name them: nothing of the size of the vocabulary is ever stored.
     rewards: the range in which rewards must lie; None = any number.
-    slots: what it is composed of, by kind of part (`policy_gradient` says it)."""
+    """
+
+    needs: frozenset[str] = frozenset()
+    wants: frozenset[str] = frozenset()
+    peeks: frozenset[str] = frozenset()
+    derived: Mapping[str, Statistic] = NONE
+    rewards: tuple[float, float] | None = None
+
+
+class Unit(NamedTuple):
+    """Rows that belong together.
+
+    layout: roles of the consecutive rows of a unit; () = a row is a unit.
+    coupling: what one call of ``loss`` must see together: a "row" (a unit), or a whole "group".
+    """
+
+    layout: tuple[str, ...] = ()
+    coupling: Literal["row", "group"] = "row"
+
+
+class Gathering(NamedTuple):
+    """How an objective's data is gathered: a registered protocol, and those of its options that the objective sets."""
+
+    name: str = "on_policy"
+    options: Mapping[str, Any] = NONE
+
+
+class Objective(NamedTuple):
+    """What is minimized: pure, jittable, vmappable functions.
+
+    init: () -> the state at the start.
+    prepare: (batch, state) -> (batch, state), once per rollout batch, without gradient.
+    weigh: (batch, state, peek) -> batch, once per optimizer batch, without gradient: fixes every weight.
+    loss: (policy, batch, state) -> (loss, metrics) of a slice; slices add up.
+    update: (state, batch, metrics) -> state, after each optimizer step.
+    asks: fields and statistics.
+    unit: rows that belong together.
+    protocol: how its data is gathered.
+    made_of: its parts by kind, where it is composed of parts.
+    """
 
     init: Callable[[], State]
     prepare: Callable[[Rollouts, State], tuple[Rollouts, State]]
     weigh: Callable[[Rollouts, State, TokenStats | None], Rollouts]
     loss: Callable[[Policy, Rollouts, State], tuple[Array, Metrics]]
     update: Callable[[State, Rollouts, Metrics], State]
-    needs: frozenset[str] = frozenset()
-    wants: frozenset[str] = frozenset({"logp"})
-    peeks: frozenset[str] = frozenset()
-    coupling: Literal["row", "group"] = "row"
-    layout: tuple[str, ...] = ()
-    protocol: str = "on_policy"
-    protocol_options: Mapping[str, Any] = NONE
-    derived: Mapping[str, Statistic] = NONE
-    rewards: tuple[float, float] | None = None
-    slots: Mapping[str, tuple[str, ...]] = NONE
+    asks: Asks = Asks()
+    unit: Unit = Unit()
+    protocol: Gathering = Gathering()
+    made_of: Mapping[str, tuple[str, ...]] = NONE
 
 
 class Term(NamedTuple):
@@ -156,7 +188,7 @@ def from_terms(
         for name in sorted(frozenset(needs)):  # before `complete`, which would fill in some of them
             batch.get(name)
         check_rewards(rewards, batch)
-        for name in sorted(PROBABILITIES.intersection(needs)):
+        for name in sorted(SHARES.intersection(needs)):
             check_range(name, batch.get(name), (0, 1), batch, "it is a probability or a label")
         batch, state = complete(batch), state.replace(iteration=state.iteration + 1)
         if layout and batch.layout != layout:
@@ -199,21 +231,15 @@ def from_terms(
         return update(state, batch, report) if update else state
 
     return Objective(
-        init,
-        prepare_batch,
-        weigh_batch,
-        loss,
-        step,
-        frozenset(needs),
-        frozenset(wants) | {"logp"},
-        frozenset(peeks),
-        coupling,
-        layout,
-        protocol,
-        protocol_options,
-        derived,
-        rewards,
-        slots,
+        init=init,
+        prepare=prepare_batch,
+        weigh=weigh_batch,
+        loss=loss,
+        update=step,
+        asks=Asks(frozenset(needs), frozenset(wants) | {"logp"}, frozenset(peeks), derived, rewards),
+        unit=Unit(layout, coupling),
+        protocol=Gathering(protocol, protocol_options),
+        made_of=slots,
     )
 
 
@@ -221,7 +247,7 @@ def check_rewards(allowed: tuple[float, float] | None, batch: Rollouts) -> None:
     """Raise ``ValueError`` for a reward outside the range that an objective is defined for. Traced rewards pass: the
     training loop looks at them before."""
     why = "the range this objective is defined for: scale the rewards, or say the range if the objective takes one"
-    for reward in (batch.reward, batch.extras.get("rewards_multi")):
+    for reward in (batch.reward, batch.per_row.get("rewards_multi")):
         if allowed is not None and reward is not None:
             check_range("reward", reward, allowed, batch, why)
 
@@ -293,7 +319,9 @@ def _sanitise(stats: TokenStats, batch: Rollouts) -> tuple[TokenStats, Rollouts]
         logp_beh=clean(batch.logp_beh),
         entropy_old=clean(batch.entropy_old),
         value_old=clean(batch.value_old),
-        slots={k: clean(x) for k, x in batch.slots.items()},
+        per_token={
+            k: clean(x) if k.startswith("logp_") and k != "logp_sampler" else x for k, x in batch.per_token.items()
+        },
     )
     return stats, batch
 
@@ -320,7 +348,7 @@ def standard_metrics(stats: TokenStats, batch: Rollouts) -> dict[str, Any]:
     if stats.entropy is not None:
         out["entropy"] = Mean.of(stats.entropy, tokens)
     if not batch.layout:
-        past = {"old": batch.logp_old, "ref": batch.slots.get("ref")}
+        past = {"old": batch.logp_old, "ref": batch.per_token.get("logp_ref")}
         kl = {k: regularizers.kl_estimate(stats.logp, x, "k3") for k, x in past.items() if x is not None}
         out |= {f"kl/{k}_k3": Mean.of(x, tokens) for k, x in kl.items()}
     if batch.reward is not None:
@@ -329,14 +357,14 @@ def standard_metrics(stats: TokenStats, batch: Rollouts) -> dict[str, Any]:
         out["adv"] = Moments.of(jnp.broadcast_to(per_token(batch.adv), tokens.shape), tokens)
     if batch.truncated is not None:
         out["length/truncated_frac"] = Mean.of(batch.truncated, count)
-    sampler = batch.token_extras.get("logp_sampler", batch.logp_beh)
+    sampler = batch.per_token.get("logp_sampler", batch.logp_beh)
     if sampler is not None:  # ``logp_old`` is the trainer's word on the same tokens under the same parameters
         own = tokens * (batch.role == role_id("own"))[:, None]
         out["mismatch/logp_abs_max"] = Max.of(
             jnp.abs(batch.logp_old - jnp.where(batch.mask > 0, promote(sampler), 0)), own
         )
-    if "degenerate" in batch.extras:
-        out["group/degenerate_frac"] = Mean.of(batch.extras["degenerate"], count)
+    if "degenerate" in batch.per_row:
+        out["group/degenerate_frac"] = Mean.of(batch.per_row["degenerate"], count)
     return out
 
 
@@ -350,5 +378,5 @@ def evaluate(
     ``jax.grad`` of it with respect to what the policy closes over is the gradient that the training loop would take.
     """
     batch, state = objective.prepare(batch, objective.init() if state is None else state)
-    peek = lax.stop_gradient(policy(batch)) if objective.peeks else None
+    peek = lax.stop_gradient(policy(batch)) if objective.asks.peeks else None
     return objective.loss(policy, objective.weigh(batch, state, peek), state)

@@ -57,14 +57,14 @@ def policy_gradient(
     selections = [p for p in filters if p.sees_advantage]
     filters = [p for p in filters if not p.sees_advantage]
     if any(p.per == "token" for p in selections):
-        hooks["tokens"].append(lambda batch, state: batch.token_extras["selected"])
+        hooks["tokens"].append(lambda batch, state: batch.per_token["selected"])
     per_row = ratio.per == "row"
     _check_parts(advantage, ratio, surrogate, corrections, regularizers, bool(hooks["tokens"]))
 
     def prepare(batch: Rollouts, state: State) -> tuple[Rollouts, State]:
         if batch.reward is not None:
             degenerate = grouping.group_constant(batch.reward, batch.group, batch.count)
-            batch = batch.replace(extras={**batch.extras, "degenerate": promote(degenerate)})
+            batch = batch.with_row(degenerate=promote(degenerate))
         for keep in filters:
             batch = batch.replace(count=batch.count * keep.fn(batch, state))
         for shape in shaping:
@@ -77,7 +77,7 @@ def policy_gradient(
         for select in selections:
             kept = select.fn(batch, state)
             if select.per == "token":
-                batch = batch.replace(token_extras={**batch.token_extras, "selected": kept})
+                batch = batch.with_token(selected=kept)
             else:
                 batch = batch.replace(count=batch.count * kept)
         return batch, state

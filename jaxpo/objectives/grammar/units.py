@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from jaxpo.batch import Rollouts, TokenStats, role_id
+from jaxpo.batch import Rollouts, TokenStats
+from jaxpo.fields import PAIR, role_id
 from jaxpo.metrics import Mean, Metrics
 from jaxpo.objectives.grammar.base import Objective, State, Term, from_terms
 from jaxpo.primitives import aggregation
 from jaxpo.primitives.numerics import promote
 
-PAIR = ("chosen", "rejected")
 # What the log-ratio of an answer is taken to: a slot, slots with their shares, or nothing.
 Reference = str | Mapping[str, float | Array] | None
 
@@ -99,7 +99,7 @@ def unit_objective(
         z, count = margin(Units(stats, batch)), batch.unit(promote(batch.count))[:, 0]
         row, rows = stats.logp.sum(-1), promote(batch.count)
         by_role = {f"logp/{r}": Mean.of(row, rows * (batch.role == role_id(r))) for r in dict.fromkeys(layout)}
-        if "ref" in batch.slots:
+        if "logp_ref" in batch.per_token:
             moved = log_ratios(stats, batch, "ref").sum(-1)
             by_role |= {f"drift/{r}": Mean.of(moved, rows * (batch.role == role_id(r))) for r in dict.fromkeys(layout)}
         return {"preference/accuracy": Mean.of(z > 0, count), "preference/margin": Mean.of(z, count), **by_role}

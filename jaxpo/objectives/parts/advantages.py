@@ -189,13 +189,13 @@ def gtpo(
             b.completions, b.mask, b.group, jnp.where(b.count > 0, normalized.fn(b, s), 0), w_pos=w_pos,
             normalize=conflict_norm == "max",
         )  # fmt: skip
-        return b.replace(token_extras={**b.token_extras, "conflict_weight": weight})
+        return b.with_token(conflict_weight=weight)
 
     def current(adv: Array, stats: TokenStats, b: Rollouts, s: State) -> Array:
         on = promote(b.mask > 0)
         h = ratio_or_zero(jnp.sum(stats.entropy * on, -1), on.sum(-1))
         damped = jnp.where(h <= entropy_threshold, adv - entropy_scale * h, 0)
-        return damped[:, None] * b.token_extras["conflict_weight"]
+        return damped[:, None] * b.per_token["conflict_weight"]
 
     wants = frozenset({"entropy"})
     return Part(normalized.fn, GROUPS | {"tokens"}, wants, per="token", prepare=prepare, current=current)

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxpo.batch import Rollouts, TokenStats
+from jaxpo.fields import PAIR
 from jaxpo.metrics import Mean, Metrics
 from jaxpo.objectives.grammar.base import State
 from jaxpo.objectives.grammar.parts import Part
-from jaxpo.objectives.grammar.units import PAIR, Units, log_ratios
+from jaxpo.objectives.grammar.units import Units, log_ratios
 from jaxpo.primitives import aggregation, preference_data, preference_diagnostics, regularizers, shaping
 from jaxpo.primitives.advantages import choice
 from jaxpo.primitives.numerics import promote

@@ -120,10 +120,10 @@ def kl_cov(ratio: float = 2e-3) -> Part:
         weight = tokens_of(b)
         cov = surrogates.covariance(peek.logp, jnp.broadcast_to(per_token(b.adv), weight.shape), weight)
         picked = selection.largest(cov, weight, jnp.maximum(jnp.floor(ratio * weight.sum()), 1))
-        return b.replace(token_extras={**b.token_extras, "kl_cov_picked": ratio_or_zero(picked, weight)})
+        return b.with_token(kl_cov_picked=ratio_or_zero(picked, weight))
 
     def fn(stats: TokenStats, b: Rollouts, s: State) -> Array:
-        return b.token_extras["kl_cov_picked"] * regularizers.kl_estimate(stats.logp, b.logp_old, "abs")
+        return b.per_token["kl_cov_picked"] * regularizers.kl_estimate(stats.logp, b.logp_old, "abs")
 
     return Part(fn, peeks=PEEK, weigh=weigh, name="kl_cov", aggregate=token_mean)
 
@@ -150,13 +150,13 @@ def lp_reg(form: str = "released", rho: float = 0.01, kappa: float = 0.02) -> Pa
         picked = ratio_or_zero(selection.smallest(peek.logp, weight, k), weight)
         alive = jnp.isfinite(proxy) if paper else peek.logp < proxy
         share = jnp.where(failed & alive, picked, 0)
-        return b.replace(token_extras={**b.token_extras, "protected": share, "log_proxy": proxy})
+        return b.with_token(protected=share, log_proxy=proxy)
 
     def fn(stats: TokenStats, b: Rollouts, s: State) -> Array:
-        share = b.token_extras["protected"]
+        share = b.per_token["protected"]
         if paper:
             return share * stats.derived["proxy_kl"]
-        return share * regularizers.toward(stats.logp, jnp.where(share > 0, b.token_extras["log_proxy"], -jnp.inf))
+        return share * regularizers.toward(stats.logp, jnp.where(share > 0, b.per_token["log_proxy"], -jnp.inf))
 
     derived = {"log_proxy": lambda logits, tokens: regularizers.min_p_log_proxy(logits, tokens, kappa=kappa)}
     if paper:

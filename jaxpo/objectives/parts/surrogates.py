@@ -190,10 +190,10 @@ def bapo(
             r, jnp.broadcast_to(per_token(b.adv), r.shape), weight, target=target, low=low, high=high,
             low_first=not paper, share=paper,
         )  # fmt: skip
-        return b.replace(extras={**b.extras, "clip_low": jnp.full(b.rows, cl), "clip_high": jnp.full(b.rows, ch)})
+        return b.with_row(clip_low=jnp.full(b.rows, cl), clip_high=jnp.full(b.rows, ch))
 
     def at(b: Rollouts) -> tuple[Array, Array]:
-        return b.extras["clip_low"][:, None], b.extras["clip_high"][:, None]
+        return b.per_row["clip_low"][:, None], b.per_row["clip_high"][:, None]
 
     return Part(
         lambda x, adv, stats, b, s: surrogates.clipped(jnp.exp(x), adv, *at(b), dual_clip),
@@ -232,11 +232,11 @@ def hapo(
         h, numbers = token_advantages.entropy_signal(
             b.get("entropy_old"), tokens_of(b), rho=rho, official=sign == "official"
         )
-        extras = {f"hapo_{n}": jnp.full(b.rows, numbers[n]) for n in names}
-        return b.replace(extras={**b.extras, **extras}, token_extras={**b.token_extras, "hapo_h": h})
+        per_row = {f"hapo_{n}": jnp.full(b.rows, numbers[n]) for n in names}
+        return b.with_row(**per_row).with_token(hapo_h=h)
 
     def bounds(b: Rollouts) -> tuple[Array, Array, Array]:
-        h = b.token_extras["hapo_h"]
+        h = b.per_token["hapo_h"]
         el = eps_low * jnp.where(h <= 0, 1 - clip_strength * h, 1)
         return h, el, eps_high * jnp.where(h > 0, 1 + clip_strength * h, 1)
 
@@ -252,7 +252,7 @@ def hapo(
 
     def update(state: State, b: Rollouts, report) -> State:
         seen = jnp.any(tokens_of(b) > 0)
-        new = {n: jnp.where(seen, b.extras[f"hapo_{n}"][0].astype(jnp.float32), state.memory[n]) for n in names}
+        new = {n: jnp.where(seen, b.per_row[f"hapo_{n}"][0].astype(jnp.float32), state.memory[n]) for n in names}
         return state.replace(memory={**state.memory, **new})
 
     return Part(
@@ -290,13 +290,13 @@ def clip_cov(
         priority = selection.row_uniform(b.get("seed"), (b.width,), stream=2)
         dropped = selection.smallest(priority, weight * candidate, n)
         kept = 1 - jnp.where(weight > 0, dropped / jnp.where(weight > 0, weight, 1), 0)
-        return b.replace(token_extras={**b.token_extras, "covariance_kept": kept})
+        return b.with_token(covariance_kept=kept)
 
     def fn(x: Array, adv: Array, stats: TokenStats, b: Rollouts, s: State) -> Array:
-        return b.token_extras["covariance_kept"] * surrogates.clipped(jnp.exp(x), adv, low, high)
+        return b.per_token["covariance_kept"] * surrogates.clipped(jnp.exp(x), adv, low, high)
 
     def cut(x: Array, adv: Array, stats: TokenStats, b: Rollouts, s: State) -> Array:
-        return surrogates.is_clipped(jnp.exp(x), adv, low, high) | (b.token_extras["covariance_kept"] == 0)
+        return surrogates.is_clipped(jnp.exp(x), adv, low, high) | (b.per_token["covariance_kept"] == 0)
 
     return Part(fn, frozenset({"seed"}), peeks=PEEK, per="token", weigh=weigh, clipped=cut)
 
@@ -318,11 +318,11 @@ def clipped_but_protected(eps_low: float = 0.2, eps_high: float = 0.2) -> Part:
 
     def fn(x: Array, adv: Array, stats: TokenStats, b: Rollouts, s: State) -> Array:
         r = jnp.exp(x)
-        share = b.token_extras["protected"]
+        share = b.per_token["protected"]
         return share * surrogates.linear(r, adv) + (1 - share) * surrogates.clipped(r, adv, low, high)
 
     def cut(x: Array, adv: Array, stats: TokenStats, b: Rollouts, s: State) -> Array:
-        return surrogates.is_clipped(jnp.exp(x), adv, low, high) & (b.token_extras["protected"] == 0)
+        return surrogates.is_clipped(jnp.exp(x), adv, low, high) & (b.per_token["protected"] == 0)
 
     return Part(fn, per="token", requires="lp_reg", clipped=cut)
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxpo import metrics as metrics_lib
 from jaxpo.batch import Rollouts
+from jaxpo.fields import PAIR
 from jaxpo.learning.state import Run
 from jaxpo.parallel.distributed import to_host
 from jaxpo.policy import heads
@@ -16,7 +17,6 @@ from jaxpo.primitives import preference_diagnostics as diagnostics
 from jaxpo.runs.evaluation import answers
 from jaxpo.runs.gatherer import as_scored, score_companions, score_packed
 from jaxpo.runs.workspace import Prompts, Workspace
-from jaxpo.tasks.preferences.records import PAIR
 
 SHOWN = ("eval/accuracy", "eval/ece", "eval/margin", "eval/ranking_accuracy", "eval/idealized_accuracy")
 START = "start_logp"  # table: log-probs of the held-out answers under the policy at the start [units, rows of a unit]
@@ -59,7 +59,7 @@ def sums(workspace: Workspace, params: Params) -> np.ndarray:
 def tables(workspace: Workspace) -> dict[str, np.ndarray]:
     """The table that a checkpoint holds, of pairs that the policy itself is to rank."""
     data = workspace.preferences
-    scores = workspace.objective.wants & set(heads.NAMES)  # a reward model's log-probs say nothing
+    scores = workspace.objective.asks.wants & set(heads.NAMES)  # a reward model's log-probs say nothing
     if data is None or not data.test or data.form.kind != "pair" or scores:
         return {}
     return {START: np.zeros((len(data.test), len(data.form.given)), np.float32)}

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxpo.fields import PAIR
 from jaxpo.parallel.distributed import to_host
 from jaxpo.policy.transformer import Params
 from jaxpo.primitives import preference_diagnostics as diagnostics
@@ -17,7 +18,6 @@ from jaxpo.runs.evaluation.pairs import chunks
 from jaxpo.runs.gatherer import as_scored
 from jaxpo.runs.judges.judge import of_stats
 from jaxpo.runs.workspace import Workspace
-from jaxpo.tasks.preferences.records import PAIR
 
 BINS = 10
 

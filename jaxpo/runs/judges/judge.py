@@ -154,7 +154,7 @@ def by_model(path: str, scale: float | None, characters: Sequence[str] = ()) -> 
             f"config.judge.path {path!r} holds no reward or preference model: it has no score or embed head"
         )
 
-    if "segment" in workspace.objective.needs and not workspace.config.trace:
+    if "segment" in workspace.objective.asks.needs and not workspace.config.trace:
         raise ValueError(f"config.judge.path {path!r}: the model reads tool calls, and its config.trace makes none")
     for character in characters:
         try:
@@ -191,7 +191,7 @@ def by_models(
         reward = make("rluf", "reward", weights=tuple(weights))
     else:
         workspace, params, _ = open_finished(adapter, examples=False)
-        if workspace.objective.wants & JUDGING != {"gate"}:
+        if workspace.objective.asks.wants & JUDGING != {"gate"}:
             raise ValueError(
                 f"config.judge.adapter {adapter!r} is no run of preference_orchestrator: it has no such gate"
             )
@@ -208,7 +208,7 @@ def by_models(
         if adapter is not None:  # the gate reads the prompt alone, whatever is answered
             gate = heads_say(workspace, params, examples, [[""]] * len(examples)).gate
             said = {"cand_scores": flat, "adapter_logits": np.repeat(gate, k, 0)}
-        batch = Rollouts(mask=np.ones((len(flat), 1)), extras=said)
+        batch = Rollouts(mask=np.ones((len(flat), 1)), per_row=said)
         return of_scores(np.asarray(reward.fn(batch, None)).reshape(-1, k), scale)
 
     return judge
@@ -225,9 +225,9 @@ def heads_say(workspace: Workspace, params: Params, examples: Sequence[Example],
 def of_stats(workspace: Workspace, stats: TokenStats, shape: tuple[int, int], scale: float | None = None) -> Verdict:
     """Of what the heads of a reward model say of K answers to each of G prompts: ``shape`` is (G, K), rows in that
     order. The score of a model of labels (`rluf`) is the probability of a good one."""
-    if "score" in workspace.objective.wants:
+    if "score" in workspace.objective.asks.wants:
         score = np.asarray(stats.score, np.float64).reshape(shape)
-        score = 1 / (1 + np.exp(-score)) if "label" in workspace.objective.needs else score
+        score = 1 / (1 + np.exp(-score)) if "label" in workspace.objective.asks.needs else score
         return of_scores(score, 1.0 if scale is None else scale)
     return of_wins(np.asarray(preferred(stats, shape, workspace.config.objective)))
 

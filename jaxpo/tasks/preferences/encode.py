@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxpo.batch import Rollouts, from_sequences, role_id
+from jaxpo.batch import Rollouts, from_sequences
+from jaxpo.fields import PAIR, role_id
 from jaxpo.primitives import preference_data
 from jaxpo.registry import unknown
-from jaxpo.tasks.preferences.records import KINDS, PAIR, Answer, BadRow, Number, Prompt, Row, place
+from jaxpo.tasks.preferences.records import KINDS, Answer, BadRow, Number, Prompt, Row, place
 from jaxpo.tasks.preferences.sets import Sieve
 from jaxpo.tasks.preferences.traces import KINDS as SEGMENTS
 from jaxpo.tasks.preferences.traces import Trace
@@ -279,10 +280,10 @@ def units(
     Args:
       encoded: entries of `encode`. layout: the roles of a unit, which every entry must have; () = an entry's answers
         as they are, filled up to ``size`` with rows of count 0.
-      numbers: put into ``extras`` as [B], lists as [B, M] ("reward" into its field), 0 on rows without them.
+      numbers: put into ``per_row`` as [B], lists as [B, M] ("reward" into its field), 0 on rows without them.
       mismatched: after each row one of role "kl": the previous entry's answer to this prompt (KTO). For one answer an
         entry, and at least two entries.
-      segments: put the tokens' segments into ``token_extras`` as "segment" [B, T]. weights: names of token weights
+      segments: put the tokens' segments into ``per_token`` as "segment" [B, T]. weights: names of token weights
         that are put there, too.
       prompt_width, width: P and T; None = the longest.
       seed: of the rows' seeds.
@@ -319,8 +320,8 @@ def units(
         count=np.array([float(bool(t.answer)) for t in rows], np.float32),
         seed=np.random.default_rng(seed).integers(0, 2**32, len(rows), np.uint32),
         reward=values.pop("reward", None),
-        extras=values,
-        token_extras=tables,
+        per_row=values,
+        per_token=tables,
         layout=tuple(layout),
         shared_prompt=shared,
     )

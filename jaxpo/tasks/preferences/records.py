@@ -13,10 +13,10 @@ answer a text or one assistant message, tool calls after it ``"chosen_trace": [[
 chosen and rejected are whole conversations with a common beginning. An answer of a further role may bring a prompt of
 its own: ``{"prompt", "completion"}``.
 
-Of numbers a pair may have those of ``NUMBERS``: one for the pair (``"pref_prob": 0.8``, a soft preference for chosen),
-or one an answer (``"win": {"chosen": 0.7, "rejected": 0.4}`` or ``"win_chosen": 0.7, ...``); a list of numbers
-(``VECTORS``: ``"rm_scores": [0.2, -1.0]``, of M reward models) is the preferred answer's. Weights of an answer's tokens
-(``WEIGHTS``) are spans of its text with a weight, in the order in which they occur, by the role of the answer:
+Of numbers a pair may have those of ``jaxpo.fields.NUMBERS``: one for the pair (``"pref_prob": 0.8``, a soft preference
+for chosen), or one an answer (``"win": {"chosen": 0.7, "rejected": 0.4}`` or ``"win_chosen": 0.7, ...``); a list of
+numbers (``VECTORS``: ``"rm_scores": [0.2, -1.0]``, of M reward models) is the preferred answer's. Weights of an
+answer's tokens (``WEIGHTS``) are spans of its text with a weight, in their order, by the role of the answer:
 ``"severity": {"revised": [["in Rome", 2.5]], "original": [["in Oslo", 2.5]]}``; other tokens have the weight 1.
 """
 
@@ -25,17 +25,11 @@ import numbers as numbers_lib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jaxpo.batch import ROLES
+from jaxpo.fields import EDITS, NUMBERS, PAIR, ROLES, SHARES, VECTORS, WEIGHTS
 from jaxpo.registry import unknown
 from jaxpo.tasks.preferences.traces import Trace, check_trace
 
-PAIR = ("chosen", "rejected")
 Prompt = str | tuple[Mapping[str, str], ...]
-NUMBERS = ("pref_prob", "margin", "win", "rm", "pref_score")  # what a file may say of a pair or of its answers
-SHARES = ("pref_prob", "win", "label")  # those that must lie in [0, 1]
-VECTORS = ("rm_scores",)  # lists of numbers of an answer
-WEIGHTS = ("severity", "relevance")  # of the tokens of an answer
-EDITS = ("truth", "revised", "original")
 KINDS = {
     "pair": PAIR,
     "label": ("completion", "label"),

@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxpo.fields import EDITS
 from jaxpo.registry import check_arguments, unknown
 from jaxpo.tasks.base import Task, check_sizes, locate
-from jaxpo.tasks.preferences.records import EDITS, BadRow, Prompt, Row, row_of
+from jaxpo.tasks.preferences.records import BadRow, Prompt, Row, row_of
 
 BAD = ("error", "drop")
 # Prompts that hold answers, and what their templates name besides {prompt}.

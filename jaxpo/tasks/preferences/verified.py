@@ -3,8 +3,9 @@
 import random
 from collections.abc import Iterator, Sequence
 
+from jaxpo.fields import PAIR
 from jaxpo.tasks.base import Example, Task, check_sizes
-from jaxpo.tasks.preferences.records import PAIR, Answer, Row
+from jaxpo.tasks.preferences.records import Answer, Row
 from jaxpo.tasks.preferences.sets import PreferenceSet, Sieve, finish, templates
 
 TRIES = 64  # wrong answers that are proposed for an example before it is given up

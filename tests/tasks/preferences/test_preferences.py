@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from jaxpo.batch import ROLES
+from jaxpo.fields import ROLES
 from jaxpo.tasks import build as build_task
 from jaxpo.tasks.preferences.encode import as_kind, encode, units
 from jaxpo.tasks.preferences.records import row_of
@@ -206,7 +206,7 @@ def test_units_of_pairs():
     batch = units(encoded, ("chosen", "rejected"), ("win",), prompt_width=4, width=5)
     assert report == {"data/dropped": 0.0} and batch.tokens.shape == (6, 9) and batch.layout == ("chosen", "rejected")
     assert batch.mask.sum(1).tolist() == [2, 2, 3, 2, 4, 2]  # with the end of the sequence
-    assert batch.extras["win"].tolist() == pytest.approx([0.9, 0.3] * 3) and batch.shared_prompt == 2
+    assert batch.per_row["win"].tolist() == pytest.approx([0.9, 0.3] * 3) and batch.shared_prompt == 2
     assert [ROLES[r] for r in batch.role] == ["chosen", "rejected"] * 3 and batch.group.tolist() == [0, 0, 1, 1, 2, 2]
     assert TOKENIZER.decode(batch.tokens[2]) == "ab\ncc" and len(set(batch.seed.tolist())) == 6
 
@@ -217,7 +217,7 @@ def test_units_of_labels_with_mismatched_answers():
     texts = [TOKENIZER.decode(t) for t in batch.tokens]
     assert texts == ["a\nc", "a\nd", "a\nd", "a\nc", "ab\ncc", "ab\nd", "ab\nd", "ab\ncc"]
     assert [ROLES[r] for r in batch.role] == ["own", "kl"] * 4 and batch.shared_prompt == 2
-    assert batch.extras["label"].tolist() == [1, 0, 0, 0, 1, 0, 0, 0]
+    assert batch.per_row["label"].tolist() == [1, 0, 0, 0, 1, 0, 0, 0]
     with pytest.raises(ValueError, match="at least two entries"):
         units(encoded[:1], mismatched=True)
 
@@ -226,7 +226,7 @@ def test_units_of_ragged_scored_answers_are_filled_with_rows_that_do_not_count()
     rows = [row_of({"prompt": "a", "completions": list("xyz")[:k], "scores": [1, 2, 3][:k]}, {}) for k in (2, 3)]
     batch = units(encode(rows, TOKENIZER)[0], numbers=("reward",))
     assert batch.count.tolist() == [1, 1, 0, 1, 1, 1] and batch.reward.tolist() == [1, 2, 0, 1, 2, 3]
-    assert batch.mask[2].sum() == 0 and batch.extras == {}
+    assert batch.mask[2].sum() == 0 and batch.per_row == {}
 
 
 def test_revisions_hold_a_draft_in_the_prompt():
@@ -278,7 +278,7 @@ def test_edits_are_five_answers_whose_tokens_weigh_what_their_spans_do(tmp_path)
     batch = units(encoded, EDITED, weights=("severity", "relevance"), width=16)
     texts = [TOKENIZER.decode(t) for t in batch.tokens]
     assert texts[3] == "whe\nin rome" and batch.shared_prompt == 1
-    severity, relevance = batch.token_extras["severity"], batch.token_extras["relevance"]
+    severity, relevance = batch.per_token["severity"], batch.per_token["relevance"]
     assert severity[0].tolist() == [1] * 8 + [0] * 8  # the truth, its end, and nothing
     assert severity[1].tolist() == severity[4].tolist() == [1] * 9 + [2.5] * 4 + [1] + [0] * 2
     assert severity[2].tolist() == [1] * 3 + [1.5] * 2 + [1] * 4 + [2] * 4 + [1] + [0] * 2
@@ -338,7 +338,7 @@ def test_lists_of_numbers_are_the_preferred_answers(tmp_path):
     data = jsonl(write(tmp_path / "p", [PAIR_ROW | {"rm_scores": [1, -0.5]}]))
     options = dict(roles=("chosen",), numbers=("rm_scores",))
     encoded, _ = encode(data.train, TOKENIZER, sizes={"rm_scores": 2}, **options)
-    assert units(encoded, ("chosen",), ("rm_scores",)).extras["rm_scores"].tolist() == [[1, -0.5]]
+    assert units(encoded, ("chosen",), ("rm_scores",)).per_row["rm_scores"].tolist() == [[1, -0.5]]
     with pytest.raises(ValueError, match=r"p:1: 2 rm_scores of the chosen answer; config.heads.gate"):
         encode(data.train, TOKENIZER, sizes={"rm_scores": 3}, **options)
     with pytest.raises(ValueError, match="'rm_scores' must be a list of numbers"):

@@ -46,13 +46,13 @@ def test_a_trace_in_a_file_becomes_segments(tmp_path):
     encoded, report = encode([row], tokenizer, roles=records.PAIR)
     assert report["data/dropped"] == 0
     batch = units(encoded, records.PAIR, segments=True, width=12)
-    segment = batch.token_extras["segment"]
+    segment = batch.per_token["segment"]
     # "2", its end, "1+1", "2", "ok", the end of all
     assert segment[0].tolist() == [0, 0, 1, 1, 1, 2, 3, 3, 3, 0, 0, 0] and batch.mask[0].sum() == 9
     assert segment[1].tolist() == [0] * 12 and batch.mask[1].sum() == 3
     ends = batch.completions[0] == tokenizer.eos_ids[0]
     assert np.flatnonzero(ends[:9]).tolist() == [1, 8]
-    assert "segment" not in units(encoded, records.PAIR).token_extras
+    assert "segment" not in units(encoded, records.PAIR).per_token
 
 
 @pytest.mark.parametrize("trace", ("1+1", [["tool"]], [["tol", "1+1"]], [["tool", 2]]))
