@@ -6,6 +6,7 @@ something else."""
 
 import difflib
 import functools
+import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -28,7 +29,11 @@ KINDS = (
     "optimizer",
     "schedule",
     "task",
+    "tokenizer",
+    "judge",
+    "policy",
 )
+HOMES = {"judge": ("jaxpo.runs.judges.judge",), "protocol": ("jaxpo.protocols",), "sampler": ("jaxpo.protocols",)}
 PARTS = ("advantage", "ratio", "surrogate", "regularizer", "reward", "filter", "correction")
 
 
@@ -135,6 +140,8 @@ def kinds_of(name: str) -> list[str]:
 
 def entry(name: str, kind: str = "objective") -> Entry:
     """The table's row for ``name``; ``ValueError`` with the nearest names if there is none."""
+    for module in HOMES.get(kind, ()):
+        importlib.import_module(module)
     if (kind, name) not in _TABLE:
         raise ValueError(unknown(kind, name, names(kind)))
     return _TABLE[kind, name]
