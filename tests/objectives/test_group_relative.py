@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import jaxpo
-from tests.oracles import Case, group_relative
+from tests.oracles import Case, group_relative, off_policy, trust_region
 from tests.oracles.cases import CASES, ROWS, WIDTH, assert_same, evaluate, make_case, on_policy
+from tests.oracles.groups import group_advantage
 
 CONFIGURATIONS = [
     ("reinforce", {}),
@@ -104,9 +105,9 @@ def test_reinforce_with_batch_mean_and_a_constant_reward_has_no_gradient():
 
 def test_reinforce_on_group_centred_rewards_equals_rec_without_clip_and_weight():
     case = CASES["counts"]
-    advantage = group_relative.group_advantage(case, case.reward, scale="none")
+    advantage = group_advantage(case, case.reward, scale="none")
     centred = case.replace(reward=np.array([advantage.get(b, 0.0) for b in range(ROWS)]))
-    assert_same(evaluate("reinforce", centred), group_relative.rec_without_clip_or_weight(case))
+    assert_same(evaluate("reinforce", centred), off_policy.rec(case, clip_mode="none"))
 
 
 # ---- rloo ----------------------------------------------------------------------------------------
@@ -182,7 +183,7 @@ def test_rloo_sums_the_penalty_of_bfloat16_logprobs_in_float32():
 
 
 def _grpo_advantage(case: Case) -> np.ndarray:
-    advantage = group_relative.group_advantage(case, case.reward)
+    advantage = group_advantage(case, case.reward)
     return np.array([advantage[b] for b in range(ROWS)])[:, None]
 
 
@@ -222,7 +223,7 @@ def test_grpo_equals_gspo_when_every_row_has_one_token():
     rng = np.random.default_rng(0)
     logp_old = np.where(one, -rng.exponential(1, one.shape), np.nan)
     case = case.replace(mask=one, logp_old=logp_old, logp=logp_old + 0.4 * rng.normal(size=one.shape))
-    assert_same(evaluate("grpo", case, beta=0.0, eps=0.2), group_relative.gspo(case, eps_low=0.2, eps_high=0.2))
+    assert_same(evaluate("grpo", case, beta=0.0, eps=0.2), trust_region.gspo(case, eps_low=0.2, eps_high=0.2))
 
 
 def test_grpo_kl_vanishes_with_its_gradient_at_the_reference():

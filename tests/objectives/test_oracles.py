@@ -8,7 +8,7 @@ import pytest
 import jaxpo
 from jaxpo.primitives.selection import row_uniform
 from tests.objectives.test_preference_oracles import FAMILY
-from tests.oracles import Case, advantages, group_relative, surrogates
+from tests.oracles import Case, entropy, group_relative, off_policy, trust_region, value_baseline
 from tests.oracles.cases import CASES, WIDTH, assert_same, evaluate
 
 NO_COUNTS = [name for name, case in CASES.items() if (case.count == 1).all()]
@@ -91,7 +91,11 @@ PLAIN = [
     ("lp_reg", dict(rho=0.5, beta=0.3, eps_low=0.1, eps_high=0.4, adv_eps=1e-3, singleton="raw", log_ratio_clip=5.0)),
 ]
 UNIT = {"bnpo", "a_grae", "spo_single_stream"}
-HOME = {name: module for module in (group_relative, advantages, surrogates) for name in vars(module)}
+HOME = {
+    name: module
+    for module in (group_relative, off_policy, trust_region, entropy, value_baseline)
+    for name in vars(module)
+}
 
 
 def _label(configuration) -> str:
@@ -118,14 +122,14 @@ def test_loss_and_gradient_equal_the_oracle(configuration):
 def test_dcpo_distribution(memory, hyperparameters):
     for case in CASES.values():
         actual = evaluate("dcpo_distribution", case, memory={"entropy": memory}, **hyperparameters)
-        assert_same(actual, advantages.dcpo_distribution(case, H=memory, **hyperparameters))
+        assert_same(actual, entropy.dcpo_distribution(case, H=memory, **hyperparameters))
 
 
 @pytest.mark.parametrize("lam", (0.0, 0.1, 3.0))
 def test_r2vpo(lam):
     for case in CASES.values():
         actual = evaluate("r2vpo", case, memory={"lam": lam}, delta=0.05, log_ratio_clip=3.0)
-        assert_same(actual, surrogates.r2vpo(case, lam=lam, delta=0.05, log_ratio_clip=3.0))
+        assert_same(actual, trust_region.r2vpo(case, lam=lam, delta=0.05, log_ratio_clip=3.0))
 
 
 @pytest.mark.parametrize("iteration", (0, 4, 10))
@@ -140,7 +144,7 @@ def test_d3s(iteration, hyperparameters, label):
     # rewards without ties, so that no two subsets vary the same
     case = case.replace(reward=case.reward + 1e-3 * np.random.default_rng(0).random(len(case.reward)))
     actual = evaluate("d3s", case, iteration=iteration, total=11, **hyperparameters)
-    assert_same(actual, surrogates.d3s(case, progress=iteration / 10, **hyperparameters))
+    assert_same(actual, entropy.d3s(case, progress=iteration / 10, **hyperparameters))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +155,7 @@ def test_clip_cov(hyperparameters, label):
     case = CASES[label]
     priority = priorities(case, 2, (WIDTH,))
     assert_same(
-        evaluate("clip_cov", case, **hyperparameters), surrogates.clip_cov(case, **hyperparameters, priority=priority)
+        evaluate("clip_cov", case, **hyperparameters), entropy.clip_cov(case, **hyperparameters, priority=priority)
     )
 
 
@@ -159,7 +163,7 @@ def test_clip_cov(hyperparameters, label):
 @pytest.mark.parametrize("normalize", (False, True))
 def test_rec_with_drop(label, normalize):
     case, hyperparameters = CASES[label], dict(drop="balance", clip_mode="none", normalize=normalize)
-    expected = surrogates.rec(case, **hyperparameters, row_priority=priorities(case, 1))
+    expected = off_policy.rec(case, **hyperparameters, row_priority=priorities(case, 1))
     assert_same(evaluate("rec", case, **hyperparameters), expected)
 
 

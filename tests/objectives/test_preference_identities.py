@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import jaxpo
-from tests.oracles.preference import Batch, sig
 from tests.oracles.preference_cases import evaluate, make_batch, rollouts
+from tests.oracles.units import Batch, sig
 
 PAIR = ("chosen", "rejected")
 LOG2 = np.log(2)

@@ -3,8 +3,9 @@
 import pytest
 
 import jaxpo
-from tests.oracles import answers, preference
+from tests.oracles import nash, preference, preference_multi, reward_models
 from tests.oracles.preference_cases import assert_same, batches, evaluate, layout_of
+from tests.oracles.units import value_and_grad
 
 PLAIN = [
     ("dpo", {}),
@@ -90,7 +91,7 @@ PLAIN = [
     ("preference_orchestrator", {}, "gate"),
     ("preference_orchestrator", dict(T=0.5, normalize=False), "gate"),
 ]
-HOME = {name: module for module in (answers, preference) for name in vars(module)}
+HOME = {name: module for module in (preference, preference_multi, nash, reward_models) for name in vars(module)}
 
 
 def _label(configuration) -> str:
@@ -103,7 +104,7 @@ def test_loss_and_gradient_equal_the_oracle(configuration):
     into = tuple(into) or ("logp",)
     for label, batch in batches(layout_of(name, **settings)).items():
         told = {"b_" if (name, k) == ("mapl", "b") else k: x for k, x in settings.items()}
-        expected = preference.value_and_grad(getattr(HOME[name], name), batch, into, **told)
+        expected = value_and_grad(getattr(HOME[name], name), batch, into, **told)
         try:
             assert_same(evaluate(name, batch, into, **settings), expected)
         except AssertionError as error:

@@ -8,8 +8,8 @@ from scipy.special import logsumexp
 
 import jaxpo
 from jaxpo.primitives.preferences import geometric_mixture
-from tests.oracles.preference import Batch
 from tests.oracles.preference_cases import evaluate
+from tests.oracles.units import Batch
 
 A = 4
 RNG = np.random.default_rng(0)

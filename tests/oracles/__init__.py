@@ -81,3 +81,14 @@ def sample_std(xs: list[float]) -> float:
 def centred(xs: list[float]) -> list[float]:
     """Minus the mean; exactly 0 of equal numbers."""
     return [0.0 if min(xs) == max(xs) else x - mean(xs) for x in xs]
+
+
+def exact_mean(xs: list[float]) -> float:
+    """The mean, exactly x of a list of x's; 0 of nothing."""
+    if not xs:
+        return 0.0
+    return xs[0] if min(xs) == max(xs) else mean(xs)
+
+
+def population_std(xs: list[float]) -> float:
+    return math.sqrt(math.fsum(x * x for x in centred(xs)) / len(xs))

@@ -8,7 +8,7 @@ import numpy as np
 
 import jaxpo
 from jaxpo.batch import role_id
-from tests.oracles.preference import Batch
+from tests.oracles.units import Batch
 
 UNITS, WIDTH = 8, 5
 HEADS = ("score", "embed", "gate")  # what heads of the policy say
