@@ -1,4 +1,4 @@
-"""Identities of `gspo`, `gspo_token`, `cispo`, `bapo`, `mhpo`, `r2vpo` and `ppo_outer_loop`, one by one."""
+"""`gspo`, `gspo_token`, `cispo`, `bapo`, `mhpo`, `r2vpo` and `ppo_outer_loop` keep the identities of their cards."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""Identities of `clip_cov`, `kl_cov`, `lp_reg`, `gtpo`, `hapo`, `dcpo_distribution` and `d3s`, one by one."""
+"""`clip_cov`, `kl_cov`, `lp_reg`, `gtpo`, `hapo`, `dcpo_distribution` and `d3s` keep the identities of their cards."""
 
 import itertools
 import math
@@ -259,7 +259,7 @@ def test_gtpo_runs_end_at_the_first_token_that_is_not_shared():
     assert (won, lost) == ([2, 2, 2], [0, 1, 0, 0])
 
 
-def test_gtpo_a_row_without_advantage_keeps_its_weight_and_makes_no_conflict():
+def test_gtpo_row_without_advantage_keeps_its_weight_and_makes_no_conflict():
     assert weights([5, 1], [5, 1], [5, 2], adv=[1.0, 0.0, 0.0]) == [[1, 1], [1, 1], [1, 1]]
 
 
@@ -341,14 +341,14 @@ def test_hapo_without_tau_samples_at_t0():
 MIXED = CASE.replace(reward=np.where(CASE.reward > 0, CASE.reward, 0.0))
 
 
-def test_dcpo_at_the_wanted_entropy_is_grpo():
+def test_dcpo_distribution_at_the_wanted_entropy_is_grpo():
     plain = evaluate("grpo", MIXED, beta=0.0, agg="token_mean", dual_clip=3.0)
     assert_same(evaluate("dcpo_distribution", MIXED, memory={"entropy": 0.25}), plain)
     assert not np.allclose(evaluate("dcpo_distribution", MIXED, memory={"entropy": 0.2})[1], plain[1])
 
 
 @pytest.mark.parametrize("entropy,slot", ((0.15, "logp_old_hot"), (0.33, "logp_old_cold")))
-def test_dcpo_advantage_over_1_minus_w_is_grpo_plus_a_c_rho(entropy, slot):
+def test_dcpo_distribution_advantage_over_1_minus_w_is_grpo_plus_a_c_rho(entropy, slot):
     right = MIXED.reward > 0.05
     a = min(abs(0.25 - entropy), 0.1) / right.mean()
     w = a / (1 + a)
@@ -360,7 +360,7 @@ def test_dcpo_advantage_over_1_minus_w_is_grpo_plus_a_c_rho(entropy, slot):
     assert solved.any() and (adv[solved][MIXED.mask[solved]] > 0).all()  # solved groups are pulled too
 
 
-def test_dcpo_at_temperature_1_has_weights_of_1():
+def test_dcpo_distribution_at_temperature_1_has_weights_of_1():
     same = MIXED.replace(extra={**MIXED.extra, "logp_old_hot": MIXED.logp_old})
     adv = prepared("dcpo_distribution", same, memory={"entropy": 0.15}).adv
     a = 0.1 / (MIXED.reward > 0.05).mean()
@@ -372,12 +372,12 @@ def test_dcpo_at_temperature_1_has_weights_of_1():
         np.testing.assert_allclose(old_hot, jax.nn.log_softmax(logits)[tokens, tokens], atol=1e-12)
 
 
-def test_dcpo_without_a_right_answer_has_no_loss():
+def test_dcpo_distribution_without_a_right_answer_has_no_loss():
     loss, grad = evaluate("dcpo_distribution", CASE.replace(reward=np.zeros(ROWS)), memory={"entropy": 0.2})
     assert loss == 0 and (grad == 0).all()
 
 
-def test_dcpo_remembers_the_entropy_of_the_tokens_of_the_step():
+def test_dcpo_distribution_remembers_the_entropy_of_the_tokens_of_the_step():
     objective = jaxpo.make("dcpo_distribution")
     report = {"entropy/sampled": Mean.of(jnp.array([1.0, 3.0, 9.0]), jnp.array([2.0, 1.0, 0.0]))}
     state = objective.update(objective.init(), None, report)

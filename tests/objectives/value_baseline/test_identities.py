@@ -1,4 +1,4 @@
-"""Identities of `spo_single_stream` and `spo_segment`, one by one."""
+"""`spo_single_stream` and `spo_segment` keep the identities that their cards claim."""
 
 import jax
 import jax.numpy as jnp

@@ -1,16 +1,14 @@
-"""Identities of `rec`, `opmd` and `asymre`, one by one."""
+"""`rec`, `opmd` and `asymre` keep the identities that their cards claim."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxpo.objectives.off_policy import REC_MEMBERS
 from jaxpo.primitives.advantages import drop_excess_negatives, log_average_exp
-from jaxpo.primitives.selection import row_uniform
 from jaxpo.primitives.surrogates import clip_mask
 from tests.oracles import Case
-from tests.oracles.cases import CASES, ROWS, assert_same, evaluate, make_case, on_policy, prepared
+from tests.oracles.cases import CASES, ROWS, assert_same, evaluate, make_case, on_policy, prepared, priorities
 
 CASE = CASES["unequal groups"]
 BOLD = make_case(11, (8, 4, 4, 4, 4), stale=1.2)  # ratios in and beyond every clip range
@@ -121,8 +119,7 @@ def test_rec_dropped_rows_still_count_in_the_token_denominator():
 
 def negatives_to_drop(case: Case) -> np.ndarray:
     """[B] bool: of each group the negatives of smallest priority that outnumber its positives."""
-    with jax.enable_x64(True):
-        priority = np.asarray(row_uniform(jnp.asarray(case.extra["seed"], jnp.uint32), stream=1))
+    priority = priorities(case, 1)
     out = np.zeros(ROWS, bool)
     for g in np.unique(case.group):
         below = np.flatnonzero((case.group == g) & (centred(case)[:, 0] < -1e-12))
