@@ -1,4 +1,4 @@
-"""The command line of the registry, and the documentation that is written from it."""
+"""The registry writes the documentation, and its command line lists and describes what it has."""
 
 from pathlib import Path
 
@@ -7,14 +7,14 @@ import pytest
 from jaxpo.objectives.__main__ import run
 from jaxpo.registry import entry, names
 
-DOCS = Path(__file__).parents[2] / "docs" / "objectives.md"
+DOCS = Path(__file__).parents[3] / "docs" / "objectives.md"
 
 
-def test_the_documentation_is_that_of_the_registry():
+def test_docs_are_those_of_the_registry():
     assert DOCS.read_text() == run(["docs"]), "run: python -m jaxpo.objectives docs docs/objectives.md"
 
 
-def test_everything_is_documented():
+def test_docs_have_everything():
     text = DOCS.read_text()
     for name in names():
         assert f"\n### `{name}`\n" in text and entry(name).source in text
@@ -24,7 +24,7 @@ def test_everything_is_documented():
             assert f"| `{name}` |" in text and (row.factory.__doc__ or "").strip(), (kind, name)
 
 
-def test_the_ids_of_the_cards_are_there():
+def test_names_have_the_ids_of_the_cards():
     ids = """reinforce rloo reinforce_pp grpo dr_grpo dapo gspo gspo_token cispo rec opmd asymre bnpo gtpo bapo
     spo_single_stream spo_segment a_grae adora canon hapo d3s clip_cov kl_cov mhpo r2vpo dcpo_distribution lp_reg
     lite_ppo ppo_outer_loop""".split()
@@ -50,7 +50,7 @@ def test_the_ids_of_the_cards_are_there():
         assert set(ids.split()) <= set(names(kind)), kind
 
 
-def test_the_command_line(capsys, tmp_path):
+def test_run_lists_describes_and_writes(capsys, tmp_path):
     assert run([]).count("\n") == len(names()) - 1
     assert "surrogate\n" in run(["list"]) and "cispo" in run(["list", "surrogate"])
     assert "advantage gtpo(" in run(["describe", "gtpo"]) and "objective gtpo(" in run(["describe", "gtpo"])
@@ -70,6 +70,6 @@ def test_the_command_line(capsys, tmp_path):
         (["lst"], "usage: python -m jaxpo.objectives"),
     ),
 )
-def test_errors(arguments, message):
+def test_run_refuses_what_it_does_not_know(arguments, message):
     with pytest.raises(ValueError, match=message):
         run(arguments)

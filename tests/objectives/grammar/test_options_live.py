@@ -1,8 +1,8 @@
-"""Every option is live: each hyperparameter of each objective and each option of each part of the grammar changes what
-is computed, on batches that have everything.
+"""Every hyperparameter of each objective and every option of each part changes what is computed.
 
-Hyperparameters are read off the registry and tried at another value of their type (a string at each of its choices). A
-new one that has no effect fails here; one that acts only beside another needs a line in ``BESIDE``.
+The batches have everything. Hyperparameters are read off the registry and tried at another value of their type (a
+string at each of its choices). A new one that has no effect fails here; one that acts only beside another needs a line
+in ``BESIDE``.
 """
 
 import functools
@@ -285,9 +285,15 @@ def differ(kind: str, name: str, one: dict, other: dict) -> bool:
 
 # ---- the tests -----------------------------------------------------------------------------------
 
+OPTIONS = options()
+
+
+def labels(options: list) -> list[str]:
+    return [f"{name}-{option}-{kind}" for kind, name, option in options]
+
 
 @pytest.mark.filterwarnings("ignore:gspo_token with agg")
-@pytest.mark.parametrize(("kind", "name", "option"), options())
+@pytest.mark.parametrize(("kind", "name", "option"), OPTIONS, ids=labels(OPTIONS))
 def test_every_option_is_live(kind, name, option):
     given = beside(kind, name, option)
     for other in others(kind, name, option):
@@ -296,7 +302,7 @@ def test_every_option_is_live(kind, name, option):
 
 MODES = [
     (kind, name, option)
-    for kind, name, option in options()
+    for kind, name, option in OPTIONS
     if any(isinstance(x, str | bool) for x in beside(kind, name, option).values())
     and option not in entry(name, kind).budget
     # Official BAPO takes a low_step, though its lower bound ends at low0 or low_max whatever the step.
@@ -304,7 +310,7 @@ MODES = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "name", "option"), MODES)
+@pytest.mark.parametrize(("kind", "name", "option"), MODES, ids=labels(MODES))
 def test_an_option_of_one_mode_is_refused_in_the_others_or_live(kind, name, option):
     for other in others(kind, name, option):
         try:

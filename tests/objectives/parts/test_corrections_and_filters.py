@@ -1,4 +1,4 @@
-"""Filters, and corrections of the gap between sampler and trainer, inside an objective that is composed by name."""
+"""Filters and corrections do what they say inside an objective that is composed by name."""
 
 import itertools
 
@@ -45,7 +45,7 @@ def plain() -> np.ndarray:
 
 
 @pytest.mark.parametrize("level", WEIGHT)
-def test_a_truncated_weight_multiplies_the_policy_term(plain, level):
+def test_truncated_weight_multiplies_the_policy_term(plain, level):
     w = np.exp(WEIGHT[level])
     assert (w > 1.3).any() and (w < 1.3).any()
     corrected = evaluate(**LINEAR, corrections=f"truncated_weight(level='{level}', cap=1.3)")[1]
@@ -53,7 +53,7 @@ def test_a_truncated_weight_multiplies_the_policy_term(plain, level):
 
 
 @pytest.mark.parametrize("level", WEIGHT)
-def test_a_masked_weight_is_0_outside_its_range_and_leaves_the_denominator_alone(plain, level):
+def test_masked_weight_is_0_outside_its_range_and_leaves_the_denominator_alone(plain, level):
     w = np.exp(WEIGHT[level])
     inside = (w >= 0.7) & (w <= 1.3)
     assert inside.any() and not inside.all()
@@ -62,7 +62,7 @@ def test_a_masked_weight_is_0_outside_its_range_and_leaves_the_denominator_alone
 
 
 @pytest.mark.parametrize(("estimator", "low"), (("k1", -0.2), ("k3", None)))
-def test_rejected_tokens_leave_the_denominator(plain, estimator, low):
+def test_token_rejection_takes_tokens_out_of_the_denominator(plain, estimator, low):
     d = -GAP
     gap = {"k1": d, "k2": d**2 / 2, "k3": np.exp(-d) + d - 1}[estimator]
     kept = CASE.mask & (gap <= 0.1) & (True if low is None else gap >= low)
@@ -71,7 +71,7 @@ def test_rejected_tokens_leave_the_denominator(plain, estimator, low):
     np.testing.assert_allclose(corrected, plain * kept * CASE.mask.sum() / kept.sum(), atol=1e-12)
 
 
-def test_corrections_multiply_and_a_sampler_that_is_the_trainer_needs_none(plain):
+def test_truncated_weight_and_masked_weight_multiply_and_are_1_where_the_sampler_is_the_trainer(plain):
     both = "truncated_weight(cap=1.3), masked_weight(low=0.7, high=1.3)"
     w = np.exp(GAP)
     expected = plain * np.minimum(w, 1.3) * np.where((w >= 0.7) & (w <= 1.3), w, 0)
@@ -79,7 +79,7 @@ def test_corrections_multiply_and_a_sampler_that_is_the_trainer_needs_none(plain
     np.testing.assert_allclose(evaluate(gap=0 * GAP, **LINEAR, corrections=both)[1], plain, atol=1e-12)
 
 
-def test_a_correction_does_not_touch_the_regularizers():
+def test_truncated_weight_does_not_touch_the_regularizers():
     spelled = dict(LINEAR, regularizers="0.3 * kl_to_reference")
     correct = dict(corrections="truncated_weight(cap=1.3)")
     kl = evaluate(**spelled)[1] - evaluate(**LINEAR)[1]
@@ -88,7 +88,7 @@ def test_a_correction_does_not_touch_the_regularizers():
     np.testing.assert_allclose(difference, kl, atol=1e-12)
 
 
-def test_the_decoupled_loss_clips_the_ratio_to_old_and_weighs_by_old_over_behaviour():
+def test_truncated_weight_of_the_decoupled_loss_is_old_over_behaviour_beside_a_clipped_ratio_to_old():
     """arXiv:2110.00641: what is clipped is new / old, whatever the behaviour."""
     clipped = evaluate()[1]
     assert (clipped == 0).sum() > (evaluate(**LINEAR)[1] == 0).sum()
@@ -108,18 +108,18 @@ def same_as_on_the_kept_rows_alone(case, kept, **spelled) -> None:
     assert (grad[~kept] == 0).all()
 
 
-def test_truncated_rows_leave_every_denominator():
+def test_not_truncated_takes_truncated_rows_out_of_every_denominator():
     same_as_on_the_kept_rows_alone(CASE, CASE.mask.sum(1) <= 4, filters="not_truncated", agg="seq_mean")
 
 
-def test_solved_and_failed_groups_leave_every_denominator():
+def test_mixed_groups_takes_solved_and_failed_groups_out_of_every_denominator():
     sizes = {g: (CASE.group == g).sum() for g in CASE.group}
     mixed = np.array([sizes[g] == 1 or np.ptp(CASE.correct[CASE.group == g]) > 0 for g in CASE.group])
     same_as_on_the_kept_rows_alone(CASE, mixed, filters="mixed_groups", agg="seq_mean")
 
 
 @pytest.mark.parametrize("level", ("sequence", "geometric"))
-def test_rejected_rows_leave_every_denominator(level):
+def test_rejection_takes_rows_out_of_every_denominator(level):
     d = -GAP.sum(1) / (LENGTH if level == "geometric" else 1)
     kept = (d <= 0.2) & (d >= -0.5)
     assert 0 < kept.sum() < ROWS

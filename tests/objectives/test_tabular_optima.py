@@ -1,5 +1,8 @@
-"""Optima of offline losses and Nash learning on a matrix game, exactly: answers of one token, expectations by
-enumeration (a row's count is its probability), gradients in the logits of a tabular policy."""
+"""Offline losses and Nash learning stop at their optima on a matrix game.
+
+Answers have one token, expectations are exact (a row's count is its probability), gradients are those in the logits of
+a tabular policy.
+"""
 
 import numpy as np
 import pytest
@@ -86,16 +89,16 @@ def tilted(reward: np.ndarray, beta: float) -> np.ndarray:
         ("rdpo", {"eps": 0.3}, 0.7 * WINS + 0.3 * WINS.T),  # the labels it sees are flipped, its optimum is not
         ("dpo", {"eps": 0.3}, WINS),  # smoothing, by contrast, shrinks the margins
     ],
-    ids=("dpo", "rso", "rdpo of flipped labels", "cDPO"),
+    ids=("dpo", "rso", "rdpo of flipped labels", "dpo with smoothing"),
 )
-def test_logistic_losses_of_bradley_terry_labels(name, settings, labels):
+def test_optimum_of_logistic_losses_of_bradley_terry_labels(name, settings, labels):
     beta = 0.7
     settings = settings if name == "rso" else {"beta": beta, **settings}
     grad = gradient(name, tilted(REWARD, beta), both(MU) * labels, extra={}, **settings)
     assert (np.abs(grad).max() < 1e-12) == (settings.get("eps", 0) == 0 or name == "rdpo")
 
 
-def test_ipo_of_any_labels():
+def test_ipo_stops_at_its_optimum_of_any_labels():
     tau = 0.7
     solved = tilted(P @ MU, tau)
     grad = gradient("ipo", solved, both(MU) * P, extra={}, tau=tau, normalize=False)
@@ -119,7 +122,7 @@ def test_rpo_is_the_best_answer_to_its_own_adversarial_reward():
 
 
 @pytest.mark.parametrize("drawn", ([1, 1, 1, 1], [3, 1, 2, 1], [1, 7, 1, 2]))
-def test_copg_of_answers_from_anywhere(drawn):
+def test_copg_stops_at_its_optimum_of_answers_from_anywhere(drawn):
     beta, extra = 0.7, {"reward": REWARD}
     np.testing.assert_allclose(
         gradient("copg", tilted(REWARD, beta), np.array(drawn, float), extra=extra, beta=beta), 0, atol=1e-12
@@ -131,7 +134,7 @@ def test_copg_of_answers_from_anywhere(drawn):
 
 
 @pytest.mark.parametrize("tau", (0.3, 1.0))
-def test_the_equilibrium_is_a_fixed_point_of_all(tau):
+def test_online_ipo_nash_md_nash_mp_egpo_and_inpo_stop_at_the_equilibrium(tau):
     log_pi = nash(tau)
     pi, win = np.exp(log_pi), P @ np.exp(log_pi)
     labelled = both(pi) * P  # pairs of samples, the winner first

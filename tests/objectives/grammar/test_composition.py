@@ -1,5 +1,4 @@
-"""Combinations of parts by name: equal to the published objectives that they spell, and refused where they mean
-nothing."""
+"""Combinations of parts by name equal the published objectives that they spell, or are refused with the reason."""
 
 import itertools
 
@@ -38,13 +37,13 @@ SPELLED = [
 
 
 @pytest.mark.parametrize(("name", "hyperparameters", "spelled"), SPELLED, ids=lambda x: x if isinstance(x, str) else "")
-def test_a_published_objective_spelled_out(name, hyperparameters, spelled):
+def test_policy_gradient_equals_the_published_objective_that_it_spells(name, hyperparameters, spelled):
     for label in ("unequal groups", "extreme ratios and counts"):
         expected = evaluate(name, CASES[label], **hyperparameters)
         assert_same(evaluate("policy_gradient", CASES[label], **spelled), expected)
 
 
-def test_what_scales_with_the_run_is_taken_from_it():
+def test_policy_gradient_takes_what_scales_with_the_run_from_it():
     spelled = dict(advantage="adora", agg="seq_mean")
     given = evaluate("policy_gradient", CASES["K=8"], **spelled, max_new_tokens=5)
     assert_same(given, evaluate("adora", CASES["K=8"], max_len=5.0, beta=0.0))
@@ -82,13 +81,13 @@ def test_what_scales_with_the_run_is_taken_from_it():
     ),
     ids=str,
 )
-def test_what_means_nothing_is_refused_with_the_reason(spelled, message):
+def test_policy_gradient_refuses_what_means_nothing_with_the_reason(spelled, message):
     with pytest.raises(ValueError, match=message):
         jaxpo.make("policy_gradient", **spelled)
 
 
 @pytest.mark.slow
-def test_every_combination_is_finite_or_refused():
+def test_policy_gradient_of_every_combination_is_finite_or_refused():
     """Every advantage x ratio x surrogate x aggregation, on the contracts' example; a part of them by its gradient."""
     kinds = ("advantage", "ratio", "surrogate")
     distinct = {kind: {entry(n, kind).factory: n for n in names(kind)}.values() for kind in kinds}

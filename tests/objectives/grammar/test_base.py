@@ -1,4 +1,4 @@
-"""The grammar: terms become a loss whose slices add up, and what makes no sense is refused."""
+"""Terms become a loss whose slices add up, and terms that make no sense are refused."""
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def assert_close(a, b, rtol=2e-6):
 # ---- terms --------------------------------------------------------------------------------------------------------
 
 
-def test_a_loss_is_the_sum_of_coef_weight_value():
+def test_from_terms_sums_coef_weight_value():
     objective = from_terms(
         [
             Term("nll", nll, aggregation.seq_mean),
@@ -82,7 +82,7 @@ def test_a_loss_is_the_sum_of_coef_weight_value():
     assert_close(report["loss"], loss)
 
 
-def test_rows_and_tokens_leave_the_denominators():
+def test_from_terms_takes_rows_and_tokens_out_of_the_denominators():
     """Filtered by ``rows`` and ``tokens`` the mean is over what is left; by a factor in the value it would not be."""
     first = jnp.arange(T) < jnp.full((B, 1), 2)
     term = Term("nll", nll, rows=lambda batch, state: batch.reward > 3, tokens=lambda batch, state: first)
@@ -123,12 +123,12 @@ def test_from_terms_refuses(terms, message):
         ),
     ],
 )
-def test_a_value_of_the_other_kind_is_refused(term, message):
+def test_from_terms_refuses_a_value_of_the_other_kind(term, message):
     with pytest.raises(ValueError, match=message):
         evaluate(from_terms([term]), lambda _: TokenStats(logp=LOGP), rollouts())
 
 
-def test_coef_may_be_a_function_of_the_state_and_has_a_gradient():
+def test_from_terms_takes_a_coef_that_is_a_function_of_the_state_and_gives_it_a_gradient():
     term = Term("nll", nll, coef=lambda state: state.memory * (state.iteration + 2))
     scheduled = from_terms([term], memory=jnp.float32(3))
     plain = evaluate(from_terms([Term("nll", nll)]), lambda _: TokenStats(logp=LOGP), rollouts())[0]
@@ -155,11 +155,11 @@ def test_coef_may_be_a_function_of_the_state_and_has_a_gradient():
         (lambda state: 0.0, False),
     ],
 )
-def test_is_off(coef, off):
+def test_is_off_is_a_python_zero(coef, off):
     assert is_off(coef) is off
 
 
-def test_a_python_zero_removes_the_term_and_its_need():
+def test_grpo_with_beta_of_a_python_zero_has_neither_the_term_nor_its_need():
     with_kl, without = make("grpo"), make("grpo", beta=0)
     assert "logp_ref" in with_kl.needs and "logp_ref" not in without.needs
     bare = rollouts(slots={})
@@ -168,7 +168,7 @@ def test_a_python_zero_removes_the_term_and_its_need():
         value_and_grad(with_kl, bare)
 
 
-def test_a_traced_zero_keeps_the_term():
+def test_grpo_with_beta_of_a_traced_zero_keeps_the_term():
     def run(beta):
         objective = make("grpo", beta=beta)
         assert "logp_ref" in objective.needs
@@ -181,7 +181,7 @@ def test_a_traced_zero_keeps_the_term():
 
 
 @pytest.mark.parametrize(("name", "hyperparameter", "need"), [("rloo", "beta", "logp_ref"), ("dapo", "penalty", None)])
-def test_the_same_holds_of_shaping(name, hyperparameter, need):
+def test_shaping_is_off_by_a_python_zero_and_not_by_a_traced_one(name, hyperparameter, need):
     assert need not in make(name, **{hyperparameter: 0}).needs
 
     def run(x):
@@ -231,13 +231,13 @@ def test_linearized_under_microbatches_with_a_peek(n):
     assert_close(results(report)["loss/square"], root(jnp.sum(weight * (params * LOGP) ** 2)))
 
 
-def test_without_a_peek_nothing_is_weighed():
+def test_linearized_without_a_peek_is_not_weighed():
     objective = from_terms([linearized(Term("square", square), root)])
     with pytest.raises(ValueError, match=r"peeks at \['logp'\] of the current policy before its weights are fixed"):
         objective.weigh(*objective.prepare(rollouts(), objective.init()), None)
 
 
-def test_weigh_sees_the_peek():
+def test_from_terms_lets_weigh_see_the_peek():
     """A bound that depends on the whole batch's current log-probs, decided before the pass."""
 
     def bound(batch, state, peek):
@@ -257,7 +257,7 @@ def test_weigh_sees_the_peek():
 # ---- evaluate -----------------------------------------------------------------------------------------------------
 
 
-def test_evaluate_has_the_gradient_of_reinforce():
+def test_evaluate_has_the_gradient_and_the_metrics_of_reinforce():
     objective = make("reinforce", baseline="batch_mean")
     value, grad, report = value_and_grad(objective, rollouts(count=COUNT))
     reward = jnp.arange(B, dtype=jnp.float32)
@@ -282,7 +282,7 @@ def test_evaluate_has_the_gradient_of_reinforce():
     } <= set(report)
 
 
-def test_without_logp_old_the_policy_is_the_one_it_is_compared_with():
+def test_evaluate_without_logp_old_compares_the_policy_with_itself():
     absent, present = (value_and_grad(make("grpo"), rollouts(logp_old=old)) for old in (None, LOGP))
     assert_close(absent[:2], present[:2])
     assert float(absent[2]["ratio/max"]) == 1 and float(absent[2]["ratio/clip_frac"]) == 0
@@ -298,7 +298,7 @@ def test_evaluate_goes_on_from_a_state():
     assert_close(second, 2 * first)
 
 
-def test_what_it_needs_is_asked_for_by_name():
+def test_evaluate_asks_for_what_is_needed_by_name():
     with pytest.raises(MissingField, match="the batch has no 'group', which this objective needs; it has: .*mask"):
         evaluate(make("grpo", beta=0), lambda _: TokenStats(logp=LOGP), Rollouts(mask=MASK))
 
@@ -306,7 +306,7 @@ def test_what_it_needs_is_asked_for_by_name():
 # ---- policy_gradient ----------------------------------------------------------------------------------------------
 
 
-def test_filters_see_the_reward_before_shaping_and_advantages_after():
+def test_policy_gradient_filters_before_it_shapes_and_takes_advantages_after():
     seen = []
 
     def keep(batch, state):
@@ -344,7 +344,7 @@ def test_a_row_that_does_not_count_cannot_poison_the_gradient(name, field):
     assert_close(got, value_and_grad(make(name), batch))
 
 
-def test_a_ratio_per_sequence_refuses_an_advantage_per_token():
+def test_policy_gradient_of_a_ratio_per_sequence_refuses_an_advantage_per_token():
     objective = policy_gradient(
         advantage=Part(lambda batch, state: jnp.ones((B, T))),
         ratio=make("sequence", "ratio"),
@@ -392,7 +392,7 @@ def test_preference_metrics_are_told_apart_by_role():
     assert_close((report["logp/chosen"], report["logp/rejected"]), (row[::2].mean(), row[1::2].mean()))
 
 
-def test_another_layout_is_refused():
+def test_preference_refuses_another_layout():
     objective = preference(log_sigmoid_loss, beta=0.4)
     with pytest.raises(ValueError, match=r"Rollouts.layout is \(\); .*needs units of rows \('chosen', 'rejected'\)"):
         value_and_grad(objective, rollouts(role=jnp.zeros(B, jnp.int32)))
@@ -409,7 +409,7 @@ def test_preference_asks_for_roles():
 # ---- the clock ----------------------------------------------------------------------------------------------------
 
 
-def test_the_clock_counts_iterations_and_steps():
+def test_from_terms_counts_iterations_and_steps():
     def count(state, batch, report):
         return state.replace(memory=state.memory + 1)
 
@@ -423,7 +423,7 @@ def test_the_clock_counts_iterations_and_steps():
         assert (int(state.iteration), int(state.step), int(state.memory)) == (i, 3 * (i + 1), 3 * (i + 1))
 
 
-def test_prepare_completes_the_batch():
+def test_from_terms_completes_the_batch_in_prepare():
     objective = from_terms([Term("nll", nll)])
     batch, _ = objective.prepare(Rollouts(mask=MASK), objective.init())
     jax.tree.map(np.testing.assert_array_equal, batch, complete(Rollouts(mask=MASK)))
