@@ -1,4 +1,4 @@
-"""Independent references: plain Python loops in float64, written from the papers' equations without jaxpo.
+"""Plain Python loops in float64 give independent references, written from the papers' equations without jaxpo.
 
 An oracle takes a `Case` and returns ``(loss, d loss / d logp)``. ``count[b] = w`` means "row b was drawn w times", so
 oracles run on the list of rows with row b written w times; the gradients of the copies add up.

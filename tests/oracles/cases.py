@@ -1,4 +1,4 @@
-"""Batches that hurt, and jaxpo's answer to them in float64."""
+"""`CASES` hold batches that hurt, and `evaluate` gives jaxpo's answer to them in float64."""
 
 import functools
 

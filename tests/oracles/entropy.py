@@ -1,4 +1,4 @@
-"""Oracles of the objectives that look at entropy; where a card leaves a choice, the docstring says what was chosen.
+"""The objectives that look at entropy have these oracles, whose docstrings say what was chosen where a card is open.
 
 Where a rule picks single tokens or rows, the copies of a row drawn w times are w separate candidates, neighbours in
 the order; a term that holds for some copies only counts by their share.

@@ -1,4 +1,4 @@
-"""Which objectives there are: by family, the module that registers them, under the names of the test folders."""
+"""`registered` lists the objectives of a family, the module of jaxpo.objectives that registers them."""
 
 import jaxpo
 from jaxpo.registry import entry

@@ -1,4 +1,4 @@
-"""Oracles of the group-relative objectives; where a card leaves a choice, the docstring says what was chosen."""
+"""The group-relative objectives have these oracles, whose docstrings say what was chosen where a card is open."""
 
 import math
 

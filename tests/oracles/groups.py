@@ -1,4 +1,4 @@
-"""What the oracles say of rows: their groups, and advantages made of rewards."""
+"""The oracles share these groups of rows and the advantages made of their rewards."""
 
 import math
 

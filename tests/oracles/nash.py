@@ -1,4 +1,4 @@
-"""Oracles of Nash learning, in the way of `tests.oracles.units`."""
+"""The objectives of Nash learning have these oracles, in the way of `tests.oracles.units`."""
 
 from tests.oracles.units import log_sig, mean, sg, sig
 

@@ -1,4 +1,4 @@
-"""Oracles of the objectives of pairs and of labelled answers, in the way of `tests.oracles.units`."""
+"""The objectives of pairs and of labelled answers have these oracles, in the way of `tests.oracles.units`."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Batches of units that hurt, and jaxpo's answer to them in float64."""
+"""`batches` holds units of rows that hurt, and `evaluate` gives jaxpo's answer to them in float64."""
 
 import functools
 from dataclasses import replace

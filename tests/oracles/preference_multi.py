@@ -1,4 +1,4 @@
-"""Oracles of the objectives of more answers than a pair, in the way of `tests.oracles.units`."""
+"""The objectives of more answers than a pair have these oracles, in the way of `tests.oracles.units`."""
 
 import numpy as np
 

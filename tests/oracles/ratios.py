@@ -1,4 +1,4 @@
-"""What the oracles say of tokens: log-ratios, ratios, clips and KL estimates, with their slopes in the log-prob."""
+"""The oracles share these ratios, clips and KL estimates of tokens, with their slopes in the log-prob."""
 
 import math
 from collections.abc import Callable

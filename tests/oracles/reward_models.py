@@ -1,4 +1,4 @@
-"""Oracles of the objectives that train reward models, in the way of `tests.oracles.units`."""
+"""The objectives that train reward models have these oracles, in the way of `tests.oracles.units`."""
 
 import numpy as np
 

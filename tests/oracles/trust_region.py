@@ -1,4 +1,4 @@
-"""Oracles of the objectives that change the ratio, the clip or its penalty; the docstrings say what was chosen."""
+"""The objectives that change the ratio, the clip or its penalty have these oracles; docstrings say what was chosen."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What the oracles of preferences share: batches of units, and gradients by the complex step.
+"""The oracles of preferences share these batches of units and take gradients by the complex step.
 
 An oracle is its card's formula in plain numpy, of arrays that may be complex. With ``h = 1e-30``,
 ``imag f(x + i h e) / h`` is the derivative along ``e`` to machine precision, of the very line that gives the value.

@@ -1,4 +1,4 @@
-"""Oracles of the objectives whose baseline is a value; the docstrings say what was chosen."""
+"""The objectives whose baseline is a value have these oracles, whose docstrings say what was chosen."""
 
 import math
 from itertools import pairwise
