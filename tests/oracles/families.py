@@ -7,7 +7,7 @@ RENAMED = {"answers": "preference_multi", "credit": "value_baseline"}  # modules
 
 
 def family(name: str) -> str:
-    module = entry(name).factory.__module__.rsplit(".", 1)[1]
+    module = entry(name).factory.__module__.removeprefix("jaxpo.objectives.").split(".")[0]
     return RENAMED.get(module, module)
 
 
