@@ -104,10 +104,11 @@ def of_answers(
             f"--run={run}: nothing verifies answers to {workspace.task.name}; what held-out pairs say was measured in "
             f"training: eval/... in {run}/metrics.jsonl"
         )
-    metrics, _ = answers.greedy(workspace, params, workspace.test)
+    test = workspace.questions.test
+    metrics, _ = answers.greedy(workspace, params, test)
     if ks:
-        metrics |= answers.sampled(workspace, params, workspace.test, jax.random.key(seed), samples=samples, ks=ks)
-    return metrics, ["eval/greedy", *[f"eval/pass@{k}" for k in ks]], f"{len(workspace.test)} test prompts"
+        metrics |= answers.sampled(workspace, params, test, jax.random.key(seed), samples=samples, ks=ks)
+    return metrics, ["eval/greedy", *[f"eval/pass@{k}" for k in ks]], f"{len(test)} test prompts"
 
 
 def of_pairs(workspace: "Workspace", params: "Params") -> tuple[dict[str, float], list[str], str]:

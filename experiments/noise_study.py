@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from jaxpo.race.race import Results
+    from jaxpo.race.results import Results
 
 TOLD_AT_LEAST = 0.1
 
@@ -43,7 +43,7 @@ def study(shares: Sequence[float], rules: object, out: Path) -> dict[float, dict
 
 def table(found: Mapping[float, Mapping[str, list[float]]]) -> str:
     """Markdown: a row for each method, mean and 95% interval over seeds for each share of flipped labels."""
-    from jaxpo.race.race import interval
+    from jaxpo.race.results import interval
 
     def cell(values: list[float]) -> str:
         mean, low, high = interval(values)
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> dict[float, dict[str, list[float]
     """The command. Raises ``SystemExit`` with one line for what cannot be."""
     from experiments.race import HELP
     from jaxpo.config.command_line import parse
-    from jaxpo.race.setup import Rules
+    from jaxpo.race.rules import Rules
 
     rules = Rules(seeds=3)
     flags = {name: (value, HELP[name]) for name, value in asdict(rules).items() if name != "flipped"}

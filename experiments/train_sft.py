@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> None:
     from jaxpo.config.command_line import parse
-    from jaxpo.runs.loop import train_rl
+    from jaxpo.runs.train import train_rl
 
     try:
         config, flags = parse(sys.argv[1:] if argv is None else argv, workdir=("", "directory of the run (required)"))

@@ -49,6 +49,7 @@ HOMES: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("protocol", "sampler"), ("jaxpo.protocols",)),
     "diagnostic": ("jaxpo.objectives", "jaxpo.protocols"),
     "task": ("jaxpo.tasks",),
+    "judge": ("jaxpo.runs.judges.judge",),
 }
 PARTS = ("advantage", "ratio", "surrogate", "regularizer", "reward", "filter", "correction")
 CHECKED = ("objective", *PARTS)  # their numbers must be finite, also where they state no domain
@@ -206,7 +207,7 @@ def entry(name: str, kind: str = "objective") -> Entry:
     Raises:
       ValueError: there is none; the message gives the kinds that have the name, or else the nearest names."""
     if name not in names(kind):
-        kinds = kinds_of(name)
+        kinds = [k for k in KINDS if (k, name) in _TABLE or (k, name) in _LATER]  # of what is loaded
         if kinds:
             calls = " or ".join(f"make({name!r}, {k!r})" if k != "objective" else f"make({name!r})" for k in kinds)
             raise ValueError(f"unknown {kind} {name!r}: it is {' and '.join(map(_article, kinds))}: {calls}")

@@ -33,27 +33,6 @@ def tokenizer_arguments(name: str) -> Mapping[str, inspect.Parameter]:
     raise ValueError(unknown("tokenizer", name, ("characters", "integers", "pretrained")))
 
 
-def judge_arguments(name: str) -> Mapping[str, inspect.Parameter]:
-    """Arguments of a judge (`jaxpo.runs.judges.judge`): P(one beats another) is ``sig(scale (their scores' gap))``."""
-
-    def verifier(scale: float | None = None): ...  # None: the higher score wins
-
-    def function(path: str, scale: float | None = None): ...  # "module:function"
-
-    def model(path: str, scale: float | None = None): ...  # a run directory; None = 1
-
-    def follow_ups(path: str, file: str, between: str = "\n", scale: float | None = None): ...  # a run, a JSON file
-
-    def models(
-        paths: tuple = (), weights: tuple | None = None, adapter: str | None = None, scale: float | None = None
-    ): ...  # run directories
-
-    judges = {f.__name__: f for f in (verifier, function, model, models, follow_ups)}
-    if name not in judges:
-        raise ValueError(unknown("judge", name, judges))
-    return inspect.signature(judges[name]).parameters
-
-
 def policy_arguments(name: str) -> Mapping[str, inspect.Parameter]:
     """Arguments of the policy block: every field of a transformer made here; for a pretrained one, which has its shape
     from its own files, where they are and how to compute."""
@@ -85,7 +64,7 @@ NAMED = {
     "objective": lambda name: registry.entry(name).parameters,
     "task": optional_name(task_arguments),
     "data": optional_name(set_arguments),
-    "judge": judge_arguments,
+    "judge": lambda name: registry.entry(name, "judge").parameters,
     "tokenizer": tokenizer_arguments,
     "policy": policy_arguments,
     "optimizer": optimizer_arguments,

@@ -6,84 +6,45 @@ from collections.abc import Mapping, Sequence
 from ml_collections import ConfigDict
 
 from jaxpo.config.blocks import block_of
-from jaxpo.config.fill import fill
-from jaxpo.config.resolve import objective_of, protocol_name, protocol_of, rows_per_prompt, sampling_of, transformer_of
-from jaxpo.learning.needs import form_of, is_reward_model, slots_of
+from jaxpo.config.resolved import Resolved
+from jaxpo.learning.needs import is_reward_model
 from jaxpo.learning.optimizers import make_optimizer
-from jaxpo.objectives import Objective
 from jaxpo.parallel import AXES, POSITIONS, ROWS, TOKENS
 from jaxpo.parallel.mesh import mesh_shape, reshaped_sizes
 from jaxpo.policy import lora
 from jaxpo.policy.config import TransformerConfig
-from jaxpo.protocols.protocol import Protocol
 from jaxpo.registry import unknown
 
+WHOLE = (
+    *("rollout.prompts", "rollout.responses"),
+    *("training.epochs", "training.minibatches", "training.microbatches"),
+    *("evaluation.every", "evaluation.prompts", "evaluation.samples"),
+    *("checkpoint.every", "checkpoint.keep"),
+    *("warm_start.batch", "warm_start.microbatches"),
+    *("sampling.max_new_tokens", "nonfinite_patience"),
+)
+COUNTS = ("steps", "warm_start.steps", "seed", "logging.samples")
 
-def validate(config: ConfigDict, devices: int) -> ConfigDict:
-    """Everything that can be wrong before anything is compiled.
+
+def check_fields(config: ConfigDict) -> None:
+    """Check the numbers of a config that need nothing else.
 
     Raises:
-      ValueError: naming the field, its value and what would do.
+      ValueError: naming the field and its value.
     """
-
-    def positive(*paths: str) -> None:
-        for path in paths:
-            value = block_of(config, path)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"config.{path} must be a whole number of at least 1, not {value!r}")
-
-    positive(
-        "rollout.prompts",
-        "rollout.responses",
-        "training.epochs",
-        "training.minibatches",
-        "training.microbatches",
-        "evaluation.every",
-        "evaluation.prompts",
-        "evaluation.samples",
-        "checkpoint.every",
-        "checkpoint.keep",
-        "warm_start.batch",
-        "warm_start.microbatches",
-        "sampling.max_new_tokens",
-        "nonfinite_patience",
-    )
-    for path in ("steps", "warm_start.steps"):
-        if block_of(config, path) < 0:
-            raise ValueError(f"config.{path} must not be negative, not {block_of(config, path)}")
-    for path in ("seed", "logging.samples"):
+    for path in WHOLE:
+        value = block_of(config, path)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"config.{path} must be a whole number of at least 1, not {value!r}")
+    for path in COUNTS:
         if block_of(config, path) < 0:
             raise ValueError(f"config.{path} must not be negative, not {block_of(config, path)}")
     if not config.policy_temperature > 0:
         raise ValueError(f"config.policy_temperature must be positive, not {config.policy_temperature}")
     if any(k < 1 for k in config.evaluation.pass_at):
         raise ValueError(f"config.evaluation.pass_at holds k of at least 1, not {config.evaluation.pass_at}")
-    fill(config)
-    objective, protocol = objective_of(config), protocol_of(config)
-    if protocol.check:
-        protocol.check(config)
-    sampling_of(config)
-    policy = transformer_of(config)
-    _check_lora(config, policy)
-    make_optimizer(config.optimizer.to_dict(), max(config.steps, 1))
-    make_optimizer(config.warm_start.optimizer.to_dict(), max(config.warm_start.steps, 1))
     if config.sampling.temperature != 1 and not isinstance(config.sampling.temperature, int | float):
         raise ValueError(f"config.sampling.temperature must be a number, not {config.sampling.temperature!r}")
-    _check_division(config, objective, policy, devices)
-    _check_offload(config, objective, protocol)
-    _check_checkpoint(config)
-    if len(config.soup.of) not in (0, 2) or not 0 <= config.soup.alpha <= 1:
-        raise ValueError(
-            f"config.soup.of names two run directories and config.soup.alpha the share in [0, 1] of the first, not "
-            f"{tuple(config.soup.of)} and {config.soup.alpha}"
-        )
-    _check_judge(config, objective, protocol)
-    if config.trace and (config.data.name is None or not is_reward_model(objective)):
-        raise ValueError(
-            "config.trace has no effect: only reward models read tool calls after the answers of config.data"
-        )
-    if config.task.name is None and config.data.name in (None, "task"):
-        raise ValueError("config.task.name is None: set config.data.name to jsonl or datasets, whose prompts are used")
     if not 0 <= config.warm_start.drop_last <= 1:
         raise ValueError(f"config.warm_start.drop_last is a share in [0, 1], not {config.warm_start.drop_last}")
     if config.evaluation.pass_at and max(config.evaluation.pass_at) > config.evaluation.samples:
@@ -91,19 +52,49 @@ def validate(config: ConfigDict, devices: int) -> ConfigDict:
             f"config.evaluation.pass_at asks for pass@{max(config.evaluation.pass_at)}, which takes at least as many "
             f"samples; config.evaluation.samples is {config.evaluation.samples}"
         )
-    return config
+    if len(config.soup.of) not in (0, 2) or not 0 <= config.soup.alpha <= 1:
+        raise ValueError(
+            f"config.soup.of names two run directories and config.soup.alpha the share in [0, 1] of the first, not "
+            f"{tuple(config.soup.of)} and {config.soup.alpha}"
+        )
 
 
-def _check_judge(config: ConfigDict, objective: Objective, protocol: Protocol) -> None:
+def check_resolved(resolved: Resolved, policy: TransformerConfig, devices: int) -> None:
+    """Check what depends on the objective, the protocol, the policy's shape or the number of devices.
+
+    Raises:
+      ValueError: naming the field, its value and what would do.
+    """
+    config, objective = resolved.config, resolved.objective
+    _check_lora(config, policy)
+    make_optimizer(config.optimizer.to_dict(), max(config.steps, 1))
+    make_optimizer(config.warm_start.optimizer.to_dict(), max(config.warm_start.steps, 1))
+    _check_division(resolved, policy, devices)
+    _check_offload(resolved)
+    _check_checkpoint(config)
+    _check_judge(resolved)
+    if objective.unit.layout and resolved.protocol.facts.rows is None:
+        raise ValueError(
+            f"objective {config.objective.name!r} learns from units {objective.unit.layout}, which rollouts of "
+            "single completions are not: set config.data.name, or config.protocol.name to judged"
+        )
+    if config.trace and (config.data.name is None or not is_reward_model(objective)):
+        raise ValueError(
+            "config.trace has no effect: only reward models read tool calls after the answers of config.data"
+        )
+    if config.task.name is None and config.data.name in (None, "task"):
+        raise ValueError("config.task.name is None: set config.data.name to jsonl or datasets, whose prompts are used")
+
+
+def _check_judge(resolved: Resolved) -> None:
     """A judge compares answers, or its scores are the rewards; where answers come from data it has nothing to say."""
-    compares = protocol.judges
-    rewards = protocol.rows is None
-    form = form_of(objective, config.rollout.responses)
+    config, facts, form = resolved.config, resolved.protocol.facts, resolved.form
+    compares, rewards = facts.judges, facts.rows is None
     if compares and form and form.mismatched and config.rollout.prompts < 2:
         raise ValueError(
             "config.rollout.prompts must be at least 2: the objective compares with the answers to other prompts"
         )
-    given, name = config.judge.name != "verifier", protocol_name(config, objective)
+    given, name = config.judge.name != "verifier", resolved.protocol_name
     if (given and not (compares or rewards)) or (config.judge.scale is not None and not compares):
         field = "config.judge" if given and not rewards else "config.judge.scale"
         raise ValueError(f"{field} has no effect with protocol {name!r}, which compares no answers")
@@ -124,18 +115,19 @@ def _check_lora(config: ConfigDict, policy: TransformerConfig) -> None:
         raise ValueError(f"config.lora.alpha must be positive, not {config.lora.alpha}")
 
 
-def _check_offload(config: ConfigDict, objective: Objective, protocol: Protocol) -> None:
+def _check_offload(resolved: Resolved) -> None:
+    config = resolved.config
     if not config.training.offload_reference:
         return
-    if not slots_of(objective, protocol.provides):
+    if not resolved.references:
         raise ValueError(
             f"config.training.offload_reference has no effect: objective {config.objective.name} uses no reference "
             "policy; set it to False"
         )
-    if others := [name for name in (*slots_of(objective, protocol.provides), *protocol.keeps) if name != "ref"]:
+    if others := [n for n in (*resolved.references, *resolved.protocol.facts.references) if n != "ref"]:
         raise ValueError(
             f"config.training.offload_reference is for a reference that stays as it is; {config.objective.name} also "
-            f"has the companion {others[0]!r}: set it to False"
+            f"has the reference {others[0]!r}: set it to False"
         )
     if config.lora.rank:
         raise ValueError(
@@ -155,10 +147,11 @@ def _check_checkpoint(config: ConfigDict) -> None:
         )
 
 
-def _check_division(config: ConfigDict, objective: Objective, policy: TransformerConfig, devices: int) -> None:
+def _check_division(resolved: Resolved, policy: TransformerConfig, devices: int) -> None:
+    config, objective = resolved.config, resolved.objective
     mesh = dict(zip(AXES, mesh_shape(config.mesh, devices), strict=True))
     shards, row_axes = (math.prod(mesh[axis] for axis in ROWS), " * ".join(f"mesh.{axis}" for axis in ROWS))
-    prompts, responses = config.rollout.prompts, rows_per_prompt(config, objective)
+    prompts, responses = config.rollout.prompts, resolved.rows_per_prompt
     minibatches, microbatches = config.training.minibatches, config.training.microbatches
     if prompts % minibatches:
         raise ValueError(

@@ -1,73 +1,56 @@
-"""What a filled config names: its objective, protocol, policy and sampling options."""
-
-from collections.abc import Sequence
-from typing import Any
+"""A config, filled, built and checked once a start."""
 
 from ml_collections import ConfigDict
 
-from jaxpo import protocols, registry  # noqa: F401 (protocols: for its registrations)
-from jaxpo.config.blocks import arguments_of, policy_arguments
-from jaxpo.fields import JUDGED
-from jaxpo.objectives import Objective, make
-from jaxpo.policy.config import TransformerConfig
-from jaxpo.policy.families import config_from_hf
-from jaxpo.policy.hf import read_config
+from jaxpo.config.blocks import arguments_of
+from jaxpo.config.checks import check_fields, check_resolved
+from jaxpo.config.fill import fill_blocks, fill_protocol, objective_of, protocol_name
+from jaxpo.config.resolved import Resolved
+from jaxpo.learning import references
+from jaxpo.learning.needs import form_of, heads_of, references_of
+from jaxpo.objectives import Objective
 from jaxpo.protocols.protocol import Protocol
-from jaxpo.rollout.sampling import SamplingOptions
-from jaxpo.rollout.sampling import validate as validate_sampling
+from jaxpo.registry import check_arguments, entry, make
 
 
-def protocol_name(config: ConfigDict, objective: Objective) -> str:
-    """The protocol that the config names, or the objective; otherwise preferences come from ``config.data``, or from
-    a judge if the objective cannot do without."""
-    if config.protocol.name or objective.protocol.name != "on_policy":
-        return config.protocol.name or objective.protocol.name
-    if config.data.name:
-        return "preference_data"
-    return "judged" if objective.unit.layout or objective.asks.needs & JUDGED else "on_policy"
+def resolve(config: ConfigDict, devices: int, *, objective: Objective | None = None) -> Resolved:
+    """Fill a config, build what it names, and check everything that can be wrong before anything is compiled.
 
+    Args:
+      devices: of the mesh.
+      objective: one that is built already, which the config then names for messages alone.
 
-def protocol_of(config: ConfigDict) -> Protocol:
-    """The protocol of a filled config: its own options, and those that the objective sets."""
-    objective = objective_of(config)
+    Raises:
+      ValueError: naming the field, its value and what would do.
+    """
+    check_fields(config)
+    fill_blocks(config, but=() if objective is None else ("objective",))
+    objective = objective_of(config) if objective is None else objective
     name = protocol_name(config, objective)
-    parameters = registry.entry(name, "protocol").parameters
+    fill_protocol(config, objective)
+    protocol, responses = protocol_of(config, objective, name), config.rollout.responses
+    references.check(objective, protocol.facts.references)
+    resolved = Resolved(
+        config=config,
+        objective=objective,
+        protocol_name=name,
+        protocol=protocol,
+        references=tuple(references_of(objective, protocol.facts.provides)),
+        heads=heads_of(objective, config.heads),
+        form=form_of(objective, responses),
+        rows_per_prompt=protocol.facts.rows(objective, responses) if protocol.facts.rows else responses,
+    )
+    if protocol.facts.check:
+        protocol.facts.check(config)
+    resolved.sampling()
+    check_resolved(resolved, resolved.transformer(), devices)
+    return resolved
+
+
+def protocol_of(config: ConfigDict, objective: Objective, name: str) -> Protocol:
+    """The protocol of a filled config: its own options, and those that the objective sets."""
+    parameters = entry(name, "protocol").parameters
     taken = dict(objective.protocol.options) if name == objective.protocol.name else {}
     given = arguments_of(config.protocol, parameters)
-    registry.check_arguments(f"protocol {name!r}", given, parameters)
+    check_arguments(f"protocol {name!r}", given, parameters)
     return make(name, "protocol", **{**given, **taken})
-
-
-def objective_of(config: ConfigDict) -> Objective:
-    """The objective that the config names."""
-    return make(
-        config.objective.name, **arguments_of(config.objective, registry.entry(config.objective.name).parameters)
-    )
-
-
-def transformer_of(config: ConfigDict, vocab_size: int = 1) -> TransformerConfig:
-    """The policy of a filled config; ``vocab_size`` is that of one made here, a pretrained one has its own."""
-    parameters = policy_arguments(config.policy.name)
-    fields = arguments_of(config.policy, parameters)
-    registry.check_arguments(f"policy {config.policy.name!r}", fields, parameters)
-    if config.policy.name == "pretrained":
-        return config_from_hf(read_config(fields.pop("path")), **fields)
-    return TransformerConfig(vocab_size=vocab_size, **fields)
-
-
-def sampling_of(config: ConfigDict, eos_ids: Sequence[int] = (), stop_table: Any = None) -> SamplingOptions:
-    """The validated `SamplingOptions` of a run."""
-    fields = {k: v for k, v in config.sampling.items() if k != "stop"}
-    return validate_sampling(SamplingOptions(**fields, eos_ids=tuple(eos_ids), stop_table=stop_table))
-
-
-def rows_per_prompt(config: ConfigDict, objective: Objective) -> int:
-    """Rows that an iteration trains on for each of its prompts (or units of data)."""
-    responses, protocol = config.rollout.responses, protocol_of(config)
-    return protocol.rows(objective, responses) if protocol.rows else responses
-
-
-def microbatch_rows(config: ConfigDict) -> int:
-    """Rows of a microbatch."""
-    training, of_prompt = config.training, rows_per_prompt(config, objective_of(config))
-    return config.rollout.prompts * of_prompt // (training.minibatches * training.microbatches)

@@ -7,8 +7,8 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxpo.batch import MissingField, Rollouts
-from jaxpo.fields import EDITS, GIVEN, LOOP, PAIR, VECTORS, WEIGHTS
-from jaxpo.learning.references import COMPANIONS
+from jaxpo.fields import EDITS, GIVEN, LOOP, PAIR, VECTORS, WEIGHTS, missing
+from jaxpo.learning.references import SCORED
 from jaxpo.objectives import Objective, State
 from jaxpo.policy import heads
 
@@ -56,24 +56,25 @@ def form_of(objective: Objective, responses: int) -> Form | None:
     return Form("pair", PAIR[:1], numbers, 1) if objective.asks.needs & set(VECTORS) else None
 
 
-def slots_of(objective: Objective, provides: Collection[str] = ()) -> list[str]:
-    """Frozen companions whose log-probs the objective needs (``ref`` = the policy at the start of the run).
+def references_of(objective: Objective, provides: Collection[str] = ()) -> list[str]:
+    """The references whose log-probs the objective needs (``ref`` = the policy at the start of the run).
 
     Args:
       provides: fields that its protocol adds to a batch.
 
     Raises:
-      ValueError: it needs something that neither this loop nor its protocol provides; the message says what they do.
+      ValueError: it needs a field that neither the loop nor its protocol provides; the message says who would give it.
     """
     provided = LOOP | {f"logp_{name}" for name in objective.asks.derived} | {*provides}
-    wanted = sorted(n[len("logp_") :] for n in objective.asks.needs - provided if n.startswith("logp_"))
-    other = sorted(n for n in objective.asks.needs - provided if not n.startswith("logp_")) + [
-        f"logp_{s}" for s in wanted if s not in COMPANIONS
+    lacking = sorted(objective.asks.needs - provided)
+    wanted = [name.removeprefix("logp_") for name in lacking if name.startswith("logp_")]
+    other = [name for name in lacking if not name.startswith("logp_")] + [
+        f"logp_{w}" for w in wanted if w not in SCORED
     ]
     if other:
         raise ValueError(
-            f"the objective needs {', '.join(other)}; the training loop provides "
-            f"{', '.join(sorted(provided))} and {', '.join(f'logp_{s}' for s in COMPANIONS)}"
+            f"the objective needs {', '.join(other)} ({missing(other[0])}); the training loop provides "
+            f"{', '.join(sorted(provided))} and {', '.join(f'logp_{s}' for s in SCORED)}"
         )
     return wanted
 

@@ -1,8 +1,8 @@
-"""Frozen companions of the policy: one table from the name of a slot to what it holds and how it moves.
+"""Frozen models beside the policy: one table from the name of a reference to what it holds and how it moves.
 
-A slot lies beside the policy in ``Run.slots``, on the same devices, and is checkpointed with it. Where an objective
-needs ``logp_<slot>`` the loop holds the slot and scores every batch with it; a protocol may keep further ones, and say
-how they move: ``keeps``, name -> options of the slot. At the start all of them are one copy of the policy.
+A reference lies in ``Run.references``, on the same devices as the policy, and is checkpointed with it. Where an
+objective needs ``logp_<name>``, the loop holds the reference and scores every batch with it. A protocol may keep
+further ones and say how they move: ``keeps``, name -> options. At the start they share one copy of the policy.
 """
 
 import inspect
@@ -14,87 +14,94 @@ import jax
 import jax.numpy as jnp
 
 from jaxpo.objectives import Objective
+from jaxpo.policy.transformer import Params
 from jaxpo.primitives import preferences
 from jaxpo.registry import check_arguments, unknown
 
-Params = Any
 Keeps = Mapping[str, Mapping[str, Any]]
 blended = jax.jit(preferences.blend)
 copied = partial(jax.tree.map, jnp.copy)
 
 
-def stays(slot: Params, policy: Params, iteration: int) -> Params:
-    """The slot does not move by itself."""
-    return slot
+def stays(frozen: Params, policy: Params, iteration: int) -> Params:
+    """Frozen for the whole run."""
+    return frozen
 
 
-def kept(slot: Params, policy: Params, iteration: int, every: int | None = None) -> Params:
-    """As it is, or the policy at the start of the round, which lasts ``every`` iterations."""
-    return slot if every is None else renewed(slot, policy, iteration, every)
+def kept(frozen: Params, policy: Params, iteration: int, every: int | None = None) -> Params:
+    """Frozen; with ``every``, replaced by the current policy every so many iterations."""
+    return frozen if every is None else renewed(frozen, policy, iteration, every)
 
 
-def renewed(slot: Params, policy: Params, iteration: int, every: int = 1) -> Params:
-    """The policy at the start of the round, which lasts ``every`` iterations."""
-    return copied(policy) if iteration % every == 0 else slot
+def renewed(frozen: Params, policy: Params, iteration: int, every: int = 1) -> Params:
+    """Replaced by the current policy every so many iterations."""
+    return copied(policy) if iteration % every == 0 else frozen
 
 
-def averaged(slot: Params, policy: Params, iteration: int, b: float = 0.999) -> Params:
+def averaged(frozen: Params, policy: Params, iteration: int, b: float = 0.999) -> Params:
     """``theta_bar <- (1 - b) theta + b theta_bar`` after every optimizer step (Nash-EMA, arXiv:2312.00886)."""
-    return blended(policy, slot, b)
+    return blended(policy, frozen, b)
 
 
-def ringed(slot: Params, policy: Params, iteration: int, size: int = 7, every: int = 30) -> Params:
-    """``size`` checkpoints of the policy by their place: the first stays, of the others the oldest is replaced every
+def ringed(frozen: Params, policy: Params, iteration: int, size: int = 7, every: int = 30) -> Params:
+    """``size`` checkpoints of the policy by their place. The first stays; the oldest other one is replaced every
     ``every`` iterations (SePPO, arXiv:2410.05255)."""
     if iteration % every:
-        return slot
+        return frozen
     place = 1 + (iteration // every - 1) % (size - 1)
-    return {**slot, str(place): copied(policy)}
+    return {**frozen, str(place): copied(policy)}
 
 
-class Companion(NamedTuple):
-    """What a slot holds, and ``update(slot, policy, iteration, **options)``: the slot after so many iterations, or
-    with ``each_step`` after one more optimizer step."""
+class Reference(NamedTuple):
+    """What a reference holds and how it moves.
 
-    what: str
+    says: what it holds.
+    update: (reference, policy, iteration, **options) -> the reference after so many iterations.
+    each_step: whether ``update`` runs after every optimizer step instead.
+    model: whether it is a model of its own, loaded from a path, and no copy of the policy.
+    """
+
+    says: str
     update: Callable[..., Params]
     each_step: bool = False
+    model: bool = False
 
     @property
     def options(self) -> dict[str, inspect.Parameter]:
         return dict(list(inspect.signature(self.update).parameters.items())[3:])
 
 
-# Those that an objective may need the log-probs of ...
-COMPANIONS: Mapping[str, Companion] = {
-    "ref": Companion("the policy at the start of the run", kept),
-    "prev": Companion("the policy at the start of the round", renewed),
-    "ema": Companion("an average of past policies", averaged, each_step=True),
-    "soup": Companion("the average of two models (config.soup)", stays),
+# Objectives may need the log-probs of these ...
+SCORED: Mapping[str, Reference] = {
+    "ref": Reference("the policy at the start of the run", kept),
+    "prev": Reference("the policy at the start of the round", renewed),
+    "ema": Reference("an average of past policies", averaged, each_step=True),
+    "soup": Reference("the average of two models (config.soup)", stays),
+    "teacher": Reference("another model (config.references.teacher)", stays, model=True),
 }
-# ... and those that protocols keep.
-KEPT: Mapping[str, Companion] = {
-    **COMPANIONS,
-    "pool": Companion("a ring of past policies", ringed),
-    "center": Companion("parameters and optimizer state that a protocol goes back to", stays),
-    "half": Companion("the policy after half a step", stays),
-    "hat": Companion("the latest iterate before it was extrapolated", stays),
+# ... and protocols keep these besides.
+REFERENCES: Mapping[str, Reference] = {
+    **SCORED,
+    "pool": Reference("a ring of past policies", ringed),
+    "center": Reference("parameters and optimizer state that a protocol goes back to", stays),
+    "half": Reference("the policy after half a step", stays),
+    "hat": Reference("the latest iterate before it was extrapolated", stays),
 }
 
 
 def check(objective: Objective, keeps: Keeps) -> None:
-    """``ValueError`` for a companion that does not exist, an option of it that does not, or one without effect."""
+    """``ValueError`` for a reference or an option that does not exist, or an option without effect."""
     for name, options in keeps.items():
-        if name not in KEPT:
-            raise ValueError(unknown("frozen companion", name, KEPT))
-        check_arguments(f"companion {name!r}", options, KEPT[name].options)
+        if name not in REFERENCES:
+            raise ValueError(unknown("reference", name, REFERENCES))
+        check_arguments(f"reference {name!r}", options, REFERENCES[name].options)
         if name in ("prev", "ref") and options and f"logp_{name}" not in objective.asks.needs:
             raise ValueError(f"config.protocol.{name}_every has no effect: this objective does not need logp_{name}")
 
 
-def held(needed: list[str], keeps: Keeps, policy: Params, opt_state: Any) -> dict[str, Any]:
-    """The slots of a run at its start, made of the policy (of arrays or of shapes)."""
-    out: dict[str, Any] = dict.fromkeys([*needed, *keeps], policy)
+def held(needed: Iterable[str], keeps: Keeps, policy: Params, opt_state: Any) -> dict[str, Any]:
+    """The references of a run at its start that are made of the policy (of arrays or of shapes)."""
+    out: dict[str, Any] = dict.fromkeys([n for n in (*needed, *keeps) if not REFERENCES[n].model], policy)
     if "pool" in out:
         out["pool"] = {str(i): policy for i in range(option(keeps, "pool", "size"))}
     if "center" in out:
@@ -103,32 +110,27 @@ def held(needed: list[str], keeps: Keeps, policy: Params, opt_state: Any) -> dic
 
 
 def option(keeps: Keeps, name: str, field: str) -> Any:
-    """The protocol's option of a companion, or its default."""
-    return keeps.get(name, {}).get(field, KEPT[name].options[field].default)
+    """A protocol's option of a reference, or its default."""
+    return keeps.get(name, {}).get(field, REFERENCES[name].options[field].default)
 
 
 def stored(keeps: Keeps, iteration: int) -> int:
-    """How many checkpoints the pool has taken up after so many iterations, the first one among them."""
+    """How many checkpoints the pool holds after so many iterations, the first one among them."""
     return min(1 + iteration // option(keeps, "pool", "every"), option(keeps, "pool", "size"))
 
 
-def moved(slots: Mapping[str, Any], keeps: Keeps, policy: Params, iteration: int | None = None) -> dict[str, Any]:
-    """All slots after ``iteration`` finished iterations; None = after an optimizer step in the midst of one."""
+def moved(references: Mapping[str, Any], keeps: Keeps, policy: Params, iteration: int | None = None) -> dict[str, Any]:
+    """All references after ``iteration`` finished iterations; None = after an optimizer step within one."""
 
-    def one(name: str, slot: Any) -> Any:
-        companion = KEPT[name]
-        if companion.each_step != (iteration is None):
-            return slot
-        return companion.update(slot, policy, iteration, **keeps.get(name, {}))
+    def one(name: str, frozen: Any) -> Any:
+        reference = REFERENCES[name]
+        if reference.each_step != (iteration is None):
+            return frozen
+        return reference.update(frozen, policy, iteration, **keeps.get(name, {}))
 
-    return {name: one(name, slot) for name, slot in slots.items()}
-
-
-def each_step(slots: Iterable[str]) -> bool:
-    """Whether one of the slots moves after every optimizer step."""
-    return any(KEPT[name].each_step for name in slots)
+    return {name: one(name, frozen) for name, frozen in references.items()}
 
 
-def scored(objective: Objective, slots: Mapping[str, Any]) -> dict[str, Params]:
-    """The slots that the objective needs the log-probs of."""
-    return {name: slot for name, slot in slots.items() if f"logp_{name}" in objective.asks.needs}
+def scored(objective: Objective, references: Mapping[str, Any]) -> dict[str, Params]:
+    """The references whose log-probs the objective needs."""
+    return {name: frozen for name, frozen in references.items() if f"logp_{name}" in objective.asks.needs}

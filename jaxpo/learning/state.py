@@ -11,7 +11,7 @@ from jaxpo.policy.transformer import Params
 
 @struct.dataclass
 class TrainState:
-    """What an optimizer step changes."""
+    """What an optimizer step changes: parameters, optimizer state, and what the objective remembers."""
 
     params: Params
     opt_state: Any
@@ -22,13 +22,15 @@ class TrainState:
 class Run:
     """Everything that changes during a run; what a checkpoint holds.
 
-    state: parameters, optimizer and objective state. slots: parameters of frozen companions by name. tables: a
-      protocol's own memory (pytrees of NumPy arrays by name).
-    iteration: finished ones. position: prompts drawn so far.
+    state: parameters, optimizer and objective state.
+    references: parameters of frozen models by name (`jaxpo.learning.references`).
+    tables: a protocol's own memory, pytrees of NumPy arrays by name.
+    iteration: finished ones.
+    position: prompts drawn so far.
     """
 
     state: TrainState
-    slots: dict[str, Params] = field(default_factory=dict)
+    references: dict[str, Params] = field(default_factory=dict)
     tables: dict[str, Any] = field(default_factory=dict)
     iteration: int = 0
     position: int = 0

@@ -5,27 +5,27 @@ companions are copies of. With LoRA that is adapters only, and ``ref`` those tha
 itself: a reference policy costs no second copy of the weights.
 """
 
+from collections.abc import Mapping
+
 from jax import Array
 from ml_collections import ConfigDict
 
-from jaxpo.learning.needs import heads_of
 from jaxpo.learning.step import Apply
-from jaxpo.objectives import Objective
 from jaxpo.policy import heads, lora, transformer
 from jaxpo.policy.transformer import Model, Params
 
 
 def lora_scale(config: ConfigDict) -> float:
-    """By which the product of an adapter is multiplied."""
+    """LoRA's scale, alpha / rank."""
     return config.lora.alpha / config.lora.rank
 
 
-def random_params(config: ConfigDict, model: Model, objective: Objective, key: Array) -> Params:
-    """What is trained, random: a transformer, or adapters of one; and the objective's heads."""
+def random_params(config: ConfigDict, model: Model, shapes: Mapping[str, tuple[int, ...]], key: Array) -> Params:
+    """Random parameters to train: a transformer, or adapters of one; and heads of these ``shapes``."""
     params = transformer.init(model.config, key)
     if config.lora.rank:  # only the shapes of the transformer are asked for: nothing of it is computed
         params = lora.init(params, key, rank=config.lora.rank, targets=config.lora.targets)
-    return {**params, **heads.init(model.config.width, heads_of(objective, config.heads), key)}
+    return {**params, **heads.init(model.config.width, shapes, key)}
 
 
 def with_base(config: ConfigDict, base: Params | None, params: Params) -> Params:

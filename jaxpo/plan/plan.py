@@ -1,10 +1,11 @@
 """What a run needs on chips that are not there: its steps compiled for them, with bytes, transfers and a roofline."""
 
+import copy
 import math
 import re
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -12,13 +13,14 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from jaxpo.config.resolve import objective_of, rows_per_prompt
+from jaxpo.config.resolve import resolve
+from jaxpo.config.resolved import Resolved
 from jaxpo.kernels.chips import Chip
 from jaxpo.parallel import make_mesh
 from jaxpo.parallel.offload import is_on_host
 from jaxpo.plan import operations, program, roofline, topology
 from jaxpo.plan.topology import Topology
-from jaxpo.plan.trace import Data, Planned, Step, data_of, samples, trace_run
+from jaxpo.plan.trace import Data, Planned, Step, data_of, trace_run
 
 Say = Callable[[str], None]
 
@@ -153,10 +155,11 @@ def make_plan(
     Raises:
       ValueError: a config that does not divide over the slice. ModuleNotFoundError: libtpu is not installed.
     """
-    data = data or data_of(config)
     mesh = make_mesh(config.mesh, topology.devices(slice_))
-    planned = trace_run(config, mesh, data)
-    plain = trace_run(without_remat(config), mesh, data).steps
+    resolved = resolve(config, mesh.size)
+    data = data or data_of(resolved)
+    planned = trace_run(resolved, mesh, data)
+    plain = trace_run(without_remat(resolved), mesh, data).steps
     steps = []
     for step, other in zip(planned.steps, plain, strict=True):
         if step.name in known:
@@ -164,8 +167,8 @@ def make_plan(
         elif only is None or step.name in only:
             useful = operations.count(other.trace().jaxpr, loop=other.loop)
             steps.append(plan_step(step, planned, config, mesh, slice_.chip, useful, say))
-    rollout, sampling, objective = config.rollout, config.sampling, objective_of(config)
-    of_prompt = rollout.responses if samples(config) else rows_per_prompt(config, objective)
+    rollout, sampling = config.rollout, config.sampling
+    of_prompt = rollout.responses if resolved.samples else resolved.rows_per_prompt
     return Plan(
         topology=slice_,
         mesh=dict(mesh.shape),
@@ -178,11 +181,11 @@ def make_plan(
     )
 
 
-def without_remat(config: ConfigDict) -> ConfigDict:
+def without_remat(resolved: Resolved) -> Resolved:
     """The same run with every activation stored: what it computes is what it needs to."""
-    plain = ConfigDict(config.to_dict())
+    plain = copy.deepcopy(resolved.config)
     plain.policy.remat = "none"
-    return plain
+    return replace(resolved, config=plain)
 
 
 def plan_step(

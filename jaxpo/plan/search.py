@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from jaxpo.config import checks
 from jaxpo.config.fill import fill
-from jaxpo.config.resolve import objective_of, rows_per_prompt, transformer_of
+from jaxpo.config.resolve import resolve
+from jaxpo.config.resolved import Resolved
 from jaxpo.parallel import AXES, ROWS, TOKENS
 from jaxpo.parallel.mesh import mesh_shape, reshaped_sizes
 from jaxpo.plan import roofline
 from jaxpo.plan.plan import Plan, Say, StepPlan, make_plan
 from jaxpo.plan.topology import Topology
-from jaxpo.plan.trace import Data, data_of, samples
+from jaxpo.plan.trace import Data, data_of
 from jaxpo.policy import transformer
 from jaxpo.policy.attention import LONG, QUERIES_AT_ONCE
 from jaxpo.policy.config import TransformerConfig
@@ -45,13 +45,18 @@ def described(changes: Changes) -> str:
     return " ".join(f"--config.{path}={value}" for path, value in changes.items())
 
 
-def allowed(config: ConfigDict, changes: Changes, devices: int) -> bool:
-    """Whether the changed config divides over the devices."""
+def allowed(config: ConfigDict, changes: Changes, devices: int) -> Resolved | None:
+    """The changed config, resolved; None if it does not divide over the devices."""
     try:
-        checks.validate(changed(config, changes), devices)
+        return resolve(changed(config, changes), devices)
     except ValueError:
-        return False
-    return True
+        return None
+
+
+def unplaced(config: ConfigDict) -> Resolved:
+    """The run on one device: what does not depend on the mesh, which may not divide it as it is."""
+    one = {f"mesh.{axis}": 1 for axis in AXES} | {f"rollout.mesh.{axis}": None for axis in AXES}
+    return resolve(changed(config, {**one, "training.microbatches": 1, "training.packing": False}), 1)
 
 
 def meshes(devices: int) -> Iterator[dict[str, int]]:
@@ -78,7 +83,7 @@ class Sizes(NamedTuple):
     length: int
 
 
-def sizes_of(config: ConfigDict, model: TransformerConfig, data: Data) -> Sizes:
+def sizes_of(resolved: Resolved, model: TransformerConfig, data: Data) -> Sizes:
     """What an estimate needs to know."""
     shapes = jax.eval_shape(partial(transformer.init, model), jax.random.key(0))
     share = 1 if model.experts is None else model.experts_per_token / model.experts
@@ -86,7 +91,8 @@ def sizes_of(config: ConfigDict, model: TransformerConfig, data: Data) -> Sizes:
     for path, x in jax.tree_util.tree_leaves_with_path(shapes):
         expert = model.experts is not None and x.ndim == 5 - (path[-1].key == "w_down")
         total, active = total + x.size, active + x.size * (share if expert and "w_" in path[-1].key else 1)
-    rows, width = rows_of(config), config.sampling.max_new_tokens
+    config, rows = resolved.config, resolved.rows
+    width = config.sampling.max_new_tokens
     length = data.prompt_width + width
     return Sizes(total, active, rows, rows * width + config.rollout.prompts * data.prompt_width, width, length)
 
@@ -99,34 +105,30 @@ class Estimate(NamedTuple):
     hidden: float
 
 
-def rows_of(config: ConfigDict) -> int:
-    """That an iteration trains on."""
-    return config.rollout.prompts * rows_per_prompt(config, objective_of(config))
-
-
-def estimate(config: ConfigDict, where: Topology, model: TransformerConfig, s: Sizes) -> Estimate:
+def estimate(resolved: Resolved, where: Topology, model: TransformerConfig, s: Sizes) -> Estimate:
     """An iteration on paper, by formulas that only rank: the update (and a forward pass for the reference), and the
     rollout on the mesh that samples."""
-    parts = [update_work(config, model, s), *([rollout_work(config, where, model, s)] if samples(config) else [])]
-    slots = 1 if config.objective.get("beta") else 0
-    held = 4 * s.parameters / (config.mesh.fsdp * config.mesh.tensor) * (3 + slots)
+    config = resolved.config
+    parts = [update_work(resolved, model, s), *([rollout_work(config, where, model, s)] if resolved.samples else [])]
+    held = 4 * s.parameters / (config.mesh.fsdp * config.mesh.tensor) * (3 + len(resolved.references))
     terms = [roofline.seconds(work, where.chip).values() for work, _ in parts]
     bound = sum(map(max, terms))
     return Estimate(held + max(size for _, size in parts), bound, sum(map(sum, terms)) - bound)
 
 
-def update_work(config: ConfigDict, model: TransformerConfig, s: Sizes) -> tuple[roofline.Work, float]:
+def update_work(resolved: Resolved, model: TransformerConfig, s: Sizes) -> tuple[roofline.Work, float]:
     """What a chip does in an update, and the bytes that it takes beside what is held.
 
     Parameters and moments are float32 and cut over fsdp and tensor, computed with in bfloat16; fsdp gathers them for
     every microbatch (forward, recomputation, backward) and scatters the gradients; tensor adds up activations four
     times a layer; attention scores go through memory, unless they are fused.
     """
+    config = resolved.config
     f, t = config.mesh.fsdp, config.mesh.tensor
     d = math.prod(config.mesh[axis] for axis in TOKENS) // f  # tokens lie over it, parameters do not
     m, chips = config.training.microbatches * config.training.minibatches, d * f * t
     again = 0 if config.policy.remat == "none" else 1
-    passes = 3 + again + (1 if config.objective.get("beta") else 0)
+    passes = 3 + again + len(resolved.references)
     scores = model.layers * model.heads * s.length * s.tokens
     fused = model.attention != "xla" and s.length >= LONG
     moved_scores = 0 if fused else SCORE_BYTES * scores / chips
@@ -165,7 +167,7 @@ def rollout_work(
 def sampling_mesh(config: ConfigDict, where: Topology, model: TransformerConfig, s: Sizes) -> Changes:
     """The mesh on which a rollout takes least time, of those with room beside it; it does not depend on the one that
     trains. Nothing, if the config names one, or nothing is sampled."""
-    if reshaped_sizes(config.rollout.mesh) or not samples(config):
+    if reshaped_sizes(config.rollout.mesh) or not unplaced(config).samples:
         return {}
     around = max(config.mesh.expert, 1)  # where experts lie; positions are not spread when decoding
     best: tuple[float, float, Changes] | None = None
@@ -184,9 +186,9 @@ def sampling_mesh(config: ConfigDict, where: Topology, model: TransformerConfig,
 def ranked(config: ConfigDict, where: Topology, data: Data) -> list[tuple[Changes, Estimate]]:
     """Meshes and microbatch counts that divide, best first: those that seem to fit by time, then the rest by bytes;
     each with the mesh that samples best."""
-    model = transformer_of(config, data.vocab_size or 1)
-    sizes, minibatches = sizes_of(config, model, data), config.training.minibatches
-    rows = rows_of(config) // minibatches
+    resolved = unplaced(config)
+    model = resolved.transformer(data.vocab_size or 1)
+    sizes, rows = sizes_of(resolved, model, data), resolved.rows // config.training.minibatches
     sampling = sampling_mesh(config, where, model, sizes)
     out = []
     around = math.prod(max(n, 1) for axis, n in config.mesh.items() if axis not in SEARCHED)
@@ -195,13 +197,14 @@ def ranked(config: ConfigDict, where: Topology, data: Data) -> list[tuple[Change
         counts = [n for n in range(1, rows + 1) if rows % (n * shards) == 0]
         if counts and allowed(config, {**mesh, **sampling, "training.microbatches": counts[0]}, where.size):
             every = [{**mesh, **sampling, "training.microbatches": n} for n in counts]
-            out += [(changes, estimate(changed(config, changes), where, model, sizes)) for changes in every]
+            fitting = [(changes, allowed(config, changes, where.size)) for changes in every]
+            out += [(changes, estimate(run, where, model, sizes)) for changes, run in fitting if run]
 
     def rank(pair: tuple[Changes, Estimate]) -> tuple[float, ...]:
         e = pair[1]
         return (1, e.bytes, 0) if e.bytes > where.chip.hbm else (0, e.seconds, e.hidden)
 
-    return sorted((x for x in out if allowed(config, x[0], where.size)), key=rank)
+    return sorted(out, key=rank)
 
 
 # ---- compiled
@@ -214,7 +217,7 @@ def fastest(config: ConfigDict, where: Topology, *, compile_most: int, say: Say)
     Raises:
       ValueError: no mesh of so many chips divides the config.
     """
-    data = data_of(config)
+    data = data_of(unplaced(config))
     order = ranked(config, where, data)
     if not order:
         raise ValueError(
@@ -254,7 +257,7 @@ def proposals(config: ConfigDict, where: Topology, plan: Plan, *, most: int = 6,
 
     Of each change the steps that failed are compiled first, and the others only if those fit.
     """
-    data, names = data_of(config), set(failing(plan))
+    data, names = data_of(unplaced(config)), set(failing(plan))
     out = []
     for changes, _ in zip(ideas(config, where, names), range(most), strict=False):
         say(f"trying {described(changes)}")

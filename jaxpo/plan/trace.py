@@ -1,6 +1,6 @@
 """The functions that a run of a config compiles, traced for a mesh of devices that need not be there: shapes only."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,36 +8,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
-from jaxpo.batch import Rollouts, logps
-from jaxpo.config import checks
-from jaxpo.config.resolve import (
-    microbatch_rows,
-    objective_of,
-    protocol_name,
-    protocol_of,
-    rows_per_prompt,
-    sampling_of,
-    transformer_of,
-)
+from jaxpo.batch import Rollouts
+from jaxpo.config.resolved import Resolved
 from jaxpo.fields import VECTORS, WEIGHTS
 from jaxpo.learning import references
 from jaxpo.learning.compiled import Compiled
-from jaxpo.learning.needs import must_score, slots_of
-from jaxpo.learning.programs import compile_functions, optimizer_of, several
-from jaxpo.learning.state import TrainState
+from jaxpo.learning.programs import Computation, Programs, compile_programs, optimizer_of, several
+from jaxpo.learning.state import Run, TrainState
 from jaxpo.learning.trainable import random_params
 from jaxpo.objectives import Objective
-from jaxpo.parallel import ROWS, replicated, reshaped, shardings
-from jaxpo.parallel.offload import host_shardings
+from jaxpo.parallel import ROWS, replicated, shardings
+from jaxpo.parallel.offload import host_shardings, is_on_host
 from jaxpo.policy import transformer
 from jaxpo.policy.hf import read_config
 from jaxpo.policy.packing import lanes_of
-from jaxpo.protocols.protocol import Protocol
+from jaxpo.protocols.gatherer import Watch
+from jaxpo.protocols.rows import as_scored, labelled
 from jaxpo.rollout.engine import decode_trips
-from jaxpo.runs.gatherer import as_scored
-from jaxpo.runs.workspace import make_tokenizer, tokenize
+from jaxpo.runs.iteration import Stage, learn, score_references
+from jaxpo.runs.questions import tokenize
+from jaxpo.runs.workspace import make_tokenizer
 from jaxpo.tasks import build
 
 
@@ -80,15 +71,16 @@ class Planned(NamedTuple):
     state: dict[str, Any]
 
 
-def data_of(config: ConfigDict) -> Data:
+def data_of(resolved: Resolved) -> Data:
     """Sizes that the run reads from its data. A pretrained policy with a fixed ``rollout.prompt_width`` needs none, so
     neither its task nor its tokenizer has to be there."""
+    config = resolved.config
     width = config.rollout.prompt_width
     if config.policy.name == "pretrained" and width is not None:
         ids = read_config(config.policy.path).get("eos_token_id") or ()
         return Data(None, width, tuple(ids) if isinstance(ids, list) else (ids,), 0)
     task = build({k: v for k, v in config.task.items() if v is not None})
-    tokenizer = make_tokenizer(config, task)
+    tokenizer = make_tokenizer(resolved, task)
     if width is None:
         examples = [*task.train, *task.test[: config.evaluation.prompts]]
         width = max(len(ids) for ids in tokenize(examples, tokenizer, None)[1])
@@ -105,93 +97,157 @@ def everywhere(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=sharding), tree)
 
 
-def trace_run(config: ConfigDict, mesh: Mesh, data: Data) -> Planned:
-    """The rollout, scoring and update steps of an iteration, as `jaxpo.runs.loop` calls them.
+class Recorder:
+    """Stands in for a compiled function: notes each call as a `Step` and gives the placed shapes of its results.
+
+    of: the function.
+    mesh: that its arguments lie on.
+    state: what of the run's state it is given.
+    place: (shapes of the results) -> the same with where they lie.
+    steps: where calls are noted; the same call again adds to its ``times``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        of: Compiled,
+        mesh: Mesh,
+        state: tuple[str, ...],
+        place: Callable[[Any], Any],
+        steps: list[Step],
+        loop: tuple[float, ...] = (),
+    ):
+        self.step, self.place, self.steps, self.loop = Step(name, of, (), {}, 0, state, mesh, loop), place, steps, loop
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        where = [is_on_host(x) for x in jax.tree.leaves(arguments[0])]
+        for i, step in enumerate(self.steps):
+            known = [is_on_host(x) for x in jax.tree.leaves(step.arguments[0])]
+            if step.function is self.step.function and known == where:
+                self.steps[i] = step._replace(times=step.times + 1)
+                return self.place(step.trace().out_info)
+        on_host = any(where)
+        name, state = ("reference", self.step.state[1:]) if on_host else (self.step.name, self.step.state)
+        step = self.step._replace(name=name, arguments=arguments, options=options, times=1, state=state)
+        self.steps.append(step)
+        return self.place(step.trace().out_info)
+
+
+def trace_run(resolved: Resolved, mesh: Mesh, data: Data) -> Planned:
+    """The rollout, scoring and update steps of an iteration: `jaxpo.runs.iteration`, run on shapes.
 
     Raises:
-      ValueError: whatever `jaxpo.config.checks.validate` refuses for so many devices, or parameters that the mesh
-        does not divide.
+      ValueError: parameters that the mesh does not divide.
     """
-    checks.validate(config, mesh.size)
-    objective, protocol = objective_of(config), protocol_of(config)
-    model = transformer.build(transformer_of(config, data.vocab_size or 1), several(mesh))
-    key = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=replicated(mesh))
-    rows = NamedSharding(mesh, PartitionSpec(ROWS))
+    config, objective, facts = resolved.config, resolved.objective, resolved.protocol.facts
+    model = transformer.build(resolved.transformer(data.vocab_size or 1), several(mesh))
+    rows, everywhere_ = NamedSharding(mesh, PartitionSpec(ROWS)), replicated(mesh)
+    key = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=everywhere_)
 
     def shapes_of(make: Callable[..., Any]) -> Any:
         made = jax.eval_shape(make, key)
         return placed(made, shardings(made, mesh))
 
     base = shapes_of(partial(transformer.init, model.config)) if config.lora.rank else None
-    functions = compile_functions(
-        config, mesh, model, objective, protocol.compiles, microbatch_rows(config), data.pad_id, lambda _: None, base
-    )
-    params = shapes_of(partial(random_params, config, model, objective))
+    of = Computation(config, mesh, model, objective, data.pad_id, resolved.microbatch_rows, base)
+    programs = compile_programs(of, facts.compiles, lambda message: None)
+    params = shapes_of(partial(random_params, config, model, resolved.heads))
     moments = jax.eval_shape(optimizer_of(config).init, params)
-    memory = everywhere(jax.eval_shape(objective.init), replicated(mesh))
+    memory = everywhere(jax.eval_shape(objective.init), everywhere_)
     state = TrainState(params, placed(moments, shardings(moments, mesh)), memory)
-    sampling, reshard, sampler = reshaped(mesh, config.rollout.mesh), None, None
-    if functions["reshard"]:
-        reshard = Step(
-            "reshard", functions["reshard"], (params,), {}, 1, ("params", *(() if base is None else ("base",))), mesh
-        )
-        moved = reshard.trace().out_info
-        sampler = placed(moved, shardings(moved, sampling))
-    offloaded = config.training.offload_reference
-    frozen_copy = placed(params, host_shardings(params, mesh)) if offloaded else params
-    kept = references.held(slots_of(objective, protocol.provides), protocol.keeps, frozen_copy, state.opt_state)
-    scored = references.scored(objective, kept)
     frozen = {} if base is None else {"base": base}
+    steps: list[Step] = []
+    record = partial(recorded, of, steps, tuple(frozen), rows)
+    batch, sampler = gathered(resolved, of, programs, data, record, params, key, rows)
+    copy = placed(params, host_shardings(params, mesh)) if config.training.offload_reference else params
+    kept = references.held(resolved.references, facts.references, copy, state.opt_state)
+    learned(resolved, of, programs, record, Run(state, kept), batch)
+    waits = dict(params=params, opt_state=state.opt_state, **kept, **frozen)
+    return Planned(model, data, steps, waits | ({} if sampler is None else {"sampler": sampler}))
 
+
+def recorded(
+    of: Computation,
+    steps: list[Step],
+    frozen: tuple[str, ...],
+    rows: NamedSharding,
+    name: str,
+    function: Compiled,
+    **changes: Any,
+) -> Recorder:
+    """A recorder of a compiled function that is given the parameters and gives rows."""
+    given = dict(mesh=of.mesh, state=("params", *frozen), place=partial(everywhere, sharding=rows)) | changes
+    return Recorder(name, function, steps=steps, **given)
+
+
+def gathered(
+    resolved: Resolved,
+    of: Computation,
+    programs: Programs,
+    data: Data,
+    record: Callable[..., Recorder],
+    params: Any,
+    key: Any,
+    rows: NamedSharding,
+) -> tuple[Rollouts, Any]:
+    """The shapes of the rows that a protocol collects, and of the parameters where they sample (None = where they
+    train)."""
+    config, facts, sampler = resolved.config, resolved.protocol.facts, None
     g, k = config.rollout.prompts, config.rollout.responses
     tokens, length = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for shape in ((g, data.prompt_width), (g,)))
-    options = sampling_of(config, data.eos_ids)
-    rollout = Step(
-        *("rollout", functions["generate"], (sampler or params, tokens, length, key, options), dict(responses=k)),
-        *(1, ("sampler",) if sampler else ("params", *frozen), sampling, decode_trips(config.sampling.max_new_tokens)),
-    )
-    trained = g * rows_per_prompt(config, objective)
-    if protocol.rows:
-        width = data.prompt_width, config.sampling.max_new_tokens
-        batch = everywhere(unit_shapes(objective, protocol, trained, *width, trained // g, config.heads.gate), rows)
-    else:
-        batch = labelled_shapes(rollout.trace().out_info, rows)
-    seen = as_scored(batch)
-    how = longest(config, mesh, trained)
-    score = Step("scoring", functions["score"], (params, seen), how, 0, ("params", *frozen), mesh)
-    stats = everywhere(score.trace().out_info, rows)
-    batch = batch.with_token(**logps(dict.fromkeys(scored, stats.logp)))
-    updates = config.training.epochs * config.training.minibatches
-    old = protocol.stale or updates > 1 or must_score(objective, batch, memory)
-    if old:
-        constants = dict(logp_old=stats.logp, entropy_old=stats.entropy, value_old=stats.value)
-        batch = batch.replace(**constants).with_token(**logps(stats.derived))
-    own = score._replace(times=old if offloaded else len(scored) + old)
-    reference = score._replace(name="reference", arguments=(frozen_copy, seen), state=(*frozen,))
-    scoring = [reference._replace(times=len(scored))] * offloaded + [own] * (own.times > 0)
-    prepared = everywhere(jax.eval_shape(objective.prepare, batch, memory)[0], rows)
-    n, held = trained // config.training.minibatches, ("params", "opt_state", *frozen)
-    chosen, how = everywhere(np.zeros(n, np.int32), replicated(mesh)), dict(fresh=False) | longest(config, mesh, n)
-    update = Step("update", functions["step"], (state, prepared, chosen), how, updates, held, mesh)
-    return Planned(
-        model,
-        data,
-        [*([reshard, rollout] if reshard else [rollout]) * samples(config), *scoring, update],
-        dict(params=params, opt_state=state.opt_state, **kept, **frozen, **({"sampler": sampler} if sampler else {})),
-    )
+    out = None
+    if resolved.samples:
+        mesh = of.sampling_mesh
+        if programs.reshard:
+            there = record("reshard", programs.reshard, place=lambda tree: placed(tree, shardings(tree, mesh)))
+            sampler = there(params)
+        state = {"state": ("sampler",)} if sampler else {}
+        loop = decode_trips(config.sampling.max_new_tokens)
+        generate = record("rollout", programs.generate, mesh=mesh, loop=loop, **state)
+        out = generate(sampler or params, tokens, length, key, resolved.sampling(data.eos_ids), responses=k)
+    if not facts.rows:
+        return judged_shapes(out, rows), sampler
+    width, vector = (data.prompt_width, config.sampling.max_new_tokens), config.heads.gate
+    shapes = unit_shapes(resolved.objective, facts.provides, resolved.rows, *width, resolved.rows_per_prompt, vector)
+    return everywhere(shapes, rows), sampler
 
 
-def samples(config: ConfigDict) -> bool:
-    """Whether an iteration generates: all do, but those that take every answer from preference data."""
-    objective = objective_of(config)
-    if config.data.name is None or protocol_name(config, objective) != "preference_data":
-        return True
-    return config.protocol.get("rejected") == "policy" or "own" in objective.unit.layout
+def learned(
+    resolved: Resolved, of: Computation, programs: Programs, record: Callable[..., Recorder], run: Run, batch: Rollouts
+) -> None:
+    """Record the scoring and update steps: `jaxpo.runs.iteration.score_references` and `learn`, on shapes."""
+    config, mesh = resolved.config, of.mesh
+    everything = replicated(mesh)
+    score = record("scoring", programs.score_old)
+    n = resolved.rows // config.training.minibatches
+    held = ("params", "opt_state", *(() if of.base is None else ("base",)))
+    update = record("update", programs.update, state=held, place=lambda out: (run.state, out[1]))
+    rows = batch.tokens.sharding
+
+    def prepare(batch: Rollouts, memory: Any) -> tuple[Rollouts, Any]:
+        return everywhere(jax.eval_shape(resolved.objective.prepare, batch, memory)[0], rows), memory
+
+    def whole_step(state: Any, batch: Rollouts, rows: Any, *, fresh: bool, **packing: Any) -> Any:
+        return update(state, batch, rows, fresh=False, **packing)  # a step that peeks by itself takes the most
+
+    chosen = everywhere(np.zeros(n, np.int32), everything)
+    stage = Stage(
+        objective=resolved.objective,
+        protocol=resolved.protocol,
+        steps=resolved.optimizer_steps,
+        score=lambda params, seen: score(params, as_scored(seen), **longest(resolved, mesh, seen.rows)),
+        prepare=prepare,
+        update=whole_step,
+        pack=lambda *_: (longest(resolved, mesh, n), {}),
+        watch=Watch(),
+    )
+    batch = score_references(stage, run, batch)
+    learn(stage, Run(run.state), batch, lambda _: [chosen] * resolved.optimizer_steps)
 
 
 def unit_shapes(
     objective: Objective,
-    protocol: Protocol,
+    provides: Collection[str],
     rows: int,
     prompt_width: int,
     width: int,
@@ -204,7 +260,7 @@ def unit_shapes(
     def shape(*axes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, *axes), dtype)
 
-    needs, number = objective.asks.needs & protocol.provides, shape(dtype=jnp.int32)
+    needs, number = objective.asks.needs & {*provides}, shape(dtype=jnp.int32)
     tokens = sorted(needs & {*WEIGHTS, "segment"})
     numbers = needs - {*tokens, "reward"}
     return Rollouts(
@@ -224,25 +280,20 @@ def unit_shapes(
     )
 
 
-def longest(config: ConfigDict, mesh: Mesh, rows: int) -> dict[str, Any]:
+def longest(resolved: Resolved, mesh: Mesh, rows: int) -> dict[str, Any]:
     """The arguments by which so many rows are packed that are all as long as can be: where packing gains nothing."""
-    if not config.training.packing:
+    if not resolved.config.training.packing:
         return {}
-    bins = microbatch_rows(config) // lanes_of(mesh, microbatch_rows(config))
+    bins = resolved.microbatch_rows // lanes_of(mesh, resolved.microbatch_rows)
     return dict(plan=jax.ShapeDtypeStruct((rows, 3), jnp.int32, sharding=replicated(mesh)), bins=bins)
 
 
-def labelled_shapes(out: Rollouts, rows: NamedSharding) -> Rollouts:
+def judged_shapes(out: Rollouts, rows: NamedSharding) -> Rollouts:
     """Generated rows as the loop hands them on: labelled and rewarded."""
 
     def whole(out: Rollouts) -> Rollouts:
-        indices = jnp.zeros(out.rows // out.shared_prompt, jnp.int32)
-        out = out.replace(
-            prompt=jnp.repeat(indices, out.shared_prompt),
-            seed=jnp.zeros(out.rows, jnp.uint32),
-            role=jnp.zeros(out.rows, jnp.int32),
-            count=jnp.ones(out.rows),
-        )
+        indices, seeds = np.zeros(out.rows // out.shared_prompt, np.int32), jnp.zeros(out.rows, jnp.uint32)
+        out = labelled(out, indices, seeds)
         return out.replace(reward=out.count, correct=out.count)
 
     return everywhere(jax.eval_shape(whole, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), out)), rows)

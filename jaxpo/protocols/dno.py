@@ -11,9 +11,10 @@ from jaxpo.fields import PAIR, role_id
 from jaxpo.learning.state import Run, advance
 from jaxpo.objectives import Objective
 from jaxpo.primitives import preference_data as rules
+from jaxpo.protocols.gatherer import Gatherer
 from jaxpo.protocols.judged import POLICY, sampled
 from jaxpo.protocols.preference_data import rounds
-from jaxpo.protocols.protocol import Protocol, Tools
+from jaxpo.protocols.protocol import Facts, Protocol
 from jaxpo.protocols.rows import stacked
 from jaxpo.registry import register
 
@@ -72,23 +73,23 @@ def dno_prct(
         shares = [int(old * prompts * pairs / 2**i) for i in range(memory)]
         return shares, prompts * pairs - sum(shares)
 
-    def tables(tools: Tools) -> dict[str, Any]:
-        shape = memory + 1, every, 2 * places(tools.prompts)[1]
-        return {"past": blank(shape, tools.prompt_width, tools.width)} if memory else {}
+    def tables(gather: Gatherer) -> dict[str, Any]:
+        shape = memory + 1, every, 2 * places(gather.prompts)[1]
+        return {"past": blank(shape, gather.prompt_width, gather.width)} if memory else {}
 
-    def collect(run: Run, tools: Tools, key: Array) -> tuple[Run, Rollouts]:
-        run, indices = tools.draw(run, tools.prompts)
+    def collect(run: Run, gather: Gatherer, key: Array) -> tuple[Run, Rollouts]:
+        run, indices = gather.draw(run, gather.prompts)
         own_key, key = jax.random.split(key)
-        columns = sampled(run, tools, POLICY, indices, own_key), tools.demonstrations(indices)
+        columns = sampled(run, gather, POLICY, indices, own_key), gather.demonstrations(indices)
         answers = stacked([bare(column) for column in columns])
-        scores, k = np.asarray(tools.judge(*columns).scores), tools.responses
-        own, teachers = np.split(np.arange(answers.rows), [tools.prompts * k])
+        scores, k = np.asarray(gather.judge(*columns).scores), gather.responses
+        own, teachers = np.split(np.arange(answers.rows), [gather.prompts * k])
         at = np.concatenate([own.reshape(-1, k), teachers[:, None]], 1)  # [G, K + 1] rows, the teacher's last
         loops = np.array(
             [repetitive(t[m > 0], ngram, repeats) for t, m in zip(answers.completions, answers.mask, strict=True)]
         )
         i, j, there = graded(scores, loops[at], pairs, grades)
-        shares, fresh = places(tools.prompts)
+        shares, fresh = places(gather.prompts)
         i, j, g, there = (x[:fresh] for x in best_first(i, j, there))
         new = take(answers, np.stack([at[g, i], at[g, j]], 1).reshape(-1))
         new = new.replace(count=np.repeat(there, 2).astype(np.float32))
@@ -99,10 +100,10 @@ def dno_prct(
             parts += [drawn(past, (now[0] - 1 - age) % (memory + 1), n, rng) for age, n in enumerate(shares) if n]
             past = jax.tree.map(lambda table, rows: with_place(table, (now[0] % (memory + 1), now[1]), rows), past, new)
             run = advance(run, tables={**run.tables, "past": past})
-        tools.note("judge/score", float(scores[:, :k].mean()))
-        tools.note("dno/fresh", float(there.sum() / (tools.prompts * pairs)))
-        tools.note("dno/old", float(sum(p.count.sum() for p in parts[1:]) / (2 * tools.prompts * pairs)))
-        tools.note("dno/teacher", float((i == k)[there].mean()) if there.any() else 0.0)
+        gather.note("judge/score", float(scores[:, :k].mean()))
+        gather.note("dno/fresh", float(there.sum() / (gather.prompts * pairs)))
+        gather.note("dno/old", float(sum(p.count.sum() for p in parts[1:]) / (2 * gather.prompts * pairs)))
+        gather.note("dno/teacher", float((i == k)[there].mean()) if there.any() else 0.0)
         return run, as_pairs(stacked(parts), rng)
 
     def rows(objective: Objective, responses: int) -> int:
@@ -123,10 +124,8 @@ def dno_prct(
         if pairs > k * (k + 1) // 2:
             raise ValueError(f"config.protocol.pairs {pairs}: {k + 1} answers make at most {k * (k + 1) // 2} pairs")
 
-    compiles, stale = {"score": 2}, bool(memory)
-    return Protocol(
-        collect, rows=rows, keeps=keeps, tables=tables, check=check, compiles=compiles, stale=stale, judges=True
-    )
+    facts = Facts(rows=rows, references=keeps, check=check, compiles={"score": 2}, stale=bool(memory), judges=True)
+    return Protocol(collect, tables=tables, facts=facts)
 
 
 def blank(shape: tuple[int, ...], prompt_width: int, width: int) -> Rollouts:

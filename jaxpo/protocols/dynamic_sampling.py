@@ -12,8 +12,9 @@ from jaxpo.objectives import State
 from jaxpo.parallel.distributed import to_host
 from jaxpo.primitives.aggregation import positive
 from jaxpo.primitives.shaping import mixed_groups
+from jaxpo.protocols.gatherer import Gatherer
 from jaxpo.protocols.on_policy import sample_once
-from jaxpo.protocols.protocol import NothingLeft, Protocol, Tools
+from jaxpo.protocols.protocol import NothingLeft, Protocol
 from jaxpo.protocols.rows import stacked
 from jaxpo.registry import register
 from jaxpo.rollout.sampling import EntropyTemperature, SamplingOptions
@@ -32,23 +33,23 @@ def dynamic_sampling(max_batches: int = 10) -> Protocol:
     """
     positive("config.protocol.max_batches", max_batches)
 
-    def collect(run: Run, tools: Tools, key: Array) -> tuple[Run, Rollouts]:
+    def collect(run: Run, gather: Gatherer, key: Array) -> tuple[Run, Rollouts]:
         kept, found = [], 0
         for i in range(max_batches):
-            run, rollouts = sample_once(run, tools, jax.random.fold_in(key, i))
+            run, rollouts = sample_once(run, gather, jax.random.fold_in(key, i))
             rollouts = to_host(rollouts)
             mixed = np.asarray(mixed_groups(rollouts.correct, rollouts.group, jnp.ones(rollouts.rows)))
             responses = rollouts.shared_prompt
-            groups = np.flatnonzero(mixed.reshape(-1, responses)[:, 0])[: tools.prompts - found]
+            groups = np.flatnonzero(mixed.reshape(-1, responses)[:, 0])[: gather.prompts - found]
             rows = (groups[:, None] * responses + np.arange(responses)).reshape(-1)
             part = take(rollouts, rows, shared_prompt=responses)
-            kept.append(part.replace(group=part.group + i * tools.prompts))
+            kept.append(part.replace(group=part.group + i * gather.prompts))
             found += len(groups)
-            if found == tools.prompts:
-                tools.note("dynamic_sampling/batches", i + 1)
+            if found == gather.prompts:
+                gather.note("dynamic_sampling/batches", i + 1)
                 return run, stacked(kept)
         raise NothingLeft(
-            f"dynamic sampling found {found} of {tools.prompts} groups with mixed outcomes in {max_batches} "
+            f"dynamic sampling found {found} of {gather.prompts} groups with mixed outcomes in {max_batches} "
             "batches: the task is (nearly) "
             "solved or unsolved; stop here, take harder prompts, or raise config.protocol.max_batches"
         )
@@ -106,4 +107,4 @@ def hapo(tau: float = 0.05, T0: float = 1.0, official: bool = False, max_batches
                 "set the base temperature by config.objective.T0"
             )
 
-    return dynamic_sampling(max_batches)._replace(sampler=sampler, check=check, compiles={"generate": 1})
+    return dynamic_sampling(max_batches)._replace(sampler=sampler).where(check=check, compiles={"generate": 1})

@@ -10,9 +10,10 @@ from jaxpo.learning.references import copied
 from jaxpo.learning.state import Run, advance
 from jaxpo.primitives import preferences
 from jaxpo.primitives.advantages import choice
+from jaxpo.protocols.gatherer import Gatherer
 from jaxpo.protocols.judged import Source, compared, judged
 from jaxpo.protocols.preference_data import preference_data
-from jaxpo.protocols.protocol import Protocol, Tools
+from jaxpo.protocols.protocol import Protocol
 from jaxpo.registry import register
 
 extrapolated = jax.jit(preferences.extrapolate)
@@ -21,12 +22,12 @@ extrapolated = jax.jit(preferences.extrapolate)
 def backed_up(run: Run) -> Run:
     """The run with a copy of its parameters and optimizer state in the slot "center"."""
     center = dict(params=copied(run.state.params), opt_state=copied(run.state.opt_state))
-    return advance(run, slots={**run.slots, "center": center})
+    return advance(run, references={**run.references, "center": center})
 
 
 def gone_back(run: Run) -> Run:
     """The run with the parameters and the optimizer state of the slot "center" (copies: steps donate what they get)."""
-    center = copied(run.slots["center"])
+    center = copied(run.references["center"])
     return advance(run, state=run.state.replace(**center))
 
 
@@ -42,10 +43,10 @@ def egpo(pairs: str | None = None) -> Protocol:
     """
     inner = compared(opponent=Source(plain=True), pairs=pairs, unasked="random", keeps={"center": {}})
 
-    def collect(run: Run, tools: Tools, key: Array) -> tuple[Run, Rollouts]:
+    def collect(run: Run, gather: Gatherer, key: Array) -> tuple[Run, Rollouts]:
         if run.iteration % 2 == 0:
-            return inner.collect(backed_up(run), tools, key)
-        run, batch = inner.collect(run, tools, key)
+            return inner.collect(backed_up(run), gather, key)
+        run, batch = inner.collect(run, gather, key)
         return gone_back(run), batch
 
     def check(config: Any) -> None:
@@ -53,9 +54,9 @@ def egpo(pairs: str | None = None) -> Protocol:
             raise ValueError(
                 f"config.steps must be even with protocol 'egpo', whose steps take two, not {config.steps}"
             )
-        inner.check(config)
+        inner.facts.check(config)
 
-    return inner._replace(collect=collect, check=check)
+    return inner._replace(collect=collect).where(check=check)
 
 
 @register("protocol", source="Nash Mirror Prox, arXiv:2505.19731 (stages of a few steps are assumed)")
@@ -72,20 +73,20 @@ def nash_mp(stage: int = 4) -> Protocol:
 
     def opponent(run: Run) -> Any:
         first = run.iteration % (2 * stage) < stage
-        return run.slots["center"]["params"] if first else run.slots["half"]
+        return run.references["center"]["params"] if first else run.references["half"]
 
     inner = compared(opponent=Source(opponent), keeps={"center": {}, "half": {}})
 
-    def collect(run: Run, tools: Tools, key: Array) -> tuple[Run, Rollouts]:
+    def collect(run: Run, gather: Gatherer, key: Array) -> tuple[Run, Rollouts]:
         at = run.iteration % (2 * stage)
         if at == 0:
             run = backed_up(run)
         if at == stage:
-            run = gone_back(advance(run, slots={**run.slots, "half": copied(run.state.params)}))
-        return inner.collect(run, tools, key)
+            run = gone_back(advance(run, references={**run.references, "half": copied(run.state.params)}))
+        return inner.collect(run, gather, key)
 
-    def before(run: Run, tools: Tools, rollouts: Rollouts) -> tuple[Run, Rollouts]:
-        center = tools.score(run.slots["center"]["params"], rollouts)
+    def before(run: Run, gather: Gatherer, rollouts: Rollouts) -> tuple[Run, Rollouts]:
+        center = gather.score(run.references["center"]["params"], rollouts)
         return run, rollouts.replace(logp_old=center.logp)
 
     def check(config: Any) -> None:
@@ -94,10 +95,10 @@ def nash_mp(stage: int = 4) -> Protocol:
                 f"config.steps must be a multiple of {2 * stage}, the iterations of a round of protocol 'nash_mp' with "
                 f"stage = {stage}, not {config.steps}"
             )
-        inner.check(config)
+        inner.facts.check(config)
 
     # The center's log-probs are not those of the policy that the first optimizer step starts from.
-    return inner._replace(collect=collect, before=before, check=check, stale=True)
+    return inner._replace(collect=collect, before=before).where(check=check, stale=True)
 
 
 @register("protocol", source="APO, arXiv:2410.06293 (reconstructed from the paper's text; alpha assumed)")
@@ -117,14 +118,14 @@ def apo_accelerated(alpha: float = 0.3, iterations: int = 1, source: str = "data
     choice("source", source, ("data", "judged"))
     inner = preference_data() if source == "data" else judged()
 
-    def after(run: Run, tools: Tools, rollouts: Rollouts) -> Run:
+    def after(run: Run, gather: Gatherer, rollouts: Rollouts) -> Run:
         if (run.iteration + 1) % iterations:
             return run
         hat = run.state.params
-        policy = extrapolated(hat, run.slots["hat"], alpha)
-        slots = {**run.slots, "hat": copied(hat)}
-        if "ref" in slots:
-            slots["ref"] = copied(policy)
-        return advance(run, state=run.state.replace(params=policy), slots=slots)
+        policy = extrapolated(hat, run.references["hat"], alpha)
+        frozen = {**run.references, "hat": copied(hat)}
+        if "ref" in frozen:
+            frozen["ref"] = copied(policy)
+        return advance(run, state=run.state.replace(params=policy), references=frozen)
 
-    return inner._replace(after=after, keeps={"hat": {}})
+    return inner._replace(after=after).where(references={"hat": {}})

@@ -15,8 +15,9 @@ from jaxpo.objectives import Objective
 from jaxpo.parallel.distributed import to_host
 from jaxpo.primitives import preference_data as rules
 from jaxpo.primitives.advantages import choice
+from jaxpo.protocols.gatherer import Gatherer, Verdict
 from jaxpo.protocols.preference_data import rounds
-from jaxpo.protocols.protocol import Protocol, Tools, Verdict
+from jaxpo.protocols.protocol import Facts, Protocol
 from jaxpo.protocols.rows import stacked
 from jaxpo.registry import register
 
@@ -170,28 +171,28 @@ def compared(
     rule = unasked if pairs is None else pairs
     choice("pairs", rule, RULES)
 
-    def collect(run: Run, tools: Tools, key: Array) -> tuple[Run, Rollouts]:
-        run, indices = tools.draw(run, tools.prompts)
+    def collect(run: Run, gather: Gatherer, key: Array) -> tuple[Run, Rollouts]:
+        run, indices = gather.draw(run, gather.prompts)
         keys = jax.random.split(key, 3)
-        columns = [sampled(run, tools, who, indices, k) for who, k in zip((own, opponent), keys, strict=False) if who]
-        verdict, k = tools.judge(*columns), tools.responses
-        tools.note("judge/score", float(verdict.scores[:, :k].mean()))
+        columns = [sampled(run, gather, who, indices, k) for who, k in zip((own, opponent), keys, strict=False) if who]
+        verdict, k = gather.judge(*columns), gather.responses
+        gather.note("judge/score", float(verdict.scores[:, :k].mean()))
         if opponent:
-            tools.note("judge/win", float(verdict.wins[:, :k, k:].mean()))
+            gather.note("judge/win", float(verdict.wins[:, :k, k:].mean()))
         chosen = None
-        if tools.objective.unit.layout:
+        if gather.objective.unit.layout:
             i, j, there = choose(verdict, k, keys[2]) if choose else (*pick(rule, verdict, k, keys[2]), True)
-            soft = tools.objective.asks.needs & SOFT
+            soft = gather.objective.asks.needs & SOFT
             chosen = (i, j, there & (i != j)) if soft else ordered(verdict, i, j, margin)
             chosen = (*chosen[:2], chosen[2] & there)
-            tools.note("judge/kept", float(chosen[2].mean()))
-        batch = arranged(tools.objective, columns[0], verdict, chosen)
-        if "label" not in tools.objective.asks.needs:
+            gather.note("judge/kept", float(chosen[2].mean()))
+        batch = arranged(gather.objective, columns[0], verdict, chosen)
+        if "label" not in gather.objective.asks.needs:
             return run, batch
         good, known = labels(verdict, k, threshold)
-        tools.note("judge/good", float(good[known].mean()) if known.any() else 0.0)
-        tools.note("judge/kept", float(known.mean()))
-        return run, with_labels(batch, good, known, form_of(tools.objective, k).mismatched)
+        gather.note("judge/good", float(good[known].mean()) if known.any() else 0.0)
+        gather.note("judge/kept", float(known.mean()))
+        return run, with_labels(batch, good, known, form_of(gather.objective, k).mismatched)
 
     def rows(objective: Objective, responses: int) -> int:
         if objective.unit.layout not in ((), PAIR):
@@ -221,24 +222,24 @@ def compared(
         if config.rollout.responses < least:
             raise ValueError(f"config.rollout.responses must be at least {least}: answers are compared with each other")
 
-    return Protocol(
-        collect,
-        rows=rows,
-        keeps=keeps or {},
-        check=check,
-        compiles={"generate": int(opponent is not None or own.partner is not None), "score": 1},
+    facts = Facts(
         provides=JUDGED,
+        rows=rows,
+        references=keeps or {},
+        compiles={"generate": int(opponent is not None or own.partner is not None), "score": 1},
         judges=True,
+        check=check,
     )
+    return Protocol(collect, facts=facts)
 
 
-def sampled(run: Run, tools: Tools, who: Source, indices: np.ndarray, key: Array) -> Rollouts:
+def sampled(run: Run, gather: Gatherer, who: Source, indices: np.ndarray, key: Array) -> Rollouts:
     """Answers (NumPy) of a source."""
-    options = tools.sampling(run)
+    options = gather.sampling(run)
     if who.plain:
         options = options.replace(temperature=1.0, top_k=None, top_p=None, min_p=None)
-    mixed = dict(partner=run.slots[who.partner], share=who.share) if who.partner else {}
-    return to_host(tools.generate(who.params(run), indices, key, options, **mixed))
+    mixed = dict(partner=run.references[who.partner], share=who.share) if who.partner else {}
+    return to_host(gather.generate(who.params(run), indices, key, options, **mixed))
 
 
 @register("protocol", source="online DPO, arXiv:2402.04792; best against worst: arXiv:2310.05344")
@@ -279,7 +280,7 @@ def nash_md(mixture: float = 0.125) -> Protocol:
 def nash_ema(b: float = 0.999) -> Protocol:
     """Answers of the policy against as many of ``theta_bar <- (1 - b) theta + b theta_bar``."""
     keeps = {"ema": {"b": share_in_unit("b", b)}}
-    return compared(opponent=Source(lambda run: run.slots["ema"]), keeps=keeps)
+    return compared(opponent=Source(lambda run: run.references["ema"]), keeps=keeps)
 
 
 @register("sampler", id="rso_sampler", source="RSO, arXiv:2309.06657")
@@ -316,4 +317,4 @@ def rso(beta: float = 0.5, n: int = 8) -> Protocol:
         if config.rollout.responses < n:
             raise ValueError(f"config.rollout.responses {config.rollout.responses} are the candidates for n = {n}")
 
-    return protocol._replace(check=check)
+    return protocol.where(check=check)

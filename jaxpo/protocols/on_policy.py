@@ -4,14 +4,15 @@ from jax import Array
 
 from jaxpo.batch import Rollouts
 from jaxpo.learning.state import Run
-from jaxpo.protocols.protocol import Protocol, Tools
+from jaxpo.protocols.gatherer import Gatherer
+from jaxpo.protocols.protocol import Protocol
 from jaxpo.registry import register
 
 
-def sample_once(run: Run, tools: Tools, key: Array) -> tuple[Run, Rollouts]:
+def sample_once(run: Run, gather: Gatherer, key: Array) -> tuple[Run, Rollouts]:
     """The next prompts of the epoch, completed and judged: a batch of the run's shape."""
-    run, indices = tools.draw(run, tools.prompts)
-    return run, tools.reward(tools.generate(run.state.params, indices, key, tools.sampling(run)))
+    run, indices = gather.draw(run, gather.prompts)
+    return run, gather.reward(gather.generate(run.state.params, indices, key, gather.sampling(run)))
 
 
 @register("protocol")

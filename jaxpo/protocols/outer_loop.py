@@ -9,8 +9,9 @@ from jaxpo.batch import Rollouts
 from jaxpo.learning.state import Run
 from jaxpo.parallel.distributed import to_host
 from jaxpo.primitives.aggregation import positive
+from jaxpo.protocols.gatherer import Gatherer
 from jaxpo.protocols.on_policy import sample_once
-from jaxpo.protocols.protocol import Protocol, Tools
+from jaxpo.protocols.protocol import Facts, Protocol
 from jaxpo.registry import register
 
 SOURCE = "arXiv:2603.06009"
@@ -31,15 +32,15 @@ def ppo_outer_loop(gradient_noise: bool = True, log_ratio_clip: float = 20.0) ->
     """
     positive("log_ratio_clip", log_ratio_clip)
 
-    def before(run: Run, tools: Tools, rollouts: Rollouts) -> tuple[Run, Rollouts]:
-        for name, value in tools.noise(run, rollouts).items():
-            tools.note(f"outer/{name}", float(value))
+    def before(run: Run, gather: Gatherer, rollouts: Rollouts) -> tuple[Run, Rollouts]:
+        for name, value in gather.noise(run, rollouts).items():
+            gather.note(f"outer/{name}", float(value))
         return run, rollouts
 
-    def after(run: Run, tools: Tools, rollouts: Rollouts) -> Run:
-        new = to_host(tools.score(run.state.params, rollouts).logp)
+    def after(run: Run, gather: Gatherer, rollouts: Rollouts) -> Run:
+        new = to_host(gather.score(run.state.params, rollouts).logp)
         for name, value in outer_step(to_host(rollouts), new, log_ratio_clip).items():
-            tools.note(f"outer/{name}", value)
+            gather.note(f"outer/{name}", value)
         return run
 
     def check(config: ConfigDict) -> None:
@@ -49,7 +50,7 @@ def ppo_outer_loop(gradient_noise: bool = True, log_ratio_clip: float = 20.0) ->
                 "make it even, or set config.protocol.gradient_noise to False"
             )
 
-    return Protocol(sample_once, before=before if gradient_noise else None, after=after, check=check)
+    return Protocol(sample_once, before=before if gradient_noise else None, after=after, facts=Facts(check=check))
 
 
 def outer_step(rollouts: Rollouts, new: np.ndarray, log_ratio_clip: float) -> dict[str, float]:

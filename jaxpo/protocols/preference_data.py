@@ -15,7 +15,8 @@ from jaxpo.learning.state import Run, advance
 from jaxpo.objectives import Objective
 from jaxpo.policy.transformer import Params
 from jaxpo.primitives.advantages import choice
-from jaxpo.protocols.protocol import Protocol, Tools
+from jaxpo.protocols.gatherer import Gatherer
+from jaxpo.protocols.protocol import Facts, Protocol
 from jaxpo.protocols.rows import stacked
 from jaxpo.registry import register
 
@@ -51,17 +52,18 @@ def preference_data(rejected: str = "data", prev_every: int | None = None, ref_e
     """
     choice("rejected", rejected, ("data", "policy"))
 
-    def collect(run: Run, tools: Tools, key: Array) -> tuple[Run, Rollouts]:
-        run, batch = next_units(run, tools)
-        form = tools.preferences.form
+    def collect(run: Run, gather: Gatherer, key: Array) -> tuple[Run, Rollouts]:
+        run, batch = next_units(run, gather)
+        form = gather.preferences.form
         wanted = [i for i, role in enumerate(form.layout) if role == "own"]
         if rejected == "policy":
-            batch = with_samples(batch, run, tools, run.state.params, key, ["rejected"])
+            batch = with_samples(batch, run, gather, run.state.params, key, ["rejected"])
             return run, without_equal_pairs(batch)
-        return run, with_samples(batch, run, tools, run.state.params, key, ["own"] * len(wanted)) if wanted else batch
+        return run, with_samples(batch, run, gather, run.state.params, key, ["own"] * len(wanted)) if wanted else batch
 
     keeps = rounds(prev_every, ref_every)
-    return Protocol(collect, rows=rows, keeps=keeps, compiles={"score": 2}, provides=GIVEN | {*WEIGHTS, "segment"})
+    facts = Facts(GIVEN | {*WEIGHTS, "segment"}, rows, references=keeps, compiles={"score": 2})
+    return Protocol(collect, facts=facts)
 
 
 @register("protocol", source="SePPO, arXiv:2410.05255")
@@ -75,42 +77,40 @@ def seppo(size: int = 7, every: int = 30) -> Protocol:
     for name, value, least in (("size", size, 2), ("every", every, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
-    protocol = Protocol(
-        preference_data().collect, rows=rows, keeps={"pool": dict(size=size, every=every)}, compiles={"score": 1}
-    )
+    keeps = {"pool": dict(size=size, every=every)}
 
-    def collect(run: Run, tools: Tools, key: Array) -> tuple[Run, Rollouts]:
-        run, batch = next_units(run, tools)
+    def collect(run: Run, gather: Gatherer, key: Array) -> tuple[Run, Rollouts]:
+        run, batch = next_units(run, gather)
         drawn_key, key = jax.random.split(key)
-        place = int(jax.random.randint(drawn_key, (), 0, stored(protocol.keeps, run.iteration)))
-        tools.note("pool/place", place)
-        past = run.slots["pool"][str(place)]
-        run = advance(run, slots={**run.slots, "ref": past})
-        return run, with_samples(batch, run, tools, past, key, ["rejected"])
+        place = int(jax.random.randint(drawn_key, (), 0, stored(keeps, run.iteration)))
+        gather.note("pool/place", place)
+        past = run.references["pool"][str(place)]
+        run = advance(run, references={**run.references, "ref": past})
+        return run, with_samples(batch, run, gather, past, key, ["rejected"])
 
-    return protocol._replace(collect=collect)
+    return Protocol(collect, facts=Facts(rows=rows, references=keeps, compiles={"score": 1}))
 
 
-def next_units(run: Run, tools: Tools) -> tuple[Run, Rollouts]:
+def next_units(run: Run, gather: Gatherer) -> tuple[Run, Rollouts]:
     """The next units of the data; ``ValueError`` if the run has none."""
-    if tools.preferences is None:
+    if gather.preferences is None:
         raise ValueError("this protocol reads preference data: set config.data.name to jsonl, datasets or task")
     position = run.position
-    run, places = tools.draw_units(run, tools.prompts)
-    return run, tools.preferences.units(places, (1, position))
+    run, places = gather.draw_units(run, gather.prompts)
+    return run, gather.preferences.units(places, (1, position))
 
 
-def with_samples(batch: Rollouts, run: Run, tools: Tools, params: Params, key: Array, roles: list[str]) -> Rollouts:
+def with_samples(batch: Rollouts, run: Run, gather: Gatherer, params: Params, key: Array, roles: list[str]) -> Rollouts:
     """The units with a sample of ``params`` in each of ``roles``: in the place of the answer of that role, or after
     the others."""
-    layout, options = list(batch.layout), tools.sampling(run)
+    layout, options = list(batch.layout), gather.sampling(run)
     size, k = len(layout), len(roles)
     n = batch.rows // size
     first = take(batch, np.arange(0, batch.rows, size))
     prompt = first.tokens[:, : batch.prompt_width]
     draw_key, seed_key = jax.random.split(key)
     budget = np.full(n, batch.width, np.int32)
-    sampled = tools.complete(params, prompt, first.prompt_length, budget, draw_key, options, k)
+    sampled = gather.complete(params, prompt, first.prompt_length, budget, draw_key, options, k)
     fresh = Rollouts(
         tokens=np.asarray(sampled.tokens),
         mask=np.asarray(sampled.mask),

@@ -1,107 +1,64 @@
-"""What a protocol is (`Protocol`): how data is gathered and weights are moved; and what it may call (`Tools`)."""
+"""What a protocol is: how data is gathered and weights are moved, around the compiled functions of a run."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 from jax import Array
+from ml_collections import ConfigDict
 
-from jaxpo.batch import Rollouts, TokenStats
+from jaxpo.batch import Rollouts
 from jaxpo.learning.state import Run
 from jaxpo.objectives import Objective, State
 from jaxpo.objectives.grammar.base import NONE
-from jaxpo.policy.transformer import Params
+from jaxpo.protocols.gatherer import Gatherer
 from jaxpo.rollout.sampling import SamplingOptions
 
 
-class Protocol(NamedTuple):
-    """How data is gathered and weights are moved: host-side hooks of the training loop, which owns ``Run`` and
-    ``Tools``. None = nothing to do.
+class Facts(NamedTuple):
+    """What the loop, the planner and the checks must know of a protocol.
 
-    collect(run, tools, key) -> (run, rollouts): any number of generate/score calls, fixed shapes.
-    before(run, tools, rollouts) -> (run, rollouts): scored, no gradient yet. after(run, tools, rollouts) -> run: last
-    optimizer step done, rollouts as prepared.
-    tables(tools) -> pytrees of NumPy arrays by name: its memory at the start (``run.tables``), checkpointed.
-    init(run, tools, key) -> run: fills it; not called when a run is resumed.
-    sampler(options, state) -> SamplingOptions: the configured ones, changed by what the objective remembers.
-    check(config): ``ValueError`` for a config that it cannot run with, before anything is compiled.
-    provides: fields of the batch that it adds. compiles: shapes, beyond those of every run, that it calls compiled
-    functions with, by function. rows: (objective, responses) -> rows that it makes of a prompt; None = the responses.
-    keeps: frozen companions that it has besides those that the objective needs, or whose update it has a say in, with
-    the options of `jaxpo.learning.references`. stale: its batches hold rows of earlier policies too, so ``logp_old`` is
-    always scored and never taken for what the current policy says. judges: it asks ``config.judge`` about the policy's
-    own answers.
+    provides: fields of the batch that it adds.
+    rows: (objective, responses) -> rows that it makes of a prompt; None = the responses.
+    references: references that it keeps or moves, with their options (`jaxpo.learning.references`).
+    compiles: shapes that it calls compiled functions with, besides those of every run, by function.
+    stale: its batches hold rows of earlier policies, so ``logp_old`` is always scored.
+    judges: it asks ``config.judge`` about the policy's own answers.
+    check: (config) raises ``ValueError`` for a config that it cannot run with, before anything is compiled.
     """
 
-    collect: Callable[[Any, Any, Array], tuple[Any, Rollouts]]
-    before: Callable[[Any, Any, Rollouts], tuple[Any, Rollouts]] | None = None
-    after: Callable[[Any, Any, Rollouts], Any] | None = None
-    tables: Callable[[Any], dict[str, Any]] | None = None
-    init: Callable[[Any, Any, Array], Any] | None = None
-    sampler: Callable[[Any, State], Any] | None = None
-    check: Callable[[Any], None] | None = None
     provides: frozenset[str] = frozenset()
-    compiles: Mapping[str, int] = NONE
     rows: Callable[[Objective, int], int] | None = None
-    keeps: Mapping[str, Mapping[str, Any]] = NONE
+    references: Mapping[str, Mapping[str, Any]] = NONE
+    compiles: Mapping[str, int] = NONE
     stale: bool = False
     judges: bool = False
+    check: Callable[[ConfigDict], None] | None = None
 
 
-class Verdict(NamedTuple):
-    """What a judge says of K answers to each of G prompts: scores [G, K], and wins [G, K, K], the probability that the
-    first beats the second (1/2 on the diagonal)."""
+class Protocol(NamedTuple):
+    """How data is gathered and weights are moved: host-side hooks of an iteration. None = nothing to do.
 
-    scores: np.ndarray
-    wins: np.ndarray
-
-
-class Tools(NamedTuple):
-    """What a protocol may call, and the run's sizes.
-
-    prompts, responses: of an iteration. size: training prompts there are. prompt_width, width: P and T.
-    draw(run, n) -> (run, indices of the next n training prompts).
-    encoded(indices) -> their tokens [n, P], left-padded, and lengths [n].
-    sampling(run) -> the options to sample with now.
-    generate(params, indices, key, options=None, partner=None, share=0) -> rollouts without rewards, on the mesh; None =
-      the configured options. With a ``partner`` they are samples of the geometric mixture ``params^(1 - share)
-      partner^share``. Compiled for each number of indices.
-    complete(params, tokens [n, P + T], length [n], budget [n], key, options, responses) -> rollouts (NumPy) that go on
-      from any left-padded tokens, within so many of T new ones; any n, in batches of ``prompts``.
-    scored() -> the shapes of a batch that is generated, judged and scored, as ``before`` gets it.
-    reward(rollouts) -> with reward and correct, judged by the completions' text and ``prompt``.
-    score(params, rollouts) -> what the policy says of them.
-    noise(run, rollouts) -> the gradients of two half-batches before any step (`Workspace.noise`).
-    note(name, value): a metric of this iteration. say(text): a message to who watches.
-    preferences: the run's preference data; None = it has none.
-    draw_units(run, n) -> (run, places of the next n units of the data).
-    judge(*columns) -> what ``config.judge`` says of answers to the same prompts, of one or several generated batches.
-    objective: what is trained.
-    demonstrations(indices) -> the task's own answers to these training prompts (NumPy), one each.
+    collect: (run, gather, key) -> (run, rollouts): any number of calls of the gatherer, fixed shapes.
+    before: (run, gather, rollouts) -> (run, rollouts), once they are scored; no gradient yet.
+    after: (run, gather, rollouts as prepared) -> run, after the last optimizer step.
+    init: (run, gather, key) -> run at the start; not called when a run is resumed.
+    tables: (gather) -> pytrees of NumPy arrays by name, its memory at the start (``run.tables``), checkpointed.
+    sampler: (options, objective state) -> the sampling options of this iteration.
+    facts: what others must know of it.
     """
 
-    prompts: int
-    responses: int
-    size: int
-    prompt_width: int
-    width: int
-    draw: Callable[[Run, int], tuple[Run, np.ndarray]]
-    encoded: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-    sampling: Callable[[Run], SamplingOptions]
-    generate: Callable[..., Rollouts]
-    complete: Callable[..., Rollouts]
-    scored: Callable[[], Rollouts]
-    reward: Callable[[Rollouts], Rollouts]
-    score: Callable[[Params, Rollouts], TokenStats]
-    noise: Callable[[Run, Rollouts], dict[str, Array]]
-    note: Callable[[str, float], None]
-    say: Callable[[str], None]
-    preferences: Any = None
-    draw_units: Callable[[Run, int], tuple[Run, np.ndarray]] | None = None
-    judge: Callable[..., Verdict] | None = None
-    objective: Objective | None = None
-    demonstrations: Callable[[np.ndarray], Rollouts] | None = None
+    collect: Callable[[Run, Gatherer, Array], tuple[Run, Rollouts]]
+    before: Callable[[Run, Gatherer, Rollouts], tuple[Run, Rollouts]] | None = None
+    after: Callable[[Run, Gatherer, Rollouts], Run] | None = None
+    init: Callable[[Run, Gatherer, Array], Run] | None = None
+    tables: Callable[[Gatherer], dict[str, Any]] | None = None
+    sampler: Callable[[SamplingOptions, State], SamplingOptions] | None = None
+    facts: Facts = Facts()
+
+    def where(self, **facts: Any) -> "Protocol":
+        """The protocol with some of its facts changed."""
+        return self._replace(facts=self.facts._replace(**facts))
 
 
 class NothingLeft(RuntimeError):
-    """Dynamic sampling found too few groups with mixed outcomes."""
+    """A protocol found nothing to train on."""

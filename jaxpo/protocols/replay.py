@@ -8,8 +8,9 @@ from jaxpo.batch import Rollouts
 from jaxpo.fields import role_id
 from jaxpo.learning.state import Run, advance
 from jaxpo.parallel.distributed import to_host
+from jaxpo.protocols.gatherer import Gatherer
 from jaxpo.protocols.on_policy import sample_once
-from jaxpo.protocols.protocol import Protocol, Tools
+from jaxpo.protocols.protocol import Facts, Protocol
 from jaxpo.protocols.rows import with_rows
 from jaxpo.registry import register
 
@@ -35,18 +36,18 @@ def replay(fraction: float = 0.5, capacity: int = 4) -> Protocol:
     if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
         raise ValueError(f"capacity must be a whole number of at least 1, not {capacity!r}")
 
-    def tables(tools: Tools) -> dict[str, Rollouts | np.ndarray]:
-        batches = jax.tree.map(lambda x: np.zeros((capacity, *x.shape), x.dtype), tools.scored())
+    def tables(gather: Gatherer) -> dict[str, Rollouts | np.ndarray]:
+        batches = jax.tree.map(lambda x: np.zeros((capacity, *x.shape), x.dtype), gather.scored())
         return dict(batches=batches, iteration=np.full(capacity, -1, np.int32))
 
-    def before(run: Run, tools: Tools, rollouts: Rollouts) -> tuple[Run, Rollouts]:
+    def before(run: Run, gather: Gatherer, rollouts: Rollouts) -> tuple[Run, Rollouts]:
         fresh, past, born = to_host(rollouts), run.tables["batches"], run.tables["iteration"]
         mixed, ages = fresh, np.zeros(1)
         if (born >= 0).any():
             # Seeds are drawn from (seed, iteration), so this is a function of them too.
-            drawn = draw(np.random.default_rng(fresh.seed), born, round(fraction * tools.prompts), tools.prompts)
+            drawn = draw(np.random.default_rng(fresh.seed), born, round(fraction * gather.prompts), gather.prompts)
             mixed, ages = replaced(fresh, past, *drawn), run.iteration - born[drawn[1]]
-        tools.note("replay/age", float(ages.mean()))
+        gather.note("replay/age", float(ages.mean()))
         place = run.iteration % capacity
         past = jax.tree.map(lambda table, new: with_rows(table, place, new), past, fresh)
         return advance(run, tables=dict(batches=past, iteration=with_rows(born, place, run.iteration))), mixed
@@ -59,7 +60,7 @@ def replay(fraction: float = 0.5, capacity: int = 4) -> Protocol:
                 f"{round(fraction * prompts)} groups: at least one group has to come back and one to be fresh"
             )
 
-    return Protocol(sample_once, before=before, tables=tables, check=check, stale=True)
+    return Protocol(sample_once, before=before, tables=tables, facts=Facts(check=check, stale=True))
 
 
 def draw(rng: np.random.Generator, born: np.ndarray, n: int, groups: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,6 +1,7 @@
 """Rows of NumPy batches: put together, replaced, and completed a batch at a time."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,3 +40,20 @@ def in_batches(
         out = to_host(complete(i, tokens[rows], length[rows], left))
         parts.append(take(out, np.arange(kept * responses), shared_prompt=responses))
     return stacked(parts)
+
+
+def labelled(out: Rollouts, indices: np.ndarray, seeds: Any) -> Rollouts:
+    """Generated rows with what the loop knows of them: the prompts' ``indices`` [n] and a seed each [n K]."""
+    return out.replace(
+        prompt=np.repeat(indices, out.shared_prompt).astype(np.int32),
+        seed=seeds,
+        role=np.zeros(out.rows, np.int32),
+        count=np.ones(out.rows, np.float32),
+    )
+
+
+def as_scored(batch: Rollouts) -> Rollouts:
+    """What a policy reads of a batch, and nothing else: every scoring pass is one compiled function."""
+    return Rollouts(
+        tokens=batch.tokens, mask=batch.mask, prompt_length=batch.prompt_length, shared_prompt=batch.shared_prompt
+    )

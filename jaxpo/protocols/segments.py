@@ -1,7 +1,7 @@
 """Values of prefixes by more rollouts: from cutpoints of a response (chain), or as a tree that is grown (SPO)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import jax
@@ -15,12 +15,14 @@ from jaxpo.objectives.parts.surrogates import unused
 from jaxpo.parallel.distributed import to_host
 from jaxpo.primitives.advantages import choice
 from jaxpo.primitives.token_advantages import cutpoints, previous_at
+from jaxpo.protocols.gatherer import Gatherer
 from jaxpo.protocols.on_policy import sample_once
-from jaxpo.protocols.protocol import Protocol, Tools
+from jaxpo.protocols.prefixes import Prefixes
+from jaxpo.protocols.protocol import Facts, Protocol
 from jaxpo.registry import register
 
 ROUNDING = 1e-9  # of values: a smaller advantage is none
-Collect = Callable[[Run, Tools, Array], tuple[Run, Rollouts]]
+Collect = Callable[[Run, Gatherer, Array], tuple[Run, Rollouts]]
 
 
 @register("protocol", source="SPO (segments), arXiv:2505.23564; AIFrameResearch/SPO")
@@ -66,34 +68,29 @@ def spo_segment(
         raise ValueError("branching must name the children of a node on each level; it is empty")
     if form == "chain":
         collect = chain(interval, threshold, rollouts)
-        return Protocol(collect, provides=frozenset({"mc_value"}))
+        return Protocol(collect, facts=Facts(provides=frozenset({"mc_value"})))
     collect = tree(tuple(branching), segment, max_edges, divide_std)
     more = len(set(branching)) - 1
     check = partial(check_tree, last=segment * (len(branching) - 1))
-    return Protocol(collect, check=check, provides=frozenset({"edge_adv"}), compiles={"complete": more})
+    facts = Facts(provides=frozenset({"edge_adv"}), compiles={"complete": more}, check=check)
+    return Protocol(collect, facts=facts)
 
 
 def chain(interval: int, threshold: float, completions: int) -> Collect:
     """``collect`` of the chain."""
 
-    def collect(run: Run, tools: Tools, key: Array) -> tuple[Run, Rollouts]:
-        run, batch = sample_once(run, tools, jax.random.fold_in(key, 0))
-        logp = to_host(tools.score(run.state.params, batch).logp)
+    def collect(run: Run, gather: Gatherer, key: Array) -> tuple[Run, Rollouts]:
+        run, batch = sample_once(run, gather, jax.random.fold_in(key, 0))
+        logp = to_host(gather.score(run.state.params, batch).logp)
         batch = to_host(batch)
         cuts = np.asarray(cutpoints(logp, batch.mask, interval=interval, threshold=threshold))
         row, at = np.nonzero(cuts)
         value = np.zeros(batch.mask.shape, np.float32)
         if len(row):
-            prefixes = Paths(
-                batch.prompt[row],
-                batch.tokens[row, : batch.prompt_width],
-                batch.prompt_length[row],
-                batch.completions[row],
-                at,
-            )
-            ends = prefixes.complete(run, tools, tools.width - at, jax.random.fold_in(key, 1), completions)[0]
-            value[row, at] = ends.rewards(tools).reshape(-1, completions).mean(1)
-        tools.note("chain/cutpoints", len(row) / batch.rows)
+            prefixes = Prefixes.of_rollouts(batch, row, at)
+            ends = prefixes.go_on(run, gather, gather.width - at, jax.random.fold_in(key, 1), completions)[0]
+            value[row, at] = ends.rewards(gather).reshape(-1, completions).mean(1)
+        gather.note("chain/cutpoints", len(row) / batch.rows)
         value = np.asarray(previous_at(value, cuts)[0])  # read at cutpoints only
         return run, batch.replace(mc_value=value)
 
@@ -103,11 +100,11 @@ def chain(interval: int, threshold: float, completions: int) -> Collect:
 def tree(branching: Sequence[int], segment: int, max_edges: int, divide_std: bool) -> Collect:
     """``collect`` of the tree."""
 
-    def collect(run: Run, tools: Tools, key: Array) -> tuple[Run, Rollouts]:
-        run, questions = tools.draw(run, tools.prompts)
-        levels = grow(run, tools, questions, branching, segment, jax.random.fold_in(key, 0))
-        values = back_up(levels, tools)
-        adv = [np.zeros(tools.prompts)]
+    def collect(run: Run, gather: Gatherer, key: Array) -> tuple[Run, Rollouts]:
+        run, questions = gather.draw(run, gather.prompts)
+        levels = grow(run, gather, questions, branching, segment, jax.random.fold_in(key, 0))
+        values = back_up(levels, gather)
+        adv = [np.zeros(gather.prompts)]
         for level, value, above in zip(levels[1:], values[1:], values[:-1], strict=True):
             gain = value - above[level.parent]
             gain = np.where(np.abs(gain) > ROUNDING, gain, 0)  # before any division by an equally small std
@@ -115,13 +112,13 @@ def tree(branching: Sequence[int], segment: int, max_edges: int, divide_std: boo
                 siblings = value.reshape(-1, level.siblings)
                 gain = gain / np.repeat(siblings.std(1) + 1e-8, level.siblings)
             adv.append(gain)
-        prefix = min(tools.width, segment * (len(branching) - 1))
+        prefix = min(gather.width, segment * (len(branching) - 1))
         batch, kept, found = rows_of(
-            levels[1:], adv[1:], values[1:], max_edges, prefix, tools, jax.random.fold_in(key, 1)
+            levels[1:], adv[1:], values[1:], max_edges, prefix, gather, jax.random.fold_in(key, 1)
         )
-        tools.note("tree/reward", float(values[0].mean()))
-        tools.note("tree/edges", kept / tools.prompts)
-        tools.note("tree/zero_frac", 1 - found / sum(len(level) for level in levels[1:]))
+        gather.note("tree/reward", float(values[0].mean()))
+        gather.note("tree/edges", kept / gather.prompts)
+        gather.note("tree/zero_frac", 1 - found / sum(len(level) for level in levels[1:]))
         return run, batch
 
     return collect
@@ -143,60 +140,6 @@ def check_tree(config: ConfigDict, last: int) -> None:
         )
 
 
-# ---- paths: prompts and the beginnings of their completions
-
-
-@dataclass(frozen=True)
-class Paths:
-    """n beginnings of completions (NumPy). question [n]: index of the prompt; prompt [n, P], left-padded,
-    prompt_length [n]; tokens [n, T], the first ``stop`` [n] of which are the path."""
-
-    question: np.ndarray
-    prompt: np.ndarray
-    prompt_length: np.ndarray
-    tokens: np.ndarray
-    stop: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.question)
-
-    def take(self, rows: np.ndarray) -> "Paths":
-        return Paths(*[x[rows] for x in (self.question, self.prompt, self.prompt_length, self.tokens, self.stop)])
-
-    def complete(
-        self, run: Run, tools: Tools, budget: np.ndarray, key: Array, responses: int
-    ) -> tuple["Paths", Rollouts]:
-        """``responses`` continuations of each path (consecutive rows) by at most ``budget`` [n] tokens, and how they
-        were sampled."""
-        width = self.prompt.shape[1] + tools.width
-        prompts, length = joined(self.prompt, self.prompt_length, self.tokens, self.stop, width)
-        out = tools.complete(run.state.params, prompts, length, budget, key, tools.sampling(run), responses)
-        longer = self.take(np.repeat(np.arange(len(self)), responses))
-        added = np.asarray(out.mask).sum(1).astype(np.int32)
-        place = np.arange(tools.width) - longer.stop[:, None]
-        new = np.take_along_axis(np.asarray(out.completions), np.clip(place, 0, tools.width - 1), 1)
-        tokens = np.where((place >= 0) & (place < added[:, None]), new, longer.tokens)
-        return Paths(longer.question, longer.prompt, longer.prompt_length, tokens, longer.stop + added), out
-
-    def rewards(self, tools: Tools) -> np.ndarray:
-        """[n] of the paths as completions."""
-        mask = (np.arange(self.tokens.shape[1]) < self.stop[:, None]).astype(np.float32)
-        whole = Rollouts(tokens=np.concatenate([self.prompt, self.tokens], 1), mask=mask, prompt=self.question)
-        return np.asarray(tools.reward(whole).reward, np.float64)
-
-
-def joined(
-    prompt: np.ndarray, prompt_length: np.ndarray, path: np.ndarray, path_length: np.ndarray, width: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Left-padded prompt [n, P] and the first tokens of path [n, T] as one left-padded prompt [n, width], and its
-    length [n]."""
-    p, length = prompt.shape[1], prompt_length + path_length
-    place = np.arange(width) - (width - length)[:, None]  # in what is joined; negative = padding
-    source = p - prompt_length[:, None] + place
-    tokens = np.take_along_axis(np.concatenate([prompt, path], 1), np.clip(source, 0, p + path.shape[1] - 1), 1)
-    return np.where(place >= 0, tokens, 0).astype(np.int32), length.astype(np.int32)
-
-
 # ---- trees
 
 
@@ -205,7 +148,7 @@ class Level:
     """The nodes of one depth, siblings side by side. paths: from the question to the node; start [n]: where its own
     edge begins; parent [n]: row of the level above; cut [n]: ended by its budget alone; sampled: how its edges were."""
 
-    paths: Paths
+    paths: Prefixes
     start: np.ndarray
     parent: np.ndarray
     cut: np.ndarray
@@ -217,36 +160,34 @@ class Level:
 
 
 def grow(
-    run: Run, tools: Tools, questions: np.ndarray, branching: Sequence[int], segment: int, key: Array
+    run: Run, gather: Gatherer, questions: np.ndarray, branching: Sequence[int], segment: int, key: Array
 ) -> list[Level]:
     """The levels of the trees of all questions, the questions themselves first. It ends early when no branch is
     open."""
-    n, nothing = len(questions), np.zeros((len(questions), tools.width), np.int32)
-    zero = np.zeros(n, np.int32)
-    roots = Paths(questions, *tools.encoded(questions), nothing, zero)
-    levels = [Level(roots, zero, np.arange(n), np.ones(n, bool))]
+    n, roots = len(questions), Prefixes.of_prompts(gather, questions)
+    levels = [Level(roots, roots.stop, np.arange(n), np.ones(n, bool))]
     for depth, children in enumerate(branching):
-        above = np.flatnonzero(levels[-1].cut & (levels[-1].paths.stop < tools.width))
+        above = np.flatnonzero(levels[-1].cut & (levels[-1].paths.stop < gather.width))
         if not len(above):
             break
         from_ = levels[-1].paths.take(above)
-        left = tools.width - from_.stop
+        left = gather.width - from_.stop
         budget = left if depth == len(branching) - 1 else np.minimum(left, segment)
-        paths, sampled = from_.complete(run, tools, budget, jax.random.fold_in(key, depth), children)
+        paths, sampled = from_.go_on(run, gather, budget, jax.random.fold_in(key, depth), children)
         cut = np.asarray(sampled.truncated) > 0
         start, parent = np.repeat(from_.stop, children), np.repeat(above, children)
         levels.append(Level(paths, start, parent, cut, children, sampled))
     return levels
 
 
-def back_up(levels: Sequence[Level], tools: Tools) -> list[np.ndarray]:
+def back_up(levels: Sequence[Level], gather: Gatherer) -> list[np.ndarray]:
     """Values [n] of the nodes of each level: leaves by their reward, others the mean of their children's."""
     leaf = [~np.isin(np.arange(len(a)), b.parent) for a, b in zip(levels, levels[1:], strict=False)]
     leaf.append(np.ones(len(levels[-1]), bool))
     values = [np.zeros(len(level)) for level in levels]
     for level, value, ends in zip(levels, values, leaf, strict=True):
         if ends.any():
-            value[ends] = level.paths.take(np.flatnonzero(ends)).rewards(tools)
+            value[ends] = level.paths.take(np.flatnonzero(ends)).rewards(gather)
     for i in reversed(range(len(levels) - 1)):
         below = levels[i + 1]
         values[i][below.parent[:: below.siblings]] = values[i + 1].reshape(-1, below.siblings).mean(1)
@@ -259,7 +200,7 @@ def rows_of(
     values: Sequence[np.ndarray],
     max_edges: int,
     prefix: int,
-    tools: Tools,
+    gather: Gatherer,
     key: Array,
 ) -> tuple[Rollouts, int, int]:
     """``prompts * max_edges`` rows, those of a question side by side; how many are edges, and how many edges have an
@@ -285,10 +226,9 @@ def rows_of(
     def of_rows(pick: Callable[[Level], np.ndarray]) -> np.ndarray:
         return np.concatenate([np.asarray(pick(level)) for level in levels])[rows]
 
-    paths = Paths(*[of_rows(lambda x, f=f: getattr(x.paths, f)) for f in Paths.__dataclass_fields__])
+    paths = Prefixes(*[of_rows(lambda x, f=f.name: getattr(x.paths, f)) for f in fields(Prefixes)])
     start = of_rows(lambda level: level.start)
-    width = paths.prompt.shape[1] + prefix
-    prompts, length = joined(paths.prompt, paths.prompt_length, paths.tokens, start, width)
+    prompts, length = paths.joined(paths.prompt.shape[1] + prefix, start)
     own = of_rows(lambda level: level.sampled.completions)
     mask = of_rows(lambda level: level.sampled.mask) * used[:, None]
     extra = levels[0].sampled.per_token
@@ -302,7 +242,7 @@ def rows_of(
         prompt=paths.question.astype(np.int32),
         seed=rng.integers(0, 2**32, len(rows), np.uint32),
         reward=np.concatenate(values)[rows].astype(np.float32),
-        truncated=of_rows(lambda level: level.cut & (level.paths.stop == tools.width)).astype(np.float32),
+        truncated=of_rows(lambda level: level.cut & (level.paths.stop == gather.width)).astype(np.float32),
         logp_beh=of_rows(lambda level: level.sampled.logp_beh),
         per_token={name: of_rows(lambda level, n=name: level.sampled.per_token[n]) for name in extra},
         edge_adv=np.where(used, gain[rows], 0).astype(np.float32),

@@ -13,7 +13,8 @@ from jaxpo.objectives.grammar.base import check_rewards
 from jaxpo.parallel.distributed import to_host
 from jaxpo.primitives import trackers
 from jaxpo.primitives.aggregation import positive
-from jaxpo.protocols.protocol import Protocol, Tools
+from jaxpo.protocols.gatherer import Gatherer
+from jaxpo.protocols.protocol import Facts, Protocol
 from jaxpo.protocols.rows import with_rows
 from jaxpo.registry import register
 
@@ -48,11 +49,11 @@ def spo_single_stream(
     if not 0 < rho_min < 1 or not rho_min <= rho_max <= 1:
         raise ValueError(f"rho_min must be in (0, 1) and rho_max in [rho_min, 1], not {rho_min} and {rho_max}")
 
-    def tables(tools: Tools) -> dict[str, np.ndarray]:
-        n, t = tools.size, tools.width
-        if n < tools.prompts:
+    def tables(gather: Gatherer) -> dict[str, np.ndarray]:
+        n, t = gather.size, gather.width
+        if n < gather.prompts:
             raise ValueError(
-                f"config.rollout.prompts {tools.prompts} is more than the {n} training prompts, from which "
+                f"config.rollout.prompts {gather.prompts} is more than the {n} training prompts, from which "
                 "protocol 'spo_single_stream' draws without replacement"
             )
         response = dict(tokens=np.zeros((n, t), np.int32), mask=np.zeros((n, t), np.float32))
@@ -60,44 +61,44 @@ def spo_single_stream(
         half = np.full(n, 0.5, np.float32)
         return dict(alpha=half, beta=half.copy(), seen=np.zeros(n, np.float32), **response)
 
-    def sample(run: Run, tools: Tools, indices: np.ndarray, key: Array) -> Rollouts:
-        rollouts = tools.reward(tools.generate(run.state.params, indices, key, tools.sampling(run)))
+    def sample(run: Run, gather: Gatherer, indices: np.ndarray, key: Array) -> Rollouts:
+        rollouts = gather.reward(gather.generate(run.state.params, indices, key, gather.sampling(run)))
         check_rewards((0.0, 1.0), rollouts)
         return rollouts
 
-    def init(run: Run, tools: Tools, key: Array) -> Run:
+    def init(run: Run, gather: Gatherer, key: Array) -> Run:
         if n0 == 0:
             return run
-        every = np.repeat(np.arange(tools.size), n0)
-        batches = -(-len(every) // tools.prompts)
-        rows = np.resize(every, (batches, tools.prompts))  # the last batch is filled up from the first prompts, and cut
-        tools.say(f"offline samples: {n0} of each of {tools.size} prompts, in {batches} batches")
-        rewards = [sample(run, tools, part, jax.random.fold_in(key, i)).reward for i, part in enumerate(rows)]
+        every = np.repeat(np.arange(gather.size), n0)
+        batches = -(-len(every) // gather.prompts)
+        rows = np.resize(every, (batches, gather.prompts))  # filled up from the first prompts, and cut
+        gather.say(f"offline samples: {n0} of each of {gather.size} prompts, in {batches} batches")
+        rewards = [sample(run, gather, part, jax.random.fold_in(key, i)).reward for i, part in enumerate(rows)]
         successes = np.concatenate([np.asarray(r) for r in rewards])[: len(every)].reshape(-1, n0).sum(1)
-        tools.say(f"offline samples: mean reward {successes.mean() / n0:.3f}")
+        gather.say(f"offline samples: mean reward {successes.mean() / n0:.3f}")
         alpha, beta = jax.tree.map(np.asarray, trackers.tracker_init(successes, n0, rho_min=rho_min))
         return advance(run, tables={**run.tables, "alpha": alpha, "beta": beta})
 
-    def collect(run: Run, tools: Tools, key: Array) -> tuple[Run, Rollouts]:
+    def collect(run: Run, gather: Gatherer, key: Array) -> tuple[Run, Rollouts]:
         draw_key, key = jax.random.split(key)
         value = trackers.tracker_value(run.tables["alpha"], run.tables["beta"])
-        indices = prioritized(value, tools.prompts, draw_key, floor)
-        rollouts = sample(run, tools, indices, key)
+        indices = prioritized(value, gather.prompts, draw_key, floor)
+        rollouts = sample(run, gather, indices, key)
         known = dict(tracker_value=np.asarray(value)[indices], tracker_reward=rollouts.reward)  # before any shaping
-        return advance(run, position=run.position + tools.prompts), rollouts.replace(**known)
+        return advance(run, position=run.position + gather.prompts), rollouts.replace(**known)
 
-    def after(run: Run, tools: Tools, rollouts: Rollouts) -> Run:
+    def after(run: Run, gather: Gatherer, rollouts: Rollouts) -> Run:
         rollouts, params = to_host(rollouts), run.state.params
         at, now = rollouts.prompt, {"tokens": rollouts.completions, "mask": rollouts.mask}
-        now["logp"] = to_host(tools.score(params, rollouts).logp)
-        drift = drift_of(run.tables, at, tools, params, rollouts)
+        now["logp"] = to_host(gather.score(params, rollouts).logp)
+        drift = drift_of(run.tables, at, gather, params, rollouts)
         rho = trackers.forgetting(drift, d_half=d_half, rho_min=rho_min, rho_max=rho_max)
         reward = rollouts.per_row["tracker_reward"]
         alpha, beta = trackers.tracker_update(run.tables["alpha"][at], run.tables["beta"][at], reward, rho)
         new = {**now, "alpha": np.asarray(alpha), "beta": np.asarray(beta), "seen": np.ones(len(at), np.float32)}
-        tools.note("tracker/value", float(trackers.tracker_value(alpha, beta).mean()))
-        tools.note("tracker/drift", float(drift.mean()))
-        tools.note("tracker/rho", float(rho.mean()))
+        gather.note("tracker/value", float(trackers.tracker_value(alpha, beta).mean()))
+        gather.note("tracker/drift", float(drift.mean()))
+        gather.note("tracker/rho", float(rho.mean()))
         return advance(run, tables={name: with_rows(x, at, new[name]) for name, x in run.tables.items()})
 
     def check(config: ConfigDict) -> None:
@@ -106,15 +107,16 @@ def spo_single_stream(
                 f"config.rollout.responses must be 1 with protocol 'spo_single_stream', not {config.rollout.responses}"
             )
 
-    return Protocol(collect, after=after, tables=tables, init=init, check=check, provides=frozenset({"tracker_value"}))
+    facts = Facts(provides=frozenset({"tracker_value"}), check=check)
+    return Protocol(collect, after=after, tables=tables, init=init, facts=facts)
 
 
-def drift_of(tables: dict[str, Any], at: np.ndarray, tools: Tools, params: Any, rollouts: Rollouts) -> np.ndarray:
+def drift_of(tables: dict[str, Any], at: np.ndarray, gather: Gatherer, params: Any, rollouts: Rollouts) -> np.ndarray:
     """[B] mean over the tokens of the prompts' previous responses of ``|logp_then - logp_now|``; 0 without one."""
     if not tables["seen"][at].any():
         return np.zeros(len(at), np.float32)
     mask = tables["mask"][at]
     prompts = rollouts.tokens[:, : rollouts.prompt_width]
     previous = rollouts.replace(tokens=np.concatenate([prompts, tables["tokens"][at]], 1), mask=mask)
-    gap = np.abs(to_host(tools.score(params, previous).logp) - tables["logp"][at])
+    gap = np.abs(to_host(gather.score(params, previous).logp) - tables["logp"][at])
     return np.where(mask > 0, gap, 0).sum(1) / np.maximum(mask.sum(1), 1)

@@ -4,10 +4,10 @@ On the toy task rewards are part of the compiled sampler; elsewhere vmapped samp
 turns. Leaves have a leading axis of seeds S throughout.
 """
 
-import ast
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,15 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxpo.batch import Demonstrations, Rollouts, take
+from jaxpo.batch import Rollouts, TokenStats, take
+from jaxpo.calls import parse_calls
 from jaxpo.learning.optimizers import make_optimizer
 from jaxpo.learning.step import optimizer_step, score
 from jaxpo.objectives import make
 from jaxpo.policy import stats, transformer
 from jaxpo.policy.transformer import Model, Params
+from jaxpo.protocols.gatherer import Prompts
+from jaxpo.protocols.rows import as_scored
+from jaxpo.race.rules import Rules, adam
 from jaxpo.rollout import SamplingOptions, generate
-from jaxpo.runs.workspace import Prompts, pad_prompts, tokenize
-from jaxpo.tasks import Task, build, imperfect
+from jaxpo.runs.questions import Questions, pad_prompts, tokenize
+from jaxpo.tasks import Task, build
 from jaxpo.tasks.base import task_arguments
 from jaxpo.tasks.toy import ReverseDigits
 from jaxpo.text.tokenizers import CharTokenizer, Tokenizer
@@ -32,103 +36,44 @@ ROOM = 2  # tokens that a completion may be longer than the longest answer
 # Programs this small run as fast without the compiler's costliest passes, and compile in three quarters of the time.
 QUICK = {"xla_backend_optimization_level": 1}
 TASK_SIZES = {"train_size": 2000, "test_size": 200, "seed": 0}  # of a task that asks for them
+EVERYTHING = frozenset({"logp", "entropy"})
+
+
+class Course(NamedTuple):
+    """Task and policy of a race, before anything is compiled.
+
+    questions: the task as tokens.
+    game: the task's rewards inside the graph, if it has them.
+    model: the policy's.
+    """
+
+    questions: Questions
+    game: ReverseDigits | None
+    model: Model
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What every objective of a race gets alike.
+class Setup:
+    """What all contenders share, compiled.
 
-    task: name, or name and arguments as in Python: ``toy(digits=4)``. seeds: of parameters, prompts and sampling.
-    steps: iterations, each of ``prompts`` prompts with ``responses`` completions and ``epochs * minibatches`` optimizer
-      steps.
-    evaluations: points of the learning curve after the start.
-    warm_start: supervised steps before all, on ``warm_batch`` demonstrations each, of which a share ``drop_last`` lacks
-      its last character: an imperfect demonstrator, as web data is.
-    max_new_tokens: generation budget; 0 = the longest right answer and two more. width, layers: of the policy.
-    flipped: share of preference pairs whose label is wrong, for objectives of pairs.
+    course: task and policy.
+    start: [S, ...] parameters after the warm start.
+    sample: (params, draws) -> `Rollouts` [S, B, ...] of all seeds, judged if the task's rewards are in the graph.
+    score: (params, rows as a policy reads them [S, B, ...]) -> `TokenStats` of all seeds.
+    go_on: (params, tokens, length, budget, key, options, responses[, partner, share]) -> `Rollouts` of one seed.
+    score_one: (params, rows) -> `TokenStats` of one seed.
+    accuracy: (params) -> [S], greedy, on the test prompts.
+    seconds: of the warm start, compilation included.
     """
 
-    task: str = "toy"
-    seeds: int = 5
-    steps: int = 60
-    prompts: int = 16
-    responses: int = 8
-    epochs: int = 1
-    minibatches: int = 4
-    learning_rate: float = 3e-4
-    evaluations: int = 12
-    warm_start: int = 120
-    warm_batch: int = 64
-    drop_last: float = 0.6
-    warm_learning_rate: float = 3e-3
-    max_new_tokens: int = 0
-    width: int = 32
-    layers: int = 2
-    flipped: float = 0.0
-
-    def __post_init__(self):
-        for f in fields(self):
-            low = 0 if f.name in ("warm_start", "max_new_tokens") else 1
-            if f.type is int and getattr(self, f.name) < low:
-                raise ValueError(f"{f.name} must be at least {low}, not {getattr(self, f.name)}")
-            if f.name.endswith("learning_rate") and not getattr(self, f.name) > 0:
-                raise ValueError(f"{f.name} must be positive, not {getattr(self, f.name)}")
-        for name in ("drop_last", "flipped"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a share in [0, 1], not {getattr(self, name)}")
-        if self.prompts % self.minibatches:
-            raise ValueError(f"minibatches {self.minibatches} does not divide prompts {self.prompts}")
-
-    @property
-    def points(self) -> list[int]:
-        """Iterations after which accuracy is measured; 0 is the start."""
-        return sorted({round(x) for x in np.linspace(0, self.steps, self.evaluations + 1)})
-
-
-class Surroundings(NamedTuple):
-    """Task and policy before anything is compiled. answers: token ids of the training examples' demonstrations, [] if
-    the task has none. game: the task's rewards inside the graph, if it has them."""
-
-    task: Task
-    tokenizer: Tokenizer
-    game: ReverseDigits | None
-    train: Prompts
-    test: Prompts
-    answers: list[list[int]]
-    model: Model
-    max_new_tokens: int
-
-
-class Arena(NamedTuple):
-    """collect: (params, draws) -> `Rollouts` [S, B, ...] with rewards and scores. look: (params, rollouts [S, B, ...])
-    -> the same, scored under these parameters and the first ones. accuracy: params -> [S], greedy, on the test prompts.
-    start: parameters after the warm start. seconds: of the warm start, compilation included."""
-
-    where: Surroundings
+    course: Course
     start: Params
-    collect: Callable[[Params, "Draws"], Rollouts]
-    look: Callable[[Params, Rollouts], Rollouts]
+    sample: Callable[[Params, "Draws"], Rollouts]
+    score: Callable[[Params, Rollouts], TokenStats]
+    go_on: Callable[..., Rollouts]
+    score_one: Callable[[Params, Rollouts], TokenStats]
     accuracy: Callable[[Params], np.ndarray]
     seconds: float
-
-
-def parse_calls(text: str) -> list[tuple[str, str, dict[str, Any]]]:
-    """``"grpo, grpo(eps_high=0.3)"`` as (label, name, arguments); values are Python literals.
-
-    Raises:
-      ValueError: anything but names and calls with keyword arguments that are literals.
-    """
-    out = []
-    try:
-        for item in ast.parse(f"({text},)", mode="eval").body.elts:
-            call = item if isinstance(item, ast.Call) else ast.Call(item, [], [])
-            if call.args:
-                raise ValueError("arguments are given by name")
-            arguments = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
-            out.append((ast.unparse(item), call.func.id, arguments))
-    except (SyntaxError, AttributeError, ValueError) as error:
-        raise ValueError(f"{text!r} is no list like grpo,grpo(eps_high=0.3): {error}") from None
-    return out
 
 
 def make_task(text: str) -> tuple[Task, Tokenizer, ReverseDigits | None]:
@@ -146,17 +91,15 @@ def make_task(text: str) -> tuple[Task, Tokenizer, ReverseDigits | None]:
     return task, CharTokenizer.from_texts(texts), None
 
 
-def survey(rules: Rules) -> Surroundings:
+def survey(rules: Rules) -> Course:
     """Task and policy of a race.
 
     Raises:
       ValueError: a task that does not exist, or one whose answers are missing or too long.
     """
     task, tokenizer, game = make_task(rules.task)
-    answers, budget = [], rules.max_new_tokens
+    budget = rules.max_new_tokens
     if task.demonstrate is not None:
-        demonstrate = imperfect(task.demonstrate, rules.drop_last) if rules.drop_last else task.demonstrate
-        answers = [[*tokenizer.encode(demonstrate(e)), tokenizer.eos_ids[0]] for e in task.train]
         longest = max(len(tokenizer.encode(task.demonstrate(e))) + 1 for e in task.train)
         budget = budget or longest + ROOM
         if longest > budget:
@@ -167,49 +110,81 @@ def survey(rules: Rules) -> Surroundings:
     width = max(len(ids) for _, both in tokens for ids in both)
     train, test = (pad_prompts(examples, ids, width, tokenizer.pad_id) for examples, ids in tokens)
     model = transformer.build(transformer.TransformerConfig(tokenizer.vocab_size, rules.width, rules.layers))
-    return Surroundings(task, tokenizer, game, train, test, answers, model, budget)
+    return Course(Questions(task, tokenizer, train, test, budget), game, model)
 
 
-def build_arena(rules: Rules) -> Arena:
-    """Warm start of all seeds, and the compiled sampler and scorer."""
-    where, began = survey(rules), time.perf_counter()
-    model, budget, pad_id = where.model, where.max_new_tokens, where.tokenizer.pad_id
-    policy = stats.policy_of(model, wants=frozenset({"logp", "entropy"}))
-    sampled = SamplingOptions(budget, tuple(where.tokenizer.eos_ids))
-    greedy = sampled.replace(greedy=True)
-    start = jax.block_until_ready(warm_start(where, rules))
-    questions, exam = ((jnp.asarray(p.tokens), jnp.asarray(p.length)) for p in (where.train, where.test))
+def set_up(rules: Rules) -> Setup:
+    """Warm start of all seeds, and the compiled samplers and scorers."""
+    course, began = survey(rules), time.perf_counter()
+    questions, model = course.questions, course.model
+    start = jax.block_until_ready(warm_start(course, rules))
+    lessons, exam = ((jnp.asarray(p.tokens), jnp.asarray(p.length)) for p in (questions.train, questions.test))
+    score_one = partial(score, stats.policy_of(model, wants=EVERYTHING))
+    each_seed = jax.jit(jax.vmap(score_one), compiler_options=QUICK)
+    one_seed = jax.jit(score_one, compiler_options=QUICK)
+    draw = rated(course, jax.vmap(partial(sample, course, rules.responses), (0, 0, None, None)))
+    take_exam = rated(course, jax.vmap(partial(answer, course), (0, None, None)))
 
-    def sample(params: Params, draws: Draws, tokens: Array, length: Array) -> Rollouts:
-        i, options = draws.prompt, dict(responses=rules.responses, pad_id=pad_id)
-        out = generate(model, params, tokens[i], draws.key, sampled, prompt_length=length[i], **options)
-        own = dict(role=jnp.zeros(out.rows, jnp.int32), count=jnp.ones(out.rows))
-        return out.replace(prompt=jnp.repeat(i, rules.responses), seed=draws.seed, **own)
+    def accuracy(params: Params) -> np.ndarray:
+        batch = verified(questions, questions.test, take_exam(params, *exam))
+        return np.asarray(batch.correct.mean(-1))
 
-    def answer(params: Params, tokens: Array, length: Array) -> Rollouts:
-        out = generate(model, params, tokens, jax.random.key(0), greedy, prompt_length=length, pad_id=pad_id)
-        return out.replace(prompt=jnp.arange(out.rows, dtype=jnp.int32))
-
-    def look_back(params: Params, first: Params, batch: Rollouts) -> Rollouts:
-        old, ref = score(policy, params, batch), score(policy, first, batch)
-        return batch.replace(logp_old=old.logp, entropy_old=old.entropy, logp_ref=ref.logp)
-
-    look = jax.jit(jax.vmap(look_back), compiler_options=QUICK)
-    draw = rated(where, jax.vmap(sample, (0, 0, None, None)), where.train)
-    take_exam = rated(where, jax.vmap(answer, (0, None, None)), where.test)
-    return Arena(
-        where,
+    go_on = partial(continued, course)
+    return Setup(
+        course,
         start,
-        lambda params, draws: look(params, start, draw(params, draws, *questions)),
-        lambda params, batch: look(params, start, batch),
-        lambda params: np.asarray(take_exam(params, *exam).correct.mean(-1)),
-        time.perf_counter() - began,
+        sample=lambda params, draws: draw(params, draws, *lessons),
+        score=lambda params, batch: each_seed(params, as_scored(batch)),
+        go_on=jax.jit(go_on, static_argnames="responses", compiler_options=QUICK),
+        score_one=lambda params, batch: one_seed(params, as_scored(batch)),
+        accuracy=accuracy,
+        seconds=time.perf_counter() - began,
     )
 
 
-def rated(where: Surroundings, sample: Callable[..., Rollouts], prompts: Prompts) -> Callable[..., Rollouts]:
-    """``sample``, compiled, with ``reward`` and ``correct`` of what it gives: in the graph if the task allows it."""
-    game = where.game
+def options_of(questions: Questions) -> SamplingOptions:
+    """Plain sampling at temperature 1."""
+    return SamplingOptions(questions.width, tuple(questions.tokenizer.eos_ids))
+
+
+def sample(course: Course, responses: int, params: Params, draws: "Draws", tokens: Array, length: Array) -> Rollouts:
+    """Completions of the drawn prompts, labelled, of one seed."""
+    i, questions = draws.prompt, course.questions
+    options = dict(responses=responses, pad_id=questions.tokenizer.pad_id)
+    key, how = draws.key, options_of(questions)
+    out = generate(course.model, params, tokens[i], key, how, prompt_length=length[i], **options)
+    own = dict(role=jnp.zeros(out.rows, jnp.int32), count=jnp.ones(out.rows))
+    return out.replace(prompt=jnp.repeat(i, responses), seed=draws.seed, **own)
+
+
+def answer(course: Course, params: Params, tokens: Array, length: Array) -> Rollouts:
+    """Greedy completions of prompts, of one seed."""
+    greedy, pad_id = options_of(course.questions).replace(greedy=True), course.questions.tokenizer.pad_id
+    key = jax.random.key(0)
+    out = generate(course.model, params, tokens, key, greedy, prompt_length=length, pad_id=pad_id)
+    return out.replace(prompt=jnp.arange(out.rows, dtype=jnp.int32))
+
+
+def continued(
+    course: Course,
+    params: Params,
+    tokens: Array,
+    length: Array,
+    budget: Array | None,
+    key: Array,
+    options: SamplingOptions,
+    responses: int,
+    partner: Params | None = None,
+    share: Array | None = None,
+) -> Rollouts:
+    """Continuations of rows of tokens, of one seed."""
+    given = dict(prompt_length=length, budget=budget, responses=responses, partner=partner, share=share)
+    return generate(course.model, params, tokens, key, options, **given, pad_id=course.questions.tokenizer.pad_id)
+
+
+def rated(course: Course, sample: Callable[..., Rollouts]) -> Callable[..., Rollouts]:
+    """``sample``, compiled, with ``reward`` and ``correct`` of what it gives if the task allows it in the graph."""
+    game = course.game
 
     def in_graph(*arguments: Any) -> Rollouts:
         batch = sample(*arguments)
@@ -217,32 +192,25 @@ def rated(where: Surroundings, sample: Callable[..., Rollouts], prompts: Prompts
         reward = jax.vmap(game.reward)(batch.tokens[..., :width], batch.tokens[..., width:], batch.mask)
         return batch.replace(reward=reward, correct=(reward == 1).astype(jnp.float32))
 
-    compiled = jax.jit(in_graph if game else sample, compiler_options=QUICK)
-    return compiled if game else lambda *arguments: judge(where, prompts, compiled(*arguments))
+    return jax.jit(in_graph if game else sample, compiler_options=QUICK)
 
 
-def judge(where: Surroundings, prompts: Prompts, batch: Rollouts) -> Rollouts:
-    """The batch [..., B] with ``reward`` and ``correct`` by the task's verifier, on the host."""
-    shape = batch.mask.shape
+def verified(questions: Questions, prompts: Prompts, batch: Rollouts) -> Rollouts:
+    """The batch [..., B] with ``reward`` and ``correct`` by the task's verifier, unless they are there already."""
+    if batch.reward is not None:
+        return batch
+    shape = batch.mask.shape[:-1]
+    flat = Rollouts(*(np.asarray(x).reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.mask)))
     examples = [prompts.examples[i] for i in np.asarray(batch.prompt).reshape(-1)]
-    scores = where.task.score(examples, texts(where, batch))
-    reward, correct = (np.array([getattr(s, k) for s in scores], np.float32) for k in ("reward", "correct"))
-    return batch.replace(reward=reward.reshape(shape[:-1]), correct=correct.reshape(shape[:-1]))
+    reward, correct, _ = questions.verdicts(examples, flat).astype(np.float32).T
+    return batch.replace(reward=reward.reshape(shape), correct=correct.reshape(shape))
 
 
-def texts(where: Surroundings, batch: Rollouts) -> list[str]:
-    """The completions of rows [..., B] as text."""
-    width, ids, mask = batch.mask.shape[-1], np.asarray(batch.tokens), np.asarray(batch.mask) > 0
-    rows = zip(ids[..., -width:].reshape(-1, width), mask.reshape(-1, width), strict=True)
-    return [where.tokenizer.decode(row[kept].tolist()) for row, kept in rows]
-
-
-def warm_start(where: Surroundings, rules: Rules) -> Params:
+def warm_start(course: Course, rules: Rules) -> Params:
     """Random parameters [S, ...] after ``rules.warm_start`` supervised steps, all in one compiled program."""
-    model, objective = where.model, make("sft")
+    model, objective, questions = course.model, make("sft"), course.questions
     apply = stats.policy_of(model, wants=objective.asks.wants)
-    adam = dict(name="adam", learning_rate=rules.warm_learning_rate, clip_norm=1.0, schedule=dict(name="constant"))
-    optimizer = make_optimizer(adam, max(rules.warm_start, 1))
+    optimizer = make_optimizer(adam(rules.warm_learning_rate).to_dict(), max(rules.warm_start, 1))
 
     def train(params: Params, rows: Array, data: Rollouts) -> Params:
         batch, memory = objective.prepare(data, objective.init())
@@ -259,25 +227,21 @@ def warm_start(where: Surroundings, rules: Rules) -> Params:
     params = jax.tree.map(lambda *x: jnp.stack(x), *params)
     if not rules.warm_start:
         return params
-    data = jax.tree.map(jnp.asarray, demonstrations(where, range(len(where.train)), where.answers))
+    data = questions.demonstrations(np.arange(len(questions.train)), rules.drop_last)
+    data = jax.tree.map(jnp.asarray, data)
     shape = rules.warm_start, rules.warm_batch
     rows = [np.random.default_rng(seed).integers(data.rows, size=shape) for seed in range(rules.seeds)]
     return jax.jit(jax.vmap(train, (0, 0, None)), compiler_options=QUICK)(params, np.stack(rows), data)
-
-
-def demonstrations(where: Surroundings, indices: Iterable[int], answers: Sequence[list[int]]) -> Rollouts:
-    """These answers to the training prompts of ``indices``."""
-    train = where.train
-    prompts = [train.tokens[i, train.tokens.shape[1] - train.length[i] :].tolist() for i in indices]
-    size = dict(prompt_width=train.tokens.shape[1], width=where.max_new_tokens, pad_id=where.tokenizer.pad_id)
-    return Demonstrations(prompts, answers, **size)
 
 
 class Draws(NamedTuple):
     """What is random in an iteration, for every seed: a function of seed and iteration alone, drawn on the host (its
     code would cost seconds of compilation).
 
-    prompt [S, G] indices, seed [S, B] of the rows, key [S] of the uniforms, rows [S, steps, R] of each optimizer step.
+    prompt: [S, G] indices.
+    seed: [S, B] of the rows.
+    key: [S] of the uniforms.
+    rows: [S, steps, R] of each optimizer step.
     """
 
     prompt: np.ndarray

@@ -1,43 +1,25 @@
-"""What the loop lends a protocol: the calls by which it draws prompts, samples, rewards and scores."""
+"""The gatherer and the stage of a run: the calls of a protocol, on the run's compiled functions and mesh."""
 
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
 
-from jaxpo.batch import Rollouts, TokenStats, logps
+from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.learning import references
-from jaxpo.learning.needs import must_score, slots_of
 from jaxpo.learning.programs import packed
-from jaxpo.learning.references import held
-from jaxpo.learning.state import Run, TrainState, advance
+from jaxpo.learning.state import Run, TrainState
 from jaxpo.parallel import moved_bytes, shardings
 from jaxpo.parallel.distributed import to_host
 from jaxpo.policy.transformer import Params
-from jaxpo.protocols.protocol import Tools, Verdict
-from jaxpo.protocols.rows import in_batches
-from jaxpo.rollout.sampling import SamplingOptions
-from jaxpo.rollout.sampling import validate as validate_sampling
+from jaxpo.protocols.gatherer import Gatherer, Sampler, Watch
+from jaxpo.protocols.rows import as_scored, labelled
+from jaxpo.rollout import SamplingOptions
+from jaxpo.runs.iteration import Stage, score_references
 from jaxpo.runs.judges.judge import make_judge
-from jaxpo.runs.warm_start import demonstrations
-from jaxpo.runs.workspace import Workspace, judge
-
-
-class Clock:
-    """Wall seconds by phase."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - start
+from jaxpo.runs.workspace import Workspace, shard_count
 
 
 def prompt_order(seed: int, position: int, n: int, size: int) -> np.ndarray:
@@ -48,58 +30,72 @@ def prompt_order(seed: int, position: int, n: int, size: int) -> np.ndarray:
     return order[start : start + n]
 
 
-def make_tools(workspace: Workspace, clock: Clock, notes: dict[str, float], say: Callable[[str], None]) -> Tools:
-    """The calls that a protocol may make; ``notes`` collects the metrics of an iteration."""
-    config, prompts, protocol = workspace.config, workspace.train, workspace.protocol
-    size = config.rollout.prompts
+def make_gatherer(workspace: Workspace, watch: Watch) -> Gatherer:
+    """The calls that a protocol may make in this run."""
+    config, questions = workspace.config, workspace.questions
+    compare = make_judge(workspace)
+    return Gatherer(
+        objective=workspace.objective,
+        train=questions.train,
+        prompts=config.rollout.prompts,
+        responses=config.rollout.responses,
+        width=config.sampling.max_new_tokens,
+        options=workspace.sampling,
+        sampler=make_sampler(workspace, watch),
+        order=lambda position, n, size: prompt_order(config.seed, position, n, size),
+        verify=partial(verified, workspace, watch, compare),
+        compare=compare,
+        demonstrate=questions.demonstrations,
+        adapt=workspace.protocol.sampler,
+        preferences=workspace.preferences,
+        watch=watch,
+    )
 
-    def draw(run: Run, n: int) -> tuple[Run, np.ndarray]:
-        return advance(run, position=run.position + n), prompt_order(config.seed, run.position, n, len(prompts))
 
-    def draw_units(run: Run, n: int) -> tuple[Run, np.ndarray]:
-        size = len(workspace.preferences.train)
-        return advance(run, position=run.position + n), prompt_order(config.seed, run.position, n, size)
+def make_stage(workspace: Workspace, watch: Watch) -> Stage:
+    """What an iteration of this run is made of."""
+    return Stage(
+        objective=workspace.objective,
+        protocol=workspace.protocol,
+        steps=workspace.resolved.optimizer_steps,
+        score=lambda params, batch: workspace.score(params, as_scored(batch)),
+        prepare=workspace.programs.prepare,
+        update=workspace.programs.update,
+        put=workspace.put,
+        pack=partial(pack, workspace),
+        watch=watch,
+    )
 
-    verdict = make_judge(workspace)
 
-    def judged(*columns: Rollouts) -> Verdict:
-        with clock.phase("reward"):
-            return verdict(prompts.examples, *columns)
+def pack(workspace: Workspace, batch: Rollouts, rows: np.ndarray) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The packing of a step's rows, and the share of the rows that is then computed."""
+    slices = workspace.config.training.microbatches
+    plan = packed(workspace.config, workspace.mesh, batch, slices, rows)
+    if not plan:
+        return {}, {}
+    return plan, {"packing/share": plan["bins"] / (len(rows) // (slices * shard_count(workspace)))}
 
-    def encoded(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return prompts.tokens[indices], prompts.length[indices]
 
-    def sampling(run: Run) -> SamplingOptions:
-        options = workspace.sampling
-        return validate_sampling(protocol.sampler(options, run.state.objective)) if protocol.sampler else options
+def make_sampler(workspace: Workspace, watch: Watch) -> Sampler:
+    """Sampling and scoring on the run's mesh."""
+    programs, train, responses = workspace.programs, workspace.questions.train, workspace.config.rollout.responses
 
-    def sampler_params(params: Params) -> Params:
-        there = workspace.sampler_params(params)
-        if workspace.reshard:
-            where = jax.tree.map(lambda x: x.sharding, there)
-            moved = moved_bytes(there, shardings(there, workspace.mesh), where)
-            notes["reshard/bytes"] = notes.get("reshard/bytes", 0) + moved
-        return there
+    def there(params: Params) -> Params:
+        """The parameters where they sample; what was moved is noted."""
+        moved = programs.sampler_params(params)
+        if programs.reshard:
+            where = jax.tree.map(lambda x: x.sharding, moved)
+            watch.add("reshard/bytes", moved_bytes(moved, shardings(moved, workspace.mesh), where))
+        return moved
 
     def generate(
-        params: Params,
-        indices: np.ndarray,
-        key: Array,
-        options: SamplingOptions | None = None,
-        partner: Params | None = None,
-        share: float = 0.0,
+        params: Params, indices: np.ndarray, key: Array, options: SamplingOptions, partner: Params | None, share: float
     ) -> Rollouts:
-        with clock.phase("generate"):
-            responses = config.rollout.responses
-            tokens, length = workspace.put(encoded(indices))
-            draw_key, seed_key = jax.random.split(key)
-            options, mixed = options or workspace.sampling, {}
-            if partner is not None:
-                mixed = dict(partner=sampler_params(partner), share=np.float32(share))
-            sampler = sampler_params(params)
-            out = workspace.generate(sampler, tokens, length, draw_key, options, responses=responses, **mixed)
-            seeds = np.asarray(jax.random.bits(seed_key, (out.rows,)))
-            return jax.block_until_ready(labelled(out, indices, seeds))
+        tokens, length = workspace.put((train.tokens[indices], train.length[indices]))
+        draw_key, seed_key = jax.random.split(key)
+        mixed = {} if partner is None else dict(partner=there(partner), share=np.float32(share))
+        out = programs.generate(there(params), tokens, length, draw_key, options, responses=responses, **mixed)
+        return labelled(out, indices, np.asarray(jax.random.bits(seed_key, (out.rows,))))
 
     def complete(
         params: Params,
@@ -110,108 +106,48 @@ def make_tools(workspace: Workspace, clock: Clock, notes: dict[str, float], say:
         options: SamplingOptions,
         responses: int,
     ) -> Rollouts:
-        params = sampler_params(params)
-
-        def batch(i: int, *rows: np.ndarray) -> Rollouts:
-            draw_key = jax.random.fold_in(key, i)
-            return workspace.complete(params, *workspace.put(rows), draw_key, options, responses=responses)
-
-        with clock.phase("generate"):
-            return in_batches(batch, size, responses, tokens, length, budget)
-
-    def scored() -> Rollouts:
-        def whole(key: Array) -> Rollouts:
-            params, first = workspace.init_params(key), np.zeros(size, np.int32)
-            slots = held(slots_of(workspace.objective, protocol.provides), protocol.keeps, params, None)
-            run = Run(TrainState(params, None, workspace.objective.init()), slots)
-            responses = config.rollout.responses
-            sampler = workspace.sampler_params(params)
-            out = workspace.generate(sampler, *encoded(first), key, workspace.sampling, responses=responses)
-            out = labelled(out, first, jax.random.bits(key, (out.rows,)))
-            return score_companions(workspace, run, out.replace(reward=out.count, correct=out.count))
-
-        return jax.eval_shape(whole, jax.random.key(0))
-
-    def reward(rollouts: Rollouts) -> Rollouts:
-        with clock.phase("reward"):
-            given = {}
-            if workspace.task.score:
-                examples = [prompts.examples[i] for i in to_host(rollouts.prompt)]
-                rewards, correct, errors = judge(workspace, examples, rollouts).T
-                notes["reward/errors"] = notes.get("reward/errors", 0) + int(errors.sum())
-                given = dict(reward=rewards.astype(np.float32), correct=correct.astype(np.float32))
-            if config.judge.name != "verifier":
-                if given:  # what the judge is a stand-in for
-                    notes["reward/verified"] = float(given["reward"].mean())
-                given["reward"] = verdict(prompts.examples, rollouts).scores.reshape(-1).astype(np.float32)
-            return rollouts.replace(**given)
+        rows = workspace.put((tokens, length, budget))
+        return programs.complete(there(params), *rows, key, options, responses=responses)
 
     def score(params: Params, rollouts: Rollouts) -> TokenStats:
-        with clock.phase("score"):
-            return jax.block_until_ready(score_packed(workspace, params, workspace.put(as_scored(rollouts))))
+        return workspace.score(params, workspace.put(as_scored(rollouts)))
 
-    def noise(run: Run, rollouts: Rollouts) -> dict[str, Array]:
-        groups = np.arange(rollouts.rows, dtype=np.int32).reshape(-1, rollouts.shared_prompt)
-        halves = np.stack([groups[::2].reshape(-1), groups[1::2].reshape(-1)])
-        with clock.phase("noise"):
-            return jax.block_until_ready(workspace.noise(run.state, rollouts, halves))
+    def noise(run: Run, rollouts: Rollouts, halves: np.ndarray) -> dict[str, Array]:
+        return programs.noise(run.state, rollouts, halves)
 
-    return Tools(
-        prompts=size,
-        responses=config.rollout.responses,
-        size=len(prompts),
-        prompt_width=prompts.tokens.shape[1],
-        width=config.sampling.max_new_tokens,
-        draw=draw,
-        encoded=encoded,
-        sampling=sampling,
-        generate=generate,
-        complete=complete,
-        scored=scored,
-        reward=reward,
-        score=score,
-        noise=noise,
-        note=notes.__setitem__,
-        say=say,
-        preferences=workspace.preferences,
-        draw_units=draw_units,
-        judge=judged,
-        objective=workspace.objective,
-        demonstrations=lambda indices: demonstrations(workspace, indices).replace(prompt=indices),
-    )
+    return Sampler(generate, complete, score, noise, shapes=partial(scored_shapes, workspace))
 
 
-def labelled(out: Rollouts, indices: np.ndarray, seeds: np.ndarray | Array) -> Rollouts:
-    """Generated rows with what the loop knows of them: the prompts' ``indices`` [n], a seed each."""
-    return out.replace(
-        prompt=np.repeat(indices, out.shared_prompt).astype(np.int32),
-        seed=seeds,
-        role=np.zeros(out.rows, np.int32),
-        count=np.ones(out.rows, np.float32),
-    )
+def scored_shapes(workspace: Workspace) -> Rollouts:
+    """The shapes of a batch that is generated, judged and scored."""
+    resolved, train = workspace.resolved, workspace.questions.train
+    stage, first = make_stage(workspace, Watch()), np.zeros(workspace.config.rollout.prompts, np.int32)
+
+    def whole(key: Array) -> Rollouts:
+        params = workspace.init_params(key)
+        frozen = references.held(resolved.references, resolved.protocol.facts.references, params, None)
+        run = Run(TrainState(params, None, resolved.objective.init()), frozen)
+        out = workspace.programs.generate(
+            workspace.programs.sampler_params(params),
+            *(train.tokens[first], train.length[first], key, workspace.sampling),
+            responses=workspace.config.rollout.responses,
+        )
+        out = labelled(out, first, jax.random.bits(key, (out.rows,)))
+        return score_references(stage, run, out.replace(reward=out.count, correct=out.count))
+
+    return jax.eval_shape(whole, jax.random.key(0))
 
 
-def as_scored(batch: Rollouts) -> Rollouts:
-    """What a policy reads of a batch, and nothing else: every scoring pass is one compiled function."""
-    return Rollouts(
-        tokens=batch.tokens, mask=batch.mask, prompt_length=batch.prompt_length, shared_prompt=batch.shared_prompt
-    )
-
-
-def score_packed(workspace: Workspace, params: Params, seen: Rollouts) -> TokenStats:
-    """What the policy says of rows on the mesh, packed if the run packs."""
-    slices = workspace.config.training.minibatches * workspace.config.training.microbatches
-    return workspace.score(params, seen, **packed(workspace.config, workspace.mesh, seen, slices))
-
-
-def score_companions(workspace: Workspace, run: Run, batch: Rollouts) -> Rollouts:
-    """Attach ``logp_old`` (unless the first optimizer step is its own old policy) and ``logp_<slot>``."""
-    seen, slots = as_scored(batch), references.scored(workspace.objective, run.slots)
-    said = {name: score_packed(workspace, p, seen).logp for name, p in slots.items()}
-    scored = batch.with_token(**logps(said))
-    always = workspace.protocol.stale or workspace.optimizer_steps() > 1
-    if always or must_score(workspace.objective, scored, run.state.objective):
-        old = score_packed(workspace, run.state.params, seen)
-        constants = dict(logp_old=old.logp, entropy_old=old.entropy, value_old=old.value)
-        scored = scored.replace(**constants).with_token(**logps(old.derived))
-    return scored
+def verified(workspace: Workspace, watch: Watch, compare: Any, rollouts: Rollouts) -> Rollouts:
+    """The rollouts with what the verifier says of them, and with the judge's scores as rewards if one is named."""
+    questions, given = workspace.questions, {}
+    if questions.task.score:
+        examples = [questions.train.examples[i] for i in to_host(rollouts.prompt)]
+        rewards, correct, errors = questions.verdicts(examples, rollouts).T
+        watch.add("reward/errors", int(errors.sum()))
+        given = dict(reward=rewards.astype(np.float32), correct=correct.astype(np.float32))
+    if workspace.config.judge.name != "verifier":
+        if given:  # what the judge is a stand-in for
+            watch.notes["reward/verified"] = float(given["reward"].mean())
+        given["reward"] = compare(questions.train.examples, rollouts).scores.reshape(-1).astype(np.float32)
+    return rollouts.replace(**given)

@@ -8,8 +8,9 @@ from ml_collections import ConfigDict
 
 from jaxpo.batch import Rollouts
 from jaxpo.config.blocks import arguments_of
+from jaxpo.config.resolved import Resolved
 from jaxpo.fields import EDITS, NUMBERS, PAIR, VECTORS
-from jaxpo.learning.needs import Form, form_of
+from jaxpo.learning.needs import Form
 from jaxpo.objectives import Objective
 from jaxpo.tasks import Example, Task
 from jaxpo.tasks.base import locate
@@ -72,17 +73,15 @@ def traced(data: PreferenceSet, tracer: Tracer) -> PreferenceSet:
     return data._replace(train=[of(row) for row in data.train], test=[of(row) for row in data.test])
 
 
-def encoded(
-    config: ConfigDict, objective: Objective, data: PreferenceSet, tokenizer: Tokenizer, judges: bool
-) -> Preferences | None:
+def encoded(resolved: Resolved, data: PreferenceSet, tokenizer: Tokenizer) -> Preferences | None:
     """The set as tokens, in the form that the objective takes; None where a judge says of the policy's own answers what
     the objective asks, and the data give the prompts alone.
 
     Raises:
       ValueError: it takes no preferences or other ones, a bad row, or none is left.
     """
-    form = form_of(objective, config.rollout.responses)
-    if judges and (form is None or set(form.numbers) & set(NUMBERS)):
+    config, objective, form = resolved.config, resolved.objective, resolved.form
+    if resolved.protocol.facts.judges and (form is None or set(form.numbers) & set(NUMBERS)):
         return None
     if form is None:
         raise ValueError(

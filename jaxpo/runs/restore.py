@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 
 from jaxpo.config.fields import default
 from jaxpo.learning import references
-from jaxpo.learning.needs import heads_of, slots_of
 from jaxpo.learning.programs import optimizer_of
 from jaxpo.learning.references import held
 from jaxpo.learning.state import Run, TrainState
@@ -42,10 +41,10 @@ def checkpoint_of(run: Run, seed: int) -> tuple[dict[str, Any], dict[str, int]]:
     """The arrays and the position of a run. Its random state is the seed: every key is a function of it and the
     iteration, every epoch's order of (seed, epoch)."""
     state = run.state
-    arrays = dict(
-        params=state.params, opt_state=state.opt_state, objective=state.objective, slots=run.slots, tables=run.tables
+    trained = dict(params=state.params, opt_state=state.opt_state, objective=state.objective)
+    return dict(**trained, references=run.references, tables=run.tables), dict(
+        seed=seed, iteration=run.iteration, position=run.position
     )
-    return arrays, dict(seed=seed, iteration=run.iteration, position=run.position)
 
 
 def template(workspace: Workspace, tables: dict[str, Any]) -> dict[str, Any]:
@@ -54,14 +53,13 @@ def template(workspace: Workspace, tables: dict[str, Any]) -> dict[str, Any]:
     def whole(key: jax.Array) -> dict[str, Any]:
         params = workspace.init_params(key)
         opt_state = optimizer_of(workspace.config).init(params)
-        slots = held(
-            slots_of(workspace.objective, workspace.protocol.provides), workspace.protocol.keeps, params, opt_state
-        )
-        return dict(params=params, opt_state=opt_state, objective=workspace.objective.init(), slots=slots)
+        frozen = held_of(workspace, params, opt_state)
+        return dict(params=params, opt_state=opt_state, objective=workspace.objective.init(), references=frozen)
 
     shapes = jax.eval_shape(whole, jax.random.key(0))
     where = {name: shardings(tree, workspace.mesh) for name, tree in shapes.items()}
-    where["slots"] = {name: workspace.companion_shardings(tree) for name, tree in shapes["slots"].items()}
+    frozen = shapes["references"].items()
+    where["references"] = {name: workspace.reference_shardings(tree) for name, tree in frozen}
     where["objective"] = jax.tree.map(lambda _: replicated(workspace.mesh), shapes["objective"])
     placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
     return {**placed, "tables": tables}
@@ -79,7 +77,7 @@ def restore(workspace: Workspace, tables: dict[str, Any], directory: str) -> tup
     if (seed := position.pop("seed")) != workspace.config.seed:
         raise ValueError(f"config.seed is {workspace.config.seed}, but the run that is to be resumed has seed {seed}")
     state = TrainState(tree["params"], tree["opt_state"], tree["objective"])
-    return Run(state, tree["slots"], tree["tables"], **position), found
+    return Run(state, tree["references"], tree["tables"], **position), found
 
 
 def check_room(directory: str, template: Any, keep: int) -> None:
@@ -175,19 +173,24 @@ def find_checkpoint(workdir: str) -> int | None:
     return max(finished_steps(checkpoints_of(workdir)), default=None)
 
 
-def first_slots(workspace: Workspace, state: TrainState) -> dict[str, Any]:
-    """The frozen companions at the start of a run: copies of the policy, of which there is one for all; the soup is
-    made of two other runs."""
-    needed = slots_of(workspace.objective, workspace.protocol.provides)
-    if not needed and not workspace.protocol.keeps:
+def held_of(workspace: Workspace, params: Params, opt_state: Any) -> dict[str, Any]:
+    """The references that are made of the policy at the start of a run (of arrays or of shapes)."""
+    resolved = workspace.resolved
+    return held(resolved.references, resolved.protocol.facts.references, params, opt_state)
+
+
+def first_references(workspace: Workspace, state: TrainState) -> dict[str, Any]:
+    """The references at the start of a run. Copies of the policy share one copy; the soup is made of two other runs."""
+    keeps = workspace.protocol.facts.references
+    if not workspace.resolved.references and not keeps:
         return {}
-    opt_state = references.copied(state.opt_state) if "center" in workspace.protocol.keeps else None
-    slots = references.held(needed, workspace.protocol.keeps, workspace.companion(state.params), opt_state)
-    if "soup" in slots:
+    opt_state = references.copied(state.opt_state) if "center" in keeps else None
+    frozen = held_of(workspace, workspace.reference(state.params), opt_state)
+    if "soup" in frozen:
         soup = workspace.config.soup
         first, second = (load_params(workspace, path)[0] for path in soup.of)
-        slots["soup"] = references.blended(first, second, 1 - soup.alpha)
-    return slots
+        frozen["soup"] = references.blended(first, second, 1 - soup.alpha)
+    return frozen
 
 
 def first_params(workspace: Workspace, key: Array) -> Params:
@@ -197,6 +200,6 @@ def first_params(workspace: Workspace, key: Array) -> Params:
         return load_params(workspace, config.init_from)[0]
     if config.policy.name == "pretrained" and not config.lora.rank:
         loaded = load(open_source(config.policy.path), workspace.model.config, workspace.mesh)
-        fresh = heads.init(workspace.model.config.width, heads_of(workspace.objective, config.heads), key)
+        fresh = heads.init(workspace.model.config.width, workspace.resolved.heads, key)
         return {**loaded, **workspace.put_whole(fresh)}
     return workspace.init_params(key)

@@ -1,4 +1,4 @@
-"""The objectives whose surrogate is a form of the one-pass kernel: with it they are what they are without it."""
+"""The one-pass kernel changes nothing in the objectives whose surrogate is a form of it."""
 
 from functools import partial
 
@@ -31,7 +31,7 @@ def counted(kernel, monkeypatch):
 
 
 @pytest.mark.parametrize("name", sorted(COVERED))
-def test_the_kernel_is_taken(name, monkeypatch):
+def test_surrogate_kernel_is_taken(name, monkeypatch):
     calls = counted(KERNELS["plain"], monkeypatch)
     x = case(name)
     jax.eval_shape(partial(train, x.objective), x.params, x.batch)
@@ -58,7 +58,7 @@ def test_the_kernel_is_taken(name, monkeypatch):
     ],
     ids=str,
 )  # fmt: skip
-def test_loss_gradient_and_metrics_are_those_of_the_primitives(name, options, kernel, monkeypatch):
+def test_surrogate_kernel_keeps_loss_gradient_and_metrics(name, options, kernel, monkeypatch):
     x = case(name, **options)
     want = train(x.objective, x.params, x.batch)
     calls = counted(KERNELS[kernel], monkeypatch)
@@ -67,7 +67,7 @@ def test_loss_gradient_and_metrics_are_those_of_the_primitives(name, options, ke
     same("with the kernel", got, want, 2e-6)
 
 
-def test_the_penalty_trains(monkeypatch):
+def test_grpo_penalty_trains_with_the_kernel(monkeypatch):
     """A cotangent flows into the policy through the added KL, by the kernel as without it."""
     calls = counted(KERNELS["interpreted"], monkeypatch)
     x = case("grpo")
@@ -81,7 +81,7 @@ def test_the_penalty_trains(monkeypatch):
     np.testing.assert_allclose(grads[1], 10 * grads[0], rtol=1e-5)
 
 
-def test_what_the_kernel_cannot_say_is_composed(monkeypatch):
+def test_gspo_policy_gradient_and_bapo_are_composed_where_the_kernel_cannot_say_it(monkeypatch):
     """A ratio of whole rows, a straight-through penalty, and a traced dual clip, which it would have to compile in."""
     calls = counted(KERNELS["plain"], monkeypatch)
     x = case("gspo")
@@ -96,5 +96,5 @@ def test_what_the_kernel_cannot_say_is_composed(monkeypatch):
     assert len(calls) == 1
 
 
-def test_float64_and_cpus_take_the_primitives():
+def test_surrogate_kernel_is_not_taken_on_cpus():
     assert composition.surrogate_kernel(jnp.float32) is None

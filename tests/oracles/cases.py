@@ -1,4 +1,4 @@
-"""Batches that hurt, and jaxpo's answer to them in float64."""
+"""`CASES` hold batches that hurt, and `evaluate` gives jaxpo's answer to them in float64."""
 
 import functools
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxpo
+from jaxpo.primitives.selection import row_uniform
 from tests.oracles import Case, Gradient
 
 ROWS, WIDTH = 24, 6  # one shape everywhere, so that everything compiles once
@@ -108,6 +109,16 @@ CASES = {
     "nothing counted": make_case(8).replace(count=np.zeros(ROWS)),
 }
 
+NO_COUNTS = [name for name, case in CASES.items() if (case.count == 1).all()]
+
+
+def unit_rewards(case: Case) -> Case:
+    """Rewards in [0, 1]."""
+    return case.replace(reward=1 / (1 + np.exp(-case.reward)))
+
+
+UNIT_CASES = {name: unit_rewards(case) for name, case in CASES.items()}
+
 
 def on_policy(case: Case) -> Case:
     return case.replace(logp_old=case.logp)
@@ -187,3 +198,20 @@ def assert_same(actual: Gradient, expected: Gradient, rtol: float = 1e-9, atol: 
     """Equal loss and gradient."""
     np.testing.assert_allclose(actual[1], expected[1], rtol=rtol, atol=atol, err_msg="gradient")
     np.testing.assert_allclose(actual[0], expected[0], rtol=rtol, atol=atol, err_msg="loss")
+
+
+def assert_equals_oracle(oracles, configuration: tuple[str, dict], cases=CASES, rtol: float = 1e-9) -> None:
+    """An objective equals the function of its name in a module of oracles, on all cases."""
+    name, hyperparameters = configuration
+    for label, case in cases.items():
+        expected = getattr(oracles, name)(case, **hyperparameters)
+        try:
+            assert_same(evaluate(name, case, **hyperparameters), expected, rtol=rtol)
+        except AssertionError as error:
+            raise AssertionError(f"{label}: {error}") from None
+
+
+def priorities(case: Case, stream: int, shape: tuple = ()) -> np.ndarray:
+    """What the implementation draws for the rows' seeds."""
+    with jax.enable_x64(True):
+        return np.asarray(row_uniform(jnp.asarray(case.extra["seed"], jnp.uint32), shape, stream=stream))

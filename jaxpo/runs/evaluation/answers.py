@@ -11,8 +11,9 @@ from jax import Array
 from jaxpo.batch import Rollouts, take
 from jaxpo.parallel.distributed import to_host
 from jaxpo.policy.transformer import Params
+from jaxpo.protocols.gatherer import Prompts
 from jaxpo.rollout import SamplingOptions
-from jaxpo.runs.workspace import Prompts, Workspace, judge, shard_count
+from jaxpo.runs.workspace import Workspace, shard_count
 
 Z95 = 1.959963984540054
 
@@ -53,14 +54,14 @@ def complete(
 ) -> Iterator[tuple[np.ndarray, Rollouts]]:
     """Generate for all prompts in chunks of one shape; yields (indices of the chunk's prompts, their rollouts as
     numpy)."""
-    params = workspace.sampler_params(params)
+    params = workspace.programs.sampler_params(params)
     chunk = chunk or min(len(prompts), workspace.config.rollout.prompts * workspace.config.rollout.responses)
     chunk = -(-chunk // shard_count(workspace)) * shard_count(workspace)
     for i, start in enumerate(range(0, len(prompts), chunk)):
         real = np.arange(start, min(start + chunk, len(prompts)))
         rows = np.concatenate([real, np.zeros(chunk - len(real), np.int64)])  # the last chunk is filled up, then cut
         arrays = workspace.put((prompts.tokens[rows], prompts.length[rows]))
-        out = workspace.generate(params, *arrays, jax.random.fold_in(key, i), options, responses=responses)
+        out = workspace.programs.generate(params, *arrays, jax.random.fold_in(key, i), options, responses=responses)
         kept = np.arange(len(real) * responses)
         yield real, take(to_host(out), kept, shared_prompt=responses)
 
@@ -71,11 +72,11 @@ def greedy(workspace: Workspace, params: Params, prompts: Prompts) -> tuple[dict
     options = workspace.sampling.replace(greedy=True, temperature=1.0, top_k=None, top_p=None, min_p=None)
     samples, verdicts = [], np.zeros((0, 3))
     for indices, rollouts in complete(workspace, params, prompts, options, jax.random.key(0)):
-        examples, texts = [prompts.examples[i] for i in indices], workspace.texts(rollouts)
+        examples, texts = [prompts.examples[i] for i in indices], workspace.questions.texts(rollouts)
         if workspace.task.score is None:
             pairs = zip(examples, texts, strict=True)
             return {}, [dict(question=e.question, answer=e.answer, completion=t) for e, t in pairs]
-        judged = judge(workspace, examples, rollouts)
+        judged = workspace.questions.verdicts(examples, rollouts)
         verdicts = np.concatenate([verdicts, judged])
         samples += [
             dict(question=e.question, answer=e.answer, completion=t, reward=float(r), correct=bool(c))
@@ -113,7 +114,7 @@ def sampled(
             chunk=workspace.config.rollout.prompts,
         ):
             examples = [prompts.examples[i] for i in np.repeat(indices, responses)]
-            correct = judge(workspace, examples, rollouts)[:, 1].astype(np.int64)
+            correct = workspace.questions.verdicts(examples, rollouts)[:, 1].astype(np.int64)
             right[indices] += correct.reshape(-1, responses)[:, :use].sum(1)
         drawn += use
     out = {}

@@ -7,16 +7,19 @@ import jax
 import numpy as np
 
 from jaxpo import metrics as metrics_lib
-from jaxpo.batch import Rollouts
+from jaxpo.batch import Rollouts, concatenate
 from jaxpo.fields import PAIR
 from jaxpo.learning.state import Run
 from jaxpo.parallel.distributed import to_host
 from jaxpo.policy import heads
 from jaxpo.policy.transformer import Params
 from jaxpo.primitives import preference_diagnostics as diagnostics
+from jaxpo.protocols.gatherer import Watch
+from jaxpo.protocols.rows import as_scored
 from jaxpo.runs.evaluation import answers
-from jaxpo.runs.gatherer import as_scored, score_companions, score_packed
-from jaxpo.runs.workspace import Prompts, Workspace
+from jaxpo.runs.gatherer import make_stage
+from jaxpo.runs.iteration import score_references
+from jaxpo.runs.workspace import Workspace
 
 SHOWN = ("eval/accuracy", "eval/ece", "eval/margin", "eval/ranking_accuracy", "eval/idealized_accuracy")
 START = "start_logp"  # table: log-probs of the held-out answers under the policy at the start [units, rows of a unit]
@@ -50,7 +53,7 @@ def sums(workspace: Workspace, params: Params) -> np.ndarray:
     """[units, rows of a unit] log-probs of the held-out answers."""
     out = []
     for real, batch in chunks(workspace):
-        logp = to_host(score_packed(workspace, params, as_scored(batch)).logp)
+        logp = to_host(workspace.score(params, as_scored(batch)).logp)
         row = np.where(to_host(batch.mask) > 0, logp, 0).sum(1)
         out.append(row.reshape(workspace.config.rollout.prompts, -1)[: len(real)])
     return np.concatenate(out)
@@ -86,30 +89,30 @@ def held_out(workspace: Workspace, run: Run) -> dict[str, float]:
 
 
 def measured(workspace: Workspace, run: Run) -> dict[str, float]:
-    """The objective's loss and its metrics of preferences, of held-out units."""
-    reports, state = [], run.state.objective
-    for _, batch in chunks(workspace):
-        batch = score_companions(workspace, run, batch)
-        reports.append(workspace.measure(run.state.params, batch, state))
-    report = metrics_lib.merge(jax.tree.map(lambda *x: np.concatenate([np.asarray(y) for y in x]), *reports))
+    """The objective's loss and its metrics of preferences, of all held-out units as one batch."""
+    stage, batches = make_stage(workspace, Watch()), []
+    for i, (_, batch) in enumerate(chunks(workspace)):
+        batch = batch.replace(group=batch.group + i * batch.rows)  # groups of different chunks stay apart
+        batches.append(score_references(stage, run, batch))
+    report = workspace.programs.measure(run.state.params, concatenate(batches), run.state.objective)
     results = {k: float(v) for k, v in metrics_lib.results(report).items()}
     wanted = {name: f"eval/{name.split('/')[-1]}" for name in results if name.startswith("preference/")}
-    return {"eval/loss": results["loss"] / len(reports), **{to: results[name] for name, to in wanted.items()}}
+    return {"eval/loss": results["loss"], **{to: results[name] for name, to in wanted.items()}}
 
 
 def implicit_kl(workspace: Workspace, run: Run) -> dict[str, float]:
     """``eval/kl``: mean of ``sum_t (logp - logp_ref)`` over answers that the policy samples to ``rollout.prompts`` test
     prompts; {} without a reference."""
-    if "ref" not in run.slots:
+    if "ref" not in run.references:
         return {}
     n, params = workspace.config.rollout.prompts, run.state.params
-    prompts = workspace.test
+    prompts = workspace.questions.test
     at = np.resize(np.arange(len(prompts)), n)  # whole batches: in turn, if there are fewer
-    first = Prompts([prompts.examples[i] for i in at], prompts.tokens[at], prompts.length[at])
+    first = prompts.take(at)
     options = dict(responses=workspace.config.rollout.responses, chunk=n)
     (_, rollouts), *_ = answers.complete(workspace, params, first, workspace.sampling, jax.random.key(0), **options)
     seen, mask = workspace.put(as_scored(rollouts)), rollouts.mask > 0
-    own, ref = (to_host(score_packed(workspace, p, seen).logp) for p in (params, run.slots["ref"]))
+    own, ref = (to_host(workspace.score(p, seen).logp) for p in (params, run.references["ref"]))
     return {"eval/kl": float(np.where(mask, own - ref, 0).sum(1).mean())}
 
 

@@ -13,9 +13,9 @@ from jaxpo.fields import PAIR
 from jaxpo.parallel.distributed import to_host
 from jaxpo.policy.transformer import Params
 from jaxpo.primitives import preference_diagnostics as diagnostics
+from jaxpo.protocols.rows import as_scored
 from jaxpo.runs.evaluation.answers import wilson
 from jaxpo.runs.evaluation.pairs import chunks
-from jaxpo.runs.gatherer import as_scored
 from jaxpo.runs.judges.judge import of_stats
 from jaxpo.runs.workspace import Workspace
 
@@ -29,7 +29,7 @@ def stated(workspace: Workspace, params: Params) -> tuple[np.ndarray, np.ndarray
     form, said = workspace.preferences.form, []
     w, l = (form.layout.index(role) for role in PAIR) if form.layout else (0, 0)  # noqa: E741
     for real, batch in chunks(workspace):
-        stats = to_host(workspace.opinion(params, as_scored(batch)))
+        stats = to_host(workspace.programs.score_heads(params, as_scored(batch)))
         if form.layout:
             p = of_stats(workspace, stats, (batch.rows // form.size, form.size)).wins[:, w, l]
         else:

@@ -91,7 +91,7 @@ def likelihoods(
     rows = rows_of(heads, ids, workspace.tokenizer.pad_id)
     shards = shard_count(workspace)
     spread = pad(rows, rows=-(-rows.rows // (shards * len(ids))) * shards * len(ids))
-    logp = to_host(workspace.score(params, workspace.put(spread)).logp)[: rows.rows]
+    logp = to_host(workspace.programs.score_old(params, workspace.put(spread)).logp)[: rows.rows]
     return (np.where(rows.mask > 0, logp, 0).sum(1) / rows.mask.sum(1)).reshape(len(heads), len(ids))
 
 

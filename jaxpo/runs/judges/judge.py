@@ -1,16 +1,8 @@
 """Who decides between answers: a verifier, a function of the user's, or a trained reward or preference model.
 
-A judge looks at all answers to a prompt at once and gives a `Verdict`. ``config.judge`` names it:
-
-  verifier          scores are the task's rewards
-  function          ``"module:function"`` of (questions [G], answers [G][K]) -> scores [G, K], or win probabilities
-                    [G, K, K]
-  model             the run directory of ``experiments.train_reward``: scores of its score head, or preferences of its
-                    embeddings
-  models            several of them: a sum of their scores by weights (RLUF), or by those that an adapter gives to each
-                    prompt (Preference Orchestrator)
-  follow_ups        the run directory of a language model: how likely it finds what a happy user says next
-                    (`jaxpo.runs.judges.follow_ups`)
+A judge looks at all answers to a prompt at once and gives a `Verdict`; ``config.judge`` names it. It is registered as a
+factory of its options that returns ``(workspace) -> opinion``, and an opinion is ``(examples [G], answers [G][K]) ->
+Verdict``.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,14 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxpo.batch import Rollouts, TokenStats, from_sequences, pad, take
+from jaxpo.batch import Rollouts, TokenStats, from_sequences, pad
+from jaxpo.config.blocks import arguments_of
 from jaxpo.learning.needs import JUDGING, is_reward_model
-from jaxpo.parallel.distributed import from_rows, own_rows, to_host
+from jaxpo.parallel.distributed import to_host
 from jaxpo.policy.transformer import Params
 from jaxpo.primitives import preference_data, preferences
-from jaxpo.protocols.protocol import Verdict
-from jaxpo.registry import make
+from jaxpo.protocols.gatherer import Verdict
+from jaxpo.registry import entry, make, register
 from jaxpo.runs.judges import follow_ups
+from jaxpo.runs.questions import Answers, Opinion
 from jaxpo.runs.restore import open_finished
 from jaxpo.runs.workspace import Workspace, shard_count
 from jaxpo.tasks import Example, Task
@@ -40,56 +34,65 @@ STEP = 32  # widths of what a model judges are rounded up to this: few shapes ar
 ON_MESH = ("model", "models", "follow_ups")  # judges that compute on it
 
 
-Answers = list[list[str]]
-Opinion = Callable[[Sequence[Example], Answers], Verdict]
+Judge = Callable[[Workspace], Opinion]
 
 
 def make_judge(workspace: Workspace) -> Callable[..., Verdict]:
     """``(examples, *columns) -> Verdict`` of the judge that the config names. ``columns``: batches with answers to the
     same prompts in the same order; their answers stand side by side.
 
-    Of several processes each decodes and judges the answers to a share of the prompts, and all get the whole; models
-    judge on the mesh, where the rows are spread already.
-
     Raises:
       ValueError: the run has no verifier, or what is named is no judge.
     """
-    opinion, on_mesh = opinion_of(workspace), workspace.config.judge.name in ON_MESH
+    block = workspace.config.judge
+    arguments = arguments_of(block, entry(block.name, "judge").parameters)
+    opinion = make(block.name, "judge", **arguments)(workspace)
+    return partial(workspace.questions.compare, opinion, whole=block.name in ON_MESH)
 
-    def judge(examples: Sequence[Example], *columns: Rollouts) -> Verdict:
-        columns = [to_host(column) for column in columns]
-        at = columns[0].prompt[:: columns[0].shared_prompt]
-        own = np.arange(len(at)) if on_mesh else own_rows(at)
-        answers = np.concatenate([answers_of(workspace, column, own) for column in columns], 1)
-        k = answers.shape[1]
-        said = Verdict(np.zeros((0, k)), np.zeros((0, k, k)))
-        if len(own):
-            said = opinion([examples[i] for i in at[own]], answers.tolist())
-        return said if on_mesh else Verdict(*(from_rows(x, own, len(at)) for x in said))
+
+@register("judge")
+def verifier(scale: float | None = None) -> Judge:
+    """The task's rewards are the scores.
+
+    Args:
+      scale: ``P(i beats j) = sig(scale (s_i - s_j))``; None: the higher score wins.
+    """
+    return lambda workspace: partial(verified, workspace.task, scale)
+
+
+@register("judge")
+def function(path: str, scale: float | None = None) -> Judge:
+    """A function ``"module:function"`` of (questions [G], answers [G][K]) gives scores [G, K], or win probabilities
+    [G, K, K]. scale: as of `verifier`."""
+    return lambda workspace: partial(by_function, path, scale)
+
+
+@register("judge")
+def model(path: str, scale: float | None = None) -> Judge:
+    """The run directory of ``experiments.train_reward``: scores of its score head, or preferences of its embeddings.
+    scale: as of `verifier`; None = 1."""
+    return lambda workspace: by_model(path, scale, characters(workspace))
+
+
+@register("judge")
+def models(
+    paths: tuple = (), weights: tuple | None = None, adapter: str | None = None, scale: float | None = None
+) -> Judge:
+    """Several run directories of reward models: a sum of their scores by ``weights`` (RLUF), or by what the run
+    ``adapter`` gives to each prompt (Preference Orchestrator). scale: as of `verifier`."""
+    return lambda workspace: by_models(tuple(paths), weights, adapter, scale, characters(workspace))
+
+
+@register("judge", id="follow_ups")
+def what_comes_next(path: str, file: str, between: str = "\n", scale: float | None = None) -> Judge:
+    """The run directory of a language model: how likely it finds what a happy user says next
+    (`jaxpo.runs.judges.follow_ups`). scale: as of `verifier`."""
+
+    def judge(workspace: Workspace) -> Opinion:
+        scores = follow_ups.scorer(path, file, between)
+        return lambda examples, answers: of_scores(scores(examples, answers), scale)
 
     return judge
-
-
-def answers_of(workspace: Workspace, column: Rollouts, prompts: np.ndarray) -> np.ndarray:
-    """[n, K] the texts of the answers (NumPy) to these of the prompts."""
-    k = column.shared_prompt
-    rows = take(column, (prompts[:, None] * k + np.arange(k)).reshape(-1), shared_prompt=k)
-    return np.array(workspace.texts(rows), object).reshape(len(prompts), k)
-
-
-def opinion_of(workspace: Workspace) -> Opinion:
-    """The judge's ``(examples [G], answers [G][K]) -> Verdict``."""
-    judge = workspace.config.judge
-    if judge.name == "verifier":
-        return partial(verified, workspace.task, judge.scale)
-    if judge.name == "function":
-        return partial(by_function, judge.path, judge.scale)
-    if judge.name == "models":
-        return by_models(tuple(judge.paths), judge.weights, judge.adapter, judge.scale, characters(workspace))
-    if judge.name == "follow_ups":
-        scores = follow_ups.scorer(judge.path, judge.file, judge.between)
-        return lambda examples, answers: of_scores(scores(examples, answers), judge.scale)
-    return by_model(judge.path, judge.scale, characters(workspace))
 
 
 def of_scores(scores: np.ndarray, scale: float | None) -> Verdict:
@@ -133,8 +136,9 @@ def by_function(path: str, scale: float | None, examples: Sequence[Example], ans
 
 
 def characters(workspace: Workspace) -> list[str]:
-    """Those that occur in the prompts of a run and in its tokens."""
-    examples = [e for prompts in (workspace.train, workspace.test) for e in prompts.examples]
+    """Every character that a prompt contains or the tokenizer can produce."""
+    questions = workspace.questions
+    examples = [e for prompts in (questions.train, questions.test) for e in prompts.examples]
     tokens = (workspace.tokenizer.decode([i]) for i in range(workspace.tokenizer.vocab_size))
     return sorted({c for e in examples for c in question_of(e.question)}.union(*tokens))
 
@@ -208,7 +212,7 @@ def by_models(
         if adapter is not None:  # the gate reads the prompt alone, whatever is answered
             gate = heads_say(workspace, params, examples, [[""]] * len(examples)).gate
             said = {"cand_scores": flat, "adapter_logits": np.repeat(gate, k, 0)}
-        batch = Rollouts(mask=np.ones((len(flat), 1)), per_row=said)
+        batch = Rollouts(mask=np.ones((len(flat), 1)), **said)
         return of_scores(np.asarray(reward.fn(batch, None)).reshape(-1, k), scale)
 
     return judge
@@ -218,7 +222,7 @@ def heads_say(workspace: Workspace, params: Params, examples: Sequence[Example],
     """What the heads say of K answers to each of G prompts: rows [G K] (NumPy)."""
     rows = rows_of(workspace, examples, answers)
     spread = pad(rows, rows=-(-rows.rows // shard_count(workspace)) * shard_count(workspace))
-    stats = to_host(workspace.opinion(params, workspace.put(spread)))
+    stats = to_host(workspace.programs.score_heads(params, workspace.put(spread)))
     return jax.tree.map(lambda x: x[: rows.rows], stats)
 
 
