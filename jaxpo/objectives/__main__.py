@@ -1,7 +1,6 @@
 """The registry on the command line: ``python -m jaxpo.objectives [list [KIND] | describe NAME [KIND] | docs
 [FILE]]``."""
 
-import importlib
 import sys
 
 from jaxpo.objectives.listing import listing, reference
@@ -18,7 +17,6 @@ def run(arguments: list[str]) -> str:
 
     Raises:
       ValueError: an unknown command, name or kind, with the nearest."""
-    importlib.import_module("jaxpo.protocols")  # for its registrations: nothing below training imports it
     match arguments:
         case []:
             return listing("objective")

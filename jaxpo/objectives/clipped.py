@@ -2,13 +2,16 @@
 
 from typing import Any
 
+from jaxpo.arguments import AboveOne, NonNegative, Positive, PositiveOrInfinite
 from jaxpo.objectives.grammar.base import Objective
-from jaxpo.objectives.grammar.parts import Part
+from jaxpo.objectives.grammar.parts import Advantage
 from jaxpo.objectives.grammar.policy_gradient import policy_gradient
 from jaxpo.objectives.parts import aggregation_of, ratios, regularizers, surrogates
 
 
-def eps_pair(eps: float | None, eps_low: float, eps_high: float, default: tuple[float, float]) -> tuple[float, float]:
+def eps_pair(
+    eps: Positive | None, eps_low: Positive, eps_high: Positive, default: tuple[float, float]
+) -> tuple[float, float]:
     """``eps`` sets both clip ranges; together with one of them it would hide a contradiction."""
     if eps is None:
         return eps_low, eps_high
@@ -18,17 +21,20 @@ def eps_pair(eps: float | None, eps_low: float, eps_high: float, default: tuple[
 
 
 def clipped_tokens(
-    advantage: Part,
+    advantage: Advantage,
     eps: tuple[float, float],
     *,
     agg: str,
-    L_const: float | None = None,  # noqa: N803
-    dual_clip: float | None = None,
-    beta: float = 0.0,
-    log_ratio_clip: float = 20.0,
+    L_const: Positive | None = None,  # noqa: N803
+    dual_clip: AboveOne | None = None,
+    beta: NonNegative = 0.0,
+    log_ratio_clip: PositiveOrInfinite = 20.0,
     **options: Any,
 ) -> Objective:
-    """PPO's clipped surrogate on token ratios, with any advantage, and ``beta k3`` to the reference: GRPO's frame."""
+    """PPO's clipped surrogate on token ratios, with any advantage, and ``beta k3`` to the reference: GRPO's frame.
+
+    Args:
+      options: passed on to `policy_gradient`."""
     return policy_gradient(
         advantage=advantage,
         ratio=ratios.token(log_ratio_clip),

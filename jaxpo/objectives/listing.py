@@ -2,7 +2,10 @@
 
 import inspect
 import re
+import sys
 
+from jaxpo.arguments import choices_of
+from jaxpo.fields import FIELDS
 from jaxpo.objectives.grammar.base import Objective
 from jaxpo.registry import Entry, entry, make, names
 
@@ -15,6 +18,7 @@ PART_KINDS = (
     "filter",
     "reward",
     "correction",
+    "term",
     "diagnostic",
     "sampler",
     "protocol",
@@ -32,6 +36,10 @@ before and corrections of the gap between sampler and trainer beside it. Any of 
 --config.objective.name=policy_gradient --config.objective.advantage=bnpo --config.objective.ratio=sequence \\
     --config.objective.agg=seq_mean --config.objective.regularizers="0.04 * kl_to_reference(estimator='k2')"
 ```
+
+The tables below are sorted by family. Their columns: the file of the objective; the protocol that gathers its data (none:
+on policy); the frozen references under which it needs log-probs (`ref` = `logp_ref`); and who may give the other fields
+that it needs, where the training loop does not give them by itself.
 
 A preference objective (`dpo`, `simpo`, ..., `opa_dpo`, the Nash methods, reward models) is one number for a *unit* of
 consecutive rows: `layout` names their roles (chosen, rejected, and third answers where it has them), the policy scores
@@ -65,13 +73,15 @@ def example(name: str) -> Objective:
 
 
 def settings(row: Entry) -> str:
-    """Hyperparameters with their defaults; those that a run fills in say from what."""
+    """Hyperparameters with their defaults and choices; those that a run fills in say from what."""
     said = []
     for name, default in row.defaults.items():
         share = row.budget.get(name)
         if share is not None:
             default = "the run's steps" if share == "steps" else f"{share:g} x the generation budget"
-        said.append(f"`{name}` = {default if share is not None else repr(default)}")
+        others = [repr(x) for x in choices_of(row.domains.get(name)) if x != default]
+        choices = f" (or {', '.join(others)})" if others else ""
+        said.append(f"`{name}` = {default if share is not None else repr(default)}{choices}")
     return ", ".join(said) or "none"
 
 
@@ -81,6 +91,25 @@ def composition(objective: Objective) -> str:
         "; ".join(f"{kind} `{' + '.join(parts)}`" for kind, parts in objective.made_of.items() if parts)
         or "its own terms"
     )
+
+
+def references(objective: Objective) -> list[str]:
+    """Names of the frozen references under which it needs log-probs."""
+    asked = [n for n in sorted(objective.asks.needs) if n in FIELDS and FIELDS[n].givers == ("reference",)]
+    return [n.removeprefix("logp_") for n in asked]
+
+
+def sources(objective: Objective) -> dict[str, tuple[str, ...]]:
+    """Who may give each field that it needs, for those that the training loop does not give by itself."""
+    asked = {n: FIELDS[n].givers for n in sorted(objective.asks.needs) if n in FIELDS}
+    return {n: givers for n, givers in asked.items() if not {"loop", "reference"} & set(givers)}
+
+
+def data(objective: Objective) -> str:
+    """Units and fields that data, a judge, a protocol or the user have to give."""
+    layout = list(dict.fromkeys(objective.unit.layout))
+    units = [f"units of {', '.join(layout)}"] if layout else []
+    return "; ".join([*units, *[f"`{name}`: {' or '.join(givers)}" for name, givers in sources(objective).items()]])
 
 
 def section(name: str) -> str:
@@ -102,6 +131,31 @@ def section(name: str) -> str:
     return "\n\n".join(lines[:2]) + "\n\n" + "\n".join(lines[2:])
 
 
+def families() -> dict[str, list[str]]:
+    """Names of the objectives by the module that defines them; those that a user registered are left out."""
+    found: dict[str, list[str]] = {}
+    for name in names():
+        module = entry(name).factory.__module__
+        if module.startswith(HERE):
+            found.setdefault(module, []).append(name)
+    return dict(sorted(found.items()))
+
+
+def family(module: str, members: list[str]) -> str:
+    """Markdown of the table of a family."""
+    about = " ".join((inspect.getdoc(sys.modules[module]) or "").split("\n\n")[0].split())
+    file = module.replace(".", "/") + ".py"
+    lines = [f"## {module.rsplit('.', 1)[-1]}", "", about, ""]
+    lines += ["| objective | in a line | file | protocol | references | data |", "|---|---|---|---|---|---|"]
+    for name in members:
+        objective = example(name)
+        protocol = f"`{objective.protocol.name}`" if objective.protocol.name != "on_policy" else ""
+        cells = [first_paragraph(entry(name)), f"[{file.rsplit('/', 1)[-1]}](../{file})", protocol]
+        cells += [", ".join(references(objective)), data(objective)]
+        lines.append(f"| [`{name}`](#{name}) | {' | '.join(map(cell, cells))} |")
+    return "\n".join(lines)
+
+
 def table(kind: str) -> str:
     """Markdown of the parts of a kind."""
     rows = [entry(name, kind) for name in names(kind)]
@@ -117,7 +171,7 @@ def cell(text: str) -> str:
 
 def reference() -> str:
     """The whole of ``docs/objectives.md``."""
-    index = ["| objective | in a line |", "|---|---|"]
-    index += [f"| [`{n}`](#{n}) | {cell(first_paragraph(entry(n)))} |" for n in names()]
+    tables = [family(module, members) for module, members in families().items()]
+    sections = ["## One by one", *[section(name) for members in families().values() for name in sorted(members)]]
     parts = [f"## Parts: {kind}\n\n{table(kind)}" for kind in PART_KINDS]
-    return "\n\n".join([INTRODUCTION.rstrip(), "\n".join(index), *map(section, names()), *parts]) + "\n"
+    return "\n\n".join([INTRODUCTION.rstrip(), *tables, *sections, *parts]) + "\n"

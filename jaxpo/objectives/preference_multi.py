@@ -1,17 +1,17 @@
 """Alignment from more than one pair of answers: rationales, in-context revisions, expert edits, samples with scores."""
 
+from typing import Literal
+
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxpo.arguments import NONZERO, NonNegative, Positive, Share, Whole, other_than, when
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.fields import EDITS, PAIR
-from jaxpo.objectives.grammar.base import Objective, State, Term, from_terms, is_off
+from jaxpo.objectives.grammar.base import Gathering, Objective, State, Term, Unit, asks_of, from_terms, is_off
 from jaxpo.objectives.grammar.units import Units, log_ratios, nll_term, preference, unit_objective, unit_term
-from jaxpo.objectives.parts.surrogates import unused
 from jaxpo.objectives.preference import log_odds_ratio
 from jaxpo.primitives import aggregation, grouping, preferences
-from jaxpo.primitives.advantages import choice
-from jaxpo.primitives.aggregation import positive
 from jaxpo.primitives.numerics import promote, ratio_or_zero
 from jaxpo.registry import register
 
@@ -19,7 +19,7 @@ REVISIONS = ("chosen_given_rejected", "rejected_given_chosen", "chosen_given_cho
 
 
 @register(source="SRPO, arXiv:2406.01660 (derived from its min-max objective; weights and scale are assumed)")
-def srpo(beta: float = 0.01, alpha: float = 0.5, soft: bool = False) -> Objective:
+def srpo(beta: NonNegative = 0.01, alpha: Share = 0.5, soft: bool = False) -> Objective:
     """Self-Improving Robust Preference Optimization: ``(1 - alpha) joint + alpha improver`` with ``D(a|b)`` the
     log-ratio of answer a when the prompt holds the draft b, ``t = 2 p - 1``:
 
@@ -49,12 +49,12 @@ def srpo(beta: float = 0.01, alpha: float = 0.5, soft: bool = False) -> Objectiv
         [unit_term("joint", joint, coef=1 - alpha), unit_term("improver", improver, coef=alpha)],
         margin=lambda units: beta * (units.log_ratio("chosen") - units.log_ratio("rejected")),
         layout=(*PAIR, *REVISIONS),
-        needs=("logp_ref", "pref_prob") if soft else ("logp_ref",),
+        asks=asks_of("logp_ref", *(("pref_prob",) if soft else ())),
     )
 
 
 @register(source="SePPO, arXiv:2410.05255 (for diffusion; its form for language models is ours)")
-def seppo(beta: float = 0.1, flip: bool = True) -> Objective:
+def seppo(beta: NonNegative = 0.1, flip: bool = True) -> Objective:
     """Semi-Policy Preference Optimization: ``-log sig(beta (D_w - sign D_s))``, a mean over pairs of an answer w that
     is known to be good and a sample s of an earlier checkpoint, which is the reference; ``sign = -1`` where
     ``D_w < 0``: there the checkpoint explains the good answer better, and its sample counts as another winner.
@@ -70,11 +70,13 @@ def seppo(beta: float = 0.1, flip: bool = True) -> Objective:
         return beta * (w - sign * s)
 
     value = unit_term("preference", lambda units, state: preferences.logistic(margin(units)))
-    return unit_objective([value], margin=margin, needs=("logp_ref",), protocol="seppo")
+    return unit_objective([value], margin=margin, asks=asks_of("logp_ref"), protocol=Gathering("seppo"))
 
 
 @register(source="RDPO, arXiv:2407.14477; reds-lab/preference-learning-with-rationales")
-def rationale_dpo(beta: float = 0.1, gamma: float = 0.001, term: str = "logsigmoid") -> Objective:
+def rationale_dpo(
+    beta: NonNegative = 0.1, gamma: NonNegative = 0.001, term: Literal["logsigmoid", "nll"] = "logsigmoid"
+) -> Objective:
     """DPO with rationales: ``-log sig(beta (D_w - D_l)) - log sig(gamma logp_rat)``, a mean over pairs; the rationale
     says why w is preferred, its prompt holds both answers.
 
@@ -83,7 +85,6 @@ def rationale_dpo(beta: float = 0.1, gamma: float = 0.001, term: str = "logsigmo
     Args:
       gamma: the published command's. term: "logsigmoid" (as released; at small gamma half the weight of the other), or
         "nll": ``-gamma logp_rat``."""
-    choice("term", term, ("logsigmoid", "nll"))
 
     def rationale(units: Units, state: State) -> Array:
         z = gamma * units.logp("rationale")
@@ -98,7 +99,7 @@ def rationale_dpo(beta: float = 0.1, gamma: float = 0.001, term: str = "logsigmo
 
 
 @register(source="RORPO, arXiv:2407.14477; reds-lab/preference-learning-with-rationales")
-def rationale_orpo(lam: float = 0.1, gamma: float = 1.0) -> Objective:
+def rationale_orpo(lam: NonNegative = 0.1, gamma: NonNegative = 1.0) -> Objective:
     """ORPO with rationales: the loss of `orpo` ``- gamma logp_rat/len_rat``, a mean over pairs.
 
     Shapes: logp [B, T], rows in units of chosen, rejected, rationale."""
@@ -130,16 +131,23 @@ def token_ratios(units: Units, role: str, weight: str = "", of: str = "") -> tup
 EDITED = (*EDITS, "truth_corrupted", "revised_corrupted")
 
 
-@register(source="OPA-DPO, arXiv:2501.09695; zhyang2226/OPA-DPO")
+OPA_WHEN = {
+    "c_ctx": (when(c_g=NONZERO), when(c_v=NONZERO)),
+    "a": when(c_a=NONZERO),
+    "rev_anchor_sign": when(c_a=NONZERO),
+}
+
+
+@register(source="OPA-DPO, arXiv:2501.09695; zhyang2226/OPA-DPO", when=OPA_WHEN)
 def opa_dpo(
-    beta: float = 0.1,
-    c_g: float = 1.0,
-    c_v: float = 1.0,
-    c_ctx: float = 0.2,
-    c_a: float = 1.0,
+    beta: NonNegative = 0.1,
+    c_g: NonNegative = 1.0,
+    c_v: NonNegative = 1.0,
+    c_ctx: NonNegative = 0.2,
+    c_a: NonNegative = 1.0,
     a: float = 0.0,
-    granularity: str = "sequence",
-    rev_anchor_sign: int = 1,
+    granularity: Literal["sequence", "position"] = "sequence",
+    rev_anchor_sign: Literal[1, -1] = 1,
 ) -> Objective:
     """On-Policy Alignment DPO: ``c_g L(g, o) + c_v L(sev v, sev o) + c_ctx (c_g L(g, gc) + c_v L(rel v, rel vc)) + c_a
     anchors``, ``L(x, y) = -log sig(beta (S_x - S_y))``, ``S`` the (weighted) sum of ``logp -
@@ -152,11 +160,6 @@ def opa_dpo(
     Args:
       granularity: "position": every log-sigmoid token by token, a mean over the positions below the longer answer.
       rev_anchor_sign: -1: the revision's anchor pushes down. "position" and -1 are the released trainer."""
-    choice("granularity", granularity, ("sequence", "position"))
-    if rev_anchor_sign not in (1, -1):
-        raise ValueError(f"rev_anchor_sign must be 1 or -1, not {rev_anchor_sign}")
-    for name, value, default in (("a", a, 0.0), ("rev_anchor_sign", rev_anchor_sign, 1)):
-        unused(name, value, default, not is_off(c_a), "the anchors, c_a > 0")
 
     def loss(x: Array, mask: Array, shift: float | Array = 0.0, sign: int = 1) -> Array:
         if granularity == "sequence":
@@ -189,12 +192,12 @@ def opa_dpo(
         terms,
         margin=lambda units: beta * (units.log_ratio("truth") - units.log_ratio("original")),
         layout=EDITED,
-        needs=("logp_ref", *weights),
+        asks=asks_of("logp_ref", *weights),
     )
 
 
 @register(source="CoPG, arXiv:2406.19185")
-def copg(beta: float = 0.1) -> Objective:
+def copg(beta: Positive = 0.1) -> Objective:
     """Contrastive Policy Gradient: ``1/(K-1) sum_{i<j} ((beta/2) (d_i - d_j)^2 - (r_i - r_j)(d_i - d_j))`` over the K
     scored responses to a prompt, from any source, ``d = sum_t (logp - logp_ref)``; a mean over prompts (one of a single
     response gives 0).
@@ -203,7 +206,6 @@ def copg(beta: float = 0.1) -> Objective:
 
     Args:
       beta: 0.01 to 0.1 (assumed)."""
-    positive("beta", beta)
 
     def value(stats: TokenStats, b: Rollouts, state: State) -> Array:
         d, r = log_ratios(stats, b, "ref").sum(-1), promote(b.reward)
@@ -215,13 +217,16 @@ def copg(beta: float = 0.1) -> Objective:
 
     return from_terms(
         [Term("preference", value, aggregation.unit_mean, rows=one_group, per="row")],
-        needs=("logp_ref", "reward", "group"),
-        coupling="group",
+        asks=asks_of("logp_ref", "reward", "group"),
+        unit=Unit(coupling="group"),
     )
 
 
-@register(source="HyPO, arXiv:2406.01462 (reconstructed from the paper's text)")
-def hypo(beta: float = 0.1, lam: float = 1e-4, k: int = 2, rloo: bool = True) -> Objective:
+HYPO_WHEN = {"rloo": when(k=other_than(1), lam=NONZERO)}
+
+
+@register(source="HyPO, arXiv:2406.01462 (reconstructed from the paper's text)", when=HYPO_WHEN)
+def hypo(beta: NonNegative = 0.1, lam: NonNegative = 1e-4, k: Whole = 2, rloo: bool = True) -> Objective:
     """Hybrid Preference Optimization: DPO on offline pairs ``+ lam mean_b sg(D_b - base_b) logp_b`` over k fresh
     samples of each prompt, whose expected gradient is that of KL(pi || ref). Reconstructed from the paper's text: lam,
     beta and k are assumed.
@@ -230,8 +235,6 @@ def hypo(beta: float = 0.1, lam: float = 1e-4, k: int = 2, rloo: bool = True) ->
 
     Args:
       rloo: base is the mean D of the prompt's other samples (0 for k = 1); False: 0."""
-    if not (isinstance(k, int) and k >= 1):
-        raise ValueError(f"k, the fresh samples of a prompt, must be a whole number of at least 1, not {k}")
 
     def kl(units: Units, state: State) -> Array:
         drift = units.batch.unit(log_ratios(units.stats, units.batch, "ref").sum(-1))[:, 2:]
@@ -247,8 +250,10 @@ def hypo(beta: float = 0.1, lam: float = 1e-4, k: int = 2, rloo: bool = True) ->
     )
 
 
-@register(source="MAPL, arXiv:2505.12845 (reconstructed from the paper's text)")
-def mapl(a: float = 1.0, b: float = 1.0, form: str = "rm", beta: float = 0.1) -> Objective:
+@register(source="MAPL, arXiv:2505.12845 (reconstructed from the paper's text)", when={"beta": when(form="dpo")})
+def mapl(
+    a: NonNegative = 1.0, b: NonNegative = 1.0, form: Literal["rm", "dpo"] = "rm", beta: NonNegative = 0.1
+) -> Objective:
     """Multi-level Aware Preference Learning: ``-log sig(s_w - s_l) - a log sig(s(x_w, y) - s(x_l, y)) - b log
     sig((s_multi_w - s_multi_l) - (s_w - s_l))``, a mean over units: of one answer y the prompt that it satisfies is
     preferred, and instructions that only w meets must widen the gap. Reconstructed from the paper's text: the third
@@ -259,8 +264,6 @@ def mapl(a: float = 1.0, b: float = 1.0, form: str = "rm", beta: float = 0.1) ->
 
     Args:
       form: "rm": s is the score head; "dpo": ``s = beta sum_t (logp - logp_ref)``."""
-    choice("form", form, ("rm", "dpo"))
-    unused("beta", beta, 0.1, form == "dpo", "form='dpo'")
 
     def gap(units: Units, one: str, other: str) -> Array:
         if form == "rm":
@@ -278,6 +281,5 @@ def mapl(a: float = 1.0, b: float = 1.0, form: str = "rm", beta: float = 0.1) ->
         ],
         margin=lambda units: gap(units, *PAIR),
         layout=(*PAIR, "matching", "violating", "multi_chosen", "multi_rejected"),
-        needs=("logp_ref",) if form == "dpo" else (),
-        wants=("score",) if form == "rm" else (),
+        asks=asks_of("logp_ref") if form == "dpo" else asks_of(wants=("score",)),
     )

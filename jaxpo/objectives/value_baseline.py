@@ -1,7 +1,10 @@
 """Objectives whose baseline is a value: of a prompt, tracked over training, or of a prefix, by Monte Carlo."""
 
+from typing import Literal
+
+from jaxpo.arguments import AboveOne, NonNegative, Positive, PositiveOrInfinite, Whole, when
 from jaxpo.objectives.clipped import clipped_tokens, eps_pair
-from jaxpo.objectives.grammar.base import Objective
+from jaxpo.objectives.grammar.base import Gathering, Objective
 from jaxpo.objectives.grammar.policy_gradient import policy_gradient
 from jaxpo.objectives.parts import advantages, ratios, regularizers, surrogates
 from jaxpo.primitives import aggregation
@@ -10,15 +13,15 @@ from jaxpo.registry import register
 
 @register(source="SPO (Tencent), arXiv:2509.13232; verl-recipe spo")
 def spo_single_stream(
-    eps_low: float = 0.2,
-    eps_high: float = 0.28,
-    eps: float | None = None,
-    dual_clip: float = 10.0,
-    adv_eps: float = 1e-8,
-    log_ratio_clip: float = 20.0,
+    eps_low: Positive = 0.2,
+    eps_high: Positive = 0.28,
+    eps: Positive | None = None,
+    dual_clip: AboveOne = 10.0,
+    adv_eps: NonNegative = 1e-8,
+    log_ratio_clip: PositiveOrInfinite = 20.0,
 ) -> Objective:
     """Single-stream Policy Optimization: one response a prompt against a value tracked for the prompt, ``A = reward -
-    v`` standardised over the batch; clip-higher, dual clip, token mean.
+    v`` standardized over the batch; clip-higher, dual clip, token mean.
 
     Shapes: logp [B, T], reward [B] in [0, 1], tracker_value [B]. The protocol of the same name keeps the tracker,
       draws prompts by ``sqrt(v (1 - v)) + 0.05`` and measures how far the policy has moved since it last saw them."""
@@ -28,20 +31,20 @@ def spo_single_stream(
         agg="token_mean",
         dual_clip=dual_clip,
         log_ratio_clip=log_ratio_clip,
-        protocol="spo_single_stream",
+        protocol=Gathering("spo_single_stream"),
     )
 
 
-@register(source="SPO (segments), arXiv:2505.23564; AIFrameResearch/SPO")
+@register(source="SPO (segments), arXiv:2505.23564; AIFrameResearch/SPO", when={"interval": when(form="chain")})
 def spo_segment(
-    form: str = "chain",
-    interval: int = 5,
-    threshold: float = 0.9,
-    eps_low: float = 0.2,
-    eps_high: float = 0.2,
-    eps: float | None = None,
-    beta: float = 0.0,
-    log_ratio_clip: float = 10.0,
+    form: Literal["chain", "tree"] = "chain",
+    interval: Whole = 5,
+    threshold: Positive = 0.9,
+    eps_low: Positive = 0.2,
+    eps_high: Positive = 0.2,
+    eps: Positive | None = None,
+    beta: NonNegative = 0.0,
+    log_ratio_clip: PositiveOrInfinite = 10.0,
 ) -> Objective:
     """Segment Policy Optimization: a segment's advantage is the gain in value from its first token to the next
     segment's, values by extra rollouts; PPO clip over the tokens of probability below ``threshold`` only.
@@ -59,6 +62,5 @@ def spo_segment(
         surrogate=surrogates.clipped(*eps_pair(eps, eps_low, eps_high, (0.2, 0.2))),
         regularizers=[(beta, regularizers.kl_to_reference("k3"))],
         aggregate=aggregation.token_mean,
-        protocol="spo_segment",
-        protocol_options=dict(form=form, interval=interval, threshold=threshold),
+        protocol=Gathering("spo_segment", dict(form=form, interval=interval, threshold=threshold)),
     )

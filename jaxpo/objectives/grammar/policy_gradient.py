@@ -1,7 +1,8 @@
 """How published policy gradients are put together: interchangeable parts."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -9,184 +10,246 @@ from jax import Array, lax
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.kernels.policy_surrogate.api import best, policy_surrogate
 from jaxpo.metrics import Mean, Metrics
-from jaxpo.objectives.grammar.base import Objective, State, Term, from_terms, is_off, per_token
-from jaxpo.objectives.grammar.parts import Part
+from jaxpo.objectives.grammar.base import (
+    NO_HOOKS,
+    NOTHING,
+    ON_POLICY,
+    SINGLE_ROWS,
+    Asks,
+    Gathering,
+    Hooks,
+    Objective,
+    State,
+    Term,
+    Unit,
+    from_terms,
+    is_off,
+    per_token,
+)
+from jaxpo.objectives.grammar.parts import Advantage, Correction, Filter, Part, Ratio, Regularizer, Shaping, Surrogate
+from jaxpo.objectives.grammar.standard_metrics import sampled
 from jaxpo.primitives import aggregation, grouping
 from jaxpo.primitives.numerics import promote
+
+Rows = Callable[[Rollouts, State], Array]
+
+
+class Parts(NamedTuple):
+    """The parts of one policy gradient, sorted by when they act.
+
+    filters: before the advantage. selections: filters that see it.
+    rows: members of the policy term and of the advantage's statistics; None = all.
+    """
+
+    advantage: Advantage
+    ratio: Ratio
+    surrogate: Surrogate
+    regularizers: tuple[tuple[Any, Regularizer], ...]
+    filters: tuple[Filter, ...]
+    selections: tuple[Filter, ...]
+    shaping: tuple[Shaping, ...]
+    corrections: tuple[Correction, ...]
+    rows: Rows | None
+
+    @property
+    def of_the_policy_term(self) -> list[Part]:
+        """Every part but the regularizers, which are terms of their own."""
+        main = [self.advantage, self.surrogate, self.ratio]
+        return [*main, *self.filters, *self.selections, *self.shaping, *self.corrections]
+
+    @property
+    def leave_tokens(self) -> list[Callable[[Rollouts, State], Array]]:
+        """What says which tokens stay in the denominators of the policy term."""
+        kept = [p.tokens for p in (self.advantage, *self.corrections) if p.tokens]
+        return [*kept, _selected] if any(p.per == "token" for p in self.selections) else kept
 
 
 def policy_gradient(
     *,
-    advantage: Part,
-    surrogate: Part,
-    ratio: Part,
+    advantage: Advantage,
+    surrogate: Surrogate,
+    ratio: Ratio,
     aggregate: aggregation.Aggregation,
-    regularizers: Sequence[tuple[Any, Part]] = (),
-    filters: Sequence[Part] = (),
-    shaping: Sequence[Part] = (),
-    corrections: Sequence[Part] = (),
-    scale: float | Array = 1.0,
-    needs: Sequence[str] = (),
-    **options: Any,
+    regularizers: Sequence[tuple[Any, Regularizer]] = (),
+    filters: Sequence[Filter] = (),
+    shaping: Sequence[Shaping] = (),
+    corrections: Sequence[Correction] = (),
+    terms: Sequence[Term] = (),
+    rows: Rows | None = None,
+    scale: float | Array | Callable[[State], Array] = 1.0,
+    asks: Asks = NOTHING,
+    unit: Unit = SINGLE_ROWS,
+    protocol: Gathering = ON_POLICY,
 ) -> Objective:
-    """Compose a policy-gradient objective: *advantage x ratio x surrogate x regularizers x aggregation*.
+    """Compose a policy-gradient objective: *advantage x ratio x surrogate x regularizers x
+    aggregation*, and more terms.
+
+    ``jaxpo.objectives.grammar.parts`` says what each kind of part computes.
 
     Args:
-      advantage: ``fn(batch, state) -> [B] or [B, T]``.
-      surrogate: ``fn(log_ratio, adv, stats, batch, state) -> value``; ``clipped`` of the same arguments says which
-        tokens are cut.
-      ratio: ``fn(stats, batch) -> log-ratio`` [B, T], or [B] when ``per`` is "row".
       aggregate: weights of the policy term, and of regularizers that do not bring their own.
-      regularizers: pairs (coefficient, part with ``fn(stats, batch, state) -> [B, T]``); a Python 0 removes its
-        term and its needs.
-      filters: ``fn(batch, state) -> [B]`` share of each row to keep (0 leaves every denominator). They see the
-        unshaped reward; those with ``sees_advantage`` come after the advantage, which is not computed anew, and give
-        shares of tokens [B, T], which leave the policy term's denominator, if ``per`` is "token".
-      shaping: ``fn(batch, state) -> reward`` [B], applied in turn after the filters.
-      corrections: ``fn(batch, state) -> [B, T] or [B]`` constant factors of the policy term, for the gap between the
-        sampler and ``logp_old``; their ``tokens`` leave the denominator.
-      scale: factor of the policy term. needs: fields besides those of the parts.
-      options: passed on to `from_terms`.
+      regularizers: pairs (coefficient, part); a Python 0 removes its term and what it asks for.
+      filters: see the unshaped reward, but for those that see the advantage.
+      shaping: new rewards, applied in turn after the filters.
+      terms: more terms, beside the policy's and the regularizers'.
+      rows: (batch, state) -> [B] rows that count in the denominators of the policy term and the regularizers; they
+        alone are members of the groups that the advantage compares, and they alone are filtered. None = all rows.
+      scale: factor of the policy term, perhaps a function of the state.
+      asks: besides those of the parts and terms. unit, protocol: as in `Objective`.
 
     Raises:
       ValueError: parts that do not go together, with the reason."""
-    regularizers = [(coef, part) for coef, part in regularizers if not is_off(coef)]
-    parts = [advantage, surrogate, ratio, *filters, *shaping, *corrections, *[p for _, p in regularizers]]
-    hooks = {name: [f for p in parts if (f := getattr(p, name))] for name in ("prepare", "weigh", "tokens", "metrics")}
-    updates = [p.update for p in parts if p.update]
-    selections = [p for p in filters if p.sees_advantage]
-    filters = [p for p in filters if not p.sees_advantage]
-    if any(p.per == "token" for p in selections):
-        hooks["tokens"].append(lambda batch, state: batch.per_token["selected"])
-    per_row = ratio.per == "row"
-    _check_parts(advantage, ratio, surrogate, corrections, regularizers, bool(hooks["tokens"]))
-
-    def prepare(batch: Rollouts, state: State) -> tuple[Rollouts, State]:
-        if batch.reward is not None:
-            degenerate = grouping.group_constant(batch.reward, batch.group, batch.count)
-            batch = batch.with_row(degenerate=promote(degenerate))
-        for keep in filters:
-            batch = batch.replace(count=batch.count * keep.fn(batch, state))
-        for shape in shaping:
-            batch = batch.replace(reward=shape.fn(batch, state))
-        for write in hooks["prepare"]:
-            batch = write(batch, state)
-        adv = promote(advantage.fn(batch, state))
-        counts = batch.count > 0 if adv.ndim == 1 else (batch.mask > 0) & (batch.count > 0)[:, None]
-        batch = batch.replace(adv=jnp.where(counts, adv, 0))
-        for select in selections:
-            kept = select.fn(batch, state)
-            if select.per == "token":
-                batch = batch.with_token(selected=kept)
-            else:
-                batch = batch.replace(count=batch.count * kept)
-        return batch, state
-
-    def weigh(batch: Rollouts, state: State, peek: TokenStats | None) -> Rollouts:
-        for write in hooks["weigh"]:
-            batch = write(batch, state, peek)
-        return batch
-
-    def arguments(stats: TokenStats, batch: Rollouts, state: State) -> tuple[Any, ...]:
-        log_ratio, adv = ratio.fn(stats, batch), batch.adv
-        if advantage.current:
-            adv = lax.stop_gradient(advantage.current(adv, stats, batch, state))
-        adv = per_token(adv) if log_ratio.ndim == 2 else adv
-        if adv.ndim != log_ratio.ndim:
-            raise ValueError(
-                "a ratio per sequence needs an advantage per row [B]; this advantage gives one per token [B, T]"
-            )
-        return log_ratio, jnp.broadcast_to(adv, log_ratio.shape), stats, batch, state
-
-    def value(stats: TokenStats, batch: Rollouts, state: State) -> Array:
-        return corrected(surrogate.fn(*arguments(stats, batch, state)), batch, state)
-
-    def corrected(x: Array, batch: Rollouts, state: State) -> Array:
-        for correct in corrections:
-            factor = lax.stop_gradient(correct.fn(batch, state))
-            x = x * (per_token(factor) if x.ndim == 2 else factor)
-        return x
-
-    def one_pass(stats: TokenStats, batch: Rollouts, state: State) -> tuple[dict[str, Array], Metrics]:
-        run = surrogate_kernel(stats.logp.dtype)
-        if run is None or not (ratio.kernel and surrogate.kernel):
-            return {}, {}
-        adv, count = arguments(stats, batch, state)[1], promote(batch.mask) * promote(batch.count)[:, None]
-        weight = corrected(batch.weights["policy"], batch, state)
-        penalty = next((p for _, p in regularizers if p.kernel), None)
-        options = {**ratio.kernel(batch), **surrogate.kernel(batch)}
-        if penalty:
-            options |= {**penalty.kernel(batch), "kl_weight": batch.weights[penalty.name]}
-        sums = run(stats.logp, batch.logp_old, adv, weight, count, **options)
-        terms = {"policy": sums.policy} | ({penalty.name: sums.kl} if penalty else {})
-        means = {"ratio/clip_frac": sums.clipped, "surrogate": sums.surrogate, "kl/old_k3": sums.kl_old}
-        means |= {"kl/ref_k3": sums.kl_ref} if penalty else {}
-        return terms, {name: Mean(x, sums.tokens) for name, x in means.items()}
-
-    def kept_tokens(batch: Rollouts, state: State) -> Array:
-        kept = promote(batch.mask > 0)
-        for tokens in hooks["tokens"]:
-            kept = kept * tokens(batch, state)
-        return kept
-
-    def metrics(stats: TokenStats, batch: Rollouts, state: State) -> Metrics:
-        count, weight = promote(batch.count), promote(batch.mask)
-        weight = count * (weight.sum(-1) > 0) if per_row else weight * count[:, None]
-        log_ratio, adv, *rest = arguments(stats, batch, state)
-        cut = surrogate.clipped(log_ratio, adv, *rest) if surrogate.clipped else jnp.zeros_like(weight)
-        out = {
-            "ratio/clip_frac": Mean.of(cut, weight),
-            "surrogate": Mean.of(jnp.exp(log_ratio) * adv, weight),  # the losses of detached weights mean nothing
-        }
-        for report in hooks["metrics"]:
-            out |= report(stats, batch, state)
-        return out
-
-    def update(state: State, batch: Rollouts, report: Metrics) -> State:
-        for move in updates:
-            state = move(state, batch, report)
-        return state
-
-    terms = [
-        Term(
-            "policy",
-            value,
-            aggregate,
-            tokens=kept_tokens if hooks["tokens"] else None,
-            coef=scale,
-            per="row" if per_row else "token",
-        )
-    ]
-    terms += [
-        Term(p.name, p.fn, p.aggregate or aggregate, coef=coef, per=p.per or "token", outer=p.outer)
-        for coef, p in regularizers
-    ]
-    ranges = {p.rewards for p in parts if p.rewards}
-    return from_terms(
-        terms,
-        prepare=prepare,
-        weigh=weigh if hooks["weigh"] else None,
-        update=update if updates else None,
-        metrics=metrics,
-        one_pass=one_pass,
-        memory={name: x for p in parts for name, x in p.memory.items()},
-        needs=frozenset(needs).union(*[p.needs for p in parts]),
-        wants=frozenset({"logp"}).union(*[p.wants for p in parts]),
-        peeks=frozenset().union(*[p.peeks for p in parts]),
-        derived={name: f for p in parts for name, f in p.derived.items()},
-        rewards=(max(r[0] for r in ranges), min(r[1] for r in ranges)) if ranges else None,
-        slots=dict(
-            advantage=(advantage.id,),
-            ratio=(ratio.id,) if surrogate.uses_ratio else (),
-            surrogate=(surrogate.id,),
-            regularizer=tuple(p.id for _, p in regularizers),
-            aggregation=(aggregate.__name__,),
-            filter=tuple(p.id for p in [*filters, *selections]),
-            reward=tuple(p.id for p in shaping),
-            correction=tuple(p.id for p in corrections),
-        ),
-        **options,
+    parts = Parts(
+        advantage,
+        ratio,
+        surrogate,
+        tuple((coef, part) for coef, part in regularizers if not is_off(coef)),
+        tuple(p for p in filters if not p.sees_advantage),
+        tuple(p for p in filters if p.sees_advantage),
+        tuple(shaping),
+        tuple(corrections),
+        rows,
     )
+    check_parts(parts)
+    inner = NO_HOOKS.merged(*[p.hooks for p in parts.of_the_policy_term])
+    hooks = Hooks(metrics=partial(term_metrics, parts)).merged(inner)
+    hooks = hooks._replace(prepare=partial(prepare, parts, inner.prepare))
+    return from_terms(
+        [
+            policy_term(parts, aggregate, scale),
+            *[regularizer_term(parts, aggregate, coef, p) for coef, p in parts.regularizers],
+            *terms,
+        ],
+        asks=asks.merged(*[p.asks for p in parts.of_the_policy_term]),
+        hooks=hooks,
+        one_pass=partial(one_pass, parts),
+        unit=unit,
+        protocol=protocol,
+        made_of=made_of(parts, aggregate),
+    )
+
+
+def policy_term(parts: Parts, aggregate: aggregation.Aggregation, scale: Any) -> Term:
+    """The term of the surrogate."""
+    return Term(
+        "policy",
+        partial(policy_value, parts),
+        aggregate,
+        rows=parts.rows,
+        tokens=partial(kept_tokens, parts) if parts.leave_tokens else None,
+        coef=scale,
+        per="row" if parts.ratio.per == "row" else "token",
+    )
+
+
+def regularizer_term(parts: Parts, aggregate: aggregation.Aggregation, coef: Any, part: Regularizer) -> Term:
+    """The term of a regularizer and its coefficient, of the same rows."""
+    return Term(
+        part.name,
+        part.fn,
+        part.aggregate or aggregate,
+        rows=parts.rows,
+        coef=coef,
+        per=part.per or "token",
+        outer=part.outer,
+        asks=part.asks,
+        hooks=part.hooks,
+    )
+
+
+# ---- before the pass ----------------------------------------------------------------------------------------------
+
+
+def prepare(parts: Parts, write: Callable | None, batch: Rollouts, state: State) -> tuple[Rollouts, State]:
+    """Filters, shaping, what parts write (``write``), advantage, selections: in this order."""
+    if batch.reward is not None:
+        degenerate = grouping.group_constant(batch.reward, batch.group, members(parts, batch, state).count)
+        batch = batch.with_row(degenerate=promote(degenerate))
+    for part in parts.filters:
+        batch = batch.replace(count=batch.count * kept_share(parts, part, batch, state))
+    for part in parts.shaping:
+        batch = batch.replace(reward=part.fn(batch, state))
+    count, batch = batch.count, members(parts, batch, state)
+    if write:
+        batch, state = write(batch, state)
+    adv = promote(parts.advantage.fn(batch, state))
+    counts = batch.count > 0 if adv.ndim == 1 else (batch.mask > 0) & (batch.count > 0)[:, None]
+    batch = batch.replace(adv=jnp.where(counts, adv, 0), count=count)
+    for part in parts.selections:
+        kept = kept_share(parts, part, batch, state)
+        if part.per == "token":
+            batch = batch.with_token(selected=kept)
+        else:
+            batch = batch.replace(count=batch.count * kept)
+    return batch, state
+
+
+def members(parts: Parts, batch: Rollouts, state: State) -> Rollouts:
+    """The batch with count 0 in rows outside the policy term."""
+    return batch if parts.rows is None else batch.replace(count=batch.count * parts.rows(batch, state))
+
+
+def kept_share(parts: Parts, part: Filter, batch: Rollouts, state: State) -> Array:
+    """[B] or [B, T] what a filter keeps of its members; other rows stay as they are."""
+    kept = part.fn(members(parts, batch, state), state)
+    if parts.rows is None:
+        return kept
+    inside = parts.rows(batch, state) > 0
+    return jnp.where(inside if kept.ndim == 1 else inside[:, None], kept, 1)
+
+
+def kept_tokens(parts: Parts, batch: Rollouts, state: State) -> Array:
+    """[B, T] shares of tokens in the denominators of the policy term."""
+    kept = promote(batch.mask > 0)
+    for tokens in parts.leave_tokens:
+        kept = kept * tokens(batch, state)
+    return kept
+
+
+def _selected(batch: Rollouts, state: State) -> Array:
+    return batch.per_token["selected"]
+
+
+# ---- in the pass --------------------------------------------------------------------------------------------------
+
+
+def arguments(parts: Parts, stats: TokenStats, batch: Rollouts, state: State) -> tuple[Any, ...]:
+    """The arguments of the surrogate: log-ratio and advantage of one shape, statistics, batch, state."""
+    log_ratio, adv = parts.ratio.fn(stats, batch), batch.adv
+    if parts.advantage.current:
+        adv = lax.stop_gradient(parts.advantage.current(adv, stats, batch, state))
+    adv = per_token(adv) if log_ratio.ndim == 2 else adv
+    if adv.ndim != log_ratio.ndim:
+        raise ValueError(
+            "a ratio per sequence needs an advantage per row [B]; this advantage gives one per token [B, T]"
+        )
+    return log_ratio, jnp.broadcast_to(adv, log_ratio.shape), stats, batch, state
+
+
+def policy_value(parts: Parts, stats: TokenStats, batch: Rollouts, state: State) -> Array:
+    """The surrogate, times the corrections."""
+    return corrected(parts, parts.surrogate.fn(*arguments(parts, stats, batch, state)), batch, state)
+
+
+def corrected(parts: Parts, x: Array, batch: Rollouts, state: State) -> Array:
+    """``x`` times the factors of the corrections."""
+    for part in parts.corrections:
+        factor = lax.stop_gradient(part.fn(batch, state))
+        x = x * (per_token(factor) if x.ndim == 2 else factor)
+    return x
+
+
+def term_metrics(parts: Parts, stats: TokenStats, batch: Rollouts, state: State) -> Metrics:
+    """How many tokens (or rows) of the policy term are clipped, and its unclipped surrogate."""
+    rows, on = promote(members(parts, batch, state).count) * sampled(batch), promote(batch.mask)
+    weight = rows * (on.sum(-1) > 0) if parts.ratio.per == "row" else on * rows[:, None]
+    of_surrogate = arguments(parts, stats, batch, state)
+    clipped = parts.surrogate.clipped
+    return {
+        "ratio/clip_frac": Mean.of(clipped(*of_surrogate) if clipped else jnp.zeros_like(weight), weight),
+        # The losses of detached weights mean nothing; this can be compared.
+        "surrogate": Mean.of(jnp.exp(of_surrogate[0]) * of_surrogate[1], weight),
+    }
 
 
 def surrogate_kernel(dtype: Any) -> Callable[..., Any] | None:
@@ -195,15 +258,45 @@ def surrogate_kernel(dtype: Any) -> Callable[..., Any] | None:
     return None if best(dtype) == "xla" else policy_surrogate
 
 
-def _check_parts(
-    advantage: Part,
-    ratio: Part,
-    surrogate: Part,
-    corrections: Sequence[Part],
-    regularizers: Sequence[tuple[Any, Part]],
-    leaves_tokens: bool,
-) -> None:
+def one_pass(parts: Parts, stats: TokenStats, batch: Rollouts, state: State) -> tuple[dict[str, Array], Metrics]:
+    """The policy term, a KL term and their metrics from one kernel, where it has them all; otherwise nothing."""
+    run = surrogate_kernel(stats.logp.dtype)
+    if run is None or parts.rows is not None or not (parts.ratio.kernel and parts.surrogate.kernel):
+        return {}, {}
+    adv = arguments(parts, stats, batch, state)[1]
+    count = promote(batch.mask) * (promote(batch.count) * sampled(batch))[:, None]
+    weight = corrected(parts, batch.weights["policy"], batch, state)
+    penalty = next((p for _, p in parts.regularizers if p.kernel), None)
+    options = {**parts.ratio.kernel(batch), **parts.surrogate.kernel(batch)}
+    if penalty:
+        options |= {**penalty.kernel(batch), "kl_weight": batch.weights[penalty.name]}
+    sums = run(stats.logp, batch.logp_old, adv, weight, count, **options)
+    terms = {"policy": sums.policy} | ({penalty.name: sums.kl} if penalty else {})
+    means = {"ratio/clip_frac": sums.clipped, "surrogate": sums.surrogate, "kl/old_k3": sums.kl_old}
+    means |= {"kl/ref_k3": sums.kl_ref} if penalty else {}
+    return terms, {name: Mean(x, sums.tokens) for name, x in means.items()}
+
+
+# ---- what goes together -------------------------------------------------------------------------------------------
+
+
+def made_of(parts: Parts, aggregate: aggregation.Aggregation) -> dict[str, tuple[str, ...]]:
+    """Names of the parts by kind."""
+    return dict(
+        advantage=(parts.advantage.id,),
+        ratio=(parts.ratio.id,) if parts.surrogate.uses_ratio else (),
+        surrogate=(parts.surrogate.id,),
+        regularizer=tuple(p.id for _, p in parts.regularizers),
+        aggregation=(aggregate.__name__,),
+        filter=tuple(p.id for p in [*parts.filters, *parts.selections]),
+        reward=tuple(p.id for p in parts.shaping),
+        correction=tuple(p.id for p in parts.corrections),
+    )
+
+
+def check_parts(parts: Parts) -> None:
     """Raise ``ValueError`` for parts that mean nothing together, with the reason."""
+    ratio, advantage, surrogate = parts.ratio, parts.advantage, parts.surrogate
     if ratio.per == "row":
         whole = f"the ratio {ratio.id or 'given'} has one value a row"
         if advantage.per == "token":
@@ -212,14 +305,14 @@ def _check_parts(
             raise ValueError(
                 f"{whole}, and the surrogate {surrogate.id} works on tokens: take the ratio sequence_token"
             )
-        if leaves_tokens:
+        if parts.leave_tokens:
             raise ValueError(f"{whole}, so no token can be left out of it: take the ratio sequence_token")
-        for part in corrections:
+        for part in parts.corrections:
             if part.per == "token":
                 raise ValueError(f"{whole}, and the correction {part.id} one a token: take level sequence or geometric")
     elif surrogate.per == "row":
         raise ValueError(f"the surrogate {surrogate.id} is one number a row: take the ratio sequence_sum")
-    if surrogate.requires and surrogate.requires not in [p.id for _, p in regularizers]:
+    if surrogate.requires and surrogate.requires not in [p.id for _, p in parts.regularizers]:
         raise ValueError(
             f"the surrogate {surrogate.id} spares the tokens that the regularizer {surrogate.requires} picks: add it"
         )

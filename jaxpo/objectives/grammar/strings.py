@@ -3,6 +3,7 @@
 import ast
 from typing import Any
 
+from jaxpo.arguments import Whole
 from jaxpo.objectives.grammar.base import Objective
 from jaxpo.objectives.grammar.parts import Part
 from jaxpo.objectives.grammar.policy_gradient import policy_gradient
@@ -21,8 +22,8 @@ def composed(
     filters: str = "",
     shaping: str = "",
     corrections: str = "",
-    max_new_tokens: int | None = None,
-    steps: int | None = None,
+    max_new_tokens: Whole | None = None,
+    steps: Whole | None = None,
 ) -> Objective:
     """*advantage x ratio x surrogate x regularizers x aggregation*, each named, with arguments like a call:
     ``surrogate="clipped(eps_high=0.28)"``, ``regularizers="0.04 * kl_to_reference(estimator='k2') + 0.001 * entropy"``,
@@ -111,7 +112,7 @@ def _build(kind: str, node: ast.expr, facts: tuple[int | None, int | None]) -> A
         given = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
     except ValueError as error:
         raise ValueError(f"{kind} {ast.unparse(node)!r}: options are plain values") from error
-    given = {**row.of_run(*facts), **given}
+    given = {**row.of_run(*facts, given), **given}
     check_arguments(f"{kind} {name!r}", given, row.parameters)
     return aggregation_of(name, **given) if kind == "aggregation" else make(name, kind, **given)
 

@@ -10,17 +10,34 @@ from jax import Array
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.fields import PAIR, role_id
 from jaxpo.metrics import Mean, Metrics
-from jaxpo.objectives.grammar.base import Objective, State, Term, from_terms
+from jaxpo.objectives.grammar.base import (
+    NO_HOOKS,
+    NOTHING,
+    ON_POLICY,
+    Asks,
+    Gathering,
+    Hooks,
+    Objective,
+    State,
+    Term,
+    Unit,
+    asks_of,
+    from_terms,
+)
+from jaxpo.objectives.grammar.base import role as of_role
 from jaxpo.primitives import aggregation
 from jaxpo.primitives.numerics import promote
 
-# What the log-ratio of an answer is taken to: a slot, slots with their shares, or nothing.
+# What the log-ratio of an answer is taken to: a reference, references with their shares, or nothing.
 Reference = str | Mapping[str, float | Array] | None
 
 
 class Units(NamedTuple):
-    """What a policy says of N units of rows, by the role of a row (of a role that occurs several times, the
-    first)."""
+    """N units of rows, by the role of a row (of a role that occurs several times, the first).
+
+    stats: what the policy says of the rows.
+    batch: the rows.
+    """
 
     stats: TokenStats
     batch: Rollouts
@@ -52,14 +69,14 @@ class Units(NamedTuple):
 
 
 def log_ratios(stats: TokenStats, batch: Rollouts, reference: Reference) -> Array:
-    """[B, T] ``logp`` minus the log-prob under a slot, a blend of slots, or nothing."""
+    """[B, T] ``logp`` minus the log-prob under a reference, a blend of references, or nothing."""
     shares = {reference: 1.0} if isinstance(reference, str) else reference or {}
-    return stats.logp - sum(share * batch.get(f"logp_{slot}") for slot, share in shares.items())
+    return stats.logp - sum(share * batch.get(f"logp_{name}") for name, share in shares.items())
 
 
-def slots_of(reference: Reference) -> frozenset[str]:
+def fields_of(reference: Reference) -> frozenset[str]:
     """Fields that the log-ratio to a reference needs."""
-    return frozenset(f"logp_{slot}" for slot in ([reference] if isinstance(reference, str) else reference or ()))
+    return frozenset(f"logp_{name}" for name in ([reference] if isinstance(reference, str) else reference or ()))
 
 
 def unit_term(name: str, value: Callable[[Units, State], Array], **options: Any) -> Term:
@@ -75,13 +92,7 @@ def nll_term(
     role: str = "chosen", aggregate: aggregation.Aggregation = aggregation.token_mean, coef: float | Array = 1.0
 ) -> Term:
     """``-logp`` of the tokens of one role, averaged over those alone."""
-    return Term(
-        "nll",
-        lambda stats, batch, state: -stats.logp,
-        aggregate,
-        rows=lambda batch, state: batch.role == role_id(role),
-        coef=coef,
-    )
+    return Term("nll", lambda stats, batch, state: -stats.logp, aggregate, rows=of_role(role), coef=coef)
 
 
 def unit_objective(
@@ -89,11 +100,16 @@ def unit_objective(
     *,
     margin: Callable[[Units], Array],
     layout: tuple[str, ...] = PAIR,
-    needs: Sequence[str] = (),
-    **options: Any,
+    asks: Asks = NOTHING,
+    hooks: Hooks = NO_HOOKS,
+    protocol: Gathering = ON_POLICY,
 ) -> Objective:
-    """`from_terms` with what every objective of pairs reports: the share of pairs whose ``margin`` [N] is above 0, its
-    mean, and the log-prob of each role's answers and, with a reference, how far that has drifted from it."""
+    """Compose an objective of units, with what every objective of pairs reports: the share of pairs whose ``margin``
+    [N] is above 0, its mean, and the log-prob of each role's answers and, with a reference, how far that has drifted
+    from it.
+
+    Args:
+      layout: roles of a unit's rows. asks, hooks: besides those of the terms."""
 
     def report(stats: TokenStats, batch: Rollouts, state: State) -> Metrics:
         z, count = margin(Units(stats, batch)), batch.unit(promote(batch.count))[:, 0]
@@ -104,7 +120,13 @@ def unit_objective(
             by_role |= {f"drift/{r}": Mean.of(moved, rows * (batch.role == role_id(r))) for r in dict.fromkeys(layout)}
         return {"preference/accuracy": Mean.of(z > 0, count), "preference/margin": Mean.of(z, count), **by_role}
 
-    return from_terms(terms, metrics=report, needs={"role", *needs}, layout=layout, **options)
+    return from_terms(
+        terms,
+        asks=asks.merged(asks_of("role")),
+        hooks=hooks.merged(Hooks(metrics=report)),
+        unit=Unit(layout),
+        protocol=protocol,
+    )
 
 
 def preference(
@@ -115,9 +137,10 @@ def preference(
     normalize_length: bool = False,
     layout: tuple[str, ...] = PAIR,
     terms: Sequence[Term] = (),
-    needs: Sequence[str] = (),
     rows: Callable[[Rollouts, State], Array] | None = None,
-    **options: Any,
+    asks: Asks = NOTHING,
+    hooks: Hooks = NO_HOOKS,
+    protocol: Gathering = ON_POLICY,
 ) -> Objective:
     """Compose a direct-alignment objective: ``mean over pairs of link(beta (s_chosen - s_rejected))``, and more terms.
 
@@ -125,10 +148,10 @@ def preference(
 
     Args:
       link: ``(margin [N], units) -> loss [N]``, e.g. ``-log_sigmoid`` for DPO (arXiv:2305.18290, eq. 7).
-      reference: a slot, a blend of slots by their shares, or None: log-probs as they are.
+      reference: a name, a blend of names by their shares, or None: log-probs as they are.
       layout: roles of a unit's rows; must hold "chosen" and "rejected".
       rows: (batch, state) -> [B] which units the mean is over (the same number on every row of a unit).
-      options: passed on to `from_terms`."""
+      asks, hooks: what the link asks for and does, besides the terms."""
 
     def margin(units: Units) -> Array:
         w, l = (units.log_ratio(role, reference) for role in PAIR)  # noqa: E741
@@ -137,4 +160,5 @@ def preference(
         return beta * (w - l)
 
     main = unit_term("preference", lambda units, state: link(margin(units), units), rows=rows)
-    return unit_objective([main, *terms], margin=margin, layout=layout, needs={*slots_of(reference), *needs}, **options)
+    asks = asks.merged(asks_of(*fields_of(reference)))
+    return unit_objective([main, *terms], margin=margin, layout=layout, asks=asks, hooks=hooks, protocol=protocol)
