@@ -103,7 +103,10 @@ def test_the_plan_counts_its_bytes_to_the_host():
         run = resolve(tiny.config({"mesh.fsdp": 2, "mesh.tensor": 2, **changes}), 4)
         of_run = trace.trace_run(run, mesh, trace.data_of(run))
         steps[name] = {step.name: step.times for step in of_run.steps}
-        memory[name] = memory_of(of_run.steps[-1], of_run, run.config, mesh, Stats), shard_bytes(of_run.state, host=True)
+        memory[name] = (
+            memory_of(of_run.steps[-1], of_run, run.config, mesh, Stats),
+            shard_bytes(of_run.state, host=True),
+        )
     assert steps["kept"] == {"rollout": 1, "scoring": 2, "update": 4}
     assert steps["offloaded"] == {"rollout": 1, "reference": 1, "scoring": 1, "update": 4}
     (kept, none), (offloaded, held) = memory["kept"], memory["offloaded"]

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from experiments.race import folder, main
-from jaxpo.objectives import make
-from jaxpo.race import race as racing
 from jaxpo.calls import parse_calls
+from jaxpo.objectives import make
 from jaxpo.objectives.grammar.base import Gathering
+from jaxpo.race import race as racing
 from jaxpo.race.contenders import fill, select
 from jaxpo.race.race import race
 from jaxpo.race.results import interval

@@ -142,7 +142,7 @@ REFUSED = [
     (DPO | {"data": {"name": "task", "draft_prompt": "{draft}"}}, "draft_prompt has no effect"),
     ({"objective": {"name": "kto"}, "rollout.prompts": 1, "training.minibatches": 1}, "prompts must be at least 2"),
     ({"objective": {"name": "rationale_dpo"}}, "which a judge does not make"),
-    ({"objective": {"name": "dno"}, "protocol": {"name": "dno_prct"}}, "is a grade from 1 to 6"),
+    ({"objective": {"name": "dno", "variant": "prct"}, "protocol": {"name": "dno_prct"}}, "is a grade from 1 to 6"),
     (DPO | {"training.microbatches": 8}, "would cut units of 2 rows"),
     (DPO | {"soup.of": ("a",)}, "config.soup.of"),
     (DPO | {"sampling.max_new_tokens": 2}, "sampling.max_new_tokens, the limit, is 2"),
