@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax import Array
 
-from jaxpo.arguments import NONZERO, Domain, NonNegative, Positive, Share, Whole, number, other_than, when
+from jaxpo.arguments import NONZERO, Domain, NonNegative, Positive, Share, Whole, number, when
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.metrics import Mean, Metrics
 from jaxpo.objectives.grammar.base import Hooks, State, is_off
@@ -285,11 +285,7 @@ def a_grae(
     return Advantage(fn, asks_of("reward", "group", rewards=(0.0, 1.0)))
 
 
-ADORA_WHEN = {
-    "rule": when(lam=other_than(1)),
-    "correct_score": when(rule=("llm", "vlm"), lam=other_than(1)),
-    "max_len": when(rule=("llm", "vlm"), lam=other_than(1)),
-}
+ADORA_WHEN = dict.fromkeys(("correct_score", "max_len"), when(rule=("llm", "vlm")))
 
 
 @register("advantage", source="ADORA, arXiv:2602.10019", budget={"max_len": 1.0}, when=ADORA_WHEN)
@@ -308,8 +304,6 @@ def adora(
         a group.
       max_len: of a rule by name: tokens from which a wrong answer counts as truncated."""
     normalized = group_normalized(adv_eps, singleton=singleton)
-    if is_one(lam):
-        return normalized
     if not callable(rule) and max_len is None:
         raise ValueError(f"adora needs max_len with rule={rule!r}: the generation budget, in tokens")
     options = dict(rule=rule, correct_score=correct_score, max_len=max_len)
@@ -318,11 +312,6 @@ def adora(
         return rule(b) if callable(rule) else advantages.length_trend(b.reward, b.lengths, b.group, b.count, **options)
 
     return Advantage(lambda b, s: normalized.fn(b, s) * jnp.where(trend(b), 1.0, lam), GROUPS)
-
-
-def is_one(x: Any) -> bool:
-    """Whether a number is a Python 1 (a traced 1 is not)."""
-    return isinstance(x, int | float) and x == 1
 
 
 Schedule = Literal["constant", "accuracy", "inverse_accuracy", "cosine"]
