@@ -111,7 +111,7 @@ def test_a_factory_checks_its_arguments():
         ),
         (
             dict(penalty=0, max_len=3),
-            "thing: max_len has no effect with penalty=0 and flag=False; it belongs to a penalty other than 0 or flag=True",
+            "thing: max_len has no effect with penalty=0 and flag=False; it belongs to penalty != 0 or flag=True",
         ),
     ):
         with pytest.raises(ValueError, match=f"^{message}$"):
