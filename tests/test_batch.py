@@ -124,7 +124,9 @@ def test_get_finds_every_field():
 
 
 def test_a_missing_field_is_named_with_what_there_is():
-    with pytest.raises(MissingField, match=r"no 'correct'.*pass Rollouts\(correct=...\).*has: .*logp_ref.*reward") as error:
+    with pytest.raises(
+        MissingField, match=r"no 'correct'.*pass Rollouts\(correct=...\).*has: .*logp_ref.*reward"
+    ) as error:
         full().get("correct")
     assert error.value.field == "correct" and isinstance(error.value, ValueError)
 

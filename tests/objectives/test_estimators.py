@@ -82,7 +82,7 @@ def expected_step(name: str, k: int, reward, sampler=LOGITS, old=None, **hyperpa
             group=jnp.zeros(k, jnp.int32),
             logp_old=logp_old[drawn],
             logp_beh=logp_beh[drawn],
-            slots={"ref": ref[drawn]},
+            logp_ref=ref[drawn],
         )
         return jax.grad(lambda x: jaxpo.evaluate(objective, lambda _: jaxpo.TokenStats(logp=x), batch)[0])(logp[drawn])
 

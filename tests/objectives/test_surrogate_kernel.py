@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxpo.kernels.policy_surrogate.api import policy_surrogate
-from jaxpo.objectives import composition, evaluate, make
+from jaxpo.objectives import evaluate, make
+from jaxpo.objectives.grammar import policy_gradient
 from jaxpo.testing.cases import case, same, train
 
 COVERED = {"grpo", "dapo", "dr_grpo", "cispo", "bapo", "kl_cov", "lite_ppo", "reinforce_pp", "spo_single_stream"}
@@ -26,7 +27,7 @@ def counted(kernel, monkeypatch):
         calls.append(options)
         return kernel(*args, **options)
 
-    monkeypatch.setattr(composition, "surrogate_kernel", lambda dtype: run)
+    monkeypatch.setattr(policy_gradient, "surrogate_kernel", lambda dtype: run)
     return calls
 
 
@@ -97,4 +98,4 @@ def test_gspo_policy_gradient_and_bapo_are_composed_where_the_kernel_cannot_say_
 
 
 def test_surrogate_kernel_is_not_taken_on_cpus():
-    assert composition.surrogate_kernel(jnp.float32) is None
+    assert policy_gradient.surrogate_kernel(jnp.float32) is None

@@ -51,7 +51,7 @@ def gradient(name: str, log_pi: np.ndarray, weight: np.ndarray, prev: np.ndarray
         count=np.repeat(weight.reshape(-1), rows.shape[1]),
         group=np.arange(len(flat)) if pairs else np.zeros(len(flat), int),
         role=np.resize(["chosen", "rejected"] if pairs else ["own"], len(flat)),
-        layout=jaxpo.make(name, **settings).layout,
+        layout=jaxpo.make(name, **settings).unit.layout,
         extra={"reward": np.zeros(len(flat)), **{k: np.asarray(x, float).reshape(-1) for k, x in extra.items()}},
     )
     slopes = evaluate(name, batch, **settings)[1]["logp"][:, 0]

@@ -128,7 +128,6 @@ def rollouts(case: Case) -> jaxpo.Rollouts:
     per_token = case.mask.shape
     extra = {k: jnp.asarray(x) for k, x in case.extra.items()}
     seed = extra.pop("seed", None)
-    slots = {k.removeprefix("logp_"): extra.pop(k) for k in list(extra) if k.startswith("logp_")}
     extra.pop("log_proxy", None)
     return jaxpo.Rollouts(
         tokens=jnp.asarray(case.tokens, jnp.int32),
@@ -139,10 +138,10 @@ def rollouts(case: Case) -> jaxpo.Rollouts:
         seed=None if seed is None else seed.astype(jnp.uint32),
         logp_old=jnp.asarray(case.logp_old),
         entropy_old=jnp.asarray(case.entropy_old),
-        slots={"ref": jnp.asarray(case.ref), **slots},
+        logp_ref=jnp.asarray(case.ref),
         count=jnp.asarray(case.count),
-        extras={k: x for k, x in extra.items() if x.shape != per_token},
-        token_extras={k: x for k, x in extra.items() if x.shape == per_token},
+        per_row={k: x for k, x in extra.items() if x.shape != per_token},
+        per_token={k: x for k, x in extra.items() if x.shape == per_token},
     )
 
 

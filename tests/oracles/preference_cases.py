@@ -88,9 +88,11 @@ def rollouts(batch: Batch) -> jaxpo.Rollouts:
         role=jnp.asarray([role_id(str(r)) for r in batch.role], jnp.int32),
         reward=jnp.asarray(batch.extra["reward"]),
         logp_old=jnp.asarray(batch.logp_old),
-        slots={"ref": jnp.asarray(batch.ref), "prev": jnp.asarray(batch.prev), "soup": jnp.asarray(batch.prev)},
-        extras={k: x for k, x in extra.items() if x.shape != per_token},
-        token_extras={k: x for k, x in extra.items() if x.shape == per_token},
+        logp_ref=jnp.asarray(batch.ref),
+        logp_prev=jnp.asarray(batch.prev),
+        logp_soup=jnp.asarray(batch.prev),
+        per_row={k: x for k, x in extra.items() if x.shape != per_token},
+        per_token={k: x for k, x in extra.items() if x.shape == per_token},
         layout=batch.layout,
     )
 
@@ -106,7 +108,7 @@ def _compiled(name: str, settings: tuple):
 
 
 def layout_of(name: str, **settings) -> tuple[str, ...]:
-    return jaxpo.make(name, **settings).layout
+    return jaxpo.make(name, **settings).unit.layout
 
 
 def evaluate(name: str, batch: Batch, into: tuple[str, ...] = ("logp",), **settings):
@@ -146,7 +148,7 @@ N = UNITS
 
 
 def batch_of(name: str, seed: int = 5, **settings) -> Batch:
-    return make_batch(jaxpo.make(name, **settings).layout, seed)
+    return make_batch(jaxpo.make(name, **settings).unit.layout, seed)
 
 
 def loss(name: str, batch: Batch, into=("logp",), **settings) -> float:

@@ -69,7 +69,7 @@ def test_clip_cov_drops_nothing_when_the_advantage_is_the_same_everywhere():
 
 def test_kl_cov_without_its_coefficient_is_the_unclipped_surrogate_and_looks_at_nothing():
     np.testing.assert_allclose(evaluate("kl_cov", CASE, coef=0.0)[1], unclipped(CASE), atol=1e-12)
-    assert jaxpo.make("kl_cov", coef=0.0).peeks == frozenset()
+    assert jaxpo.make("kl_cov", coef=0.0).asks.peeks == frozenset()
 
 
 @pytest.mark.parametrize("coef", (1.0, 7.0))
@@ -148,7 +148,7 @@ def paper(logits: np.ndarray, case: Case, **hyperparameters) -> np.ndarray:
 
     def policy(logits, batch):
         flat = logits.reshape(-1, 3), batch.tokens.reshape(-1)
-        derived = {name: f(*flat).reshape(batch.mask.shape) for name, f in objective.derived.items()}
+        derived = {name: f(*flat).reshape(batch.mask.shape) for name, f in objective.asks.derived.items()}
         return jaxpo.TokenStats(logp=log_prob_at(*flat, temperature=1.0).reshape(batch.mask.shape), derived=derived)
 
     def loss(logits, batch):
@@ -333,7 +333,7 @@ def test_hapo_without_tau_samples_at_t0():
     logits = np.random.default_rng(0).normal(size=(5, 7))
     assert np.ptp(EntropyTemperature(1.3, 0.2, numbers)(logits)) > 0.02
     np.testing.assert_allclose(EntropyTemperature(1.3, 0.0, numbers)(logits), 1.3, rtol=1e-6)
-    assert jaxpo.make("hapo", tau=0.0, T0=1.3, max_len=5, buffer=3).protocol_options["tau"] == 0.0
+    assert jaxpo.make("hapo", tau=0.0, T0=1.3, max_len=5, buffer=3).protocol.options["tau"] == 0.0
 
 
 # ---- dcpo_distribution ---------------------------------------------------------------------------
@@ -368,7 +368,7 @@ def test_dcpo_distribution_at_temperature_1_has_weights_of_1():
     np.testing.assert_allclose(adv, expected, atol=1e-9)
     with jax.enable_x64(True):
         logits, tokens = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5))), jnp.arange(4)
-        old_hot = jaxpo.make("dcpo_distribution", T_hot=1.0).derived["old_hot"](logits, tokens)
+        old_hot = jaxpo.make("dcpo_distribution", T_hot=1.0).asks.derived["old_hot"](logits, tokens)
         np.testing.assert_allclose(old_hot, jax.nn.log_softmax(logits)[tokens, tokens], atol=1e-12)
 
 
@@ -431,7 +431,7 @@ def test_d3s_keeps_the_share_of_rows_and_tokens_that_the_schedule_says():
         batch = prepared("d3s", case, total=11, iteration=iteration)  # rows 0.5 to 1, tokens 0.2 to 1
         assert batch.count.sum() == round((0.5 + 0.05 * iteration) * ROWS)
         tokens = (batch.mask * batch.count[:, None]).sum()
-        kept = (batch.token_extras["selected"] * batch.mask * batch.count[:, None]).sum()
+        kept = (batch.per_token["selected"] * batch.mask * batch.count[:, None]).sum()
         assert kept == pytest.approx(round((0.2 + 0.08 * iteration) * tokens))
     within = prepared("d3s", case, total=11, level="within")
     assert {within.count[case.group == g].sum() for g in case.group} == {2}
@@ -441,14 +441,14 @@ def test_d3s_keeps_the_tokens_of_largest_advantage_times_entropy():
     batch = prepared("d3s", CASES["K=4"], total=11)
     live = (batch.mask > 0) & (batch.count[:, None] > 0)
     score = np.abs(batch.adv[:, None]) * batch.entropy_old
-    kept = live & (batch.token_extras["selected"] > 0)
+    kept = live & (batch.per_token["selected"] > 0)
     assert score[kept].min() >= score[live & ~kept].max()
 
 
 def test_d3s_keeps_at_least_one_row_and_one_token():
     batch = prepared("d3s", CASES["K=4"], total=11, N_init=1e-6, K_init=1e-6)
     assert batch.count.sum() == 1
-    assert (batch.token_extras["selected"] * batch.mask * batch.count[:, None]).sum() == 1
+    assert (batch.per_token["selected"] * batch.mask * batch.count[:, None]).sum() == 1
 
 
 def test_d3s_without_any_advantage_has_no_loss():

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from jaxpo.batch import MissingField, Rollouts, TokenStats, complete
+from jaxpo.learning.step import accumulate, score
 from jaxpo.metrics import results
-from jaxpo.objectives import Part, Term, evaluate, from_terms, linearized, make, policy_gradient, preference
-from jaxpo.objectives.base import is_off
+from jaxpo.objectives import Term, evaluate, from_terms, linearized, make, policy_gradient, preference
+from jaxpo.objectives.grammar.base import is_off
+from jaxpo.objectives.grammar.parts import Part
 from jaxpo.primitives import aggregation
-from jaxpo.training.step import accumulate, score
 
 B, T = 8, 5
 RNG = np.random.default_rng(0)
@@ -25,7 +26,7 @@ def rollouts(**fields) -> Rollouts:
         mask=MASK,
         reward=jnp.arange(B, dtype=jnp.float32),
         group=jnp.arange(B) // 4,
-        slots={"ref": LOGP - 0.3},
+        logp_ref=LOGP - 0.3,
         logp_old=LOGP + 0.1,
     )
     return batch.replace(**fields)
@@ -162,7 +163,7 @@ def test_is_off_is_a_python_zero(coef, off):
 def test_grpo_with_beta_of_a_python_zero_has_neither_the_term_nor_its_need():
     with_kl, without = make("grpo"), make("grpo", beta=0)
     assert "logp_ref" in with_kl.needs and "logp_ref" not in without.needs
-    bare = rollouts(slots={})
+    bare = rollouts(logp_ref=None)
     assert "loss/kl_ref" not in value_and_grad(without, bare)[2]
     with pytest.raises(MissingField, match="no 'logp_ref'"):
         value_and_grad(with_kl, bare)
@@ -171,7 +172,7 @@ def test_grpo_with_beta_of_a_python_zero_has_neither_the_term_nor_its_need():
 def test_grpo_with_beta_of_a_traced_zero_keeps_the_term():
     def run(beta):
         objective = make("grpo", beta=beta)
-        assert "logp_ref" in objective.needs
+        assert "logp_ref" in objective.asks.needs
         return value_and_grad(objective, rollouts())
 
     value, grad, report = jax.vmap(run)(jnp.array([0.0, 0.04]))
@@ -182,11 +183,11 @@ def test_grpo_with_beta_of_a_traced_zero_keeps_the_term():
 
 @pytest.mark.parametrize(("name", "hyperparameter", "need"), [("rloo", "beta", "logp_ref"), ("dapo", "penalty", None)])
 def test_shaping_is_off_by_a_python_zero_and_not_by_a_traced_one(name, hyperparameter, need):
-    assert need not in make(name, **{hyperparameter: 0}).needs
+    assert need not in make(name, **{hyperparameter: 0}).asks.needs
 
     def run(x):
         objective = make(name, **{hyperparameter: x})
-        assert need is None or need in objective.needs
+        assert need is None or need in objective.asks.needs
         batch = rollouts(correct=jnp.arange(B) % 2 == 0)
         return value_and_grad(objective, batch)[:2]
 
@@ -212,11 +213,11 @@ def test_linearized_has_the_value_and_gradient_of_f_of_the_mean(aggregate):
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
 def test_linearized_under_microbatches_with_a_peek(n):
     objective = from_terms([linearized(Term("square", square), root), Term("nll", nll, coef=0.1)])
-    assert objective.peeks == {"logp"}
-    batch, state = objective.prepare(rollouts(count=COUNT, extras={"x": LOGP}), objective.init())
+    assert objective.asks.peeks == {"logp"}
+    batch, state = objective.prepare(rollouts(count=COUNT, per_row={"x": LOGP}), objective.init())
 
     def apply(params, part):
-        return TokenStats(logp=params * part.extras["x"])
+        return TokenStats(logp=params * part.per_row["x"])
 
     params = jnp.float32(1.3)
     peek = score(apply, params, batch, microbatches=n)
@@ -242,10 +243,10 @@ def test_from_terms_lets_weigh_see_the_peek():
 
     def bound(batch, state, peek):
         highest = jnp.max(jnp.where(batch.mask > 0, peek.logp, -jnp.inf))
-        return batch.replace(extras={**batch.extras, "bound": jnp.full(B, highest - 1)})
+        return batch.replace(per_row={**batch.per_row, "bound": jnp.full(B, highest - 1)})
 
     def bounded(stats, batch, state):
-        return -jnp.minimum(stats.logp, batch.extras["bound"][:, None])
+        return -jnp.minimum(stats.logp, batch.per_row["bound"][:, None])
 
     objective = from_terms([Term("nll", bounded)], weigh=bound, peeks=["logp"])
     highest = jnp.max(jnp.where(MASK > 0, LOGP, -jnp.inf)) - 1
@@ -329,7 +330,7 @@ def test_policy_gradient_filters_before_it_shapes_and_takes_advantages_after():
     np.testing.assert_array_equal(seen[0], np.arange(B))
     np.testing.assert_array_equal(seen[1][0], 10 * np.arange(B) + 1)
     np.testing.assert_array_equal(batch.count, np.arange(B) > 1)
-    assert objective.needs == {"reward"}
+    assert objective.asks.needs == {"reward"}
 
 
 @pytest.mark.parametrize("field", ["reward", "logp"])
@@ -377,7 +378,7 @@ def written_dpo(logp, beta, reference, normalize, count):
 @pytest.mark.parametrize("normalize", [False, True])
 def test_preference_is_dpo(reference, normalize):
     objective = preference(log_sigmoid_loss, beta=0.4, reference=reference, normalize_length=normalize)
-    assert objective.layout == PAIR and ("logp_ref" in objective.needs) is (reference == "ref")
+    assert objective.unit.layout == PAIR and ("logp_ref" in objective.asks.needs) is (reference == "ref")
     count = jnp.array([1, 1, 0, 0, 2, 2, 1, 1], jnp.float32)
     expected = jax.value_and_grad(written_dpo)(LOGP, 0.4, reference, normalize, count)
     value, grad, report = value_and_grad(objective, pairs(count=count))

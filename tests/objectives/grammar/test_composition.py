@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxpo
-from jaxpo.objectives.composition import Part
+from jaxpo.objectives.grammar.parts import Part
 from jaxpo.registry import entry, names
 from jaxpo.testing import case as example_case
 from jaxpo.testing import direct

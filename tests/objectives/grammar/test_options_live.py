@@ -16,7 +16,7 @@ import pytest
 
 import jaxpo
 from jaxpo import testing
-from jaxpo.objectives import base
+from jaxpo.objectives.grammar import base
 from jaxpo.primitives import grouping, selection, token_advantages
 from jaxpo.registry import entry
 from tests.oracles.cases import make_case, rollouts
@@ -228,13 +228,15 @@ def prepared(kind: str, name: str, given: tuple, i: int):
     """An objective, what it makes of a batch in the second of three iterations, its state, and the policy's word."""
     objective = build(kind, name, dict(given))
     batch, logits, logp = example(i)
-    if objective.layout or not objective.needs <= set(batch.fields()) | {f"logp_{n}" for n in objective.derived}:
+    if objective.unit.layout or not objective.asks.needs <= set(batch.fields()) | {
+        f"logp_{n}" for n in objective.asks.derived
+    }:
         return on_its_own_example(objective)
-    if objective.rewards:
+    if objective.asks.rewards:
         batch = batch.replace(reward=jax.nn.sigmoid(batch.reward))
-    derived = {n: f(logits, batch.tokens.reshape(-1)).reshape(logp.shape) for n, f in objective.derived.items()}
-    needed = {n: x for n, x in derived.items() if f"logp_{n}" in objective.needs}
-    batch = batch.replace(slots={**batch.slots, **needed})
+    derived = {n: f(logits, batch.tokens.reshape(-1)).reshape(logp.shape) for n, f in objective.asks.derived.items()}
+    needed = {n: x for n, x in derived.items() if f"logp_{n}" in objective.asks.needs}
+    batch = batch.with_token(**{f"logp_{k}": x for k, x in needed.items()})
     state = objective.init()
     batch, state = objective.prepare(batch, state.replace(iteration=state.iteration + 1))
     return objective, batch, state, jaxpo.TokenStats(logp=logp, entropy=batch.entropy_old, derived=derived)
@@ -243,7 +245,7 @@ def prepared(kind: str, name: str, given: tuple, i: int):
 def on_its_own_example(objective: jaxpo.Objective):
     """`prepared` for an objective that asks for units of rows, or for what other models say of them."""
     batch, params = testing.example(objective), testing.parameters()
-    stats = testing.bigram(objective, objective.wants | objective.peeks, params, batch)
+    stats = testing.bigram(objective, objective.asks.wants | objective.asks.peeks, params, batch)
     batch, state = objective.prepare(batch, objective.init())
     return objective, batch, state, stats
 
@@ -251,7 +253,7 @@ def on_its_own_example(objective: jaxpo.Objective):
 def before(*what):
     """What an objective does before any gradient: how data is gathered, advantages, what it derives from logits."""
     objective, batch, _, stats = prepared(*what)
-    gathered = {k: hash(v) for k, v in objective.protocol_options.items()}
+    gathered = {k: hash(v) for k, v in objective.protocol.options.items()}
     return gathered, batch.adv, batch.count, stats.derived
 
 

@@ -44,7 +44,7 @@ def test_names_have_the_ids_of_the_cards():
         "protocol": "dapo ppo_outer_loop hapo spo_single_stream spo_segment",
         "diagnostic": "ppo_outer_loop dpo_ranking_accuracy mode_seeking",
     }
-    import jaxpo.training.protocols  # noqa: F401 (for its registrations)
+    import jaxpo.protocols  # noqa: F401 (for its registrations)
 
     for kind, ids in slots.items():
         assert set(ids.split()) <= set(names(kind)), kind

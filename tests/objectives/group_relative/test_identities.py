@@ -108,11 +108,7 @@ def test_rloo_sums_the_penalty_of_bfloat16_logprobs_in_float32():
     logp_old = jnp.full((2, width), 1.0, jnp.bfloat16)
     ref = jnp.stack([logp_old[0] - step, logp_old[1]]).astype(jnp.bfloat16)
     batch = jaxpo.Rollouts(
-        mask=jnp.ones((2, width)),
-        reward=jnp.zeros(2),
-        group=jnp.zeros(2, jnp.int32),
-        logp_old=logp_old,
-        slots={"ref": ref},
+        mask=jnp.ones((2, width)), reward=jnp.zeros(2), group=jnp.zeros(2, jnp.int32), logp_old=logp_old, logp_ref=ref
     )
     objective = jaxpo.make("rloo", beta=1.0)
     grad = jax.jit(jax.grad(lambda logp: jaxpo.evaluate(objective, lambda _: jaxpo.TokenStats(logp=logp), batch)[0]))(
