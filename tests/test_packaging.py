@@ -43,7 +43,7 @@ FORBIDDEN = (
     ("jaxpo.race", "jaxpo.runs.train"),
 )
 # Stricter than their layer: all that these may import of the project.
-ONLY = {"jaxpo.primitives": {"jaxpo.primitives"}, "jaxpo.kernels": {"jaxpo.kernels", "jaxpo.batch"}}
+ONLY = {"jaxpo.primitives": {"jaxpo.primitives", "jaxpo.arguments"}, "jaxpo.kernels": {"jaxpo.kernels", "jaxpo.batch"}}
 OURS = ("jaxpo", "kernels", "experiments", "configs", "tests")
 # Packages whose import has another name, of extras that need not be installed here.
 DISTRIBUTED_AS = {"tunix": "google-tunix"}
