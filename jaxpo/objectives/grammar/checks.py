@@ -37,4 +37,6 @@ def check_range(name: str, x: Array, allowed: tuple[float, float], batch: Rollou
         value = numbers[tuple(bad[0])]
         if not np.isfinite(value):
             raise ValueError(f"the {name} of row {bad[0][rows - 1]} is {value:g}: it must be a finite number")
-        raise ValueError(f"a {name} of {value:g} is outside [{low:g}, {high:g}], {why}; it is in row {bad[0][rows - 1]}")
+        raise ValueError(
+            f"a {name} of {value:g} is outside [{low:g}, {high:g}], {why}; it is in row {bad[0][rows - 1]}"
+        )
