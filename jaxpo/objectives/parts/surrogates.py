@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxpo.arguments import AboveOne, NonNegative, Positive, Share, unused, when
+from jaxpo.arguments import AboveOne, NonNegative, Positive, PositiveOrInfinite, Share, Threshold, unused, when
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.fields import role_id
 from jaxpo.objectives.grammar.base import Hooks, State, per_token
@@ -307,8 +307,8 @@ def hapo(
 @register("surrogate", source="arXiv:2505.22617; verl clip_cov")
 def clip_cov(
     ratio: Share = 2e-4,
-    lb: float = 1.0,
-    ub: float = 5.0,
+    lb: Threshold = 1.0,
+    ub: Threshold = 5.0,
     eps_low: Positive = 1.0,
     eps_high: Positive = 1.0,
     log_ratio_clip: Positive = 20.0,
@@ -340,7 +340,7 @@ def clip_cov(
 
 
 @register("surrogate", source="Lp-Reg, arXiv:2510.03222")
-def capped(U: Positive = 10.0) -> Surrogate:  # noqa: N803 (the cards' name)
+def capped(U: PositiveOrInfinite = 10.0) -> Surrogate:  # noqa: N803 (the cards' name)
     """``-min(r, U) A``: no lower clip, and none of the sign of A."""
     return Surrogate(*reads(surrogates.capped, cap=U), clipped=lambda x, adv, stats, b, s: jnp.exp(x) > U)
 
