@@ -40,6 +40,7 @@ KINDS = (
     "judge",
     "policy",
     "preference_set",
+    "verifier",
 )
 # Modules whose import registers the entries of a kind.
 HOMES: Mapping[str, tuple[str, ...]] = {
@@ -50,6 +51,9 @@ HOMES: Mapping[str, tuple[str, ...]] = {
     "diagnostic": ("jaxpo.objectives", "jaxpo.protocols"),
     "task": ("jaxpo.tasks",),
     "judge": ("jaxpo.runs.judges.judge",),
+    "tokenizer": ("jaxpo.text.tokenizers",),
+    "policy": ("jaxpo.policy.named",),
+    "verifier": ("jaxpo.tasks.rewards",),
 }
 PARTS = ("advantage", "ratio", "surrogate", "regularizer", "reward", "filter", "correction")
 CHECKED = ("objective", *PARTS)  # their numbers must be finite, also where they state no domain

@@ -15,7 +15,7 @@ from jaxpo.config.fill import fill
 from jaxpo.config.resolve import objective_of, protocol_name, transformer_of
 from jaxpo.learning.needs import heads_of
 from jaxpo.learning.optimizers import OPTIMIZERS, SCHEDULES
-from jaxpo.objectives import make, names
+from jaxpo.objectives import Unit, make, names
 from jaxpo.registry import entry
 from jaxpo.runs import loop
 from jaxpo.runs.workspace import make_tokenizer
@@ -352,7 +352,7 @@ def test_microbatches_may_not_cut_groups_that_an_objective_sees_whole():
     policy = transformer_of(config)
     checks._check_division(config, make("reinforce"), policy, 1)
     with pytest.raises(ValueError, match="config.training.microbatches 8 would cut groups .*: choose one of 1, 2, 4"):
-        checks._check_division(config, make("reinforce")._replace(coupling="group"), policy, 1)
+        checks._check_division(config, make("reinforce")._replace(unit=Unit(coupling="group")), policy, 1)
 
 
 COUNTS = (

@@ -9,7 +9,7 @@ import pytest
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.learning.step import accumulate, optimizer_step, score
 from jaxpo.metrics import results
-from jaxpo.objectives import Term, from_terms, linearized, make
+from jaxpo.objectives import Hooks, Term, Unit, from_terms, linearized, make
 
 B, T = 8, 3
 X = jnp.asarray(np.random.default_rng(0).normal(size=(B, T)), jnp.float32)
@@ -26,7 +26,7 @@ def remembering(**options):
     def count(state, batch, report):
         return state.replace(memory={"seen": state.memory["seen"] + results(report)["tokens"]})
 
-    return from_terms([Term("nll", nll)], memory={"seen": jnp.float32(0)}, update=count, **options)
+    return from_terms([Term("nll", nll)], hooks=Hooks(memory={"seen": jnp.float32(0)}, update=count), **options)
 
 
 def rollouts(**fields):
@@ -189,7 +189,7 @@ def test_a_fresh_peek_without_what_it_needs_is_taken():
     [
         (remembering(), rollouts(), 3, "8 rows in units of 1 cannot be cut into 3 equal slices"),
         (
-            remembering(coupling="group"),
+            remembering(unit=Unit(coupling="group")),
             rollouts(shared_prompt=4),
             4,
             "4 microbatches cut groups of 4 rows, which this objective must see whole",
@@ -210,14 +210,14 @@ def test_slices_that_cut_what_belongs_together_are_refused(objective, batch, n, 
 
 @pytest.mark.parametrize(("coupling", "shared", "n"), [("group", 4, 2), ("row", 4, 8), ("group", 2, 4)])
 def test_slices_of_whole_groups_pass(coupling, shared, n):
-    step, *start = make_step(remembering(coupling=coupling), microbatches=n)
-    whole, *_ = make_step(remembering(coupling=coupling))
+    step, *start = make_step(remembering(unit=Unit(coupling=coupling)), microbatches=n)
+    whole, *_ = make_step(remembering(unit=Unit(coupling=coupling)))
     got, expected = (s(*start, rollouts(shared_prompt=shared))[-1] for s in (step, whole))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, expected)
 
 
 def test_groups_of_unknown_rows_are_not_cut():
     """``shared_prompt`` 1 says nothing of groups (rows were shuffled, say), so no slice is known to hold whole ones."""
-    step, *start = make_step(remembering(coupling="group"), microbatches=4)
+    step, *start = make_step(remembering(unit=Unit(coupling="group")), microbatches=4)
     with pytest.raises(ValueError, match="must see whole"):
         step(*start, rollouts(group=jnp.arange(B) % 2))

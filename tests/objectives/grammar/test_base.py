@@ -8,7 +8,7 @@ import pytest
 from jaxpo.batch import MissingField, Rollouts, TokenStats, complete
 from jaxpo.learning.step import accumulate, score
 from jaxpo.metrics import results
-from jaxpo.objectives import Term, evaluate, from_terms, linearized, make, policy_gradient, preference
+from jaxpo.objectives import Hooks, Term, asks_of, evaluate, from_terms, linearized, make, policy_gradient, preference
 from jaxpo.objectives.grammar.base import is_off
 from jaxpo.objectives.grammar.parts import Advantage, Filter, Shaping
 from jaxpo.primitives import aggregation
@@ -300,7 +300,9 @@ def test_evaluate_goes_on_from_a_state():
 
 
 def test_evaluate_asks_for_what_is_needed_by_name():
-    with pytest.raises(MissingField, match="the batch has no 'group', which this objective needs: .*The batch has: .*mask"):
+    with pytest.raises(
+        MissingField, match="the batch has no 'group', which this objective needs: .*The batch has: .*mask"
+    ):
         evaluate(make("grpo", beta=0), lambda _: TokenStats(logp=LOGP), Rollouts(mask=MASK))
 
 
