@@ -195,7 +195,7 @@ def test_a_fresh_peek_without_what_it_needs_is_taken():
             "4 microbatches cut groups of 4 rows, which this objective must see whole",
         ),
         (
-            remembering(layout=("chosen", "rejected")),
+            remembering(unit=Unit(("chosen", "rejected"))),
             rollouts(layout=("chosen", "rejected")),
             8,
             "in units of 2 cannot be cut into 8",
