@@ -46,6 +46,7 @@ OTHER = {
     "steps": 3,
     "target": 0.2,
     ("adora", "correct_score"): -0.5,
+    ("adora", "max_len"): 2.0,
     ("nash_mp", "eta"): 0.1,
     ("orpo_chi2", "c"): 0.1,
     ("rdpo", "eps"): 0.3,
@@ -247,6 +248,7 @@ FEW = ("grpo", "dapo", "rec", "dpo")
 CASES = [
     pytest.param(kind, name, option, marks=() if kind == "objective" and name in FEW else pytest.mark.slow)
     for kind, name, option in options()
+    if (name, option) not in QUIET
 ]
 
 
