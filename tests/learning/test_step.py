@@ -10,6 +10,7 @@ from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.learning.step import accumulate, optimizer_step, score
 from jaxpo.metrics import results
 from jaxpo.objectives import Term, from_terms, linearized, make
+from jaxpo.objectives.grammar.base import Hooks, Unit
 
 B, T = 8, 3
 X = jnp.asarray(np.random.default_rng(0).normal(size=(B, T)), jnp.float32)
@@ -20,13 +21,13 @@ def nll(stats, batch, state):
     return -stats.logp
 
 
-def remembering(**options):
+def remembering(**unit):
     """An objective with a memory that every step changes."""
 
     def count(state, batch, report):
         return state.replace(memory={"seen": state.memory["seen"] + results(report)["tokens"]})
 
-    return from_terms([Term("nll", nll)], memory={"seen": jnp.float32(0)}, update=count, **options)
+    return from_terms([Term("nll", nll)], hooks=Hooks({"seen": jnp.float32(0)}, update=count), unit=Unit(**unit))
 
 
 def rollouts(**fields):
