@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxpo import registry
+from jaxpo.learning.needs import references_of
 from jaxpo.objectives import make
 from jaxpo.parallel import AXES
 from jaxpo.registry import names
