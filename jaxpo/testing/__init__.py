@@ -11,19 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jaxpo.batch import Rollouts
-from jaxpo.testing.cases import (
-    Case,
-    NotChecked,
-    Outcome,
-    Subject,
-    bigram,
-    case,
-    direct,
-    example,
-    parameters,
-    same,
-    train,
-)
+from jaxpo.testing.cases import Case, NotChecked, Outcome, Subject, case, direct, same, train
 from jaxpo.testing.contracts import (
     CONTRACTS,
     count_is_multiplicity,
@@ -43,6 +31,7 @@ from jaxpo.testing.contracts import (
     state_survives_a_checkpoint,
     vmap_over_hyperparameters,
 )
+from jaxpo.testing.examples import bigram, example, parameters
 
 __all__ = [
     "CONTRACTS",
