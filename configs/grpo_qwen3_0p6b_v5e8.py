@@ -8,7 +8,7 @@ plan needs neither:
 
 from ml_collections import ConfigDict
 
-from jaxpo.training.config import default
+from jaxpo.config.fields import default
 
 MODEL = "configs/models/Qwen3-0.6B"
 

@@ -6,8 +6,8 @@ python -m experiments.train_rl --config=configs/grpo_smollm2.py --workdir=runs/s
 
 from ml_collections import ConfigDict
 
-from jaxpo.policy import gguf
-from jaxpo.training.config import default
+from jaxpo.config.fields import default
+from jaxpo.text import gguf
 
 
 def get_config() -> ConfigDict:

@@ -6,7 +6,7 @@ python -m experiments.train_rl --config=configs/quickstart.py --workdir=runs/qui
 
 from ml_collections import ConfigDict
 
-from jaxpo.training.config import default
+from jaxpo.config.fields import default
 
 
 def get_config() -> ConfigDict:

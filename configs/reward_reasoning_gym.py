@@ -8,7 +8,7 @@ python -m experiments.train_reward --config=configs/reward_reasoning_gym.py --wo
 
 from ml_collections import ConfigDict
 
-from jaxpo.training.config import default
+from jaxpo.config.fields import default
 
 
 def get_config() -> ConfigDict:

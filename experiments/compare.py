@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from jaxpo.registry import unknown
-from jaxpo.training.plots import plot_curves
-from jaxpo.training.rundir import METRICS, closing_table, read_metrics
+from jaxpo.storage.plots import plot_curves
+from jaxpo.storage.rundir import METRICS, closing_table, read_metrics
 
 WINDOW = 10  # values that a last or best reward averages
 COLUMNS = ("run", "reward last", "reward best", "accuracy before", "after", "steps", "wall time")

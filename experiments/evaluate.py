@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxpo.policy.transformer import Params
-    from jaxpo.training.workspace import Workspace
+    from jaxpo.runs.workspace import Workspace
 
 SAMPLING = ("k", "samples", "prompts", "seed")  # flags of what a policy writes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    from jaxpo.training.command_line import parse
+    from jaxpo.config.command_line import parse
 
     try:
         argv = sys.argv[1:] if argv is None else argv
@@ -59,9 +59,9 @@ def evaluate(
     asked: Sequence[str] = (),
 ) -> dict[str, float]:
     """Print and return the metrics of a policy's answers, or of a reward model's order of held-out pairs."""
-    from jaxpo.training.needs import is_reward_model
-    from jaxpo.training.restore import open_finished
-    from jaxpo.training.rundir import closing_table
+    from jaxpo.learning.needs import is_reward_model
+    from jaxpo.runs.restore import open_finished
+    from jaxpo.storage.rundir import closing_table
 
     changes = {"evaluation.pass_at": ks, "evaluation.samples": samples} | (
         {"evaluation.prompts": prompts} if prompts else {}
@@ -97,23 +97,24 @@ def of_answers(
     """Metrics of a policy's greedy answers and of samples, the names of those to show, and of how many prompts."""
     import jax
 
-    from jaxpo.training import evaluation
+    from jaxpo.runs.evaluation import answers
 
     if workspace.task.score is None:
         raise ValueError(
             f"--run={run}: nothing verifies answers to {workspace.task.name}; what held-out pairs say was measured in "
             f"training: eval/... in {run}/metrics.jsonl"
         )
-    metrics, _ = evaluation.greedy(workspace, params, workspace.test)
+    test = workspace.questions.test
+    metrics, _ = answers.greedy(workspace, params, test)
     if ks:
-        metrics |= evaluation.sampled(workspace, params, workspace.test, jax.random.key(seed), samples=samples, ks=ks)
-    return metrics, ["eval/greedy", *[f"eval/pass@{k}" for k in ks]], f"{len(workspace.test)} test prompts"
+        metrics |= answers.sampled(workspace, params, test, jax.random.key(seed), samples=samples, ks=ks)
+    return metrics, ["eval/greedy", *[f"eval/pass@{k}" for k in ks]], f"{len(test)} test prompts"
 
 
 def of_pairs(workspace: "Workspace", params: "Params") -> tuple[dict[str, float], list[str], str]:
     """As `of_answers`, of the order in which a reward model puts held-out pairs."""
-    from jaxpo.training.pair_evaluation import how_many, measurable
-    from jaxpo.training.reward_evaluation import calibration, stated
+    from jaxpo.runs.evaluation.pairs import how_many, measurable
+    from jaxpo.runs.evaluation.rewards import calibration, stated
 
     if not measurable(workspace):
         raise ValueError(f"{workspace.task.name} has no held-out pairs: train with config.data.test_size")

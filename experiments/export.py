@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    from jaxpo.training.command_line import parse
+    from jaxpo.config.command_line import parse
 
     try:
         _, flags = parse(
@@ -35,10 +35,10 @@ def export_run(workdir: str, out: str, step: int | None = None, dtype: str | Non
       ValueError: no such run or checkpoint, a policy that no known architecture has, or a reward model.
       FileExistsError: ``out`` is there.
     """
+    from jaxpo.learning.needs import is_reward_model
     from jaxpo.policy.hf import check_out, export, read_config
-    from jaxpo.tasks.tokenizers import for_transformers
-    from jaxpo.training.needs import is_reward_model
-    from jaxpo.training.restore import MODEL, open_finished
+    from jaxpo.runs.restore import MODEL, open_finished
+    from jaxpo.text.tokenizers import for_transformers
 
     check_out(out)
     workspace, params, step = open_finished(workdir, step, examples=False)

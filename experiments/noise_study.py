@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from jaxpo.training.race import Results
+    from jaxpo.race.results import Results
 
 TOLD_AT_LEAST = 0.1
 
@@ -30,7 +30,7 @@ def methods(share: float) -> dict[str, str]:
 
 def study(shares: Sequence[float], rules: object, out: Path) -> dict[float, dict[str, list[float]]]:
     """share -> method -> final greedy accuracy of every seed."""
-    from jaxpo.training.race import race
+    from jaxpo.race.race import race
 
     found = {}
     for share in shares:
@@ -43,7 +43,7 @@ def study(shares: Sequence[float], rules: object, out: Path) -> dict[float, dict
 
 def table(found: Mapping[float, Mapping[str, list[float]]]) -> str:
     """Markdown: a row for each method, mean and 95% interval over seeds for each share of flipped labels."""
-    from jaxpo.training.race import interval
+    from jaxpo.race.results import interval
 
     def cell(values: list[float]) -> str:
         mean, low, high = interval(values)
@@ -60,7 +60,7 @@ def figure(found: Mapping[float, Mapping[str, list[float]]]) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from jaxpo.training.plots import COLORS
+    from jaxpo.storage.plots import COLORS
 
     picture = Figure(figsize=(5.2, 3.2), dpi=110, facecolor="white", layout="constrained")
     FigureCanvasAgg(picture)
@@ -82,8 +82,8 @@ def figure(found: Mapping[float, Mapping[str, list[float]]]) -> "Figure":
 def main(argv: Sequence[str] | None = None) -> dict[float, dict[str, list[float]]]:
     """The command. Raises ``SystemExit`` with one line for what cannot be."""
     from experiments.race import HELP
-    from jaxpo.training.arena import Rules
-    from jaxpo.training.command_line import parse
+    from jaxpo.config.command_line import parse
+    from jaxpo.race.rules import Rules
 
     rules = Rules(seeds=3)
     flags = {name: (value, HELP[name]) for name, value in asdict(rules).items() if name != "flipped"}

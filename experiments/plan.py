@@ -15,7 +15,7 @@ from pathlib import Path
 def main(argv: Sequence[str] | None = None) -> None:
     import jax
 
-    from jaxpo.training.command_line import parse
+    from jaxpo.config.command_line import parse
 
     if jax.config.jax_platforms is None:  # with libtpu installed and no chip, jax would try the chip first
         jax.config.update("jax_platforms", "cpu")
@@ -36,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def plan(config, *, topology: str, price: float, json: str, search: int, propose: bool):
     """Print the plan of a config for a slice; the numbers too, where ``json`` names a file. Returns what was
     printed last: the plan that fits, if one was found."""
-    from jaxpo.parallel import topology as topologies
-    from jaxpo.training import plan as plans
-    from jaxpo.training import plan_search
+    from jaxpo.plan import plan as plans
+    from jaxpo.plan import search
+    from jaxpo.plan import topology as topologies
 
     if not topology:
         raise ValueError("--topology=CHIP:SHAPE is required, e.g. v5e:2x4")
@@ -50,13 +50,13 @@ def plan(config, *, topology: str, price: float, json: str, search: int, propose
         raise ValueError(f"--json={json}: there is no such folder")
     where = topologies.parse(topology)
     if search:
-        found = plan_search.fastest(config, where, compile_most=search, say=say)
+        found = search.fastest(config, where, compile_most=search, say=say)
     else:
         found = plans.make_plan(config, where, say=say)
     show(found, price)
     proposals = []
     if not found.fits and propose:
-        proposals = plan_search.proposals(config, where, found, say=say)
+        proposals = search.proposals(config, where, found, say=say)
         show_proposals(proposals)
     if json:
         write(Path(json), found, proposals, price)
@@ -98,7 +98,7 @@ def rows_of(found) -> list[tuple[str, ...]]:
     """The lines of the table: a name, a column for each step, and what an iteration adds up to."""
     from operator import attrgetter
 
-    from jaxpo.parallel import roofline
+    from jaxpo.plan import roofline
 
     steps, hbm = [s for s in found.steps if s.error is None], found.chip.hbm
     terms = {term: None for s in steps for term in s.seconds}

@@ -18,8 +18,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxpo.training.arena import Rules
-    from jaxpo.training.race import Results
+    from jaxpo.race.results import Results
+    from jaxpo.race.rules import Rules
 
 HELP = dict(
     task="the toy task, or a registered one with its arguments: toy(digits=4)",
@@ -44,9 +44,10 @@ HELP = dict(
 
 def main(argv: Sequence[str] | None = None) -> "Results":
     """The command. Raises ``SystemExit`` with one line for what cannot be raced."""
-    from jaxpo.training.arena import Rules
-    from jaxpo.training.command_line import parse
-    from jaxpo.training.race import CURVES, RESULTS, race
+    from jaxpo.config.command_line import parse
+    from jaxpo.race.race import race
+    from jaxpo.race.results import CURVES, RESULTS
+    from jaxpo.race.rules import Rules
 
     flags = {name: (default, HELP[name]) for name, default in asdict(Rules()).items()}
     flags["objectives"] = ("grpo,dr_grpo,gspo,gtpo,bapo", 'names, with changes: "grpo,grpo(eps_high=0.3)"; or all')

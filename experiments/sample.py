@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    from jaxpo.training.command_line import parse
+    from jaxpo.config.command_line import parse
 
     try:
         argv = list(sys.argv[1:] if argv is None else argv)
@@ -39,11 +39,11 @@ def sample(
 ) -> list[list[str]]:
     import jax
 
+    from jaxpo.learning.needs import is_reward_model
     from jaxpo.rollout.sampling import validate
+    from jaxpo.runs.questions import pad_prompts, tokenize
+    from jaxpo.runs.restore import open_finished
     from jaxpo.tasks import Example
-    from jaxpo.training.needs import is_reward_model
-    from jaxpo.training.restore import open_finished
-    from jaxpo.training.workspace import pad_prompts, tokenize
 
     workspace, params, _ = open_finished(run, None if step < 0 else step, examples=False)
     if is_reward_model(workspace.objective):
@@ -54,9 +54,11 @@ def sample(
         raise ValueError("--n has no effect with --greedy: every completion would be the same")
     plain = dict(top_k=None, top_p=None, min_p=None) if greedy else {}
     options = validate(workspace.sampling.replace(greedy=greedy, temperature=temperature, **plain))
-    params = workspace.sampler_params(params)
-    rollouts = workspace.generate(params, batch.tokens, batch.length, jax.random.key(seed), options, responses=n)
-    texts = workspace.texts(rollouts)
+    params = workspace.programs.sampler_params(params)
+    rollouts = workspace.programs.generate(
+        params, batch.tokens, batch.length, jax.random.key(seed), options, responses=n
+    )
+    texts = workspace.questions.texts(rollouts)
     for i, prompt in enumerate(prompts):
         print(f"\n{prompt}")
         for j in range(i * n, (i + 1) * n):

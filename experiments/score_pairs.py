@@ -19,7 +19,7 @@ BATCH = 64  # pairs that are judged at once
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command. Raises ``SystemExit`` with one line for what cannot be scored."""
-    from jaxpo.training.command_line import parse
+    from jaxpo.config.command_line import parse
 
     try:
         _, flags = parse(
@@ -46,10 +46,11 @@ def score_pairs(pairs: str, judge: str, out: str, gap: float = 1.0, hard: str = 
       ValueError: a bad line (names file, line and field), a row that is no pair, or no run of such a model.
       FileExistsError: a file to write is there.
     """
+    from jaxpo.fields import PAIR
+    from jaxpo.runs.judges.judge import by_model
+    from jaxpo.storage.rundir import Progress
     from jaxpo.tasks import Example
-    from jaxpo.tasks.records import PAIR, BadRow, row_of
-    from jaxpo.training.judges import by_model
-    from jaxpo.training.rundir import Progress
+    from jaxpo.tasks.preferences.records import BadRow, row_of
 
     for path in filter(None, (out, hard)):
         if Path(path).exists():

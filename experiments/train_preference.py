@@ -7,23 +7,23 @@
 """
 
 from collections.abc import Sequence
-
-from ml_collections import ConfigDict
+from typing import TYPE_CHECKING
 
 from experiments.train_rl import launch
+
+if TYPE_CHECKING:
+    from jaxpo.config.resolved import Resolved
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     launch(argv, check)
 
 
-def check(config: ConfigDict) -> None:
+def check(resolved: "Resolved") -> None:
     """``ValueError`` for an objective of rewards."""
-    from jaxpo.training.config import objective_of, protocol_name
-
-    if protocol_name(config, objective_of(config)) == "on_policy":
+    if resolved.protocol_name == "on_policy":
         raise ValueError(
-            f"objective {config.objective.name!r} learns from rewards of single answers: train it with "
+            f"objective {resolved.config.objective.name!r} learns from rewards of single answers: train it with "
             "experiments.train_rl, or set config.data.name"
         )
 

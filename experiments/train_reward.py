@@ -10,22 +10,24 @@ Evaluated by accuracy and calibration on held-out pairs: ``eval/accuracy``, ``ev
 """
 
 from collections.abc import Sequence
-
-from ml_collections import ConfigDict
+from typing import TYPE_CHECKING
 
 from experiments.train_rl import launch
+
+if TYPE_CHECKING:
+    from jaxpo.config.resolved import Resolved
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     launch(argv, check)
 
 
-def check(config: ConfigDict) -> None:
+def check(resolved: "Resolved") -> None:
     """``ValueError`` for an objective that trains a policy, or without pairs to learn from."""
-    from jaxpo.training.config import objective_of
-    from jaxpo.training.needs import is_reward_model
+    from jaxpo.learning.needs import is_reward_model
 
-    if not is_reward_model(objective_of(config)):
+    config = resolved.config
+    if not is_reward_model(resolved.objective):
         raise ValueError(
             f"objective {config.objective.name!r} trains a policy, not a reward model: train it with "
             "experiments.train_preference, or set config.objective.name to bradley_terry_rm, gpm_rm or themis"

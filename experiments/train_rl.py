@@ -10,16 +10,16 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ml_collections import ConfigDict
+    from jaxpo.config.resolved import Resolved
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     launch(argv)
 
 
-def launch(argv: Sequence[str] | None, check: "Callable[[ConfigDict], None] | None" = None) -> None:
+def launch(argv: Sequence[str] | None, check: "Callable[[Resolved], None] | None" = None) -> None:
     """Join the other processes, read the command line, train; every error is one line. ``check`` raises ``ValueError``
-    for a config that another program is for."""
+    for a run that another program is for."""
     from jaxpo.parallel.distributed import FLAGS, join_by_flags
 
     argv = sys.argv[1:] if argv is None else argv
@@ -27,9 +27,10 @@ def launch(argv: Sequence[str] | None, check: "Callable[[ConfigDict], None] | No
         join_by_flags(argv)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    from jaxpo.training.command_line import parse
-    from jaxpo.training.loop import Diverged, train_rl
-    from jaxpo.training.protocols import NothingLeft
+    from jaxpo.config.command_line import parse
+    from jaxpo.protocols.protocol import NothingLeft
+    from jaxpo.runs.loop import Diverged
+    from jaxpo.runs.train import train_rl
 
     try:
         config, flags = parse(
@@ -41,9 +42,8 @@ def launch(argv: Sequence[str] | None, check: "Callable[[ConfigDict], None] | No
         )
         if not flags["workdir"]:
             raise ValueError("--workdir=DIRECTORY is required")
-        if check:
-            check(config)
-        train_rl(config, **{name: value for name, value in flags.items() if name not in FLAGS})
+        own = {name: value for name, value in flags.items() if name not in FLAGS}
+        train_rl(config, **own, check=check)
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError, Diverged, NothingLeft) as error:
         sys.exit(f"error: {error}")
 

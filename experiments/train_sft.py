@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    from jaxpo.training.command_line import parse
-    from jaxpo.training.loop import train_rl
+    from jaxpo.config.command_line import parse
+    from jaxpo.runs.train import train_rl
 
     try:
         config, flags = parse(sys.argv[1:] if argv is None else argv, workdir=("", "directory of the run (required)"))

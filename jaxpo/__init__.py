@@ -8,7 +8,6 @@ if TYPE_CHECKING:
     from jaxpo.batch import Demonstrations, Pairs, Rollouts, TokenStats, from_sequences
     from jaxpo.objectives import (
         Objective,
-        Protocol,
         Term,
         describe,
         evaluate,
@@ -19,13 +18,14 @@ if TYPE_CHECKING:
         preference,
         register,
     )
+    from jaxpo.protocols.protocol import Protocol
 
 # Loaded on first use: the processes that run verifiers import jaxpo.tasks and must not pay for, or hold, jax.
 _HOME = {
     "jaxpo.batch": ("Demonstrations", "Pairs", "Rollouts", "TokenStats", "from_sequences"),
+    "jaxpo.protocols.protocol": ("Protocol",),
     "jaxpo.objectives": (
         "Objective",
-        "Protocol",
         "Term",
         "describe",
         "evaluate",
@@ -60,6 +60,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     import importlib
 
+    if name == "testing":
+        return importlib.import_module("jaxpo.testing")
     for module, exports in _HOME.items():
         if name in exports:
             return getattr(importlib.import_module(module), name)

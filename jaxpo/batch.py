@@ -5,7 +5,7 @@ Absent is ``None``, never zeros. Masks come from lengths, never from token ids.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,30 +14,19 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from jaxpo.registry import unknown
-
-ROLES = (
-    *("own", "expert", "replay", "rehearsal", "ptx", "hinted", "previous", "chosen", "rejected", "kl"),
-    # "A_given_B": answer A to the prompt with B as a draft
-    *("chosen_given_rejected", "rejected_given_chosen", "chosen_given_chosen", "rejected_given_rejected"),
-    *("rationale", "truth", "revised", "original", "truth_corrupted", "revised_corrupted"),
-    *("matching", "violating", "multi_chosen", "multi_rejected"),  # one answer to two prompts, a pair to a longer one
-)
-
-
-def role_id(name: str) -> int:
-    """Number of a role in ``Rollouts.role``."""
-    if name not in ROLES:
-        raise ValueError(unknown("role", name, ROLES))
-    return ROLES.index(name)
+from jaxpo.fields import ROLES, home_of, missing, role_id
 
 
 class MissingField(ValueError):
-    """A batch lacks a field that an objective reads. ``field`` is its name."""
+    """A batch lacks the field ``field``, which an objective reads; the message says where it goes and who
+    gives it."""
 
     def __init__(self, field: str, have: Sequence[str]):
         self.field = field
-        super().__init__(f"the batch has no {field!r}, which this objective needs; it has: {', '.join(sorted(have))}")
+        super().__init__(
+            f"the batch has no {field!r}, which this objective needs: {missing(field)}. The batch has: "
+            f"{', '.join(sorted(have))}"
+        )
 
 
 @struct.dataclass
@@ -46,7 +35,7 @@ class TokenStats:
 
     logp, entropy, value: [B, T]; score: [B]; embed: [B, D]; gate: [B, M], a head on the prompt alone;
     logits: [B, T, V] (per slice only, never stored); derived: [B, T] by name, what an objective computes from the
-    logits (`Objective.derived`).
+    logits (`Asks.derived`).
     """
 
     logp: Array | None = None
@@ -64,6 +53,9 @@ class TokenStats:
 class Rollouts:
     """Rows of prompt + completion with everything that is known of them.
 
+    A field of `jaxpo.fields.FIELDS` is given by its name, also one that is no attribute: ``Rollouts(logp_ref=...)``,
+    ``batch.replace(mc_value=...)``; it is then kept in ``per_token`` or ``per_row``, and ``get`` finds it.
+
     Attributes:
       tokens: [B, P+T] int, prompt left-padded, completion right-padded.
       mask: [B, T] 1 on tokens that the policy sampled (may have holes). Structural: filters never edit it.
@@ -79,9 +71,9 @@ class Rollouts:
       logp_beh: [B, T] under the distribution that was sampled from, as the sampler recorded it.
       entropy_old, value_old: [B, T] constants of the rollout.
       adv: [B] or [B, T], written by ``prepare``.
-      slots: log-probs [B, T] under frozen companions: ``slots["ref"]`` is ``logp_ref``.
       weights: written by ``weigh``: term name -> [B, T] or [B].
-      extras: named arrays with leading axis B. token_extras: named arrays [B, T, ...], padded together with T.
+      per_token: other fields [B, T, ...] by name: log-probs under references, what protocols and parts write.
+      per_row: other fields [B, ...] by name.
       layout: (static) roles of the consecutive rows that make one unit; () = a row is a unit.
       shared_prompt: (static) every so many consecutive rows begin with the same prompt; the policy then computes it
         once.
@@ -103,10 +95,9 @@ class Rollouts:
     entropy_old: Array | None = None
     value_old: Array | None = None
     adv: Array | None = None
-    slots: dict[str, Array] = struct.field(default_factory=dict)
     weights: dict[str, Array] = struct.field(default_factory=dict)
-    extras: dict[str, Array] = struct.field(default_factory=dict)
-    token_extras: dict[str, Array] = struct.field(default_factory=dict)
+    per_token: dict[str, Array] = struct.field(default_factory=dict)
+    per_row: dict[str, Array] = struct.field(default_factory=dict)
     layout: tuple[str, ...] = struct.field(pytree_node=False, default=())
     shared_prompt: int = struct.field(pytree_node=False, default=1)
 
@@ -135,20 +126,25 @@ class Rollouts:
         return self.mask.astype(jnp.result_type(float)).sum(-1)
 
     def get(self, name: str) -> Array:
-        """A field, a slot (``logp_<slot>``) or an extra by name; `MissingField` if the batch does not have it."""
+        """A field by name; `MissingField` if the batch does not have it."""
         if name in _ARRAY_FIELDS and getattr(self, name) is not None:
             return getattr(self, name)
-        if name.startswith("logp_") and name[5:] in self.slots:
-            return self.slots[name[5:]]
-        for extras in (self.extras, self.token_extras):
-            if name in extras:
-                return extras[name]
+        for more in (self.per_token, self.per_row):
+            if name in more:
+                return more[name]
         raise MissingField(name, self.fields())
 
     def fields(self) -> list[str]:
         """Names that ``get`` answers."""
-        present = [f for f in _ARRAY_FIELDS if getattr(self, f) is not None]
-        return present + [f"logp_{s}" for s in self.slots] + [*self.extras, *self.token_extras]
+        return [f for f in _ARRAY_FIELDS if getattr(self, f) is not None] + [*self.per_token, *self.per_row]
+
+    def with_token(self, **values: Array) -> "Rollouts":
+        """The batch with fields [B, T, ...] of a part's or protocol's own."""
+        return self.replace(per_token={**self.per_token, **values})
+
+    def with_row(self, **values: Array) -> "Rollouts":
+        """The batch with fields [B, ...] of a part's or protocol's own."""
+        return self.replace(per_row={**self.per_row, **values})
 
     def unit(self, x: Array) -> Array:
         """[B, ...] -> [N, R, ...]: the R rows of each unit of ``layout`` side by side."""
@@ -156,20 +152,46 @@ class Rollouts:
         return x.reshape(x.shape[0] // r, r, *x.shape[1:])
 
 
-_DICTS = ("slots", "weights", "extras", "token_extras")
+_ATTRIBUTES = tuple(f.name for f in dataclasses.fields(Rollouts))
+_by_attribute = Rollouts.__init__
+
+
+def _by_name(self: Rollouts, *args: Any, **named: Any) -> None:
+    """Fields that are no attributes go into their dictionary; None takes them out of it."""
+    for name in [n for n in named if n not in _ATTRIBUTES]:
+        home = home_of(name)
+        held = {k: x for k, x in (named.get(home) or {}).items() if k != name}
+        named[home] = held if named[name] is None else {**held, name: named[name]}
+        del named[name]
+    _by_attribute(self, *args, **named)
+
+
+Rollouts.__init__ = _by_name
+
+_DICTS = ("weights", "per_token", "per_row")
 _TOKEN_FIELDS = ("mask", "logp_old", "logp_beh", "entropy_old", "value_old")
 _ROW_FIELDS = ("prompt_length", "count", "group", "role", "prompt", "seed", "reward", "correct", "truncated")
 _ARRAY_FIELDS = ("tokens", *_TOKEN_FIELDS, *_ROW_FIELDS, "adv")
 
 
+def logps(by_name: Mapping[str, Array]) -> dict[str, Array]:
+    """Log-probs by the name of what gave them, under the names of fields: ``ref`` -> ``logp_ref``."""
+    return {f"logp_{name}": x for name, x in by_name.items()}
+
+
+def roles_of(layout: Sequence[str], units: int) -> np.ndarray:
+    """The roles [units * len(layout)] of the rows of so many units."""
+    return np.tile(np.array([role_id(r) for r in layout], np.int32), units)
+
+
 def complete(batch: Rollouts) -> Rollouts:
-    """Validate, and fill the fields whose absence has one meaning: count 1, each row its own group, role own, seed
-    and prompt = row."""
+    """Validate, and fill the fields whose absence has one meaning: count 1, each row its own group, the roles of
+    ``layout`` (own without one), seed and prompt = row."""
     validate(batch)
     b, index = batch.rows, jnp.arange(batch.rows, dtype=jnp.int32)
-    defaults = dict(
-        count=jnp.ones(b), group=index, role=jnp.zeros(b, jnp.int32), prompt=index, seed=index.astype(jnp.uint32)
-    )
+    layout = batch.layout or ("own",)
+    role = jnp.asarray(roles_of(layout, b // len(layout)))
+    defaults = dict(count=jnp.ones(b), group=index, role=role, prompt=index, seed=index.astype(jnp.uint32))
     return batch.replace(**{k: v for k, v in defaults.items() if getattr(batch, k) is None})
 
 
@@ -204,7 +226,7 @@ def validate(batch: Rollouts) -> Rollouts:
         raise ValueError(
             f"Rollouts.tokens has shape {tuple(batch.tokens.shape)}; it must be [B, P+T] with B={b}, T={t} (from mask)"
         )
-    for group, shape in (("slots", (b, t)), ("token_extras", (b, t)), ("extras", (b,)), ("weights", (b,))):
+    for group, shape in (("per_token", (b, t)), ("per_row", (b,)), ("weights", (b,))):
         for name, x in getattr(batch, group).items():
             expect(f"{group}[{name!r}]", x, shape)
     for name, size in (("layout", max(len(batch.layout), 1)), ("shared_prompt", batch.shared_prompt)):
@@ -212,9 +234,49 @@ def validate(batch: Rollouts) -> Rollouts:
             raise ValueError(
                 f"Rollouts.{name} says {size} consecutive rows belong together, but {b} rows do not divide by it"
             )
-    for role in batch.layout:
-        role_id(role)
+    _check_roles(batch)
     return batch
+
+
+def _check_roles(batch: Rollouts) -> None:
+    """``ValueError`` for a role that contradicts ``layout``; traced roles pass."""
+    expected = roles_of(batch.layout, batch.rows // max(len(batch.layout), 1))
+    if not batch.layout or batch.role is None or any(_traced(x) for x in (batch.role, batch.count)):
+        return
+    counted = np.ones(batch.rows, bool) if batch.count is None else np.asarray(batch.count) > 0
+    wrong = np.flatnonzero((np.asarray(batch.role) != expected) & counted)
+    if len(wrong):
+        found, wanted = ROLES[int(batch.role[wrong[0]])], ROLES[expected[wrong[0]]]
+        raise ValueError(
+            f"Rollouts.role says that row {wrong[0]} is {found!r}, and Rollouts.layout {batch.layout} that it is "
+            f"{wanted!r}: leave role out, or give the rows in the order of the layout"
+        )
+
+
+def _traced(x: Any) -> bool:
+    return isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
+
+
+def validate_stats(stats: TokenStats, batch: Rollouts, wants: Collection[str]) -> TokenStats:
+    """Check what a policy says of a batch: everything that the objective wants is there, in the right shape.
+
+    Raises:
+      ValueError: naming the statistic, its shape and the shape it should have.
+    """
+    b, t = batch.mask.shape
+    shapes = dict.fromkeys(("logp", "entropy", "value"), (b, t)) | dict.fromkeys(("score", "embed", "gate"), (b,))
+    for name in sorted(wants):
+        x = stats.derived.get(name) if name not in TokenStats.__dataclass_fields__ else getattr(stats, name)
+        if x is None:
+            where = f"TokenStats({name}=...)" if name in shapes else f"TokenStats(derived={{{name!r}: ...}})"
+            raise ValueError(f"the policy gives no {name!r}, which this objective wants: return {where}")
+    given = {name: getattr(stats, name) for name in shapes} | {f"derived[{n!r}]": x for n, x in stats.derived.items()}
+    for name, x in given.items():
+        shape = shapes.get(name, (b, t))
+        exact = name in ("logp", "entropy", "value", "score")
+        if x is not None and tuple(x.shape if exact else x.shape[: len(shape)]) != shape:
+            raise ValueError(f"TokenStats.{name} has shape {tuple(x.shape)} where it must be {shape} (B={b}, T={t})")
+    return stats
 
 
 def take(batch: Rollouts, rows: Array, *, shared_prompt: int = 1) -> Rollouts:
@@ -260,6 +322,9 @@ def pad(
     count = jnp.ones(b, jnp.float32) if batch.count is None else batch.count
     unused = None if batch.group is None else jnp.max(batch.group) + 1 + jnp.arange(rows - b, dtype=batch.group.dtype)
     padded = jax.tree.map(lambda x: _grow(x, 0, rows - b), batch.replace(count=count))
+    size = len(batch.layout)
+    if size and batch.role is not None and (rows - b) % size == 0:  # fillers are units too
+        padded = padded.replace(role=padded.role.at[b:].set(roles_of(batch.layout, (rows - b) // size)))
     if unused is not None:  # fillers are groups of their own, so that no real group changes size
         padded = padded.replace(group=padded.group.at[b:].set(unused))
     shared = int(np.gcd(batch.shared_prompt, rows - b))
@@ -347,7 +412,7 @@ def Pairs(
             f"{len(prompts)} prompts, {len(chosen)} chosen and {len(rejected)} rejected answers: the numbers must agree"
         )
     layout = ("chosen", "rejected")
-    role = np.tile(np.array([role_id(r) for r in layout], np.int32), len(prompts))
+    role = roles_of(layout, len(prompts))
     return from_sequences(
         [p for p in prompts for _ in layout],
         [y for pair in zip(chosen, rejected, strict=True) for y in pair],
@@ -374,7 +439,7 @@ def _map_token_arrays(f: Any, batch: Rollouts) -> Rollouts:
     fields = {n: f(getattr(batch, n)) for n in _TOKEN_FIELDS if getattr(batch, n) is not None}
     if batch.adv is not None and batch.adv.ndim == 2:
         fields["adv"] = f(batch.adv)
-    dicts = {n: {k: f(x) for k, x in getattr(batch, n).items()} for n in ("slots", "token_extras")}
+    dicts = {n: {k: f(x) for k, x in getattr(batch, n).items()} for n in ("per_token",)}
     dicts["weights"] = {k: f(x) if x.ndim == 2 else x for k, x in batch.weights.items()}
     return batch.replace(**fields, **dicts)
 

@@ -15,11 +15,11 @@ from jaxpo.batch import (
     concatenate,
     from_sequences,
     pad,
-    role_id,
     slices,
     take,
     validate,
 )
+from jaxpo.fields import role_id
 
 PROMPTS, COMPLETIONS = [[1, 2], [3], [4, 5, 6]], [[7], [8, 9], []]
 
@@ -35,9 +35,9 @@ def full(b: int = 4, p: int = 3, t: int = 2, **fields) -> Rollouts:
         logp_old=-grid,
         group=np.arange(b, dtype=np.int32) // 2,
         adv=grid,
-        slots={"ref": grid},
-        extras={"difficulty": np.arange(b)},
-        token_extras={"top": np.stack([grid, grid], -1)},
+        logp_ref=grid,
+        per_row={"difficulty": np.arange(b)},
+        per_token={"top": np.stack([grid, grid], -1)},
         weights={"a": grid, "b": grid[:, 0]},
     )
     return validate(batch.replace(**fields))
@@ -105,11 +105,11 @@ def test_roles_have_numbers():
 # ---- asking and completing ----------------------------------------------------------------------------------------
 
 
-def test_get_finds_fields_slots_and_extras():
+def test_get_finds_every_field():
     batch = full()
-    assert batch.get("reward") is batch.reward and batch.get("logp_ref") is batch.slots["ref"]
-    assert batch.get("logp_old") is batch.logp_old and batch.get("top") is batch.token_extras["top"]
-    assert batch.get("difficulty") is batch.extras["difficulty"]
+    assert batch.get("reward") is batch.reward and batch.get("logp_ref") is batch.per_token["logp_ref"]
+    assert batch.get("logp_old") is batch.logp_old and batch.get("top") is batch.per_token["top"]
+    assert batch.get("difficulty") is batch.per_row["difficulty"]
     assert set(batch.fields()) == {
         "tokens",
         "mask",
@@ -124,7 +124,9 @@ def test_get_finds_fields_slots_and_extras():
 
 
 def test_a_missing_field_is_named_with_what_there_is():
-    with pytest.raises(MissingField, match="no 'correct'.* it has: .*logp_ref.*reward") as error:
+    with pytest.raises(
+        MissingField, match=r"no 'correct'.*pass Rollouts\(correct=...\).*has: .*logp_ref.*reward"
+    ) as error:
         full().get("correct")
     assert error.value.field == "correct" and isinstance(error.value, ValueError)
 
@@ -152,9 +154,9 @@ def test_complete_fills_what_has_one_meaning_and_nothing_else():
         ({"count": np.ones(3)}, "Rollouts.count"),
         ({"adv": np.ones(3)}, "Rollouts.adv"),
         ({"tokens": np.ones((4, 1), int)}, r"Rollouts.tokens has shape \(4, 1\); it must be \[B, P\+T\] with B=4, T=2"),
-        ({"slots": {"ref": np.ones((4, 3))}}, r"Rollouts.slots\['ref'\]"),
-        ({"extras": {"x": np.ones(3)}}, r"Rollouts.extras\['x'\]"),
-        ({"token_extras": {"x": np.ones((4, 3))}}, r"Rollouts.token_extras\['x'\]"),
+        ({"logp_ref": np.ones((4, 3))}, r"Rollouts.per_token\['logp_ref'\]"),
+        ({"per_row": {"x": np.ones(3)}}, r"Rollouts.per_row\['x'\]"),
+        ({"per_token": {"x": np.ones((4, 3))}}, r"Rollouts.per_token\['x'\]"),
         ({"weights": {"x": np.ones(3)}}, r"Rollouts.weights\['x'\]"),
         (
             {"layout": ("chosen", "rejected", "kl")},
@@ -173,7 +175,7 @@ def test_validate_names_the_field(fields, message):
 def test_batches_and_stats_are_pytrees():
     batch = full(shared_prompt=2)
     again = jax.tree.unflatten(jax.tree.structure(batch), jax.tree.leaves(batch))
-    assert again.shared_prompt == 2 and again.slots.keys() == {"ref"}
+    assert again.shared_prompt == 2 and "logp_ref" in again.per_token
     assert jax.jit(lambda b: b.replace(reward=b.reward * 2))(batch).reward.tolist() == [0, 2, 4, 6]
     assert jax.tree.leaves(TokenStats()) == []
 
@@ -262,7 +264,7 @@ def test_concatenate_pads_to_the_widest():
     [
         ([], "concatenate needs at least one batch"),
         ([full(), full(reward=None)], "Rollouts.reward is present in some of the batches only"),
-        ([full(), full(slots={})], "Rollouts.logp_ref is present in some of the batches only"),
+        ([full(), full(logp_ref=None)], "Rollouts.logp_ref is present in some of the batches only"),
         ([full(), full(layout=("chosen", "rejected"))], "Rollouts.layout differs"),
         ([full(), full(weights={})], "weights"),
     ],

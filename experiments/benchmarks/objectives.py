@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxpo.batch import Rollouts, TokenStats
+from jaxpo.config.command_line import parse
 from jaxpo.objectives import Objective, evaluate, make, names
 from jaxpo.registry import entry, unknown
 from jaxpo.testing import example
-from jaxpo.training.command_line import parse
 
 HEADS = {"score": (), "embed": (4,), "gate": (2,)}  # what a row's heads say, by their shapes
 LIMIT = 3.0  # times grpo, above which a reason is due
@@ -39,7 +39,7 @@ def batch_of(objective: Objective, rows: int, width: int) -> Rollouts:
     """The contracts' example with so many rows (groups of 8; whole units) and tokens."""
     rng = np.random.default_rng(0)
     small = example(objective)
-    unit = max(len(objective.layout), 1)
+    unit = max(len(objective.unit.layout), 1)
     pick = (rng.integers(0, small.rows // unit, rows // unit)[:, None] * unit + np.arange(unit)).reshape(-1)
     rows = len(pick)
     columns = rng.integers(0, small.width, width)
@@ -66,9 +66,9 @@ def measure(name: str, rows: int, width: int, repeats: int) -> dict[str, float]:
     objective = make(name, **entry(name).of_run(width, 100))
     batch = batch_of(objective, rows, width)
     logp = batch.logp_old + 0.02
-    more = {f: jnp.full((batch.rows, width), -1.0) for f in objective.derived}
+    more = {f: jnp.full((batch.rows, width), -1.0) for f in objective.asks.derived}
     entropy = batch.entropy_old
-    heads = {f: jnp.ones((batch.rows, *shape)) for f, shape in HEADS.items() if f in objective.wants}
+    heads = {f: jnp.ones((batch.rows, *shape)) for f, shape in HEADS.items() if f in objective.asks.wants}
 
     def loss(logp: jax.Array, batch: Rollouts) -> jax.Array:
         stats = TokenStats(logp=logp, entropy=entropy, derived=more, **heads)

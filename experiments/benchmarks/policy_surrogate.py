@@ -20,9 +20,9 @@ from jax import Array
 from rich.console import Console
 from rich.table import Table
 
+from jaxpo.config.command_line import parse
 from jaxpo.kernels import policy_surrogate
 from jaxpo.primitives import ratios, regularizers, surrogates
-from jaxpo.training.command_line import parse
 
 LOW, HIGH, BETA = 0.8, 1.28, 0.04
 BAR = 1.1  # of the time of the composed primitives

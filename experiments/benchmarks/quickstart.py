@@ -22,7 +22,7 @@ GAIN = 0.25  # what RL has to add to the greedy accuracy, for every seed
 def run(seed: int, folder: Path) -> dict[str, float]:
     """One quickstart: accuracies before and after, seconds of the whole and of a supervised step."""
     from configs.quickstart import get_config
-    from jaxpo.training.loop import train_rl
+    from jaxpo.runs.train import train_rl
 
     config = get_config()
     config.seed = seed
@@ -40,7 +40,7 @@ def run(seed: int, folder: Path) -> dict[str, float]:
 def clean(seed: int, steps: int, folder: Path) -> float:
     """Greedy accuracy after ``steps`` supervised steps on clean demonstrations."""
     from configs.quickstart import get_config
-    from jaxpo.training.loop import train_rl
+    from jaxpo.runs.train import train_rl
 
     config = get_config()
     config.seed, config.steps = seed, 0
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
 
 def report(rows: list[dict[str, float]], supervised: float, steps: int) -> None:
     """The table of seeds, and the clean supervised run beside it."""
-    from jaxpo.training.rundir import closing_table
+    from jaxpo.storage.rundir import closing_table
 
     cells = [
         (

@@ -35,11 +35,11 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.benchmarks.step import ROOT
+from jaxpo.config.command_line import parse
 from jaxpo.kernels import token_logprob, token_logprob_grad, token_logprob_loss
 from jaxpo.kernels.token_logprob import core, xla
 from jaxpo.kernels.token_logprob.plan import Blocks, plan, whole_vocabulary_slices
 from jaxpo.registry import unknown
-from jaxpo.training.command_line import parse
 
 SECONDS, MEMORY = 1.0, 64  # bars: times what the operations need, and MiB of temporaries
 KINDS = ("argument", "output", "temp")

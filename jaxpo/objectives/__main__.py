@@ -1,10 +1,9 @@
 """The registry on the command line: ``python -m jaxpo.objectives [list [KIND] | describe NAME [KIND] | docs
 [FILE]]``."""
 
-import importlib
 import sys
 
-from jaxpo.objectives.reference import listing, reference
+from jaxpo.objectives.listing import listing, reference
 from jaxpo.registry import KINDS, describe, kinds_of, names, unknown
 
 USAGE = """usage: python -m jaxpo.objectives                        every objective, a line each
@@ -18,7 +17,6 @@ def run(arguments: list[str]) -> str:
 
     Raises:
       ValueError: an unknown command, name or kind, with the nearest."""
-    importlib.import_module("jaxpo.training.protocols")  # for its registrations: nothing below training imports it
     match arguments:
         case []:
             return listing("objective")

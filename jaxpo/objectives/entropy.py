@@ -1,26 +1,41 @@
 """Objectives that steer entropy: by covariance, by improbable tokens, by shared tokens, by temperature."""
 
-from jaxpo.objectives.base import Objective, is_off
-from jaxpo.objectives.common import clipped_tokens, eps_pair
-from jaxpo.objectives.composition import policy_gradient
-from jaxpo.objectives.parts import advantages, batches, ratios, regularizers, surrogates
-from jaxpo.objectives.parts.surrogates import unused
+from typing import Literal
+
+from jaxpo.arguments import (
+    NONZERO,
+    AboveOne,
+    NonNegative,
+    Positive,
+    PositiveOrInfinite,
+    PositiveShare,
+    Share,
+    ShareBelowOne,
+    Whole,
+    when,
+)
+from jaxpo.objectives.clipped import clipped_tokens, eps_pair
+from jaxpo.objectives.grammar.base import Gathering, Objective, is_off
+from jaxpo.objectives.grammar.policy_gradient import policy_gradient
+from jaxpo.objectives.parts import advantages, filters, ratios, regularizers, shaping, surrogates
+from jaxpo.objectives.parts.advantages import DCPO_WHEN
+from jaxpo.objectives.parts.shaping import OVERLONG_WHEN
 from jaxpo.primitives import aggregation
-from jaxpo.primitives.advantages import choice
+from jaxpo.primitives.advantages import Singleton
 from jaxpo.registry import register
 
 
 @register(source="arXiv:2505.22617; PRIME-RL/Entropy-Mechanism-of-RL, verl clip_cov")
 def clip_cov(
-    ratio: float = 2e-4,
+    ratio: Share = 2e-4,
     lb: float = 1.0,
     ub: float = 5.0,
-    eps_low: float = 1.0,
-    eps_high: float = 1.0,
-    eps: float | None = None,
-    adv_eps: float = 1e-6,
-    singleton: str = "zero",
-    log_ratio_clip: float = 20.0,
+    eps_low: Positive = 1.0,
+    eps_high: Positive = 1.0,
+    eps: Positive | None = None,
+    adv_eps: NonNegative = 1e-6,
+    singleton: Singleton = "zero",
+    log_ratio_clip: PositiveOrInfinite = 20.0,
 ) -> Objective:
     """Clip-Cov: a few tokens of high covariance ``(A - mean A)(logp - mean logp)`` lose their gradient, at random.
 
@@ -36,9 +51,13 @@ def clip_cov(
     )
 
 
-@register(source="arXiv:2505.22617; PRIME-RL/Entropy-Mechanism-of-RL, verl kl_cov")
+@register(source="arXiv:2505.22617; PRIME-RL/Entropy-Mechanism-of-RL, verl kl_cov", when={"ratio": when(coef=NONZERO)})
 def kl_cov(
-    ratio: float = 2e-3, coef: float = 1.0, adv_eps: float = 1e-6, singleton: str = "zero", log_ratio_clip: float = 20.0
+    ratio: Share = 2e-3,
+    coef: NonNegative = 1.0,
+    adv_eps: NonNegative = 1e-6,
+    singleton: Singleton = "zero",
+    log_ratio_clip: PositiveOrInfinite = 20.0,
 ) -> Objective:
     """KL-Cov: ``-r A``, and ``coef |logp - logp_old|`` at the ``max(1, int(ratio N))`` tokens of largest covariance;
     token mean.
@@ -56,19 +75,26 @@ def kl_cov(
     )
 
 
-@register(source="Lp-Reg, arXiv:2510.03222; code of CarlanLark/Lp-Reg-dev")
+LP_REG_WHEN = {
+    "U": when(form="paper"),
+    **dict.fromkeys(("eps_low", "eps_high", "eps"), when(form="released")),
+    **dict.fromkeys(("rho", "kappa"), when(beta=NONZERO)),
+}
+
+
+@register(source="Lp-Reg, arXiv:2510.03222; code of CarlanLark/Lp-Reg-dev", when=LP_REG_WHEN)
 def lp_reg(
-    form: str = "released",
-    rho: float = 0.01,
-    beta: float = 1.0,
-    kappa: float = 0.02,
-    U: float = 10.0,  # noqa: N803 (the card's name)
-    eps_low: float = 0.2,
-    eps_high: float = 0.2,
-    eps: float | None = None,
-    adv_eps: float = 1e-6,
-    singleton: str = "zero",
-    log_ratio_clip: float = 20.0,
+    form: Literal["released", "paper"] = "released",
+    rho: PositiveShare = 0.01,
+    beta: NonNegative = 1.0,
+    kappa: PositiveShare = 0.02,
+    U: Positive = 10.0,  # noqa: N803 (the card's name)
+    eps_low: Positive = 0.2,
+    eps_high: Positive = 0.2,
+    eps: Positive | None = None,
+    adv_eps: NonNegative = 1e-6,
+    singleton: Singleton = "zero",
+    log_ratio_clip: PositiveOrInfinite = 20.0,
 ) -> Objective:
     """Low-probability Regularization: improbable tokens of failed answers are held near a proxy, the policy without
     its noise (tokens with ``pi <= kappa max pi``); token mean.
@@ -82,11 +108,7 @@ def lp_reg(
         is the current policy's.
       rho: 0.01 for 14B models, 0.005 for 32B. U: of "paper"; eps_low, eps_high: of "released".
     """
-    choice("form", form, ("released", "paper"))
     paper = form == "paper"
-    unused("U", U, 10.0, paper, "form='paper'")
-    for name, value, default in (("eps_low", eps_low, 0.2), ("eps_high", eps_high, 0.2), ("eps", eps, None)):
-        unused(name, value, default, not paper, "form='released'")
     if not paper and is_off(beta):
         raise ValueError("form='released' without beta would unclip tokens that nothing protects: take grpo")
     surrogate = (
@@ -105,12 +127,12 @@ def lp_reg(
 
 @register(source="GTPO, arXiv:2508.03772; code of winstonsmith1897/GTPO")
 def gtpo(
-    entropy_threshold: float = 0.7,
-    entropy_scale: float = 0.1,
-    w_pos: float = 2.0,
-    conflict_norm: str = "max",
-    adv_eps: float = 1e-4,
-    singleton: str = "zero",
+    entropy_threshold: NonNegative = 0.7,
+    entropy_scale: NonNegative = 0.1,
+    w_pos: NonNegative = 2.0,
+    conflict_norm: Literal["max", "none"] = "max",
+    adv_eps: NonNegative = 1e-4,
+    singleton: Singleton = "zero",
 ) -> Objective:
     """Group-relative Trajectory-based Policy Optimization: tokens that right and wrong answers share at their
     beginning or end are spared in the wrong ones; answers of high entropy are left out; no KL, no old policy.
@@ -131,25 +153,29 @@ def gtpo(
     )
 
 
-@register(source="HAPO, arXiv:2509.16591; code of starriver030515/HAPO", budget={"max_len": 1.0, "buffer": 0.2})
+@register(
+    source="HAPO, arXiv:2509.16591; code of starriver030515/HAPO",
+    budget={"max_len": 1.0, "buffer": 0.2},
+    when=OVERLONG_WHEN,
+)
 def hapo(
-    rho: float = 0.8,
-    eps_low: float = 0.2,
-    eps_high: float = 0.28,
-    eps: float | None = None,
-    tau: float = 0.05,
-    T0: float = 1.0,  # noqa: N803 (the card's name)
-    guard: float = 5.0,
-    redistribution: float = 1.0,
-    clip_strength: float = 1.0,
-    sign: str = "intended",
-    dual_clip: float = 10.0,
-    max_len: int = 20480,
-    buffer: int = 4096,
-    penalty: float = 1.0,
-    adv_eps: float = 1e-6,
-    singleton: str = "zero",
-    log_ratio_clip: float = 20.0,
+    rho: Share = 0.8,
+    eps_low: Positive = 0.2,
+    eps_high: Positive = 0.28,
+    eps: Positive | None = None,
+    tau: ShareBelowOne = 0.05,
+    T0: Positive = 1.0,  # noqa: N803 (the card's name)
+    guard: Positive = 5.0,
+    redistribution: NonNegative = 1.0,
+    clip_strength: NonNegative = 1.0,
+    sign: Literal["intended", "official"] = "intended",
+    dual_clip: AboveOne = 10.0,
+    max_len: Whole = 20480,
+    buffer: Whole = 4096,
+    penalty: NonNegative = 1.0,
+    adv_eps: NonNegative = 1e-6,
+    singleton: Singleton = "zero",
+    log_ratio_clip: PositiveOrInfinite = 20.0,
 ) -> Objective:
     """Heterogeneous Adaptive Policy Optimization: the entropy of each token drives its temperature, advantage and
     clip bounds, on top of DAPO (filter, overlong penalty, token mean).
@@ -168,28 +194,27 @@ def hapo(
         surrogate=surrogates.hapo(
             *eps_pair(eps, eps_low, eps_high, (0.2, 0.28)), rho, redistribution, clip_strength, sign, dual_clip
         ),
-        filters=[batches.mixed_groups()],
-        shaping=[] if is_off(penalty) else [batches.overlong(max_len, buffer, penalty)],
+        filters=[filters.mixed_groups()],
+        shaping=[] if is_off(penalty) else [shaping.overlong(max_len, buffer, penalty)],
         aggregate=aggregation.token_mean,
-        protocol="hapo",
-        protocol_options=dict(tau=tau, T0=T0, official=sign == "official"),
+        protocol=Gathering("hapo", dict(tau=tau, T0=T0, official=sign == "official")),
     )
 
 
-@register(source="DCPO, arXiv:2601.12730; code of 597358816/DCPO")
+@register(source="DCPO, arXiv:2601.12730; code of 597358816/DCPO", when=DCPO_WHEN)
 def dcpo_distribution(
-    H0: float = 0.25,  # noqa: N803 (the card's names)
-    cap: float = 0.1,
-    T_hot: float = 1.2,  # noqa: N803
-    T_cold: float = 0.8,  # noqa: N803
+    H0: NonNegative = 0.25,  # noqa: N803 (the card's names)
+    cap: NonNegative = 0.1,
+    T_hot: Positive = 1.2,  # noqa: N803
+    T_cold: Positive = 0.8,  # noqa: N803
     threshold: float = 0.05,
-    eps_low: float = 0.2,
-    eps_high: float = 0.2,
-    eps: float | None = None,
-    dual_clip: float = 3.0,
-    adv_eps: float = 1e-6,
-    singleton: str = "zero",
-    log_ratio_clip: float = 20.0,
+    eps_low: Positive = 0.2,
+    eps_high: Positive = 0.2,
+    eps: Positive | None = None,
+    dual_clip: AboveOne = 3.0,
+    adv_eps: NonNegative = 1e-6,
+    singleton: Singleton = "zero",
+    log_ratio_clip: PositiveOrInfinite = 20.0,
 ) -> Objective:
     """Distribution-Centric Policy Optimization: right answers are pulled towards the policy at a higher temperature
     while entropy is below ``H0``, at a lower one above; GRPO's clip, dual clip, token mean.
@@ -211,18 +236,18 @@ def dcpo_distribution(
 
 @register(source="D3S, arXiv:2509.22115 (reconstructed from secondary summaries)", budget={"total": "steps"})
 def d3s(
-    base: str = "grpo",
-    N_init: float = 0.5,  # noqa: N803 (the card's names)
-    K_init: float = 0.2,  # noqa: N803
-    N_final: float = 1.0,  # noqa: N803
-    K_final: float = 1.0,  # noqa: N803
-    total: int = 1,
-    level: str = "cross",
-    eps_low: float | None = None,
-    eps_high: float | None = None,
-    adv_eps: float = 1e-6,
-    singleton: str = "zero",
-    log_ratio_clip: float | None = None,
+    base: Literal["grpo", "gspo"] = "grpo",
+    N_init: PositiveShare = 0.5,  # noqa: N803 (the card's names)
+    K_init: PositiveShare = 0.2,  # noqa: N803
+    N_final: PositiveShare = 1.0,  # noqa: N803
+    K_final: PositiveShare = 1.0,  # noqa: N803
+    total: Whole = 1,
+    level: Literal["cross", "within"] = "cross",
+    eps_low: Positive | None = None,
+    eps_high: Positive | None = None,
+    adv_eps: NonNegative = 1e-6,
+    singleton: Singleton = "zero",
+    log_ratio_clip: PositiveOrInfinite | None = None,
 ) -> Objective:
     """Dynamic Dual-level Down-Sampling: train on the rows whose advantages vary most and on their tokens of largest
     ``|A| H``; both shares grow to 1 over training. The mean is over kept tokens.
@@ -236,13 +261,12 @@ def d3s(
         "within" each.
       eps_low, eps_high, log_ratio_clip: None = the base's: 0.2, 0.2, 20 or 3e-4, 4e-4, 10.
     """
-    choice("base", base, ("grpo", "gspo"))
     low, high, bound = (0.2, 0.2, 20.0) if base == "grpo" else (3e-4, 4e-4, 10.0)
     ratio = ratios.token if base == "grpo" else ratios.sequence_token
     return policy_gradient(
         advantage=advantages.group_normalized(adv_eps, singleton=singleton),
         ratio=ratio(bound if log_ratio_clip is None else log_ratio_clip),
         surrogate=surrogates.clipped(low if eps_low is None else eps_low, high if eps_high is None else eps_high),
-        filters=[batches.d3s_rows(N_init, N_final, total, level), batches.d3s_tokens(K_init, K_final, total)],
+        filters=[filters.d3s_rows(N_init, N_final, total, level), filters.d3s_tokens(K_init, K_final, total)],
         aggregate=aggregation.token_mean,
     )

@@ -1,17 +1,22 @@
 """Critic-free policy gradients: objectives whose advantage compares the responses to one prompt."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
-from jaxpo.objectives.base import Objective, is_off
-from jaxpo.objectives.common import clipped_tokens, eps_pair
-from jaxpo.objectives.composition import policy_gradient
-from jaxpo.objectives.parts import advantages, aggregation_of, batches, ratios, regularizers, surrogates
+from jaxpo.arguments import NONZERO, AboveOne, NonNegative, Positive, PositiveOrInfinite, Share, Whole, when
+from jaxpo.objectives.clipped import clipped_tokens, eps_pair
+from jaxpo.objectives.grammar.base import Gathering, Objective, is_off
+from jaxpo.objectives.grammar.policy_gradient import policy_gradient
+from jaxpo.objectives.parts import advantages, aggregation_of, filters, ratios, regularizers, shaping, surrogates
+from jaxpo.objectives.parts.advantages import ADORA_WHEN, CANON_WHEN, Schedule
+from jaxpo.objectives.parts.shaping import OVERLONG_WHEN
 from jaxpo.primitives import aggregation
+from jaxpo.primitives.advantages import Scale, Singleton
 from jaxpo.registry import register
 
 
 @register(source="Williams 1992, Machine Learning 8")
-def reinforce(baseline: str = "none", agg: str = "token_mean") -> Objective:
+def reinforce(baseline: Literal["none", "batch_mean"] = "none", agg: str = "token_mean") -> Objective:
     """REINFORCE for sequence rewards: ``-sg(A_i) logp[i, t]``, ``A_i = reward_i - m``.
 
     Shapes: logp [B, T], reward [B]. ``logp_old`` plays no part.
@@ -28,16 +33,19 @@ def reinforce(baseline: str = "none", agg: str = "token_mean") -> Objective:
     )
 
 
-@register(source="Back to Basics, arXiv:2402.14740; TRL RLOOTrainer")
+PPO_FORM = dict.fromkeys(("eps_low", "eps_high", "eps", "log_ratio_clip"), when(form="ppo"))
+
+
+@register(source="Back to Basics, arXiv:2402.14740; TRL RLOOTrainer", when=PPO_FORM)
 def rloo(
-    form: str = "reinforce",
-    beta: float = 0.05,
-    eps_low: float = 0.2,
-    eps_high: float = 0.2,
-    eps: float | None = None,
+    form: Literal["reinforce", "ppo"] = "reinforce",
+    beta: NonNegative = 0.05,
+    eps_low: Positive = 0.2,
+    eps_high: Positive = 0.2,
+    eps: Positive | None = None,
     normalize: bool = False,
-    singleton: str = "zero",
-    log_ratio_clip: float = 20.0,
+    singleton: Singleton = "zero",
+    log_ratio_clip: PositiveOrInfinite = 20.0,
 ) -> Objective:
     """REINFORCE Leave-One-Out, sequence level, with the KL in the reward.
 
@@ -49,40 +57,38 @@ def rloo(
         sequences (TRL).
       beta: KL coefficient; a Python 0 removes the need for ``logp_ref``.
       eps_low, eps_high, eps, log_ratio_clip: of form "ppo" only.
-      normalize: standardise advantages over the batch. singleton: see `advantages.leave_one_out`.
+      normalize: standardize advantages over the batch. singleton: see `advantages.leave_one_out`.
     """
-    shaping = [] if is_off(beta) else [batches.kl_in_reward(beta)]
-    common = dict(advantage=advantages.leave_one_out(singleton, normalize), shaping=shaping)
+    common = dict(
+        advantage=advantages.leave_one_out(singleton, normalize),
+        shaping=[] if is_off(beta) else [shaping.kl_in_reward(beta)],
+    )
     if form == "reinforce":
-        if (eps_low, eps_high, eps, log_ratio_clip) != (0.2, 0.2, None, 20.0):
-            raise ValueError(
-                "eps_low, eps_high, eps and log_ratio_clip have no effect with form='reinforce'; they belong "
-                "to form='ppo'"
-            )
         return policy_gradient(
             ratio=ratios.token(), surrogate=surrogates.log_prob(), aggregate=aggregation.seq_sum, **common
         )
-    if form == "ppo":
-        return policy_gradient(
-            ratio=ratios.sequence_sum(log_ratio_clip),
-            surrogate=surrogates.clipped(*eps_pair(eps, eps_low, eps_high, (0.2, 0.2))),
-            aggregate=aggregation.seq_mean,
-            **common,
-        )
-    raise ValueError(f"form must be reinforce or ppo, not {form!r}")
+    return policy_gradient(
+        ratio=ratios.sequence_sum(log_ratio_clip),
+        surrogate=surrogates.clipped(*eps_pair(eps, eps_low, eps_high, (0.2, 0.2))),
+        aggregate=aggregation.seq_mean,
+        **common,
+    )
 
 
-@register(source="REINFORCE++, arXiv:2501.03262; verl reinforce_plus_plus")
+BASELINE = {"kl_estimator": when(variant="baseline", kl_coef=NONZERO), "singleton": when(variant="baseline")}
+
+
+@register(source="REINFORCE++, arXiv:2501.03262; verl reinforce_plus_plus", when=BASELINE)
 def reinforce_pp(
-    variant: str = "standard",
-    gamma: float = 1.0,
-    kl_coef: float = 0.01,
-    kl_estimator: str = "k2",
-    eps_low: float = 0.2,
-    eps_high: float = 0.2,
-    eps: float | None = None,
-    singleton: str = "zero",
-    log_ratio_clip: float = 20.0,
+    variant: Literal["standard", "baseline"] = "standard",
+    gamma: Share = 1.0,
+    kl_coef: NonNegative = 0.01,
+    kl_estimator: Literal["k2", "k3"] = "k2",
+    eps_low: Positive = 0.2,
+    eps_high: Positive = 0.2,
+    eps: Positive | None = None,
+    singleton: Singleton = "zero",
+    log_ratio_clip: PositiveOrInfinite = 20.0,
 ) -> Objective:
     """REINFORCE++: returns-to-go with a KL per token in the reward, whitened over all tokens of the batch; PPO clip,
     token mean.
@@ -95,13 +101,7 @@ def reinforce_pp(
       kl_coef: a Python 0 removes the need for ``logp_ref``. kl_estimator: "k2" or "k3", of variant "baseline" only.
       singleton: of variant "baseline": what a group of one row gets ("zero", "raw").
     """
-    if variant not in ("standard", "baseline"):
-        raise ValueError(f"variant must be standard or baseline, not {variant!r}")
     baseline = variant == "baseline"
-    if kl_estimator not in ("k2", "k3"):
-        raise ValueError(f"kl_estimator must be k2 or k3, not {kl_estimator!r}")
-    if not baseline and (kl_estimator, singleton) != ("k2", "zero"):
-        raise ValueError("kl_estimator and singleton have no effect with variant='standard'")
     kl = [(kl_coef, regularizers.kl_to_reference(kl_estimator))] if baseline else []
     return policy_gradient(
         advantage=advantages.reinforce_pp(gamma, 0.0 if baseline else kl_coef, baseline, singleton),
@@ -112,20 +112,23 @@ def reinforce_pp(
     )
 
 
-@register(source="DeepSeekMath, arXiv:2402.03300, eq. 3-4")
+GRPO_WHEN = {"adv_eps": when(scale=("group", "batch")), "kl_is": when(beta=NONZERO)}
+
+
+@register(source="DeepSeekMath, arXiv:2402.03300, eq. 3-4", when=GRPO_WHEN)
 def grpo(
-    eps_low: float = 0.2,
-    eps_high: float = 0.2,
-    eps: float | None = None,
-    beta: float = 0.04,
-    adv_eps: float = 1e-6,
-    scale: str = "group",
-    singleton: str = "zero",
-    dual_clip: float | None = None,
+    eps_low: Positive = 0.2,
+    eps_high: Positive = 0.2,
+    eps: Positive | None = None,
+    beta: NonNegative = 0.04,
+    adv_eps: NonNegative = 1e-6,
+    scale: Scale = "group",
+    singleton: Singleton = "zero",
+    dual_clip: AboveOne | None = None,
     kl_is: bool = False,
     agg: str = "seq_mean",
-    L_const: float | None = None,  # noqa: N803
-    log_ratio_clip: float = 20.0,
+    L_const: Positive | None = None,  # noqa: N803
+    log_ratio_clip: PositiveOrInfinite = 20.0,
 ) -> Objective:
     """Group Relative Policy Optimization: ``ppo(r, A) + beta k3(logp, logp_ref)``, ``A = (reward - group mean) /
     (group std + adv_eps)``.
@@ -138,8 +141,6 @@ def grpo(
       kl_is: multiply k3 by the ratio (unbiased KL gradient off-policy). beta: a Python 0 removes the need for
         ``logp_ref``.
       agg, L_const: aggregation; ``L_const`` only with the ``*_const`` ones."""
-    if kl_is and is_off(beta):
-        raise ValueError("kl_is has no effect with beta=0")
     weighted = dict(is_weighted=True, log_ratio_clip=log_ratio_clip) if kl_is else {}
     return policy_gradient(
         advantage=advantages.group_normalized(adv_eps, scale, singleton=singleton),
@@ -152,12 +153,12 @@ def grpo(
 
 @register(source="Understanding R1-Zero-Like Training, arXiv:2503.20783", budget={"L_const": 1.0})
 def dr_grpo(
-    L_const: float,  # noqa: N803
-    eps_low: float = 0.2,
-    eps_high: float = 0.2,
-    eps: float | None = None,
-    singleton: str = "zero",
-    log_ratio_clip: float = 20.0,
+    L_const: Positive,  # noqa: N803
+    eps_low: Positive = 0.2,
+    eps_high: Positive = 0.2,
+    eps: Positive | None = None,
+    singleton: Singleton = "zero",
+    log_ratio_clip: PositiveOrInfinite = 20.0,
 ) -> Objective:
     """GRPO Done Right: ``A_i = reward_i - group mean``, token-level clip, sums over tokens divided by the constant
     ``L_const``.
@@ -173,18 +174,18 @@ def dr_grpo(
     )
 
 
-@register(source="DAPO, arXiv:2503.14476", budget={"max_len": 1.0, "buffer": 0.2})
+@register(source="DAPO, arXiv:2503.14476", budget={"max_len": 1.0, "buffer": 0.2}, when=OVERLONG_WHEN)
 def dapo(
-    eps_low: float = 0.2,
-    eps_high: float = 0.28,
-    eps: float | None = None,
-    max_len: int = 20480,
-    buffer: int = 4096,
-    penalty: float = 1.0,
-    adv_eps: float = 1e-6,
-    singleton: str = "zero",
-    dual_clip: float | None = None,
-    log_ratio_clip: float = 20.0,
+    eps_low: Positive = 0.2,
+    eps_high: Positive = 0.28,
+    eps: Positive | None = None,
+    max_len: Whole = 20480,
+    buffer: Whole = 4096,
+    penalty: NonNegative = 1.0,
+    adv_eps: NonNegative = 1e-6,
+    singleton: Singleton = "zero",
+    dual_clip: AboveOne | None = None,
+    log_ratio_clip: PositiveOrInfinite = 20.0,
 ) -> Objective:
     """Decoupled Clip and Dynamic sAmpling: solved and failed groups leave, long answers pay, clip-higher, token mean,
     no KL.
@@ -202,20 +203,20 @@ def dapo(
         agg="token_mean",
         dual_clip=dual_clip,
         log_ratio_clip=log_ratio_clip,
-        filters=[batches.mixed_groups()],
-        shaping=[] if is_off(penalty) else [batches.overlong(max_len, buffer, penalty)],
-        protocol="dapo",
+        filters=[filters.mixed_groups()],
+        shaping=[] if is_off(penalty) else [shaping.overlong(max_len, buffer, penalty)],
+        protocol=Gathering("dapo"),
     )
 
 
 @register(source="Lite PPO, in Part I: Tricks or Traps?, arXiv:2508.08221")
 def lite_ppo(
-    eps_low: float = 0.2,
-    eps_high: float = 0.2,
-    eps: float | None = None,
-    adv_eps: float = 1e-6,
-    singleton: str = "zero",
-    log_ratio_clip: float = 20.0,
+    eps_low: Positive = 0.2,
+    eps_high: Positive = 0.2,
+    eps: Positive | None = None,
+    adv_eps: NonNegative = 1e-6,
+    singleton: Singleton = "zero",
+    log_ratio_clip: PositiveOrInfinite = 20.0,
 ) -> Objective:
     """Lite PPO: ``A = (reward - group mean) / (std of all rewards of the batch + adv_eps)``, PPO clip, token mean; no
     critic, no KL.
@@ -233,13 +234,13 @@ def lite_ppo(
 def bnpo(
     min: float = 0.0,
     max: float = 1.0,
-    eps_low: float = 0.2,
-    eps_high: float = 0.28,
-    eps: float | None = None,
-    dual_clip: float = 10.0,
+    eps_low: Positive = 0.2,
+    eps_high: Positive = 0.28,
+    eps: Positive | None = None,
+    dual_clip: AboveOne = 10.0,
     components: bool = False,
-    singleton: str = "zero",
-    log_ratio_clip: float = 20.0,
+    singleton: Singleton = "zero",
+    log_ratio_clip: PositiveOrInfinite = 20.0,
 ) -> Objective:
     """Beta Normalization: each prompt weighs 1 over the density, at its success rate, of a Beta distribution fitted
     to the batch's success rates; PPO clip, dual clip, sequence sums. Not what TRL calls "bnpo".
@@ -260,17 +261,17 @@ def bnpo(
 
 @register(source="A-GRAE, arXiv:2602.05548; code of Yu7-code/A-GRAE")
 def a_grae(
-    alpha: float = 1.0,
-    easy_form: str = "paper",
-    eps_low: float = 0.2,
-    eps_high: float = 0.2,
-    eps: float | None = None,
-    adv_eps: float = 1e-6,
-    singleton: str = "zero",
-    dual_clip: float | None = None,
+    alpha: Positive = 1.0,
+    easy_form: Literal["paper", "official"] = "paper",
+    eps_low: Positive = 0.2,
+    eps_high: Positive = 0.2,
+    eps: Positive | None = None,
+    adv_eps: NonNegative = 1e-6,
+    singleton: Singleton = "zero",
+    dual_clip: AboveOne | None = None,
     agg: str = "seq_mean",
-    L_const: float | None = None,  # noqa: N803
-    log_ratio_clip: float = 20.0,
+    L_const: Positive | None = None,  # noqa: N803
+    log_ratio_clip: PositiveOrInfinite = 20.0,
 ) -> Objective:
     """Asymmetric Group Relative Advantage Estimation: hard questions weigh more early and easy ones late, positive
     advantages are damped by ``min(1, omega / alpha)`` while the mean success rate omega is low; GRPO's loss without a
@@ -291,22 +292,22 @@ def a_grae(
     )
 
 
-@register(source="ADORA, arXiv:2602.10019; code of ShadeCloak/ADORA", budget={"max_len": 1.0})
+@register(source="ADORA, arXiv:2602.10019; code of ShadeCloak/ADORA", budget={"max_len": 1.0}, when=ADORA_WHEN)
 def adora(
-    max_len: float,
-    lam: float = 0.1,
-    rule: Any = "llm",
+    max_len: Positive | None = None,
+    lam: NonNegative = 0.1,
+    rule: Literal["llm", "vlm"] | Callable[..., Any] = "llm",
     correct_score: float = 0.5,
-    beta: float = 0.001,
-    eps_low: float = 0.2,
-    eps_high: float = 0.2,
-    eps: float | None = None,
-    adv_eps: float = 1e-6,
-    singleton: str = "zero",
-    dual_clip: float | None = None,
+    beta: NonNegative = 0.001,
+    eps_low: Positive = 0.2,
+    eps_high: Positive = 0.2,
+    eps: Positive | None = None,
+    adv_eps: NonNegative = 1e-6,
+    singleton: Singleton = "zero",
+    dual_clip: AboveOne | None = None,
     agg: str = "seq_mean",
-    L_const: float | None = None,  # noqa: N803
-    log_ratio_clip: float = 20.0,
+    L_const: Positive | None = None,  # noqa: N803
+    log_ratio_clip: PositiveOrInfinite = 20.0,
 ) -> Objective:
     """Advantage Dynamics via Online Rollout Adaptation: GRPO whose advantage counts ``lam`` in groups where the
     longest right answer is not longer than the wrong ones are on average.
@@ -329,20 +330,20 @@ def adora(
     )
 
 
-@register(source="CANON, arXiv:2509.23962; code of biuboomc/CANON")
+@register(source="CANON, arXiv:2509.23962; code of biuboomc/CANON", when=CANON_WHEN)
 def canon(
-    metric: str = "entropy",
-    mu: float = 1.0,
-    mu_schedule: str = "constant",
-    mu_period: int | None = None,
-    alpha: float = 1.0,
-    eps_low: float = 0.2,
-    eps_high: float = 0.28,
-    eps: float | None = None,
-    dual_clip: float = 3.0,
-    L_const: float = 8192.0,  # noqa: N803
-    singleton: str = "zero",
-    log_ratio_clip: float = 20.0,
+    metric: Literal["entropy", "length"] = "entropy",
+    mu: Share = 1.0,
+    mu_schedule: Schedule = "constant",
+    mu_period: Whole | None = None,
+    alpha: NonNegative = 1.0,
+    eps_low: Positive = 0.2,
+    eps_high: Positive = 0.28,
+    eps: Positive | None = None,
+    dual_clip: AboveOne = 3.0,
+    L_const: Positive = 8192.0,  # noqa: N803
+    singleton: Singleton = "zero",
+    log_ratio_clip: PositiveOrInfinite = 20.0,
 ) -> Objective:
     """Conditional Advantage Estimation: the group is split by entropy or length, and ``A = mu (reward - mean of the
     other half) + (1 - mu) (reward - mean of the own half)``; PPO clip, dual clip, sequence sums over ``L_const``.

@@ -1,12 +1,13 @@
 """Objectives that learn from demonstrations, alone or mixed with reinforcement learning."""
 
-from jaxpo.objectives.base import Objective, Term, from_terms
+from jaxpo.arguments import Positive
+from jaxpo.objectives.grammar.base import Objective, Term, from_terms
 from jaxpo.objectives.parts import aggregation_of
 from jaxpo.registry import register
 
 
 @register(source="standard maximum likelihood", budget={})
-def sft(agg: str = "token_mean", L_const: float | None = None) -> Objective:  # noqa: N803
+def sft(agg: str = "token_mean", L_const: Positive | None = None) -> Objective:  # noqa: N803
     """Supervised fine-tuning: ``-logp`` of the completion tokens, averaged over the whole batch.
 
     Shapes: logp [B, T]. Prompt tokens are never trained.

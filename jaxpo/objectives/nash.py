@@ -1,25 +1,23 @@
 """Nash learning: losses whose fixed point is the equilibrium ``pi* ~ ref exp(P(. beats pi*) / tau)``, from samples of
 the policy and judged preferences. Who samples the opponent is the protocol's business, not the loss's."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Literal
 
 from jax import Array, lax
 
+from jaxpo.arguments import NonNegative, Positive, Share, when
 from jaxpo.batch import Rollouts, TokenStats
-from jaxpo.objectives.base import Objective, State, Term, from_terms
-from jaxpo.objectives.parts.surrogates import unused
+from jaxpo.objectives.grammar.base import NOTHING, Asks, Gathering, Objective, State, Term, asks_of, from_terms
+from jaxpo.objectives.grammar.units import Units, log_ratios, preference
 from jaxpo.objectives.preference import regression
-from jaxpo.objectives.units import Units, log_ratios, preference
 from jaxpo.primitives import aggregation, preferences
-from jaxpo.primitives.advantages import choice
-from jaxpo.primitives.aggregation import positive
 from jaxpo.primitives.numerics import promote
 from jaxpo.registry import register
 
 
 @register(source="Online IPO, arXiv:2403.08635; zhourunlong/EGPO")
-def online_ipo(tau: float = 1.0, form: str = "square") -> Objective:
+def online_ipo(tau: Positive = 1.0, form: Literal["square", "expanded"] = "square") -> Objective:
     """Self-play IPO with soft labels: ``p (h - 1/(2 tau))^2 + (1 - p) (h + 1/(2 tau))^2``, ``h = D_w - D_l``, a mean
     over pairs of unordered samples of the policy.
 
@@ -29,13 +27,11 @@ def online_ipo(tau: float = 1.0, form: str = "square") -> Objective:
     Args:
       form: "expanded", as the paper implements it: ``p (-h0 + tau h^2) + (1 - p) (h0 + tau h^2)``, tau times the
         gradient, h0 = logp_w - logp_l."""
-    return soft_ipo(tau, form, protocol="judged", protocol_options={"pairs": "random"})
+    return soft_ipo(tau, form, Gathering("judged", {"pairs": "random"}))
 
 
-def soft_ipo(tau: float, form: str, **options: Any) -> Objective:
-    """The loss of `online_ipo`; ``options`` as of `from_terms`."""
-    positive("tau", tau)
-    choice("form", form, ("square", "expanded"))
+def soft_ipo(tau: float, form: str, protocol: Gathering) -> Objective:
+    """The loss of `online_ipo`, with data from any protocol."""
 
     def link(h: Array, units: Units) -> Array:
         p = units.get("pref_prob")
@@ -43,11 +39,11 @@ def soft_ipo(tau: float, form: str, **options: Any) -> Objective:
             return preferences.soft_squared(h, p, tau)
         return preferences.soft_expanded(h, units.logp("chosen") - units.logp("rejected"), p, tau)
 
-    return preference(link, needs=("pref_prob",), **options)
+    return preference(link, asks=asks_of("pref_prob"), protocol=protocol)
 
 
 @register(source="IPO-MD, arXiv:2403.08635")
-def ipo_md(tau: float = 1.0, beta: float = 0.125) -> Objective:
+def ipo_md(tau: Positive = 1.0, beta: Share = 0.125) -> Objective:
     """IPO with mirror-descent sampling: the expanded loss of `online_ipo`, of the policy's own log-probs of pairs that
     were sampled from the geometric mixture with the reference (`jaxpo.primitives.preferences.geometric_mixture`).
 
@@ -55,17 +51,21 @@ def ipo_md(tau: float = 1.0, beta: float = 0.125) -> Objective:
 
     Args:
       beta: the reference's exponent in the mixture, of the protocol."""
-    return soft_ipo(tau, "expanded", protocol="ipo_md", protocol_options={"beta": beta})
+    return soft_ipo(tau, "expanded", Gathering("ipo_md", {"beta": beta}))
 
 
+Level = Literal["sequence", "token"]
 OfRows = Callable[[TokenStats, Rollouts], Array]  # [B]
 
 
 def against_opponent(
-    *, pull: OfRows | None = None, penalty: OfRows | None = None, needs: Sequence[str] = (), **options: Any
+    protocol: Gathering, *, pull: OfRows | None = None, penalty: OfRows | None = None, asks: Asks = NOTHING
 ) -> Objective:
     """``-mean_b sg(pref_opp - 1/2 - pull) sum_t logp + mean_b penalty``: the policy gradient of winning against an
-    opponent; only the policy's own samples get a gradient. ``options`` as of `from_terms`."""
+    opponent; only the policy's own samples get a gradient.
+
+    Args:
+      protocol: samples the opponent. pull, penalty: (stats, batch) -> [B], 0 by default."""
 
     def value(stats: TokenStats, batch: Rollouts, state: State) -> Array:
         gain = promote(batch.get("pref_opp")) - 0.5
@@ -74,11 +74,11 @@ def against_opponent(
         return loss + penalty(stats, batch) if penalty else loss
 
     term = Term("policy", value, aggregation.unit_mean, per="row")
-    return from_terms([term], needs=("pref_opp", "logp_ref", *needs), **options)
+    return from_terms([term], asks=asks.merged(asks_of("pref_opp", "logp_ref")), protocol=protocol)
 
 
 @register(source="Nash-MD-PG, arXiv:2312.00886; TRL NashMDTrainer")
-def nash_md(tau: float = 0.008, kl: str = "sequence", mixture: float = 0.125) -> Objective:
+def nash_md(tau: NonNegative = 0.008, kl: Level = "sequence", mixture: Share = 0.125) -> Objective:
     """Policy gradient against the geometric mixture of policy and reference: ``-sg(pref_opp - 1/2 - tau D) sum_t
     logp``, ``D = sum_t (logp - logp_ref)``, a mean over responses y; the opponent's y' gets no gradient.
 
@@ -87,23 +87,22 @@ def nash_md(tau: float = 0.008, kl: str = "sequence", mixture: float = 0.125) ->
     Args:
       kl: "token" (TRL): ``-(pref_opp - 1/2) sum_t logp + tau sum_t sg(logp - logp_ref) logp``.
       mixture: the reference's exponent in the mixture, of the protocol."""
-    return self_play(tau, kl, protocol="nash_md", protocol_options={"mixture": mixture})
+    return self_play(tau, kl, Gathering("nash_md", {"mixture": mixture}))
 
 
-def self_play(tau: float, kl: str, **options: Any) -> Objective:
-    """The loss of `nash_md`, whoever the opponent is; ``options`` as of `from_terms`."""
-    choice("kl", kl, ("sequence", "token"))
+def self_play(tau: float, kl: Level, protocol: Gathering) -> Objective:
+    """The loss of `nash_md`, whoever the opponent is."""
     if kl == "sequence":
-        return against_opponent(pull=lambda stats, batch: tau * log_ratios(stats, batch, "ref").sum(-1), **options)
+        return against_opponent(protocol, pull=lambda stats, batch: tau * log_ratios(stats, batch, "ref").sum(-1))
 
     def penalty(stats: TokenStats, batch: Rollouts) -> Array:
         return tau * (lax.stop_gradient(log_ratios(stats, batch, "ref")) * stats.logp).sum(-1)
 
-    return against_opponent(penalty=penalty, **options)
+    return against_opponent(protocol, penalty=penalty)
 
 
 @register(source="Nash-EMA-PG, arXiv:2312.00886")
-def nash_ema(tau: float = 0.008, kl: str = "sequence", b: float = 0.999) -> Objective:
+def nash_ema(tau: NonNegative = 0.008, kl: Level = "sequence", b: Share = 0.999) -> Objective:
     """The loss of `nash_md` against samples of an average of past weights, ``theta_bar <- (1 - b) theta + b
     theta_bar``.
 
@@ -111,11 +110,11 @@ def nash_ema(tau: float = 0.008, kl: str = "sequence", b: float = 0.999) -> Obje
 
     Args:
       b: of the average, of the protocol; it moves after every optimizer step."""
-    return self_play(tau, kl, protocol="nash_ema", protocol_options={"b": b})
+    return self_play(tau, kl, Gathering("nash_ema", {"b": b}))
 
 
 @register(source="Nash Mirror Prox, arXiv:2505.19731 (the practical loop is reconstructed from the paper's text)")
-def nash_mp(beta: float = 0.1, eta: float | None = None) -> Objective:
+def nash_mp(beta: Positive = 0.1, eta: Positive | None = None) -> Objective:
     """A step within a proximal stage of Nash Mirror Prox: ``-sg(pref_opp - 1/2 - beta D - (beta/eta) E) sum_t logp``,
     ``D`` against the reference, ``E`` against the stage's center, a mean over responses of the current policy.
 
@@ -124,18 +123,17 @@ def nash_mp(beta: float = 0.1, eta: float | None = None) -> Objective:
 
     Args:
       beta: strength of the reference (assumed). eta: step of the prox; 2 beta by default."""
-    positive("beta", beta)
-    eta = 2 * beta if eta is None else positive("eta", eta)
+    eta = 2 * beta if eta is None else eta
 
     def pull(stats: TokenStats, batch: Rollouts) -> Array:
         center = (stats.logp - batch.logp_old).sum(-1)
         return beta * log_ratios(stats, batch, "ref").sum(-1) + beta / eta * center
 
-    return against_opponent(pull=pull, needs=("logp_old",), protocol="nash_mp")
+    return against_opponent(Gathering("nash_mp"), pull=pull, asks=asks_of("logp_old"))
 
 
 @register(source="EGPO, arXiv:2503.08942; zhourunlong/EGPO")
-def egpo(beta: float = 0.1, normalize: bool = True) -> Objective:
+def egpo(beta: Positive = 0.1, normalize: bool = True) -> Objective:
     """Extragradient Preference Optimization: ``(u - (win_w - win_l)/beta)^2``, ``u = D_w/len_w - D_l/len_l``, a mean
     over pairs (y, y') from a broad sampler, judged against a third sample y'' of the opponent.
 
@@ -143,16 +141,15 @@ def egpo(beta: float = 0.1, normalize: bool = True) -> Objective:
 
     Args:
       normalize: False: ``u = D_w - D_l``, as in the theory."""
-    positive("beta", beta)
 
     def link(u: Array, units: Units) -> Array:
         return preferences.squared(u, (units.get("win", "chosen") - units.get("win", "rejected")) / beta)
 
-    return preference(link, normalize_length=normalize, needs=("win",), protocol="egpo")
+    return preference(link, normalize_length=normalize, asks=asks_of("win"), protocol=Gathering("egpo"))
 
 
 @register(source="INPO, arXiv:2407.00617")
-def inpo(eta: float = 0.0075, tau: float = 0.0025) -> Objective:
+def inpo(eta: Positive = 0.0075, tau: Positive = 0.0025) -> Objective:
     """Iterative Nash Policy Optimization: ``(H - 1/(2 eta))^2``, ``H = (logp_w - logp_l) - (tau/eta)(ref_w - ref_l) -
     (1 - tau/eta)(prev_w - prev_l)``, a mean over pairs; IPO anchored between the reference and the previous iterate.
 
@@ -160,7 +157,6 @@ def inpo(eta: float = 0.0075, tau: float = 0.0025) -> Objective:
 
     Args:
       eta: assumed. tau: tau/eta is 1/3; 0 < tau <= eta."""
-    positive("tau", tau)
     if isinstance(eta, int | float) and isinstance(tau, int | float) and tau > eta:
         raise ValueError(f"tau must be at most eta = {eta:g}, not {tau:g}")
     share = tau / eta
@@ -169,8 +165,8 @@ def inpo(eta: float = 0.0075, tau: float = 0.0025) -> Objective:
     )
 
 
-@register(source="DNO, arXiv:2404.03715")
-def dno(eta: float = 0.1, variant: str = "soft", scale: float = 1.0) -> Objective:
+@register(source="DNO, arXiv:2404.03715", when={"scale": when(variant="soft")})
+def dno(eta: Positive = 0.1, variant: Literal["soft", "prct"] = "soft", scale: Positive = 1.0) -> Objective:
     """Direct Nash Optimization: ``-t log sig(z) - (1 - t) log sig(-z)``, ``z = c eta ((logp - logp_prev)_w - (logp -
     logp_prev)_l)``, ``t = sig(c (win_w - win_l))``, a mean over pairs; c is ``scale``.
 
@@ -180,24 +176,23 @@ def dno(eta: float = 0.1, variant: str = "soft", scale: float = 1.0) -> Objectiv
     Args:
       eta: assumed. variant: "prct": t = 1 and no win rates: DPO against the previous iterate.
       scale: sharpens the targets and scales z with them, so that the minimizer stays where it is."""
-    choice("variant", variant, ("soft", "prct"))
     if variant == "prct":
-        unused("scale", scale, 1.0, False, "variant='soft'")
         return preference(lambda z, units: preferences.logistic(z), beta=eta, reference="prev")
 
     def link(z: Array, units: Units) -> Array:
         gap = units.get("win", "chosen") - units.get("win", "rejected")
         return preferences.soft_logistic(scale * z, scale * gap)
 
-    return preference(link, beta=eta, reference="prev", needs=("win",))
+    return preference(link, beta=eta, reference="prev", asks=asks_of("win"))
 
 
 @register(source="GPO, arXiv:2410.02197; general-preference/general-preference-model")
-def gpo(beta: float = 0.001) -> Objective:
+def gpo(beta: Positive = 0.001) -> Objective:
     """General Preference Optimization: ``1/2 (logp_w - prev_w - score_w/beta)^2`` and the same of l, a mean over pairs;
     the score of an answer is its mean preference score over the K samples of the previous iterate, divided by the
     preference model's tau.
 
     Shapes: logp, logp_prev [B, T], rows in pairs chosen, rejected (best and worst by score); pref_score [B]."""
-    positive("beta", beta)
-    return regression(lambda units, role: units.get("pref_score", role) / beta, reference="prev", needs=("pref_score",))
+    return regression(
+        lambda units, role: units.get("pref_score", role) / beta, reference="prev", asks=asks_of("pref_score")
+    )

@@ -1,35 +1,47 @@
 """Group-relative REINFORCE read as an off-policy method: masks, weights, residuals and shifted baselines."""
 
+from typing import Literal
+
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxpo.arguments import NONZERO, NonNegative, Positive, PositiveOrInfinite, when
 from jaxpo.batch import Rollouts, TokenStats
-from jaxpo.objectives.base import Objective, State
-from jaxpo.objectives.composition import Part, policy_gradient
+from jaxpo.objectives.grammar.base import Objective, State, Unit, asks_of
+from jaxpo.objectives.grammar.parts import Surrogate
+from jaxpo.objectives.grammar.policy_gradient import policy_gradient
 from jaxpo.objectives.parts import advantages, ratios, regularizers, surrogates
-from jaxpo.objectives.parts.surrogates import unused
+from jaxpo.objectives.parts.surrogates import REC_WHEN, ClipMode, RecWeight
 from jaxpo.primitives import aggregation, grouping
-from jaxpo.primitives.advantages import choice
+from jaxpo.primitives.advantages import Singleton
 from jaxpo.primitives.numerics import promote
 from jaxpo.primitives.ratios import sequence_sum_log_ratio
 from jaxpo.registry import register
 
+LOOKING = ("one-side", "two-side", "ring")  # masks made of token ratios
+OBJECTIVE_REC_WHEN = {
+    **REC_WHEN,
+    "coef": when(regularizer=("k2", "forward-kl")),
+    "regularizer": when(coef=NONZERO),
+    "log_ratio_clip": (when(clip_mode=LOOKING), when(weight="importance_sampling")),
+}
 
-@register(source="REC, arXiv:2509.24203; Trinity-RFT rec_policy_loss")
+
+@register(source="REC, arXiv:2509.24203; Trinity-RFT rec_policy_loss", when=OBJECTIVE_REC_WHEN)
 def rec(
-    clip_mode: str = "one-side",
-    weight: str = "none",
-    eps_low: float = 0.2,
-    eps_high: float = 0.2,
-    ring_low: float = 0.6,
-    ring_high: float = 2.0,
-    regularizer: str = "none",
-    coef: float = 0.1,
-    drop: str = "none",
-    temp: float = 1.0,
+    clip_mode: ClipMode = "one-side",
+    weight: RecWeight = "none",
+    eps_low: Positive = 0.2,
+    eps_high: Positive = 0.2,
+    ring_low: NonNegative = 0.6,
+    ring_high: NonNegative = 2.0,
+    regularizer: Literal["none", "k2", "forward-kl"] = "none",
+    coef: NonNegative = 0.1,
+    drop: Literal["none", "balance"] = "none",
+    temp: Positive = 1.0,
     normalize: bool = False,
-    singleton: str = "zero",
-    log_ratio_clip: float = 20.0,
+    singleton: Singleton = "zero",
+    log_ratio_clip: PositiveOrInfinite = 20.0,
 ) -> Objective:
     """REINFORCE with a group baseline under a binary clip mask M and a weight w: ``-sg(A w M) logp``; the ratio is
     only looked at.
@@ -44,10 +56,6 @@ def rec(
       regularizer, coef: "k2": ``coef (logp - logp_old)^2``; "forward-kl": ``-coef logp``.
       drop: "balance" removes the negatives that outnumber the positives of a group, at random by the rows' seeds.
     """
-    choice("regularizer", regularizer, ("none", "k2", "forward-kl"))
-    unused("coef", coef, 0.1, regularizer != "none", "a regularizer")
-    looks = clip_mode not in ("none", "gspo-one-side") or weight == "importance_sampling"
-    unused("log_ratio_clip", log_ratio_clip, 20.0, looks, "a mask or weight made of token ratios")
     penalty = {
         "none": [],
         "k2": [(coef, regularizers.kl_to_old("k2", scale=2.0))],
@@ -76,9 +84,21 @@ REC_MEMBERS = {
 }
 
 
-@register(source="Kimi k1.5, arXiv:2501.12599; Trinity-RFT opmd_policy_loss")
+OPMD_WHEN = {
+    "coef": when(form="surrogate"),
+    "tau": when(form=("simple", "kimi", "pairwise")),
+    "baseline": when(form=("simple", "kimi")),
+    "singleton": when(form=("simple", "kimi", "surrogate")),
+}
+
+
+@register(source="Kimi k1.5, arXiv:2501.12599; Trinity-RFT opmd_policy_loss", when=OPMD_WHEN)
 def opmd(
-    form: str = "simple", tau: float = 1.0, baseline: str = "mean", coef: float = 0.1, singleton: str = "zero"
+    form: Literal["simple", "kimi", "pairwise", "surrogate"] = "simple",
+    tau: NonNegative = 1.0,
+    baseline: Literal["mean", "logavgexp"] = "mean",
+    coef: NonNegative = 0.1,
+    singleton: Singleton = "zero",
 ) -> Objective:
     """Online Policy Mirror Descent: the residual ``A - tau Delta`` of its optimality condition, in four forms.
 
@@ -88,17 +108,13 @@ def opmd(
     Args:
       form: "simple": ``-token_mean(A logp) / (1 + tau)``; "kimi": ``mean_i (A_i - tau Delta_i)^2``; "pairwise":
         ``mean over groups of (1/K^2) sum_{i<j} ((R_i - tau Delta_i) - (R_j - tau Delta_j))^2 / (1 + tau)^2``
-        (normalising constants assumed); "surrogate": ``rec(clip_mode="none", regularizer="k2", coef=coef)``.
+        (normalizing constants assumed); "surrogate": ``rec(clip_mode="none", regularizer="k2", coef=coef)``.
       baseline: "mean" or "logavgexp" (``tau log mean exp(R / tau)``) of the group; of "simple" and "kimi" only.
       coef: of "surrogate" only; tau: of the others."""
-    choice("form", form, ("simple", "kimi", "pairwise", "surrogate"))
-    unused("coef", coef, 0.1, form == "surrogate", "form='surrogate'")
-    unused("tau", tau, 1.0, form != "surrogate", "the other forms")
-    unused("baseline", baseline, "mean", form in ("simple", "kimi"), "form='simple' and form='kimi'")
-    unused("singleton", singleton, "zero", form != "pairwise", "the other forms")
     if form == "surrogate":
         return rec("none", regularizer="k2", coef=coef, singleton=singleton)
-    advantage = advantages.opmd(baseline, tau, singleton)
+    smooth = {} if baseline == "mean" else {"tau": tau}
+    advantage = advantages.opmd(baseline, singleton=singleton, **smooth)
     if form == "simple":
         return policy_gradient(
             advantage=advantage,
@@ -120,12 +136,12 @@ def opmd(
         surrogate=_pairwise_residual(tau),
         aggregate=aggregation.group_mean,
         scale=1 / (1 + tau) ** 2,
-        needs=("group",),
-        coupling="group",
+        asks=asks_of("group"),
+        unit=Unit(coupling="group"),
     )
 
 
-def _pairwise_residual(tau: float) -> Part:
+def _pairwise_residual(tau: float) -> Surrogate:
     """``(x_i - group mean of x)^2`` per row, ``x = R - tau Delta``: its mean over K rows is the sum over pairs over
     K^2. The mean needs no gradient (deviations from it sum to 0), which leaves a row without tokens a member of its
     pairs."""
@@ -135,11 +151,11 @@ def _pairwise_residual(tau: float) -> Part:
         x = promote(b.reward) - tau * drift
         return jnp.square(x - lax.stop_gradient(grouping.group_mean(x, b.group, b.count)))
 
-    return Part(fn)
+    return Surrogate(fn)
 
 
 @register(source="Asymmetric REINFORCE, arXiv:2506.20520; Trinity-RFT asymre_advantage")
-def asymre(shift: float = -0.1, tau: float = 0.0, singleton: str = "zero") -> Objective:
+def asymre(shift: float = -0.1, tau: NonNegative = 0.0, singleton: Singleton = "zero") -> Objective:
     """REINFORCE with a baseline below the group mean: ``-token_mean(A logp) / (1 + tau)``, ``A = reward - (group mean
     + shift)``.
 

@@ -1,31 +1,26 @@
 """Direct alignment: losses of pairs (chosen, rejected) and of labelled answers, on the policy's own log-probs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
 from jax import Array
 
-from jaxpo.batch import Rollouts, TokenStats, role_id
+from jaxpo.arguments import NONZERO, Domain, NonNegative, Positive, ShareBelowOne, when
+from jaxpo.batch import Rollouts, TokenStats
+from jaxpo.fields import PAIR, role_id
 from jaxpo.metrics import Mean, Metrics
-from jaxpo.objectives.base import Objective, State, Term, from_terms
-from jaxpo.objectives.parts.surrogates import unused
-from jaxpo.objectives.units import PAIR, Units, log_ratios, nll_term, preference, unit_objective, unit_term
+from jaxpo.objectives.grammar.base import NOTHING, Asks, Hooks, Objective, State, Term, asks_of, from_terms
+from jaxpo.objectives.grammar.units import Units, log_ratios, nll_term, preference, unit_objective, unit_term
 from jaxpo.primitives import aggregation, preference_data, preferences
-from jaxpo.primitives.advantages import choice
-from jaxpo.primitives.aggregation import positive
 from jaxpo.primitives.numerics import promote, ratio_or_zero
 from jaxpo.registry import register
 
-
-def flip_rate(eps: float, limit: float) -> float:
-    """``eps`` if it is in [0, limit); ``ValueError`` otherwise (traced values pass)."""
-    if isinstance(eps, int | float) and not 0 <= eps < limit:
-        raise ValueError(f"eps is a share of wrong labels in [0, {limit:g}), not {eps}")
-    return eps
+FlipRate = Annotated[float, Domain(0, 0.5, "[)")]
 
 
 @register(source="DPO, arXiv:2305.18290, eq. 7; smoothing: cDPO, note by E. Mitchell, 2023; TRL DPOTrainer")
-def dpo(beta: float = 0.1, eps: float = 0.0, reference_free: bool = False) -> Objective:
+def dpo(beta: NonNegative = 0.1, eps: ShareBelowOne = 0.0, reference_free: bool = False) -> Objective:
     """Direct Preference Optimization: ``-(1 - eps) log sig(z) - eps log sig(-z)``, ``z = beta (D_w - D_l)``,
     ``D = sum_t (logp - logp_ref)``, a mean over pairs.
 
@@ -33,25 +28,25 @@ def dpo(beta: float = 0.1, eps: float = 0.0, reference_free: bool = False) -> Ob
 
     Args:
       eps: label smoothing (cDPO: 0.05 to 0.2). reference_free: D = sum_t logp."""
-    eps = flip_rate(eps, 1)
     reference = None if reference_free else "ref"
     return preference(lambda z, units: preferences.logistic(z, eps), beta=beta, reference=reference)
 
 
 @register(source="IPO, arXiv:2310.12036, eq. 17; TRL ipo")
-def ipo(tau: float = 0.1, normalize: bool = True) -> Objective:
+def ipo(tau: Positive = 0.1, normalize: bool = True) -> Objective:
     """Identity Preference Optimization: ``(u - 1/(2 tau))^2``, ``u = D_w/len_w - D_l/len_l``, a mean over pairs.
 
     Shapes: logp, logp_ref [B, T], rows in pairs chosen, rejected.
 
     Args:
       normalize: False: ``u = D_w - D_l``, as the paper's equation reads; True is what its results were made with."""
-    positive("tau", tau)
     return preference(lambda u, units: preferences.squared(u, 1 / (2 * tau)), normalize_length=normalize)
 
 
-@register(source="SLiC-HF, arXiv:2305.10425")
-def slic_hinge(delta: float = 1.0, lam: float = 0.5, target: str = "chosen") -> Objective:
+@register(source="SLiC-HF, arXiv:2305.10425", when={"target": when(lam=NONZERO)})
+def slic_hinge(
+    delta: NonNegative = 1.0, lam: NonNegative = 0.5, target: Literal["chosen", "expert"] = "chosen"
+) -> Objective:
     """Sequence Likelihood Calibration: ``max(0, delta - logp_w + logp_l) - lam logp_sft`` of sequence sums, a mean over
     pairs; no reference.
 
@@ -60,9 +55,6 @@ def slic_hinge(delta: float = 1.0, lam: float = 0.5, target: str = "chosen") -> 
     Args:
       lam: weight of the SFT target's likelihood (assumed; RSO drops it: 0).
       target: "chosen", or "expert": a third row of that role."""
-    choice("target", target, ("chosen", "expert"))
-    if isinstance(lam, int | float):
-        unused("target", target, "chosen", lam != 0, "the regularizer, lam > 0")
     return preference(
         lambda h, units: preferences.hinge(h, delta),
         reference=None,
@@ -72,7 +64,11 @@ def slic_hinge(delta: float = 1.0, lam: float = 0.5, target: str = "chosen") -> 
 
 
 @register(source="KTO, arXiv:2402.01306; ContextualAI/HALOs; TRL KTOTrainer")
-def kto(beta: float = 0.1, lam_D: float = 1.0, lam_U: float = 1.0) -> Objective:  # noqa: N803 (the card's names)
+def kto(
+    beta: NonNegative = 0.1,
+    lam_D: NonNegative = 1.0,  # noqa: N803 (the card's names)
+    lam_U: NonNegative = 1.0,  # noqa: N803
+) -> Objective:
     """Kahneman-Tversky Optimization of unpaired labels: ``lam_D (1 - sig(beta (D - z0)))`` of a desirable answer,
     ``lam_U (1 - sig(beta (z0 - D)))`` of another; a mean over answers.
 
@@ -93,7 +89,7 @@ def kto(beta: float = 0.1, lam_D: float = 1.0, lam_U: float = 1.0) -> Objective:
     def anchor(batch: Rollouts, state: State, peek: TokenStats) -> Rollouts:
         count = promote(batch.count) * (batch.role == role_id("kl"))
         mean = ratio_or_zero(jnp.sum(drift(peek, batch) * count), count.sum())
-        return batch.replace(extras={**batch.extras, "anchor": jnp.full(batch.rows, jnp.maximum(mean, 0))})
+        return batch.with_row(anchor=jnp.full(batch.rows, jnp.maximum(mean, 0)))
 
     def value(stats: TokenStats, batch: Rollouts, state: State) -> Array:
         return preferences.kahneman_tversky(
@@ -111,15 +107,13 @@ def kto(beta: float = 0.1, lam_D: float = 1.0, lam_U: float = 1.0) -> Objective:
 
     return from_terms(
         [Term("preference", value, aggregation.unit_mean, rows=answers, per="row")],
-        weigh=anchor,
-        metrics=report,
-        needs=("logp_ref", "label", "role"),
-        peeks=("logp",),
+        asks=asks_of("logp_ref", "label", "role", peeks=("logp",)),
+        hooks=Hooks(weigh=anchor, metrics=report),
     )
 
 
 @register(source="ORPO, arXiv:2403.07691; xfactlab/orpo; TRL ORPOTrainer")
-def orpo(lam: float = 0.1, include_prompt: bool = False) -> Objective:
+def orpo(lam: NonNegative = 0.1, include_prompt: bool = False) -> Objective:
     """Odds-Ratio Preference Optimization: ``NLL + lam mean(-log sig(log_odds(a_w) - log_odds(a_l)))``, with
     ``a = logp/len``, ``log_odds(a) = a - log(1 - e^a)``; NLL is the token mean over the chosen answers of the
     batch. No reference.
@@ -146,7 +140,7 @@ def log_odds_ratio(units: Units) -> Array:
 
 
 @register(source="SimPO, arXiv:2405.14734; princeton-nlp/SimPO; TRL CPOTrainer")
-def simpo(beta: float = 2.0, gamma: float = 1.0, eps: float = 0.0) -> Objective:
+def simpo(beta: NonNegative = 2.0, gamma: float = 1.0, eps: ShareBelowOne = 0.0) -> Objective:
     """Simple Preference Optimization: ``-(1 - eps) log sig(z) - eps log sig(-z)``, ``z = beta (logp_w/len_w -
     logp_l/len_l) - gamma``, a mean over pairs; no reference.
 
@@ -154,26 +148,24 @@ def simpo(beta: float = 2.0, gamma: float = 1.0, eps: float = 0.0) -> Objective:
 
     Args:
       gamma: the margin that is aimed at (a common setting: beta 2.5, gamma 1.375). eps: label smoothing."""
-    eps = flip_rate(eps, 1)
     return preference(
         lambda z, units: preferences.logistic(z - gamma, eps), beta=beta, reference=None, normalize_length=True
     )
 
 
 @register(source="CPO, arXiv:2401.08417; fe1ixxu/ALMA; TRL CPOTrainer")
-def cpo(beta: float = 0.1, alpha: float = 1.0, eps: float = 0.0) -> Objective:
+def cpo(beta: NonNegative = 0.1, alpha: NonNegative = 1.0, eps: ShareBelowOne = 0.0) -> Objective:
     """Contrastive Preference Optimization: ``-(1 - eps) log sig(z) - eps log sig(-z) + alpha NLL``,
     ``z = beta (logp_w - logp_l)``; NLL is the token mean over the chosen answers of the batch. No reference.
 
     Shapes: logp [B, T], rows in pairs chosen, rejected."""
-    eps = flip_rate(eps, 1)
     return preference(
         lambda z, units: preferences.logistic(z, eps), beta=beta, reference=None, terms=[nll_term(coef=alpha)]
     )
 
 
 @register(source="SPPO, arXiv:2405.00675; uclaml/SPPO")
-def sppo(beta: float = 0.001, half: bool = True, hard: bool = False) -> Objective:
+def sppo(beta: Positive = 0.001, half: bool = True, hard: bool = False) -> Objective:
     """Self-Play Preference Optimization: ``1/2 (D_w - (win_w - 1/2)/beta)^2`` and the same of l, a mean over pairs;
     ``D`` against the iterate at the start of the round, beta = 1/eta.
 
@@ -182,17 +174,16 @@ def sppo(beta: float = 0.001, half: bool = True, hard: bool = False) -> Objectiv
 
     Args:
       half: False drops the 1/2 (TRL's sppo_hard). hard: win is 1 for the chosen and 0 for the rejected answer."""
-    positive("beta", beta)
     sure = dict(zip(PAIR, (1.0, 0.0), strict=True))
 
     def target(units: Units, role: str) -> Array:
         return ((sure[role] if hard else units.get("win", role)) - 0.5) / beta
 
-    return regression(target, scale=0.5 if half else 1.0, needs=() if hard else ("win",))
+    return regression(target, scale=0.5 if half else 1.0, asks=asks_of(*(() if hard else ("win",))))
 
 
 def regression(
-    target: Callable[[Units, str], Array], *, reference: str = "ref", scale: float = 0.5, needs: Sequence[str] = ()
+    target: Callable[[Units, str], Array], *, reference: str = "ref", scale: float = 0.5, asks: Asks = NOTHING
 ) -> Objective:
     """``scale sum over both answers of (D - target)^2``, a mean over pairs; ``target(units, role) -> [N]``."""
 
@@ -202,12 +193,12 @@ def regression(
     return unit_objective(
         [unit_term("preference", value)],
         margin=lambda units: units.log_ratio("chosen", reference) - units.log_ratio("rejected", reference),
-        needs={f"logp_{reference}", *needs},
+        asks=asks.merged(asks_of(f"logp_{reference}")),
     )
 
 
 @register(source="RSO, arXiv:2309.06657")
-def rso(gamma: float = 0.05, form: str = "sigmoid-norm") -> Objective:
+def rso(gamma: NonNegative = 0.05, form: Literal["sigmoid-norm", "hinge-norm", "hinge"] = "sigmoid-norm") -> Objective:
     """The losses of Statistical Rejection Sampling Optimization on pairs of rejection-sampled answers, a mean over
     pairs.
 
@@ -217,13 +208,12 @@ def rso(gamma: float = 0.05, form: str = "sigmoid-norm") -> Objective:
     Args:
       form: "sigmoid-norm": ``-log sig(gamma (D_w - D_l))``; "hinge-norm": ``max(0, 1 - gamma (D_w - D_l))`` (TRL's
         hinge); "hinge": the same of ``logp_w - logp_l``."""
-    choice("form", form, ("sigmoid-norm", "hinge-norm", "hinge"))
     link = preferences.logistic if form == "sigmoid-norm" else preferences.hinge
     return preference(lambda z, units: link(z), beta=gamma, reference=None if form == "hinge" else "ref")
 
 
 @register(source="rDPO, arXiv:2403.00409; TRL robust")
-def rdpo(beta: float = 0.1, eps: float = 0.1) -> Objective:
+def rdpo(beta: NonNegative = 0.1, eps: FlipRate = 0.1) -> Objective:
     """Provably robust DPO: ``(-(1 - eps) log sig(z) + eps log sig(-z)) / (1 - 2 eps)``, ``z = beta (D_w - D_l)``: DPO's
     loss without bias from labels flipped with probability eps; unbounded below.
 
@@ -231,12 +221,13 @@ def rdpo(beta: float = 0.1, eps: float = 0.1) -> Objective:
 
     Args:
       eps: rate of flipped labels, below 1/2."""
-    eps = flip_rate(eps, 0.5)
     return preference(lambda z, units: preferences.denoised_logistic(z, eps), beta=beta)
 
 
-@register(source="RPO, arXiv:2405.16436; YSLIU627/Regularized-Preference-Optimization")
-def rpo(beta: float = 0.05, eta: float = 0.005, nll: str = "seq_sum") -> Objective:
+@register(source="RPO, arXiv:2405.16436; YSLIU627/Regularized-Preference-Optimization", when={"nll": when(eta=NONZERO)})
+def rpo(
+    beta: NonNegative = 0.05, eta: NonNegative = 0.005, nll: Literal["seq_sum", "token_mean"] = "seq_sum"
+) -> Objective:
     """Regularized Preference Optimization, DPO and SFT: ``-log sig(beta (D_w - D_l)) - eta beta logp_w``, a mean over
     pairs.
 
@@ -245,7 +236,6 @@ def rpo(beta: float = 0.05, eta: float = 0.005, nll: str = "seq_sum") -> Objecti
     Args:
       nll: "seq_sum": the chosen answer's sequence sum, scaled by beta (the official code); "token_mean": ``eta`` times
         the token mean over the chosen answers (TRL): at equal eta about beta x length weaker."""
-    choice("nll", nll, ("seq_sum", "token_mean"))
     sft = (
         unit_term("nll", lambda units, state: -beta * units.logp("chosen"), coef=eta)
         if nll == "seq_sum"
@@ -256,7 +246,11 @@ def rpo(beta: float = 0.05, eta: float = 0.005, nll: str = "seq_sum") -> Objecti
 
 @register(source="arXiv:2412.17696 (truth tables of uncpo, ccpo, cfunl, qfunl, funl and l5 are assumed)")
 def dpa_logic(
-    program: str = "cpo", beta: float = 1.0, link: str = "log", length_norm: bool = True, use_ref: bool = False
+    program: str = "cpo",
+    beta: Positive = 1.0,
+    link: Literal["log", "square", "hinge"] = "log",
+    length_norm: bool = True,
+    use_ref: bool = False,
 ) -> Objective:
     """Losses from the logic of direct alignment: ``rho = log(weight of the top worlds / weight of the bottom worlds)``
     over the truth table of (chosen, rejected), an answer being true with probability ``exp(logp/len)``; a mean over
@@ -268,7 +262,6 @@ def dpa_logic(
       program: ce, ceunl, cpo, orpo, uncpo, ccpo, cfunl, qfunl, funl or l5, or two sets of worlds: ``"TF FF / FT"``.
       link: "log": ``-log sig(beta rho)``; "square": ``(rho - 1/(2 beta))^2``; "hinge": ``max(0, beta - rho)``.
       length_norm: False: probabilities of whole sequences. use_ref: rho minus the reference's rho."""
-    choice("link", link, ("log", "square", "hinge"))
     preferences.worlds_of(program)
 
     def count(units: Units, logp: Array) -> Array:
@@ -286,11 +279,13 @@ def dpa_logic(
             return preferences.logistic(beta * x)
         return preferences.squared(x, 1 / (2 * beta)) if link == "square" else preferences.hinge(x, beta)
 
-    return unit_objective([unit_term("preference", value)], margin=rho, needs=("logp_ref",) if use_ref else ())
+    return unit_objective(
+        [unit_term("preference", value)], margin=rho, asks=asks_of(*(("logp_ref",) if use_ref else ()))
+    )
 
 
 @register(source="MPO, arXiv:2403.19443, stage 1 (reconstructed from the paper's text)")
-def mpo_mixed(gap: float = 1.0, beta: float = 0.1) -> Objective:
+def mpo_mixed(gap: NonNegative = 1.0, beta: NonNegative = 0.1) -> Objective:
     """Mixed Preference Optimization, stage 1: DPO averaged over the easy pairs, ``|rm_w - rm_l| > gap``, alone (0 if
     there are none). Reconstructed from the paper's text: the default gap is assumed; stage 2 is PPO on the prompts of
     the others with this model as reference.
@@ -302,4 +297,4 @@ def mpo_mixed(gap: float = 1.0, beta: float = 0.1) -> Objective:
         rm = batch.unit(batch.get("rm"))
         return jnp.repeat(promote(preference_data.easy_pairs(rm[:, 0], rm[:, 1], gap=gap)), len(PAIR))
 
-    return preference(lambda z, units: preferences.logistic(z), beta=beta, rows=easy, needs=("rm",))
+    return preference(lambda z, units: preferences.logistic(z), beta=beta, rows=easy, asks=asks_of("rm"))

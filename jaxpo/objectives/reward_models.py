@@ -1,32 +1,31 @@
 """Reward and preference models: losses of scalar scores, of embeddings, of reactions and of traces of tool calls."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxpo.arguments import NONZERO, NonNegative, Positive, when
 from jaxpo.batch import Rollouts, TokenStats
+from jaxpo.fields import PAIR
 from jaxpo.metrics import Mean, Metrics
-from jaxpo.objectives.base import Objective, State, Term, from_terms
-from jaxpo.objectives.parts.surrogates import unused
-from jaxpo.objectives.units import PAIR, Units, unit_term
+from jaxpo.objectives.grammar.base import Asks, Hooks, Objective, State, Term, Unit, asks_of, from_terms
+from jaxpo.objectives.grammar.units import Units, unit_term
 from jaxpo.primitives import aggregation, preferences, shaping
-from jaxpo.primitives.advantages import choice
-from jaxpo.primitives.aggregation import positive
 from jaxpo.primitives.numerics import promote
 from jaxpo.registry import register
 
 
-def ranker(terms: Sequence[Term], margin: Callable[[Units], Array], **options: Any) -> Objective:
+def ranker(terms: Sequence[Term], margin: Callable[[Units], Array], asks: Asks) -> Objective:
     """`from_terms` over pairs with the share of pairs that the model orders as labelled, and its mean margin [N]."""
 
     def report(stats: TokenStats, batch: Rollouts, state: State) -> Metrics:
         z, count = margin(Units(stats, batch)), batch.unit(promote(batch.count))[:, 0]
         return {"preference/accuracy": Mean.of(z > 0, count), "preference/margin": Mean.of(z, count)}
 
-    return from_terms(terms, metrics=report, layout=PAIR, **options)
+    return from_terms(terms, asks=asks, hooks=Hooks(metrics=report), unit=Unit(PAIR))
 
 
 def score_gap(units: Units) -> Array:
@@ -35,7 +34,7 @@ def score_gap(units: Units) -> Array:
 
 
 @register(source="Bradley-Terry; InstructGPT, arXiv:2203.02155; margin: arXiv:2307.09288; centring: arXiv:2312.09244")
-def bradley_terry_rm(margin: float = 0.0, c: float = 0.0, margins: bool = False) -> Objective:
+def bradley_terry_rm(margin: float = 0.0, c: NonNegative = 0.0, margins: bool = False) -> Objective:
     """Bradley-Terry reward model: ``-log sig(rm_w - rm_l - margin) + c (rm_w + rm_l)^2``, means over pairs.
 
     Shapes: score [B], rows in pairs chosen, rejected; margin [B] if margins.
@@ -54,13 +53,12 @@ def bradley_terry_rm(margin: float = 0.0, c: float = 0.0, margins: bool = False)
     return ranker(
         [unit_term("preference", rank), unit_term("center", center, coef=c)],
         score_gap,
-        wants=("score",),
-        needs=("margin",) if margins else (),
+        asks_of(*(("margin",) if margins else ()), wants=("score",)),
     )
 
 
 @register(source="GPM, arXiv:2410.02197; general-preference/general-preference-model")
-def gpm_rm(tau: float = 0.1, gate: bool = True, normalize: bool = True) -> Objective:
+def gpm_rm(tau: Positive = 0.1, gate: bool = True, normalize: bool = True) -> Objective:
     """General preference model: ``-log sig(s/tau)``, ``s = sum_l lambda_l (v_{2l} u_{2l+1} - v_{2l+1} u_{2l})`` of the
     embeddings v of the chosen and u of the rejected answer, ``lambda = k softmax(gate)``, a mean over pairs.
 
@@ -68,7 +66,6 @@ def gpm_rm(tau: float = 0.1, gate: bool = True, normalize: bool = True) -> Objec
 
     Args:
       gate: False: lambda = 1. normalize: embeddings of unit length."""
-    positive("tau", tau)
 
     def score(units: Units) -> Array:
         v, u = (units.of(units.stats.embed, role) for role in PAIR)
@@ -81,19 +78,26 @@ def gpm_rm(tau: float = 0.1, gate: bool = True, normalize: bool = True) -> Objec
     return ranker(
         [unit_term("preference", lambda units, state: preferences.logistic(score(units) / tau))],
         score,
-        wants=("embed", "gate") if gate else ("embed",),
+        asks_of(wants=("embed", "gate") if gate else ("embed",)),
     )
 
 
-@register(source="Themis, arXiv:2310.01045; ernie-research/Tool-Augmented-Reward-Model")
+THEMIS_WHEN = {
+    **dict.fromkeys(("rm_coef", "observation", "rationale"), when(form="released")),
+    **dict.fromkeys(("alpha", "omega"), when(form="paper")),
+    "beta": when(form="paper", alpha=NONZERO),
+}
+
+
+@register(source="Themis, arXiv:2310.01045; ernie-research/Tool-Augmented-Reward-Model", when=THEMIS_WHEN)
 def themis(
-    form: str = "released",
-    rm_coef: float = 0.5,
+    form: Literal["released", "paper"] = "released",
+    rm_coef: NonNegative = 0.5,
     observation: bool = True,
     rationale: bool = True,
-    alpha: float = 1.0,
-    beta: float = 1.0,
-    omega: float = 1.0,
+    alpha: NonNegative = 1.0,
+    beta: NonNegative = 1.0,
+    omega: NonNegative = 1.0,
 ) -> Objective:
     """Tool-augmented reward model: the language-model loss of a trace of tool calls and ``rm_coef`` times
     ``-log sig(rm_w - rm_l)`` after it.
@@ -106,13 +110,7 @@ def themis(
         ranking loss ``+ alpha (NLL_tool + beta NLL_observation) + omega NLL_rationale``, a mean each (coefficients
         assumed).
       observation, rationale: whether those tokens are trained ("released"). alpha, beta, omega: of "paper"."""
-    choice("form", form, ("released", "paper"))
     released = form == "released"
-    unused("rm_coef", rm_coef, 0.5, released, "form='released'")
-    for name, value in (("observation", observation), ("rationale", rationale)):
-        unused(name, value, True, released, "form='released'")
-    for name, value in (("alpha", alpha), ("beta", beta), ("omega", omega)):
-        unused(name, value, 1.0, not released, "form='paper'")
 
     def nll(name: str, kinds: tuple[int, ...], coef: float | Array) -> Term:
         def tokens(batch: Rollouts, state: State) -> Array:
@@ -127,7 +125,7 @@ def themis(
     rank = unit_term(
         "preference", lambda units, state: preferences.logistic(score_gap(units)), coef=rm_coef if released else 1.0
     )
-    return ranker([*lm, rank], score_gap, wants=("score",), needs=("segment",))
+    return ranker([*lm, rank], score_gap, asks_of("segment", wants=("score",)))
 
 
 @register(source="RLUF, arXiv:2505.14946 (reconstructed from the paper's text)")
@@ -145,11 +143,11 @@ def rluf() -> Objective:
         return {"preference/accuracy": Mean.of(right, promote(batch.count))}
 
     term = Term("reaction", value, aggregation.unit_mean, per="row")
-    return from_terms([term], metrics=report, needs=("label",), wants=("score",))
+    return from_terms([term], asks=asks_of("label", wants=("score",)), hooks=Hooks(metrics=report))
 
 
 @register(source="PRO, arXiv:2511.10656")
-def preference_orchestrator(T: float = 1.0, normalize: bool = True) -> Objective:  # noqa: N803 (the card's name)
+def preference_orchestrator(T: Positive = 1.0, normalize: bool = True) -> Objective:  # noqa: N803 (the card's name)
     """The adapter of Preference Orchestrator: ``KL(softmax(rm_scores/T) || softmax(gate))`` (direction assumed), a mean
     over preferred responses; the gate reads the prompt alone, so it learns which rewards matter for which prompt.
 
@@ -158,15 +156,14 @@ def preference_orchestrator(T: float = 1.0, normalize: bool = True) -> Objective
     Args:
       T: temperature (assumed). normalize: scores to mean 0 and standard deviation 1 over the batch, model by model
         (assumed)."""
-    positive("T", T)
 
     def prepare(batch: Rollouts, state: State) -> tuple[Rollouts, State]:
         scores = promote(batch.get("rm_scores"))
         scores = shaping.standardized(scores, batch.count) if normalize else scores
-        return batch.replace(extras={**batch.extras, "importance": jax.nn.softmax(scores / T)}), state
+        return batch.with_row(importance=jax.nn.softmax(scores / T)), state
 
     def value(stats: TokenStats, batch: Rollouts, state: State) -> Array:
         return preferences.categorical_kl(batch.get("importance"), stats.gate)
 
     term = Term("adapter", value, aggregation.unit_mean, per="row")
-    return from_terms([term], prepare=prepare, needs=("rm_scores",), wants=("gate",))
+    return from_terms([term], asks=asks_of("rm_scores", wants=("gate",)), hooks=Hooks(prepare=prepare))

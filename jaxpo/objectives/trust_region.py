@@ -2,23 +2,26 @@
 penalties."""
 
 import warnings
+from typing import Literal
 
-from jaxpo.objectives.base import Objective
-from jaxpo.objectives.common import eps_pair
-from jaxpo.objectives.composition import policy_gradient
+from jaxpo.arguments import AboveOne, NonNegative, Positive, PositiveOrInfinite
+from jaxpo.objectives.clipped import eps_pair
+from jaxpo.objectives.grammar.base import Gathering, Objective
+from jaxpo.objectives.grammar.policy_gradient import policy_gradient
 from jaxpo.objectives.parts import advantages, aggregation_of, ratios, regularizers, surrogates
 from jaxpo.primitives import aggregation
+from jaxpo.primitives.advantages import Singleton
 from jaxpo.registry import register
 
 
 @register(source="GSPO, arXiv:2507.18071")
 def gspo(
-    eps_low: float = 3e-4,
-    eps_high: float = 4e-4,
-    eps: float | None = None,
-    adv_eps: float = 1e-6,
-    singleton: str = "zero",
-    log_ratio_clip: float = 10.0,
+    eps_low: Positive = 3e-4,
+    eps_high: Positive = 4e-4,
+    eps: Positive | None = None,
+    adv_eps: NonNegative = 1e-6,
+    singleton: Singleton = "zero",
+    log_ratio_clip: PositiveOrInfinite = 10.0,
 ) -> Objective:
     """Group Sequence Policy Optimization: the clipped surrogate on ``s_i = exp(mean_t (logp - logp_old))``, mean over
     rows.
@@ -39,13 +42,13 @@ def gspo(
 
 @register(source="GSPO, arXiv:2507.18071, eq. 13-14")
 def gspo_token(
-    eps_low: float = 3e-4,
-    eps_high: float = 4e-4,
-    eps: float | None = None,
+    eps_low: Positive = 3e-4,
+    eps_high: Positive = 4e-4,
+    eps: Positive | None = None,
     agg: str = "seq_mean",
-    adv_eps: float = 1e-6,
-    singleton: str = "zero",
-    log_ratio_clip: float = 10.0,
+    adv_eps: NonNegative = 1e-6,
+    singleton: Singleton = "zero",
+    log_ratio_clip: PositiveOrInfinite = 10.0,
 ) -> Objective:
     """GSPO's token variant: ``sg(s_i) exp(logp - sg(logp))`` at every token, so that advantages may differ inside a
     row.
@@ -67,13 +70,13 @@ def gspo_token(
 
 @register(source="MiniMax-M1, arXiv:2506.13585, eq. 4-5")
 def cispo(
-    eps_low: float = 1.0,
-    eps_high: float = 4.0,
-    eps: float | None = None,
+    eps_low: Positive = 1.0,
+    eps_high: Positive = 4.0,
+    eps: Positive | None = None,
     agg: str = "token_mean",
-    adv_eps: float = 1e-6,
-    singleton: str = "zero",
-    log_ratio_clip: float = 20.0,
+    adv_eps: NonNegative = 1e-6,
+    singleton: Singleton = "zero",
+    log_ratio_clip: PositiveOrInfinite = 20.0,
 ) -> Objective:
     """Clipped IS-weight Policy Optimization: ``-sg(clip(r, 1 - eps_low, 1 + eps_high)) A logp``; no token loses its
     gradient.
@@ -93,18 +96,18 @@ def cispo(
 
 @register(source="BAPO, arXiv:2510.18927; code of WooooDyy/BAPO")
 def bapo(
-    mode: str = "official",
-    target: float | None = None,
-    low0: float | None = None,
-    low_max: float | None = None,
-    low_step: float | None = None,
-    high0: float | None = None,
-    high_max: float | None = None,
-    high_step: float | None = None,
-    dual_clip: float = 3.0,
-    adv_eps: float = 1e-6,
-    singleton: str = "zero",
-    log_ratio_clip: float = 20.0,
+    mode: Literal["official", "paper"] = "official",
+    target: NonNegative | None = None,
+    low0: NonNegative | None = None,
+    low_max: NonNegative | None = None,
+    low_step: Positive | None = None,
+    high0: Positive | None = None,
+    high_max: Positive | None = None,
+    high_step: Positive | None = None,
+    dual_clip: AboveOne = 3.0,
+    adv_eps: NonNegative = 1e-6,
+    singleton: Singleton = "zero",
+    log_ratio_clip: PositiveOrInfinite = 20.0,
 ) -> Objective:
     """Balanced Policy Optimization: clip bounds raised, for every update, until tokens of positive advantage carry
     ``target``.
@@ -128,14 +131,14 @@ def bapo(
 
 @register(source="MHPO, arXiv:2603.16929 (reconstructed from two secondary transcriptions)")
 def mhpo(
-    c: float = 1.5,
-    k_pos: float = 1.5,
-    lam_pos: float = 1.0,
-    k_neg: float = 2.0,
-    lam_neg: float = 0.8,
+    c: Positive = 1.5,
+    k_pos: Positive = 1.5,
+    lam_pos: Positive = 1.0,
+    k_neg: Positive = 2.0,
+    lam_neg: Positive = 0.8,
     agg: str = "seq_mean",
-    adv_eps: float = 1e-6,
-    singleton: str = "zero",
+    adv_eps: NonNegative = 1e-6,
+    singleton: Singleton = "zero",
 ) -> Objective:
     """Modulated Hazard-aware Policy Optimization: ``-exp(psi - sg(zeta)) A``, ``psi = c tanh((logp - logp_old)/c)``,
     zeta a Weibull hazard of drifting; no clip, no KL.
@@ -155,14 +158,14 @@ def mhpo(
 
 @register(source="R2VPO, arXiv:2601.03320 and 2605.26784 (reconstructed from the abstracts)")
 def r2vpo(
-    lam0: float = 0.1,
-    delta: float = 0.02,
-    lr_dual: float = 0.1,
-    adv_eps: float = 1e-6,
-    singleton: str = "zero",
-    log_ratio_clip: float = 5.0,
+    lam0: NonNegative = 0.1,
+    delta: Positive = 0.02,
+    lr_dual: NonNegative = 0.1,
+    adv_eps: NonNegative = 1e-6,
+    singleton: Singleton = "zero",
+    log_ratio_clip: PositiveOrInfinite = 5.0,
 ) -> Objective:
-    """Ratio-Variance Regularised Policy Optimization: ``-r A + lam ((r - 1)^2 - delta)``, unclipped, lam adapted
+    """Ratio-Variance Regularized Policy Optimization: ``-r A + lam ((r - 1)^2 - delta)``, unclipped, lam adapted
     after each step.
 
     Shapes: logp [B, T], reward [B]. Token level, GRPO advantages, projected ascent and all defaults are assumed.
@@ -182,20 +185,22 @@ def r2vpo(
 
 @register(source="arXiv:2603.06009 (the loss is our rendering)")
 def ppo_outer_loop(
-    eta: float = 1.0, adv_eps: float = 1e-6, singleton: str = "zero", log_ratio_clip: float = 20.0
+    eta: Positive = 1.0,
+    adv_eps: NonNegative = 1e-6,
+    singleton: Singleton = "zero",
+    log_ratio_clip: PositiveOrInfinite = 20.0,
 ) -> Objective:
-    """One PPO iteration as a proximal step of an outer optimiser: ``-r A + (1/eta)(r - 1 - log r)``, token mean, no
+    """One PPO iteration as a proximal step of an outer optimizer: ``-r A + (1/eta)(r - 1 - log r)``, token mean, no
     clip.
 
     Shapes: logp [B, T], reward [B]. The second term is the sample form of ``KL(pi_old || pi)``; ``eta``, the outer
       step size, is what to lower when learning stagnates, or draw more rollouts with minibatch, learning rate and
       epochs as they are."""
-    aggregation.positive("eta", eta)
     return policy_gradient(
         advantage=advantages.group_normalized(adv_eps, singleton=singleton),
         ratio=ratios.token(log_ratio_clip),
         surrogate=surrogates.linear(),
         regularizers=[(1 / eta, regularizers.proximal(log_ratio_clip))],
         aggregate=aggregation.token_mean,
-        protocol="ppo_outer_loop",
+        protocol=Gathering("ppo_outer_loop"),
     )

@@ -12,7 +12,7 @@ import jax
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.transformer import init
 from jaxpo.registry import unknown
-from jaxpo.tasks.tokenizers import transformers_library
+from jaxpo.text.tokenizers import transformers_library
 
 
 class Family(NamedTuple):

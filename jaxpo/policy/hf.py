@@ -26,11 +26,11 @@ from safetensors.numpy import save_file
 
 from jaxpo.parallel.mesh import make_mesh
 from jaxpo.parallel.sharding import shardings
-from jaxpo.policy import gguf
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.families import Slot, config_to_hf, tensors
 from jaxpo.policy.transformer import Params, init
 from jaxpo.registry import unknown
+from jaxpo.text import gguf
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -23,7 +23,7 @@ from jaxpo.policy.attention import causal_attention, prompt_attend, prompt_mask
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.transformer import Attend, Model, Params, embedded
 
-PLAN = "packing"  # the plan in `Rollouts.extras`: [B, 3] int32, of each row its bin, and where it begins in the two
+PLAN = "packing"  # the plan in `Rollouts.per_row`: [B, 3] int32, of each row its bin, and where it begins in the two
 SHARES = 8  # numbers of bins are multiples of an eighth of the rows: so many programs at most are compiled
 
 
@@ -114,13 +114,13 @@ def taken(x: Array, index: Array) -> Array:
 
 
 def pack(batch: Rollouts, prompt_ok: Array, lanes: int, per_prompt: int, bins: int) -> Packed:
-    """The lanes of a batch whose ``extras`` hold the plan; ``prompt_ok`` [B / per_prompt, P].
+    """The lanes of a batch whose ``per_row`` hold the plan; ``prompt_ok`` [B / per_prompt, P].
 
     Raises:
       ValueError: there is no plan.
     """
-    if PLAN not in batch.extras:
-        raise ValueError(f"a packed batch holds its plan as Rollouts.extras[{PLAN!r}] (`jaxpo.policy.packing.plan`)")
+    if PLAN not in batch.per_row:
+        raise ValueError(f"a packed batch holds its plan as Rollouts.per_row[{PLAN!r}] (`jaxpo.policy.packing.plan`)")
     b, t, p = batch.rows, batch.width, batch.prompt_width
     rows, prompts = b // lanes, b // lanes // per_prompt
     width = room(t, p, rows, bins)
@@ -157,7 +157,7 @@ def pack(batch: Rollouts, prompt_ok: Array, lanes: int, per_prompt: int, bins: i
     def cut(x: Array) -> Array:
         return x.reshape(lanes, -1, *x.shape[1:])
 
-    out = jax.vmap(lane)(cut(batch.tokens), cut(batch.extras[PLAN]), cut(lengths(batch.mask)), cut(prompt_ok))
+    out = jax.vmap(lane)(cut(batch.tokens), cut(batch.per_row[PLAN]), cut(lengths(batch.mask)), cut(prompt_ok))
     return out._replace(prompt_ok=prompt_ok)
 
 
@@ -215,4 +215,4 @@ def packed_hidden(
 
 def with_plan(batch: Rollouts, plan: Array | None) -> Rollouts:
     """The batch with the plan of its rows; None = it is not packed."""
-    return batch if plan is None else batch.replace(extras={**batch.extras, PLAN: plan})
+    return batch if plan is None else batch.with_row(**{PLAN: plan})

@@ -108,7 +108,7 @@ def token_stats(
       mesh: a head that is spread over its axis "tensor" is used where it lies: each device reduces its part of the
         vocabulary, and a few floats a token are exchanged; positions are spread over its axis "context". None = the
         partitioner decides.
-      bins: into which the rows of a device are packed, by the plan in ``batch.extras`` (`jaxpo.policy.packing`); 0 =
+      bins: into which the rows of a device are packed, by the plan in ``batch.per_row`` (`jaxpo.policy.packing`); 0 =
         they are not.
 
     Raises:

@@ -7,6 +7,7 @@ from jax import Array, lax
 from jax.ops import segment_max
 from jax.scipy.special import betaln, xlogy
 
+from jaxpo.arguments import choice
 from jaxpo.primitives.grouping import (
     group_constant,
     group_mean,
@@ -21,12 +22,6 @@ from jaxpo.primitives.selection import before_in_group
 
 Singleton = Literal["zero", "raw"]
 Scale = Literal["group", "batch", "none"]
-
-
-def choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise ``ValueError`` naming the option unless ``value`` is one of its ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
 def batch_centered(reward: Array, count: Array) -> Array:

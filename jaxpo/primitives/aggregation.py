@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from jaxpo.arguments import Positive, positive
 from jaxpo.primitives.grouping import group_sum
 from jaxpo.primitives.numerics import promote, ratio_or_zero
 
@@ -36,7 +37,7 @@ def seq_sum(mask: Array, count: Array, batch: Any) -> Array:
     return ratio_or_zero(promote(mask) * count, count.sum())
 
 
-def seq_sum_const(L_const: float) -> Aggregation:  # noqa: N803 (the cards' name)
+def seq_sum_const(L_const: Positive) -> Aggregation:  # noqa: N803 (the cards' name)
     """`seq_sum` divided by the constant ``L_const`` (the generation budget, never the padded width)."""
     constant = positive("L_const", L_const)
 
@@ -46,7 +47,7 @@ def seq_sum_const(L_const: float) -> Aggregation:  # noqa: N803 (the cards' name
     return seq_sum_const
 
 
-def sum_const(L_const: float) -> Aggregation:  # noqa: N803
+def sum_const(L_const: Positive) -> Aggregation:  # noqa: N803
     """``mask count / L_const``: not divided by the number of rows."""
     constant = positive("L_const", L_const)
 
@@ -70,13 +71,6 @@ def unit_mean(mask: Array, count: Array, batch: Any) -> Array:
     its rows."""
     count = promote(count)[:, None]
     return ratio_or_zero(jnp.ones_like(mask, count.dtype) * count, count.sum())
-
-
-def positive(name: str, value: float | None) -> float:
-    """``value`` if it is a positive number; ``ValueError`` naming it otherwise (traced values pass)."""
-    if value is None or (isinstance(value, int | float) and not value > 0):
-        raise ValueError(f"{name} must be a positive number, not {value}")
-    return value
 
 
 PER_TOKEN = {"token_mean": token_mean, "seq_mean": seq_mean, "seq_sum": seq_sum, "group_mean": group_mean}

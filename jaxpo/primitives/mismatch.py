@@ -10,9 +10,9 @@ from typing import Literal
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxpo.primitives.advantages import choice
+from jaxpo.arguments import choice
 from jaxpo.primitives.numerics import promote, ratio_or_zero
-from jaxpo.primitives.regularizers import kl_estimate
+from jaxpo.primitives.regularizers import Estimator, kl_estimate
 
 Level = Literal["token", "sequence", "geometric"]
 LEVELS = ("token", "sequence", "geometric")
@@ -42,7 +42,13 @@ def masked(log_w: Array, low: float, high: float) -> Array:
 
 
 def kept(
-    logp_old: Array, logp_beh: Array, mask: Array, estimator: str, level: Level, bound: float, low: float | None = None
+    logp_old: Array,
+    logp_beh: Array,
+    mask: Array,
+    estimator: Estimator,
+    level: Level,
+    bound: float,
+    low: float | None = None,
 ) -> Array:
     """[B, T] or [B] bool: the divergence of sampler and trainer, by the k1, k2 or k3 estimate (samples of the sampler:
     ``d = logp_beh - logp_old``), is at most ``bound`` (and at least ``low``); of a token, its sum over the row or its

@@ -1,13 +1,16 @@
 """Penalties per token. For a KL term the *value* and the *gradient* are chosen apart: they are not the same
 question."""
 
+from typing import Literal, get_args
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxpo.primitives.numerics import promote
 
-KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
+Estimator = Literal["k1", "k2", "k3", "abs"]
+KL_ESTIMATORS = get_args(Estimator)
 
 
 def kl_estimate(logp: Array, logp_ref: Array, estimator: str, *, exponent_clip: float = 20.0) -> Array:

@@ -9,6 +9,13 @@ from jaxpo.primitives.grouping import group_constant, group_size, weighted_std
 from jaxpo.primitives.numerics import promote, ratio_or_zero
 
 
+def less_drift(reward: Array, logp_old: Array, logp_ref: Array, mask: Array, *, coef: float | Array) -> Array:
+    """``reward - coef sum_t (logp_old - logp_ref)`` [B]: a KL penalty in the reward, by the k1 estimate (RLOO,
+    arXiv:2402.14740)."""
+    drift = jnp.where(mask > 0, promote(logp_old) - promote(logp_ref), 0)
+    return reward - coef * drift.sum(-1)
+
+
 def overlong_penalty(length: Array, *, max_len: int, buffer: int, penalty: float = 1.0) -> Array:
     """Soft penalty of long answers (DAPO, arXiv:2503.14476, eq. 13) [B].
 

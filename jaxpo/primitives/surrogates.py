@@ -48,6 +48,18 @@ def detached_weight(weight: Array, adv: Array, logp: Array) -> Array:
     return -lax.stop_gradient(weight * adv) * promote(logp)
 
 
+def clipped_weight(ratio: Array, adv: Array, logp: Array, low: Array | float, high: Array | float) -> Array:
+    """``-sg(clip(r, low, high) A) logp`` (CISPO, arXiv:2506.13585, eq. 4)."""
+    return detached_weight(jnp.clip(ratio, low, high), adv, logp)
+
+
+def shaped_probability(logp: Array, adv: Array, gamma: Array | float | None = 0.1) -> Array:
+    """``-f(p) A``, ``p = exp(logp)``, ``f(p) = p / (p + gamma)``, or ``f(p) = p`` if gamma is None (LUFFY,
+    arXiv:2504.14945). Its gradient in logp is ``-A p gamma / (p + gamma)^2``."""
+    p = jnp.exp(promote(logp))
+    return -adv * (p if gamma is None else p / (p + gamma))
+
+
 CLIP_MODES = ("none", "one-side", "two-side", "ring")
 
 

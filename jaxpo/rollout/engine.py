@@ -199,7 +199,7 @@ def generate(
       Rollouts of B = G * responses rows in the order of the prompts: ``tokens``, ``mask`` (1 up to and with the token
       that ended the row),
       ``truncated`` (the length limit ended it), ``logp_beh`` under the sampling distribution,
-      ``token_extras["logp_sampler"]`` under the plain
+      ``per_token["logp_sampler"]`` under the plain
       policy when that is another one, ``group`` and ``shared_prompt``.
     """
     g, p = prompts.shape
@@ -279,5 +279,5 @@ def generate(
         group=jnp.repeat(jnp.arange(g, dtype=jnp.int32), responses),
         shared_prompt=responses,
         truncated=(~state["done"]).astype(jnp.float32),
-        token_extras={"logp_sampler": state["plain"].T} if "plain" in state else {},
+        logp_sampler=state["plain"].T if "plain" in state else None,
     )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxpo.registry import check_arguments, names, unknown
+from jaxpo.registry import check_arguments, names, register_later, unknown
 from jaxpo.registry import entry as registered
 
 
@@ -64,6 +64,7 @@ TASKS = {
     "reasoning_gym": "jaxpo.tasks.reasoning_gym:reasoning_gym",
     "toy": "jaxpo.tasks.toy:toy",
 }
+register_later("task", TASKS)
 
 
 def build(config: Mapping[str, Any]) -> Task:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpo.tasks.base import Example, Score, Task, check_sizes, split, verdict
-from jaxpo.tasks.tokenizers import IntegerTokenizer
+from jaxpo.text.tokenizers import IntegerTokenizer
 
 
 @dataclass(frozen=True)

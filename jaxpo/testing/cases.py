@@ -14,11 +14,11 @@ from jax.sharding import AxisType, PartitionSpec
 
 from jaxpo import registry
 from jaxpo.batch import Rollouts, TokenStats, complete
+from jaxpo.learning.step import accumulate, score
 from jaxpo.metrics import results
 from jaxpo.objectives import Objective, evaluate
 from jaxpo.testing.examples import WIDTH, bigram, example, parameters
 from jaxpo.testing.variants import Given, bfloat16, grown_variants, is_float, stacked, variants
-from jaxpo.training.step import accumulate, score
 
 Subject = str | Objective | Callable[..., Objective]
 # Contracts compile much and compute little: quick compilation halves their time.
@@ -61,7 +61,7 @@ class Case:
     @cached_property
     def stats(self) -> TokenStats:
         """What `bigram` says of the batch, as plain arrays."""
-        return bigram(self.objective, self.objective.wants | self.objective.peeks, self.params, self.batch)
+        return bigram(self.objective, self.objective.asks.wants | self.objective.asks.peeks, self.params, self.batch)
 
     @cached_property
     def arrays(self) -> tuple[TokenStats, Rollouts]:
@@ -118,7 +118,7 @@ class Case:
     @property
     def unit(self) -> int:
         """Rows that make one unit of the objective's layout."""
-        return max(len(self.objective.layout), 1)
+        return max(len(self.objective.unit.layout), 1)
 
     @property
     def units(self) -> int:
@@ -195,8 +195,8 @@ def weighed(
     """The batch with its weights, as `bigram` is peeked at for them, and the state it was prepared with."""
     batch, state = objective.prepare(batch, objective.init())
     peek = None
-    if objective.peeks:
-        peek = score(partial(bigram, objective, objective.peeks), params, batch, microbatches=microbatches)
+    if objective.asks.peeks:
+        peek = score(partial(bigram, objective, objective.asks.peeks), params, batch, microbatches=microbatches)
     return objective.weigh(batch, state, peek), state
 
 
@@ -204,7 +204,7 @@ def of_slice(
     objective: Objective, params: dict[str, Array], batch: Rollouts, state: Any, microbatches: int = 1
 ) -> tuple[Array, Any, Any]:
     """Loss, gradient and report of rows of a weighed batch."""
-    apply = partial(bigram, objective, objective.wants)
+    apply = partial(bigram, objective, objective.asks.wants)
     return accumulate(objective, apply, params, batch, state, microbatches=microbatches)
 
 

@@ -16,7 +16,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxpo.batch import MissingField, Rollouts, TokenStats
 from jaxpo.metrics import results
 from jaxpo.objectives import evaluate
-from jaxpo.objectives.base import standard_metrics
+from jaxpo.objectives.grammar.base import standard_metrics
+from jaxpo.storage.checkpoint import Checkpoints
 from jaxpo.testing.cases import (
     Case,
     NotChecked,
@@ -31,7 +32,6 @@ from jaxpo.testing.cases import (
 )
 from jaxpo.testing.examples import GROUP
 from jaxpo.testing.variants import form, permutation, replaced, replica, stacked
-from jaxpo.training.checkpoint import Checkpoints
 
 
 def finite_on_hostile_input(case: Case) -> str:
@@ -84,7 +84,7 @@ def count_is_multiplicity(case: Case) -> str:
 def microbatch_invariance(case: Case) -> str:
     """One slice, or as many as units (groups, if it looks at groups): the same loss, gradient and metrics."""
     batch, most = case.batch, case.units
-    if case.objective.coupling == "group":
+    if case.objective.unit.coupling == "group":
         if batch.shared_prompt == 1:
             batch = batch.replace(shared_prompt=GROUP if case.unit == 1 else case.unit)
         most = batch.rows // batch.shared_prompt
@@ -216,7 +216,7 @@ def float32_accumulation(case: Case) -> str:
 def needs_is_exact(case: Case) -> str:
     """Every field of ``needs`` is asked for by name and has an effect; no other is needed (but tokens and mask)."""
     objective, batch = case.objective, case.batch
-    for name in sorted(objective.needs):
+    for name in sorted(objective.asks.needs):
         try:
             jax.eval_shape(objective.prepare, _without(batch, name), objective.init())
         except MissingField as error:
@@ -224,12 +224,14 @@ def needs_is_exact(case: Case) -> str:
         else:
             raise AssertionError(f"{name!r} is in needs, but a batch without it is accepted")
     least = batch
-    for name in set(batch.fields()) - {"tokens", "mask"} - objective.needs:
+    for name in set(batch.fields()) - {"tokens", "mask"} - objective.asks.needs:
         least = _without(least, name)
     try:
         jax.eval_shape(lambda stats, batch: evaluate(objective, lambda _: stats, batch)[0], case.stats, least)
     except (MissingField, AttributeError, TypeError) as error:
-        raise AssertionError(f"with needs {sorted(objective.needs)} alone: {type(error).__name__}: {error}") from error
+        raise AssertionError(
+            f"with needs {sorted(objective.asks.needs)} alone: {type(error).__name__}: {error}"
+        ) from error
     prepared, _ = jax.eval_shape(objective.prepare, batch, objective.init())
     seen = prepared.replace(logp_old=case.stats.logp)
     standard = jax.eval_shape(lambda batch: results(standard_metrics(case.stats, batch)), seen)
@@ -245,11 +247,11 @@ def needs_is_exact(case: Case) -> str:
         return leaves_of(outs)
 
     before = effects("")
-    for name in sorted(objective.needs):
+    for name in sorted(objective.asks.needs):
         after = effects(f"without {name}")
         changed = any(not np.array_equal(after[path], before[path]) for path in before)
         assert changed, f"{name!r} is in needs, but neither loss, gradient nor a metric of its own depends on it"
-    return f"needs {', '.join(sorted(objective.needs)) or 'nothing'}"
+    return f"needs {', '.join(sorted(objective.asks.needs)) or 'nothing'}"
 
 
 def _without(batch: Rollouts, name: str) -> Rollouts:

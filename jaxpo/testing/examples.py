@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxpo.batch import Rollouts, TokenStats, complete, role_id
+from jaxpo.batch import Rollouts, TokenStats, complete
+from jaxpo.fields import role_id
 from jaxpo.objectives import Objective
 
 VOCABULARY, PROMPT, WIDTH, GROUP = 7, 3, 6, 4
@@ -18,7 +19,7 @@ def example(objective: Objective) -> Rollouts:
     Raises:
       ValueError: the objective needs a field that is no field of `Rollouts`; bring a batch that has it.
     """
-    rng, unit = np.random.default_rng(0), max(len(objective.layout), 1)
+    rng, unit = np.random.default_rng(0), max(len(objective.unit.layout), 1)
     b = ROWS if ROWS % unit == 0 else 8 * unit
     lengths = np.resize([WIDTH, 3, 5, 1, 4, 6, 2], b)
     mask = (np.arange(WIDTH) < lengths[:, None]).astype(np.float32)
@@ -27,21 +28,21 @@ def example(objective: Objective) -> Rollouts:
     def logp() -> np.ndarray:
         return rng.normal(-2, 0.5, (b, WIDTH)).astype(np.float32)
 
-    extras = {
+    per_row = {
         "rewards_multi": rng.uniform(size=(b, 3)),
         "tracker_value": rng.uniform(size=b),
         "edge_adv": rng.normal(size=b),
         "mc_value": rng.uniform(size=(b, WIDTH)),
     }
-    extras |= preference_extras(b)
-    known = {"logp", *Rollouts.__dataclass_fields__, *extras}
-    strange = sorted(n for n in objective.needs if n not in known and not n.startswith("logp_"))
+    per_row |= preference_extras(b)
+    known = {"logp", *Rollouts.__dataclass_fields__, *per_row}
+    strange = sorted(n for n in objective.asks.needs if n not in known and not n.startswith("logp_"))
     if strange:
         raise ValueError(f"no example of {strange[0]!r}, which this objective needs: give check a batch that has it")
     group = np.arange(b, dtype=np.int32) // (GROUP if unit == 1 else unit)
     roles = [
         role_id(r)
-        for r in objective.layout or (("own", "own", "own", "kl") if "label" in objective.needs else ("own",))
+        for r in objective.unit.layout or (("own", "own", "own", "kl") if "label" in objective.asks.needs else ("own",))
     ]
     batch = Rollouts(
         tokens=rng.integers(0, VOCABULARY, (b, PROMPT + WIDTH)).astype(np.int32),
@@ -57,27 +58,30 @@ def example(objective: Objective) -> Rollouts:
         truncated=(lengths == WIDTH).astype(np.float32),
         entropy_old=rng.uniform(0, 1, (b, WIDTH)).astype(np.float32),
         value_old=logp(),
-        layout=objective.layout,
+        layout=objective.unit.layout,
     )
     # The first row, which `count_is_multiplicity` doubles, is at the end of its group's order.
     batch.entropy_old[:] *= np.resize([0.1, 1, 0.4, 0.7], b)[:, None]
     batch = jax.tree.map(jnp.asarray, batch)
-    slots = {n.removeprefix("logp_") for n in objective.needs if n.startswith("logp_")} - {"old", "beh"}
+    slots = {n.removeprefix("logp_") for n in objective.asks.needs if n.startswith("logp_")} - {"old", "beh"}
     said = bigram(objective, frozenset({"logp"}), parameters(), batch).logp
 
     def near(x: Array, scale: float) -> Array:
         return x + jnp.asarray(rng.normal(0, scale, x.shape), jnp.float32)
 
     old = near(said, 0.3)  # some ratios are clipped and some are not
-    asked = {n: jnp.asarray(x, jnp.float32) for n, x in extras.items() if n in objective.needs}
+    asked = {n: jnp.asarray(x, jnp.float32) for n, x in per_row.items() if n in objective.asks.needs}
     per_token = {n: x for n, x in asked.items() if x.shape == batch.mask.shape}
     return complete(
         batch.replace(
             logp_old=old,
             logp_beh=near(old, 0.01),
-            extras={n: x for n, x in asked.items() if n not in per_token},
-            token_extras={"logp_sampler": near(old, 0.01), **per_token},
-            slots={name: near(said, 0.5) for name in sorted(slots | {"ref"})},
+            per_row={n: x for n, x in asked.items() if n not in per_token},
+            per_token={
+                "logp_sampler": near(old, 0.01),
+                **per_token,
+                **{f"logp_{name}": near(said, 0.5) for name in sorted(slots | {"ref"})},
+            },
         )
     )
 
@@ -116,9 +120,9 @@ def parameters() -> dict[str, Array]:
 
 def allowed(objective: Objective, reward: Array) -> Array:
     """The rewards, squeezed in their order into the range that the objective is defined for."""
-    if objective.rewards is None:
+    if objective.asks.rewards is None:
         return reward
-    low, high = objective.rewards
+    low, high = objective.asks.rewards
     return low + (high - low) / (1 + np.exp(-np.asarray(reward)))
 
 
@@ -139,5 +143,5 @@ def bigram(objective: Objective, wants: frozenset[str], params: dict[str, Array]
         "gate": logits[:, 0, :2],
     }
     flat = logits.reshape(-1, VOCABULARY), batch.completions.reshape(-1)
-    derived = {n: f(*flat).reshape(batch.mask.shape) for n, f in objective.derived.items() if n in wants}
+    derived = {n: f(*flat).reshape(batch.mask.shape) for n, f in objective.asks.derived.items() if n in wants}
     return TokenStats(**{name: said[name] for name in wants - set(derived)}, derived=derived)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jaxpo.testing.cases import Case
 
 Given = tuple[TokenStats, Rollouts, Any]  # what `direct` takes: statistics, batch, state of the objective
-TOKEN_FIELDS = ("logp_old", "logp_beh", "entropy_old", "value_old", "slots", "token_extras")
+TOKEN_FIELDS = ("logp_old", "logp_beh", "entropy_old", "value_old", "per_token")
 EXTRA_ROWS = 12  # of filler, or of rows that do not count
 
 
@@ -37,7 +37,7 @@ def variants(case: "Case") -> dict[str, Given]:
     times = {"": begin} | ({"later": later} if same_form(begin, later) else {})
     for when, state in times.items():
         given[when or "as it is"] = (stats, batch.replace(shared_prompt=1), state)
-        for name in case.objective.needs:
+        for name in case.objective.asks.needs:
             less = replaced(batch, name, np.zeros_like(batch.get(name))).replace(shared_prompt=1)
             given[f"{when} without {name}".strip()] = (stats, less, state)
     return given
@@ -112,10 +112,10 @@ def replica(case: "Case") -> tuple[TokenStats, Rollouts]:
     """Another batch, and what the policy with other parameters says of it."""
     batch = take(case.arrays[1], case.rows(np.roll(np.arange(case.units), 1)))
     if batch.reward is not None:
-        batch = batch.replace(reward=batch.reward * np.float32(0.5 if case.objective.rewards else 2))
+        batch = batch.replace(reward=batch.reward * np.float32(0.5 if case.objective.asks.rewards else 2))
     params = jax.tree.map(lambda x: 1.1 * x, case.params)
     stats = bigram(
-        case.objective, case.objective.wants | case.objective.peeks, params, jax.tree.map(jnp.asarray, batch)
+        case.objective, case.objective.asks.wants | case.objective.asks.peeks, params, jax.tree.map(jnp.asarray, batch)
     )
     return jax.tree.map(np.asarray, stats), batch
 
@@ -152,7 +152,7 @@ def same_form(a: Any, b: Any) -> bool:
 
 def replaced(batch: Rollouts, name: str, value: Array | None) -> Rollouts:
     """The batch with another field, slot or extra of that name; None removes it."""
-    for group, key in (("slots", name.removeprefix("logp_")), ("extras", name), ("token_extras", name)):
+    for group, key in (("per_row", name), ("per_token", name)):
         held = dict(getattr(batch, group))
         if key in held and name not in Rollouts.__dataclass_fields__:
             held.pop(key) if value is None else held.update({key: value})

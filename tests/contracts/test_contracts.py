@@ -34,34 +34,24 @@ OPTIONAL = {
 }
 
 
-# The slow tests hold every objective to every contract. Of those before each commit two in full, what compiles most is
-# left out of some of each kind, and what compiles at all of the others.
-COSTLIEST = {
-    testing.jit_equals_eager,
-    testing.vmap_over_hyperparameters,
-    testing.independent_replicas,
-    testing.mesh_invariance,
-}
-IN_FULL = ("grpo", "sft")
-OF_EACH_KIND = ("dapo", "gspo", "clip_cov", "hapo", "dpo", "kto", "egpo", "gpm_rm")
+# Before each commit those of some kinds; the tier of the contracts has the others, one test an objective.
+FAST = ("grpo", "dpo", "gpm_rm")
 
 
-@pytest.mark.parametrize("name", sorted(set(jaxpo.names()) - set(IN_FULL)))
-def test_registered_quickly(name):
-    contracts = [c for c in testing.CONTRACTS if c not in COSTLIEST] if name in OF_EACH_KIND else [testing.documented]
-    report = testing.check(name, contracts=contracts)
-    assert len(report.checked) == len(contracts) and not report.skipped
+@pytest.mark.parametrize("name", jaxpo.names())
+def test_documented(name):
+    assert testing.check(name, contracts=[testing.documented]).checked
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in IN_FULL else pytest.param(n, marks=pytest.mark.slow) for n in jaxpo.names()]
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.contracts) for n in jaxpo.names()]
 )
 def test_registered(name):
     report = testing.check(name)
     assert report.objective == name and len(report.checked) == len(testing.CONTRACTS) and not report.skipped
 
 
-@pytest.mark.slow
+@pytest.mark.contracts
 @pytest.mark.parametrize("name", OPTIONAL)
 def test_registered_with_other_hyperparameters(name):
     assert not testing.check(name, **OPTIONAL[name]).skipped

@@ -8,10 +8,10 @@ import jax
 import pytest
 
 from experiments import evaluate, sample, train_rl, train_sft
-from jaxpo.training import loop
-from jaxpo.training.checkpoint import finished_steps
-from jaxpo.training.protocols import NothingLeft
-from tests.training import tiny
+from jaxpo.protocols.protocol import NothingLeft
+from jaxpo.runs import loop
+from jaxpo.storage.checkpoint import finished_steps
+from tests.runs import tiny
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -3,7 +3,7 @@
 import pytest
 
 from experiments.compare import labels, main
-from jaxpo.training.rundir import RunDirectory
+from jaxpo.storage.rundir import RunDirectory
 
 
 @pytest.fixture

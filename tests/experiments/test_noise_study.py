@@ -12,11 +12,11 @@ import pytest
 from experiments import noise_study
 from jaxpo.batch import Rollouts
 from jaxpo.objectives import make
-from jaxpo.training import race as racing
-from jaxpo.training.arena import Rules, build_arena, draws, survey
-from jaxpo.training.gathering import ByProtocol, one, protocol_of
-from jaxpo.training.race import make_update, select, start_state
-from jaxpo.training.race_pairs import in_units, race_preferences
+from jaxpo.race import race as racing
+from jaxpo.race.pairs import in_units, race_preferences
+from jaxpo.race.race import make_update, select, start_state
+from jaxpo.race.seeds import ByProtocol, one, protocol_of
+from jaxpo.race.setup import Rules, build_arena, draws, survey
 
 TINY = dict(
     task="toy(digits=2, train_size=40, test_size=10)",
@@ -63,7 +63,7 @@ def test_another_protocol_is_named_with_its_arguments(protocol, message):
     with pytest.raises(ValueError, match=message):
         select(f'{name}(protocol="{protocol}")', Rules(**TINY), 5)
     [contender], _ = select("""dpo(protocol="judged(pairs='adjacent')")""", Rules(**TINY), 5)
-    assert contender.objective.protocol_options == {"pairs": "adjacent"}
+    assert contender.objective.protocol.options == {"pairs": "adjacent"}
 
 
 def test_as_many_rows_in_pairs_of_which_a_share_is_labelled_wrong():
@@ -85,7 +85,7 @@ def test_as_many_rows_in_pairs_of_which_a_share_is_labelled_wrong():
     exchanged = (noisy.unit(noisy.completions)[:, 0] == rejected).all(1) & (chosen != rejected).any(1)
     assert exchanged.sum() == round(0.25 * len(texts)) > 5
     labels = units("kto", 0.0)
-    assert labels.extras["label"].tolist()[:4] == [1, 0, 0, 0]  # each answer, then one that is another prompt's
+    assert labels.per_row["label"].tolist()[:4] == [1, 0, 0, 0]  # each answer, then one that is another prompt's
 
 
 def test_methods_are_told_the_share():
@@ -175,4 +175,4 @@ def test_pairs_race_beside_rewards_and_learn():
         curve = np.asarray(results.objectives[label]["curve"])
         assert curve[-1].mean() > curve[0].mean()
     assert results.objectives["dpo"]["sampled"] == 0 < results.objectives["grpo"]["sampled"]
-    assert make("dpo").layout
+    assert make("dpo").unit.layout

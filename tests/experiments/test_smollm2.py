@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxpo.training.rundir import read_metrics
+from jaxpo.storage.rundir import read_metrics
 from tests.policy.smollm2 import path_or_skip
 from tests.policy.test_hf import MEASURE
 

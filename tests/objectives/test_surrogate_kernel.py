@@ -1,4 +1,4 @@
-"""The objectives whose surrogate is a form of the one-pass kernel: with it they are what they are without it."""
+"""The one-pass kernel changes nothing in the objectives whose surrogate is a form of it."""
 
 from functools import partial
 
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxpo.kernels.policy_surrogate.api import policy_surrogate
-from jaxpo.objectives import composition, evaluate, make
+from jaxpo.objectives import evaluate, make
+from jaxpo.objectives.grammar import policy_gradient
 from jaxpo.testing.cases import case, same, train
 
 COVERED = {"grpo", "dapo", "dr_grpo", "cispo", "bapo", "kl_cov", "lite_ppo", "reinforce_pp", "spo_single_stream"}
@@ -26,12 +27,12 @@ def counted(kernel, monkeypatch):
         calls.append(options)
         return kernel(*args, **options)
 
-    monkeypatch.setattr(composition, "surrogate_kernel", lambda dtype: run)
+    monkeypatch.setattr(policy_gradient, "surrogate_kernel", lambda dtype: run)
     return calls
 
 
 @pytest.mark.parametrize("name", sorted(COVERED))
-def test_the_kernel_is_taken(name, monkeypatch):
+def test_surrogate_kernel_is_taken(name, monkeypatch):
     calls = counted(KERNELS["plain"], monkeypatch)
     x = case(name)
     jax.eval_shape(partial(train, x.objective), x.params, x.batch)
@@ -58,7 +59,7 @@ def test_the_kernel_is_taken(name, monkeypatch):
     ],
     ids=str,
 )  # fmt: skip
-def test_loss_gradient_and_metrics_are_those_of_the_primitives(name, options, kernel, monkeypatch):
+def test_surrogate_kernel_keeps_loss_gradient_and_metrics(name, options, kernel, monkeypatch):
     x = case(name, **options)
     want = train(x.objective, x.params, x.batch)
     calls = counted(KERNELS[kernel], monkeypatch)
@@ -67,7 +68,7 @@ def test_loss_gradient_and_metrics_are_those_of_the_primitives(name, options, ke
     same("with the kernel", got, want, 2e-6)
 
 
-def test_the_penalty_trains(monkeypatch):
+def test_grpo_penalty_trains_with_the_kernel(monkeypatch):
     """A cotangent flows into the policy through the added KL, by the kernel as without it."""
     calls = counted(KERNELS["interpreted"], monkeypatch)
     x = case("grpo")
@@ -81,7 +82,7 @@ def test_the_penalty_trains(monkeypatch):
     np.testing.assert_allclose(grads[1], 10 * grads[0], rtol=1e-5)
 
 
-def test_what_the_kernel_cannot_say_is_composed(monkeypatch):
+def test_gspo_policy_gradient_and_bapo_are_composed_where_the_kernel_cannot_say_it(monkeypatch):
     """A ratio of whole rows, a straight-through penalty, and a traced dual clip, which it would have to compile in."""
     calls = counted(KERNELS["plain"], monkeypatch)
     x = case("gspo")
@@ -96,5 +97,5 @@ def test_what_the_kernel_cannot_say_is_composed(monkeypatch):
     assert len(calls) == 1
 
 
-def test_float64_and_cpus_take_the_primitives():
-    assert composition.surrogate_kernel(jnp.float32) is None
+def test_surrogate_kernel_is_not_taken_on_cpus():
+    assert policy_gradient.surrogate_kernel(jnp.float32) is None

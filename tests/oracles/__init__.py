@@ -1,4 +1,4 @@
-"""Independent references: plain Python loops in float64, written from the papers' equations without jaxpo.
+"""Plain Python loops in float64 give independent references, written from the papers' equations without jaxpo.
 
 An oracle takes a `Case` and returns ``(loss, d loss / d logp)``. ``count[b] = w`` means "row b was drawn w times", so
 oracles run on the list of rows with row b written w times; the gradients of the copies add up.
@@ -81,3 +81,14 @@ def sample_std(xs: list[float]) -> float:
 def centred(xs: list[float]) -> list[float]:
     """Minus the mean; exactly 0 of equal numbers."""
     return [0.0 if min(xs) == max(xs) else x - mean(xs) for x in xs]
+
+
+def exact_mean(xs: list[float]) -> float:
+    """The mean, exactly x of a list of x's; 0 of nothing."""
+    if not xs:
+        return 0.0
+    return xs[0] if min(xs) == max(xs) else mean(xs)
+
+
+def population_std(xs: list[float]) -> float:
+    return math.sqrt(math.fsum(x * x for x in centred(xs)) / len(xs))

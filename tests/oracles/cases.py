@@ -1,4 +1,4 @@
-"""Batches that hurt, and jaxpo's answer to them in float64."""
+"""`CASES` hold batches that hurt, and `evaluate` gives jaxpo's answer to them in float64."""
 
 import functools
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxpo
+from jaxpo.primitives.selection import row_uniform
 from tests.oracles import Case, Gradient
 
 ROWS, WIDTH = 24, 6  # one shape everywhere, so that everything compiles once
@@ -108,6 +109,16 @@ CASES = {
     "nothing counted": make_case(8).replace(count=np.zeros(ROWS)),
 }
 
+NO_COUNTS = [name for name, case in CASES.items() if (case.count == 1).all()]
+
+
+def unit_rewards(case: Case) -> Case:
+    """Rewards in [0, 1]."""
+    return case.replace(reward=1 / (1 + np.exp(-case.reward)))
+
+
+UNIT_CASES = {name: unit_rewards(case) for name, case in CASES.items()}
+
 
 def on_policy(case: Case) -> Case:
     return case.replace(logp_old=case.logp)
@@ -117,7 +128,6 @@ def rollouts(case: Case) -> jaxpo.Rollouts:
     per_token = case.mask.shape
     extra = {k: jnp.asarray(x) for k, x in case.extra.items()}
     seed = extra.pop("seed", None)
-    slots = {k.removeprefix("logp_"): extra.pop(k) for k in list(extra) if k.startswith("logp_")}
     extra.pop("log_proxy", None)
     return jaxpo.Rollouts(
         tokens=jnp.asarray(case.tokens, jnp.int32),
@@ -128,10 +138,10 @@ def rollouts(case: Case) -> jaxpo.Rollouts:
         seed=None if seed is None else seed.astype(jnp.uint32),
         logp_old=jnp.asarray(case.logp_old),
         entropy_old=jnp.asarray(case.entropy_old),
-        slots={"ref": jnp.asarray(case.ref), **slots},
+        logp_ref=jnp.asarray(case.ref),
         count=jnp.asarray(case.count),
-        extras={k: x for k, x in extra.items() if x.shape != per_token},
-        token_extras={k: x for k, x in extra.items() if x.shape == per_token},
+        per_row={k: x for k, x in extra.items() if x.shape != per_token},
+        per_token={k: x for k, x in extra.items() if x.shape == per_token},
     )
 
 
@@ -187,3 +197,20 @@ def assert_same(actual: Gradient, expected: Gradient, rtol: float = 1e-9, atol: 
     """Equal loss and gradient."""
     np.testing.assert_allclose(actual[1], expected[1], rtol=rtol, atol=atol, err_msg="gradient")
     np.testing.assert_allclose(actual[0], expected[0], rtol=rtol, atol=atol, err_msg="loss")
+
+
+def assert_equals_oracle(oracles, configuration: tuple[str, dict], cases=CASES, rtol: float = 1e-9) -> None:
+    """An objective equals the function of its name in a module of oracles, on all cases."""
+    name, hyperparameters = configuration
+    for label, case in cases.items():
+        expected = getattr(oracles, name)(case, **hyperparameters)
+        try:
+            assert_same(evaluate(name, case, **hyperparameters), expected, rtol=rtol)
+        except AssertionError as error:
+            raise AssertionError(f"{label}: {error}") from None
+
+
+def priorities(case: Case, stream: int, shape: tuple = ()) -> np.ndarray:
+    """What the implementation draws for the rows' seeds."""
+    with jax.enable_x64(True):
+        return np.asarray(row_uniform(jnp.asarray(case.extra["seed"], jnp.uint32), shape, stream=stream))

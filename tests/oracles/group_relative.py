@@ -1,93 +1,14 @@
-"""Oracles of `reinforce`, `rloo`, `grpo`, `dr_grpo`, `dapo`, and of their relatives `rec`, `gspo`, `canon`."""
+"""The group-relative objectives have these oracles, whose docstrings say what was chosen where a card is open."""
 
 import math
 
 import numpy as np
 
-from tests.oracles import Case, Gradient, aggregate, centred, mean, sample_std
+from tests.oracles import Case, Gradient, aggregate, centred, exact_mean, mean, sample_std
+from tests.oracles.groups import group_advantage, grouped, leave_one_out, row_mean, siblings, whitened
+from tests.oracles.ratios import clipped_surrogate, k2, k3, ppo, ratio
 
-# ---- advantages: row -> number -------------------------------------------------------------------
-
-
-def _siblings(case: Case) -> dict[int, list[int]]:
-    """Every drawn row -> the drawn rows of its group, itself included."""
-    rows = case.rows()
-    return {b: [j for j in rows if case.group[j] == case.group[b]] for b in rows}
-
-
-def group_advantage(case: Case, reward, *, scale="group", adv_eps=1e-6, singleton="zero") -> dict[int, float]:
-    """``(reward - group mean) / (std + adv_eps)``; the std of the group, of the batch, or no division."""
-    out = {}
-    for b, group in _siblings(case).items():
-        if len(group) == 1:
-            out[b] = {"zero": 0.0, "raw": float(reward[b])}[singleton]
-            continue
-        rewards = [float(reward[j]) for j in group]
-        centre = centred(rewards)[group.index(b)]
-        spread = {
-            "group": lambda rewards=rewards: sample_std(rewards),
-            "batch": lambda: sample_std([float(reward[j]) for j in case.rows()]),
-        }
-        out[b] = 0.0 if centre == 0 else centre if scale == "none" else centre / (spread[scale]() + adv_eps)
-    return out
-
-
-def leave_one_out(case: Case, reward, *, singleton="zero") -> dict[int, float]:
-    """``reward - mean of the other rewards of the group``."""
-    out = {}
-    for b, group in _siblings(case).items():
-        others = [float(reward[j]) for j in group]
-        others.remove(float(reward[b]))
-        if not others:
-            out[b] = {"zero": 0.0, "raw": float(reward[b])}[singleton]
-        elif all(x == float(reward[b]) for x in others):
-            out[b] = 0.0
-        else:
-            out[b] = float(reward[b]) - mean(others)
-    return out
-
-
-def canon_advantage(case: Case, metric, mu: float) -> dict[int, float]:
-    """CANON with alpha 1: compare with the other half (inter) and the own half (intra) of the group."""
-    out = {}
-    for b, group in _siblings(case).items():
-        order = sorted(group, key=lambda j: metric[j])  # sorted() is stable
-        halves = order[: len(order) // 2], order[len(order) // 2 :]
-        own, other = halves if b in halves[0] else halves[::-1]
-        inter, intra = [case.reward[b] - mean([case.reward[j] for j in half]) for half in (other, own)]
-        out[b] = mu * inter + (1 - mu) * intra
-    return out
-
-
-# ---- per-token pieces: value and slope -----------------------------------------------------------
-
-
-def ratio(log_ratio: float, bound: float = 20.0) -> tuple[float, float]:
-    """``exp`` of the clamped log-ratio and its derivative (0 outside the clamp)."""
-    r = math.exp(min(max(log_ratio, -bound), bound))
-    return r, (r if abs(log_ratio) < bound else 0.0)
-
-
-def ppo(
-    log_ratio: float, A: float, lo: float, hi: float, *, dual: float | None = None, bound: float = 20.0
-) -> tuple[float, float]:
-    """``-min(r A, clip(r, lo, hi) A)``, at most ``-dual A`` where A < 0, and its slope in the log-prob."""
-    r, slope = ratio(log_ratio, bound)
-    plain, clipped = r * A, min(max(r, lo), hi) * A
-    value, slope = (-plain, -A * slope) if plain <= clipped else (-clipped, 0.0)
-    if dual is not None and A < 0 and value > -dual * A:
-        return -dual * A, 0.0
-    return value, slope
-
-
-def k3(logp: float, ref: float, bound: float = 20.0) -> tuple[float, float]:
-    """``exp(x) - x - 1``, ``x = ref - logp`` clamped to ``±bound``: beyond it the slope is 0."""
-    x = ref - logp
-    e, slope = ratio(x, bound)
-    return e - min(max(x, -bound), bound) - 1, (1 - slope if abs(x) < bound else 0.0)
-
-
-# ---- objectives ----------------------------------------------------------------------------------
+# ---- the batch as baseline -----------------------------------------------------------------------
 
 
 def reinforce(case: Case, *, baseline="none", agg="token_mean") -> Gradient:
@@ -97,6 +18,52 @@ def reinforce(case: Case, *, baseline="none", agg="token_mean") -> Gradient:
     else:
         A = dict(zip(case.rows(), centred(rewards), strict=True))
     return aggregate(case, agg, lambda b, t: (-A[b] * case.logp[b, t], -A[b]))
+
+
+def reinforce_pp(
+    case: Case,
+    *,
+    variant="standard",
+    gamma=1.0,
+    kl_coef=0.01,
+    kl_estimator="k2",
+    eps_low=0.2,
+    eps_high=0.2,
+    singleton="zero",
+    log_ratio_clip=20.0,
+) -> Gradient:
+    """Returns-to-go, whitened over the tokens of the batch.
+
+    Chosen: the discount counts ordinals (a hole in the mask does not discount); the log-ratio of the KL in the reward
+    is not clamped, nor is k2 (k3 is, at 20); ``singleton`` concerns the baseline variant only, "raw" leaves the reward
+    as it is before whitening; ``kl_estimator`` concerns the baseline variant only.
+    """
+    if variant == "standard":
+        reward = {b: float(case.reward[b]) for b in case.rows()}
+    else:
+        reward = group_advantage(case, case.reward, scale="none", singleton=singleton)
+    returns = {}
+    for b in set(case.rows()):
+        G = None
+        for t in reversed(case.positions(b)):
+            G = reward[b] if G is None else gamma * G
+            if variant == "standard" and kl_coef:
+                G -= kl_coef * (case.logp_old[b, t] - case.ref[b, t])
+            returns[b, t] = G
+    tokens = [(b, t) for b in case.rows() for t in case.positions(b)]
+    A = dict(zip(tokens, whitened([returns[token] for token in tokens]), strict=True))
+    return clipped_surrogate(
+        case,
+        lambda b, t: A[b, t],
+        eps_low=eps_low,
+        eps_high=eps_high,
+        log_ratio_clip=log_ratio_clip,
+        beta=kl_coef if variant == "baseline" else 0.0,
+        kl={"k2": k2, "k3": k3}[kl_estimator],
+    )
+
+
+# ---- the group as baseline -----------------------------------------------------------------------
 
 
 def _row_sum(case: Case, x: np.ndarray, b: int) -> float:
@@ -199,7 +166,7 @@ def overlong_penalty(n: int, max_len: int, buffer: int, penalty: float) -> float
 def dapo_keeps(case: Case) -> np.ndarray:
     """[B] whether the row survives dynamic sampling: its group is mixed in the raw outcome, or it is alone."""
     keep = np.zeros(len(case.reward), bool)
-    for b, group in _siblings(case).items():
+    for b, group in siblings(case).items():
         keep[b] = len(group) == 1 or len({float(case.correct[j]) for j in group}) > 1
     return keep
 
@@ -235,25 +202,247 @@ def dapo(
     )
 
 
-# ---- relatives -----------------------------------------------------------------------------------
+def lite_ppo(case: Case, *, eps_low=0.2, eps_high=0.2, adv_eps=1e-6, singleton="zero", log_ratio_clip=20.0) -> Gradient:
+    """Group mean, batch std, token mean.
+
+    Chosen: the std is over all drawn rows, those of one-row groups and those without tokens included.
+    """
+    return grpo(
+        case,
+        eps_low=eps_low,
+        eps_high=eps_high,
+        beta=0,
+        adv_eps=adv_eps,
+        scale="batch",
+        singleton=singleton,
+        agg="token_mean",
+        log_ratio_clip=log_ratio_clip,
+    )
 
 
-def rec_without_clip_or_weight(case: Case) -> Gradient:
-    """REC with ``clip_mode="none", weight="none"``: ``-A logp``, A = reward - group mean, mean over tokens."""
-    A = group_advantage(case, case.reward, scale="none")
-    return aggregate(case, "token_mean", lambda b, t: (-A[b] * case.logp[b, t], -A[b]))
+# ---- weighted groups -----------------------------------------------------------------------------
 
 
-def gspo(case: Case, *, eps_low: float, eps_high: float) -> Gradient:
-    """The clipped surrogate on ``exp(mean_t(logp - logp_old))``, mean over rows."""
-    A = group_advantage(case, case.reward)
-    rows, losses, grad = case.rows(), [], np.zeros(case.mask.shape)
-    for b in rows:
-        n = len(case.positions(b))
-        if n:
-            log_ratio = mean([case.logp[b, t] - case.logp_old[b, t] for t in case.positions(b)])
-            value, slope = ppo(log_ratio, A[b], 1 - eps_low, 1 + eps_high, bound=10.0)
-            losses.append(value / len(rows))
-            for t in case.positions(b):
-                grad[b, t] += slope / n / len(rows)
-    return math.fsum(losses), grad
+def _log_power(x: float, k: float) -> float:
+    """``log(x^k)``, with ``0^0 = 1``."""
+    if k == 0:
+        return 0.0
+    return k * math.log(x) if x > 0 else -math.inf
+
+
+def _inverse_beta_density(p: float, all_p: list[float]) -> float:
+    """``1 / BetaPDF(p)`` of the Beta fitted to ``all_p``, at most 1e6."""
+    alpha = beta = 1.0
+    if len(all_p) > 1:
+        m, v = exact_mean(all_p), max(sample_std(all_p) ** 2, 1e-8)
+        c = m * (1 - m) / v - 1
+        alpha, beta = max(1 + c * m / 3, 1.0), max(1 + c * (1 - m) / 3, 1.0)
+    log_norm = math.lgamma(alpha + beta) - math.lgamma(alpha) - math.lgamma(beta)
+    log_density = log_norm + _log_power(p, alpha - 1) + _log_power(1 - p, beta - 1)
+    return math.exp(min(-log_density, math.log(1e6)))
+
+
+def _bnpo_advantage(case: Case, u: list[float], singleton: str) -> dict[int, float]:
+    centre = group_advantage(case, u, scale="none", singleton=singleton)
+    p = {g: exact_mean([u[b] for b in rows]) for g, rows in grouped(case).items()}
+    assert all(0 <= x <= 1 for x in p.values()), "rewards outside [min, max]"
+    out = {}
+    for g, rows in grouped(case).items():
+        w = 1.0 if len(rows) == 1 else _inverse_beta_density(p[g], list(p.values()))
+        out |= {b: w * centre[b] for b in rows}
+    return out
+
+
+def bnpo(
+    case: Case,
+    *,
+    min=0.0,
+    max=1.0,
+    eps_low=0.2,
+    eps_high=0.28,
+    dual_clip=10.0,
+    components=False,
+    singleton="zero",
+    log_ratio_clip=20.0,
+) -> Gradient:
+    """Groups weighted by 1 / the density of their success rate.
+
+    Chosen: ``singleton="raw"`` means the mapped reward ``u``, without weight; groups of one row are among the success
+    rates the Beta is fitted to all the same. Every component has its own fit and the same range [min, max].
+    """
+    rewards = case.extra["rewards_multi"] if components else case.reward[:, None]
+    per_component = [
+        _bnpo_advantage(case, [(float(r) - min) / (max - min) for r in rewards[:, k]], singleton)
+        for k in range(rewards.shape[1])
+    ]
+    A = {b: mean([component[b] for component in per_component]) for b in case.rows()}
+    return clipped_surrogate(
+        case,
+        lambda b, t: A[b],
+        eps_low=eps_low,
+        eps_high=eps_high,
+        agg="seq_sum",
+        dual_clip=dual_clip,
+        log_ratio_clip=log_ratio_clip,
+    )
+
+
+def a_grae(
+    case: Case,
+    *,
+    alpha=1.0,
+    easy_form="paper",
+    eps_low=0.2,
+    eps_high=0.2,
+    agg="seq_mean",
+    L_const=None,
+    dual_clip=None,
+    adv_eps=1e-6,
+    singleton="zero",
+    log_ratio_clip=20.0,
+) -> Gradient:
+    """GRPO's advantage re-weighted from easy to hard, its positive part damped.
+
+    Chosen: groups of one row count in omega; under ``singleton="raw"`` their reward takes the place of GRPO's advantage
+    and is weighted with p = reward like any other (so it is 0 for a reward of 0 or 1).
+    """
+    base = group_advantage(case, case.reward, adv_eps=adv_eps, singleton=singleton)
+    p = {g: exact_mean([float(case.reward[b]) for b in rows]) for g, rows in grouped(case).items()}
+    omega = exact_mean(list(p.values()))
+
+    def advantage(b: int) -> float:
+        rate = p[int(case.group[b])]
+        if not 0 < rate < 1:
+            return 0.0
+        easy = {"paper": math.sqrt(1 - rate), "official": 1 - math.sqrt(rate) + 1e-6}[easy_form]
+        A = omega / 2 * base[b] / math.sqrt(rate) + (1 - omega) / 2 * base[b] / easy
+        return A * min(1.0, omega / alpha) if A > 0 else A
+
+    return clipped_surrogate(
+        case,
+        lambda b, t: advantage(b),
+        eps_low=eps_low,
+        eps_high=eps_high,
+        agg=agg,
+        L_const=L_const,
+        dual_clip=dual_clip,
+        log_ratio_clip=log_ratio_clip,
+    )
+
+
+def adora(
+    case: Case,
+    *,
+    max_len,
+    lam=0.1,
+    rule="llm",
+    correct_score=0.5,
+    beta=0.001,
+    eps_low=0.2,
+    eps_high=0.2,
+    agg="seq_mean",
+    L_const=None,
+    dual_clip=None,
+    adv_eps=1e-6,
+    singleton="zero",
+    log_ratio_clip=20.0,
+) -> Gradient:
+    """GRPO, groups without the wanted trend in length scaled by ``lam``.
+
+    Chosen: correct means ``reward > correct_score``; "non-truncated" restricts the incorrect rows only; the copies of a
+    row count in the mean length; the length is the number of masked tokens, 0 for an empty row; one-row groups are
+    weighted like any other (which matters under ``singleton="raw"``).
+    """
+    base = group_advantage(case, case.reward, adv_eps=adv_eps, singleton=singleton)
+    weight = {}
+    for rows in grouped(case).values():
+        correct = [len(case.positions(b)) for b in rows if case.reward[b] > correct_score]
+        wrong = [len(case.positions(b)) for b in rows if case.reward[b] <= correct_score]
+        wrong = [n for n in wrong if n < max_len]
+        longest = max(correct) if correct else -math.inf
+        if rule == "llm":
+            wanted = longest > (mean(wrong) if wrong else -math.inf)
+        else:
+            wanted = not correct or longest > (mean(wrong) if wrong else math.inf)
+        weight |= dict.fromkeys(rows, 1.0 if wanted else lam)
+    return clipped_surrogate(
+        case,
+        lambda b, t: weight[b] * base[b],
+        eps_low=eps_low,
+        eps_high=eps_high,
+        agg=agg,
+        L_const=L_const,
+        dual_clip=dual_clip,
+        log_ratio_clip=log_ratio_clip,
+        beta=beta,
+    )
+
+
+# ---- halves of a group ---------------------------------------------------------------------------
+
+
+def canon(
+    case: Case,
+    *,
+    metric="entropy",
+    mu=1.0,
+    alpha=1.0,
+    eps_low=0.2,
+    eps_high=0.28,
+    dual_clip=3.0,
+    L_const=8192.0,
+    singleton="zero",
+    log_ratio_clip=20.0,
+) -> Gradient:
+    """The two halves of a group, split by a metric, as each other's baseline.
+
+    Chosen: the copies of a row are neighbours in the order; where they fall into both halves the row gets the mean of
+    their advantages. A group whose rewards are all equal is not special for alpha != 1 (its inter term is then not 0).
+    Under ``singleton="raw"`` the reward is the advantage, without mu or alpha.
+    """
+    score = {
+        b: float(len(case.positions(b))) if metric == "length" else row_mean(case, case.entropy_old, b)
+        for b in case.rows()
+    }
+    copies = {b: [] for b in case.rows()}  # the advantages of its copies
+    for rows in grouped(case).values():
+        if len(rows) == 1:
+            b = rows[0]
+            copies[b].append({"zero": 0.0, "raw": float(case.reward[b])}[singleton])
+            continue
+        order = sorted(rows, key=lambda b: (score[b], b))
+        half = len(order) // 2
+        low = exact_mean([float(case.reward[b]) for b in order[:half]])
+        up = exact_mean([float(case.reward[b]) for b in order[half:]])
+        for rank, b in enumerate(order):
+            reward = float(case.reward[b])
+            if rank >= half:
+                inter = alpha * reward - low if metric == "length" else reward - alpha * low
+                intra = reward - up
+            else:
+                inter = reward - alpha * up if metric == "length" else alpha * reward - up
+                intra = reward - low
+            copies[b].append(mu * inter + (1 - mu) * intra)
+    A = {b: mean(advantages) for b, advantages in copies.items()}
+    return clipped_surrogate(
+        case,
+        lambda b, t: A[b],
+        eps_low=eps_low,
+        eps_high=eps_high,
+        agg="seq_sum_const",
+        L_const=L_const,
+        dual_clip=dual_clip,
+        log_ratio_clip=log_ratio_clip,
+    )
+
+
+def canon_advantage(case: Case, metric, mu: float) -> dict[int, float]:
+    """CANON with alpha 1: compare with the other half (inter) and the own half (intra) of the group."""
+    out = {}
+    for b, group in siblings(case).items():
+        order = sorted(group, key=lambda j: metric[j])  # sorted() is stable
+        halves = order[: len(order) // 2], order[len(order) // 2 :]
+        own, other = halves if b in halves[0] else halves[::-1]
+        inter, intra = [case.reward[b] - mean([case.reward[j] for j in half]) for half in (other, own)]
+        out[b] = mu * inter + (1 - mu) * intra
+    return out

@@ -1,4 +1,4 @@
-"""Oracles of `sft`, and of the relatives that its identities name (`upge`, `chord`, `on_policy_distillation`)."""
+"""`sft` and the relatives that its identities name (`upge`, `chord`, `on_policy_distillation`) have these oracles."""
 
 import math
 

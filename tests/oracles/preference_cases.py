@@ -1,6 +1,7 @@
-"""Batches of units that hurt, and jaxpo's answer to them in float64."""
+"""`batches` holds units of rows that hurt, and `evaluate` gives jaxpo's answer to them in float64."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 
 import jaxpo
 from jaxpo.batch import role_id
-from tests.oracles.preference import Batch
+from tests.oracles.units import Batch, value_and_grad
 
 UNITS, WIDTH = 8, 5
 HEADS = ("score", "embed", "gate")  # what heads of the policy say
@@ -74,8 +75,6 @@ def batches(layout: tuple[str, ...]) -> dict[str, Batch]:
 
 
 def plain_without(batch: Batch) -> Batch:
-    from dataclasses import replace
-
     return replace(batch, count=0 * batch.count)
 
 
@@ -89,9 +88,11 @@ def rollouts(batch: Batch) -> jaxpo.Rollouts:
         role=jnp.asarray([role_id(str(r)) for r in batch.role], jnp.int32),
         reward=jnp.asarray(batch.extra["reward"]),
         logp_old=jnp.asarray(batch.logp_old),
-        slots={"ref": jnp.asarray(batch.ref), "prev": jnp.asarray(batch.prev), "soup": jnp.asarray(batch.prev)},
-        extras={k: x for k, x in extra.items() if x.shape != per_token},
-        token_extras={k: x for k, x in extra.items() if x.shape == per_token},
+        logp_ref=jnp.asarray(batch.ref),
+        logp_prev=jnp.asarray(batch.prev),
+        logp_soup=jnp.asarray(batch.prev),
+        per_row={k: x for k, x in extra.items() if x.shape != per_token},
+        per_token={k: x for k, x in extra.items() if x.shape == per_token},
         layout=batch.layout,
     )
 
@@ -107,7 +108,7 @@ def _compiled(name: str, settings: tuple):
 
 
 def layout_of(name: str, **settings) -> tuple[str, ...]:
-    return jaxpo.make(name, **settings).layout
+    return jaxpo.make(name, **settings).unit.layout
 
 
 def evaluate(name: str, batch: Batch, into: tuple[str, ...] = ("logp",), **settings):
@@ -125,3 +126,85 @@ def assert_same(actual, expected, rtol=1e-9, atol=1e-12) -> None:
     for k, grad in expected[1].items():
         np.testing.assert_allclose(actual[1][k], grad, rtol=rtol, atol=atol, err_msg=f"gradient in {k}")
     np.testing.assert_allclose(actual[0], expected[0], rtol=rtol, atol=atol, err_msg="loss")
+
+
+def assert_equals_oracle(oracles, configuration: tuple) -> None:
+    """An objective equals the function of its name in a module of oracles, in all it is differentiated in."""
+    name, settings, *into = configuration
+    into = tuple(into) or ("logp",)
+    for label, batch in batches(layout_of(name, **settings)).items():
+        told = {"b_" if k == "b" else k: x for k, x in settings.items()}  # b is the batch
+        expected = value_and_grad(getattr(oracles, name), batch, into, **told)
+        try:
+            assert_same(evaluate(name, batch, into, **settings), expected)
+        except AssertionError as error:
+            raise AssertionError(f"{label}: {error}") from None
+
+
+# ---- for identities ------------------------------------------------------------------------------------------------
+
+LOG2 = np.log(2)
+N = UNITS
+
+
+def batch_of(name: str, seed: int = 5, **settings) -> Batch:
+    return make_batch(jaxpo.make(name, **settings).unit.layout, seed)
+
+
+def loss(name: str, batch: Batch, into=("logp",), **settings) -> float:
+    return evaluate(name, batch, into, **settings)[0]
+
+
+def slopes(name: str, batch: Batch, role: str | None = None, **settings) -> np.ndarray:
+    """The gradient in the log-prob of whole answers: that of any of their tokens, which is the same (0 of an empty
+    answer)."""
+    grad = evaluate(name, batch, **settings)[1]["logp"]
+    low, high = (f(np.where(batch.mask, grad, g), 1) for f, g in ((np.min, np.inf), (np.max, -np.inf)))
+    some = batch.mask.any(1)
+    np.testing.assert_allclose(low[some], high[some], rtol=1e-12, atol=1e-15)
+    out = np.where(some, high, 0)
+    return out if role is None else out[batch.rows(role)]
+
+
+def at_reference(batch: Batch) -> Batch:
+    return replace(batch, ref=batch.logp, prev=batch.logp, logp_old=batch.logp)
+
+
+def swapped(batch: Batch) -> Batch:
+    """The answers of every pair the other way round."""
+    order = np.arange(len(batch.mask)).reshape(-1, 2)[:, ::-1].reshape(-1)
+    names = ("mask", "logp", "ref", "prev", "logp_old")
+    return replace(
+        batch, **{n: getattr(batch, n)[order] for n in names}, extra={k: x[order] for k, x in batch.extra.items()}
+    )
+
+
+def with_extra(batch: Batch, **extra) -> Batch:
+    b = len(batch.mask)
+    return replace(
+        batch, extra={**batch.extra, **{k: np.broadcast_to(np.asarray(x, float), b) for k, x in extra.items()}}
+    )
+
+
+def some(batch: Batch, role: str) -> np.ndarray:
+    """[N] which answers are not empty."""
+    return batch.mask.any(1)[batch.rows(role)]
+
+
+def margin(batch: Batch) -> np.ndarray:
+    return batch.D("chosen") - batch.D("rejected")
+
+
+PAIRS = make_batch(("chosen", "rejected"), 5)
+SAME = at_reference(PAIRS)
+GROUPS = make_batch((), 5)
+
+
+def close(a, b, **tolerance):
+    np.testing.assert_allclose(a, b, **{"rtol": 1e-9, "atol": 1e-12, **tolerance})
+
+
+def same_gradient(one, other, factor: float = 1.0):
+    """Of two (name, batch, settings): the first is ``factor`` times the second."""
+    a, b = (evaluate(name, batch, **settings)[1]["logp"] for name, batch, settings in (one, other))
+    close(a, factor * b)

@@ -25,8 +25,8 @@ from jaxpo.parallel.distributed import (
     to_host,
     wait_for_all,
 )
-from jaxpo.training.checkpoint import restore_params
-from tests.training import tiny
+from jaxpo.storage.checkpoint import restore_params
+from tests.runs import tiny
 
 
 def free_port() -> int:
@@ -59,7 +59,7 @@ TWO = textwrap.dedent("""
     from etils import epath
     from jax.sharding import NamedSharding, PartitionSpec as P
     from jaxpo.parallel import make_mesh, rows_over_mesh
-    from jaxpo.training.checkpoint import Checkpoints, restore
+    from jaxpo.storage.checkpoint import Checkpoints, restore
 
     mesh, me, directory = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}), jax.process_index(), epath.Path(sys.argv[3])
     x = np.arange(24.0, dtype=np.float32).reshape(8, 3)

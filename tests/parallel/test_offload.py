@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 
 from jaxpo.batch import Rollouts
+from jaxpo.config import checks
 from jaxpo.parallel import make_mesh, offload
-from jaxpo.training import checks, planned, workspace
-from jaxpo.training.plan import memory_of, shard_bytes
-from tests.training import tiny
+from jaxpo.plan import trace
+from jaxpo.plan.plan import memory_of, shard_bytes
+from jaxpo.runs import workspace
+from tests.runs import tiny
 
 OFFLOADED = {"training.offload_reference": True}
 
@@ -102,7 +104,7 @@ def test_the_plan_counts_its_bytes_to_the_host():
     memory, steps = {}, {}
     for name, changes in dict(kept={}, offloaded=OFFLOADED).items():
         config = tiny.config({"mesh.fsdp": 2, "mesh.tensor": 2, **changes})
-        of_run = planned.trace_run(config, mesh, planned.data_of(config))
+        of_run = trace.trace_run(config, mesh, trace.data_of(config))
         steps[name] = {step.name: step.times for step in of_run.steps}
         memory[name] = memory_of(of_run.steps[-1], of_run, config, mesh, Stats), shard_bytes(of_run.state, host=True)
     assert steps["kept"] == {"rollout": 1, "scoring": 2, "update": 4}

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as Spec
 
+from jaxpo.config.checks import validate
 from jaxpo.parallel import lay_out, make_mesh, moved_bytes, reshaped, shardings
 from jaxpo.parallel.sharding import spec_of
 from jaxpo.policy.stats import token_stats
-from jaxpo.training.checks import validate
-from jaxpo.training.tools import as_scored
-from jaxpo.training.workspace import setup
-from tests.training import tiny
+from jaxpo.runs.gatherer import as_scored
+from jaxpo.runs.workspace import setup
+from tests.runs import tiny
 
 FSDP, TENSOR = {"mesh": dict(data=1, fsdp=8, tensor=1)}, {"rollout.mesh.tensor": 2, "rollout.mesh.fsdp": 2}
 

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from jaxpo.batch import Demonstrations
-from jaxpo.policy import gguf, hf
+from jaxpo.policy import hf
 from jaxpo.policy.families import config_from_hf
 from jaxpo.policy.stats import token_stats
 from jaxpo.policy.transformer import build
 from jaxpo.rollout import SamplingOptions, generate
-from jaxpo.tasks.tokenizers import PretrainedTokenizer
+from jaxpo.text import gguf
+from jaxpo.text.tokenizers import PretrainedTokenizer
 from tests.policy.smollm2 import path_or_skip
 
 pytestmark = pytest.mark.parity

@@ -11,7 +11,7 @@ import pytest
 
 from tests.oracles import Case
 from tests.oracles.cases import CASES, WIDTH, evaluate
-from tests.oracles.group_relative import group_advantage, leave_one_out
+from tests.oracles.groups import group_advantage, leave_one_out
 
 pytestmark = pytest.mark.parity
 

@@ -13,8 +13,8 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 
-from tests.oracles.preference import Batch
 from tests.oracles.preference_cases import evaluate, make_batch
+from tests.oracles.units import Batch
 
 # The notice that trl.experimental may change, which its first import would raise.
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxpo.policy import gguf
+from jaxpo.text import gguf
 
 
 def path_or_skip() -> Path:

@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec as Spec
 
 from jaxpo.batch import from_sequences
-from jaxpo.parallel import make_mesh, operations, rows_over_mesh, shardings
+from jaxpo.parallel import make_mesh, rows_over_mesh, shardings
+from jaxpo.plan import operations
 from jaxpo.policy import experts
 from jaxpo.policy.stats import token_stats
 from jaxpo.policy.transformer import TransformerConfig, build, init

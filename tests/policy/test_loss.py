@@ -9,6 +9,7 @@ import pytest
 
 from jaxpo.batch import Rollouts
 from jaxpo.kernels.token_logprob import plan
+from jaxpo.learning.step import accumulate
 from jaxpo.metrics import results
 from jaxpo.objectives import make
 from jaxpo.parallel import make_mesh, rows_over_mesh
@@ -16,7 +17,6 @@ from jaxpo.policy import lora
 from jaxpo.policy.loss import policy_loss
 from jaxpo.policy.stats import policy_of
 from jaxpo.policy.transformer import TransformerConfig, build, init
-from jaxpo.training.step import accumulate
 from tests.oracles.cases import COMPILE_FAST
 
 B, P, T, K = 16, 2, 3, 4
@@ -40,7 +40,7 @@ def rollouts():
             reward=np.float32(rng.integers(2, size=B)),
             correct=np.float32(rng.integers(2, size=B)),
             logp_old=logp,
-            slots={"ref": logp + np.float32(rng.normal(size=(B, T)))},
+            per_token={"logp_ref": logp + np.float32(rng.normal(size=(B, T)))},
         ),
     )
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxpo.batch import Rollouts
-from jaxpo.parallel import make_mesh, operations
+from jaxpo.parallel import make_mesh
+from jaxpo.plan import operations
 from jaxpo.policy import heads, packing, stats, transformer
 from jaxpo.policy.config import TransformerConfig
 
@@ -29,7 +30,7 @@ def batch_of(lanes=1, prompts=PROMPTS):
     tokens = np.concatenate([of_prompt, rng.integers(1, 11, size=(B, T))], 1).astype(np.int32)
     plan, bins = packing.plan(LENGTHS, prompts, T, P, lanes)
     given = dict(tokens=tokens, mask=mask, prompt_length=prompts.astype(np.int32), shared_prompt=K)
-    return jax.tree.map(jnp.asarray, Rollouts(**given, extras={packing.PLAN: plan})), bins
+    return jax.tree.map(jnp.asarray, Rollouts(**given, per_row={packing.PLAN: plan})), bins
 
 
 def model_of(**fields):
@@ -70,7 +71,7 @@ def test_a_quarter_of_the_tokens_takes_about_a_quarter_of_the_operations():
     plan, bins = packing.plan(length, np.full(32, 4), t, 4, 1)
     assert bins == 8
     mask = (np.arange(t) < 64).astype(np.float32) * np.ones((32, 1), np.float32)
-    batch = Rollouts(tokens=np.ones((32, 4 + t), np.int32), mask=mask, extras={packing.PLAN: plan}, shared_prompt=8)
+    batch = Rollouts(tokens=np.ones((32, 4 + t), np.int32), mask=mask, per_row={packing.PLAN: plan}, shared_prompt=8)
     cost, held = {}, {}
     for n in (0, bins):
         f = jax.jit(jax.grad(lambda params, n=n: stats.token_stats(model, params, batch, bins=n).logp.sum()))
@@ -107,7 +108,7 @@ def test_full_rows_have_a_bin_each_and_bins_come_in_eighths():
 def test_what_is_refused():
     model, params = model_of()
     batch, bins = batch_of()
-    with pytest.raises(ValueError, match=r"Rollouts.extras\['packing'\]"):
-        stats.token_stats(model, params, batch.replace(extras={}), bins=bins)
+    with pytest.raises(ValueError, match=r"Rollouts.per_row\['packing'\]"):
+        stats.token_stats(model, params, batch.replace(per_row={}), bins=bins)
     with pytest.raises(ValueError, match="16 rows do not divide into 3 lanes"):
         packing.plan(LENGTHS, PROMPTS, T, P, 3)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpo.parallel import make_mesh, operations
+from jaxpo.parallel import make_mesh
+from jaxpo.plan import operations
 from jaxpo.policy import attention, splash, stats, transformer
 from jaxpo.policy.config import EVERYWHERE, TransformerConfig
 from jaxpo.rollout import SamplingOptions, generate

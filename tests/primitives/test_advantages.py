@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxpo.primitives import advantages
-from tests.oracles import Case, group_relative
+from tests.oracles import Case, groups
 from tests.oracles.cases import CASES, COMPILE_FAST
 
 GROUP = {
@@ -49,7 +49,7 @@ def every_advantage(case: Case) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("key", GROUP)
 def test_group_advantages_equal_the_oracle(key, case):
     case, (name, options) = CASES[case], GROUP[key]
-    oracle = {"group_normalized": group_relative.group_advantage, "leave_one_out": group_relative.leave_one_out}[name]
+    oracle = {"group_normalized": groups.group_advantage, "leave_one_out": groups.leave_one_out}[name]
     expected, actual = oracle(case, case.reward, **options), every_advantage(case)[key]
     for b in case.rows():
         assert actual[b] == pytest.approx(expected[b], rel=1e-9, abs=1e-12)

@@ -182,7 +182,7 @@ def test_true_utility():
 
 def shaped(name: str, **fields) -> np.ndarray:
     options = fields.pop("options", {})
-    batch = Rollouts(mask=jnp.ones((2, 3)), reward=jnp.array([1.0, 2.0]), extras=fields)
+    batch = Rollouts(mask=jnp.ones((2, 3)), reward=jnp.array([1.0, 2.0]), per_row=fields)
     return make(name, "reward", **options).fn(batch, None)
 
 
@@ -239,10 +239,13 @@ def test_rlhs_reward():
 def test_salsa_reward():
     mask = jnp.array([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
     batch = Rollouts(
-        mask=mask, reward=jnp.array([1.0, 2.0]), logp_old=jnp.full((2, 3), -1.0), slots={"soup": jnp.full((2, 3), -3.0)}
+        mask=mask,
+        reward=jnp.array([1.0, 2.0]),
+        logp_old=jnp.full((2, 3), -1.0),
+        per_token={"logp_soup": jnp.full((2, 3), -3.0)},
     )
     close(make("salsa", "reward", kl_coef=0.1).fn(batch, None), [1 - 0.4, 2 - 0.2])
-    same = batch.replace(slots={"soup": batch.logp_old, "ref": batch.slots["soup"]})
+    same = batch.replace(logp_soup=batch.logp_old, logp_ref=batch.per_token["logp_soup"])
     close(make("salsa", "reward").fn(same, None), same.reward)
     plain = make("kl_in_reward", "reward", beta=0.01).fn(same, None)  # alpha = 1: the soup is the reference
     close(make("salsa", "reward").fn(batch, None), plain)
@@ -258,7 +261,7 @@ def test_standardized():
 
 def penalty(kind: str, logp, ref, mask):
     objective = jaxpo.make("policy_gradient", regularizers=f"0.5 * orpo_chi2(kind={kind!r})", advantage="reward")
-    batch = Rollouts(mask=mask, reward=jnp.zeros(len(mask)), slots={"ref": ref}, group=jnp.zeros(len(mask), jnp.int32))
+    batch = Rollouts(mask=mask, reward=jnp.zeros(len(mask)), logp_ref=ref, group=jnp.zeros(len(mask), jnp.int32))
     return jaxpo.evaluate(objective, lambda _: TokenStats(logp=logp), batch)[0]
 
 
@@ -326,7 +329,7 @@ def test_a_pair_is_ranked_right_iff_its_loss_is_below_the_threshold():
 def test_ranking_diagnostic(normalized):
     batch = Pairs([[1], [1]], [[2, 3], [2]], [[4], [5, 6, 7]])
     logp = jnp.array([[-1.0, -1, 9], [-1.5, 9, 9], [-2, 9, 9], [-1, -1, -1]])
-    batch = batch.replace(slots={"ref": jnp.full((4, 3), -1.0)}, extras={"pref_prob": jnp.array([0.9, 0, 0.4, 0])})
+    batch = batch.replace(logp_ref=jnp.full((4, 3), -1.0), pref_prob=jnp.array([0.9, 0, 0.4, 0]))
     measure = make("dpo_ranking_accuracy", "diagnostic", beta=1.0, pref_prob=None, normalized=normalized)
     said = results(measure(TokenStats(logp=logp), batch))
     expected = dict(ranking_accuracy=0.5, reward_accuracy=0.5, idealized_accuracy=1.0, difficulty=-0.5)

@@ -19,7 +19,7 @@ from jaxpo.policy.transformer import Model, TransformerConfig, build, init
 from jaxpo.primitives.preferences import geometric_mixture
 from jaxpo.rollout import SamplingOptions, engine, generate
 from jaxpo.rollout.stopping import stop_table
-from jaxpo.tasks.tokenizers import CharTokenizer
+from jaxpo.text.tokenizers import CharTokenizer
 from tests.oracles import sampling as oracle
 from tests.oracles.cases import COMPILE_FAST
 from tests.oracles.transformer import log_softmax
@@ -114,7 +114,7 @@ def check_ends(rollouts, ended):
     np.testing.assert_array_equal(mask, np.arange(T) < length[:, None])
     np.testing.assert_array_equal(rollouts.truncated, ~ended.any(-1))
     assert (tokens[mask == 0] == PAD).all()
-    for logp in (rollouts.logp_beh, *rollouts.token_extras.values()):
+    for logp in (rollouts.logp_beh, *rollouts.per_token.values()):
         assert (np.asarray(logp)[mask == 0] == 0).all() and (np.asarray(logp) <= 0).all() and np.isfinite(logp).all()
     return length
 
@@ -146,7 +146,7 @@ def test_tokens_of_a_mixture_are_drawn_from_it_and_the_policy_alone_is_recorded_
     mixture = geometric_mixture(logits, other, share)
     drawn = np.take_along_axis(np.asarray(mixture), np.asarray(out.completions)[..., None], -1)[..., 0]
     np.testing.assert_allclose(np.asarray(out.logp_beh) * mask, drawn * mask, atol=2e-4)
-    np.testing.assert_allclose(np.asarray(out.token_extras["logp_sampler"]) * mask, np.asarray(own) * mask, atol=2e-4)
+    np.testing.assert_allclose(np.asarray(out.per_token["logp_sampler"]) * mask, np.asarray(own) * mask, atol=2e-4)
     alone = sample_rows(3) if share == 0 else run(partner(), prompts(), LENGTH, 3, ANY) if share == 1 else None
     if alone is not None:
         np.testing.assert_array_equal(out.tokens, alone.tokens)
@@ -172,7 +172,7 @@ def test_cached_log_probs_equal_uncached(temperature, policy_temperature):
     out = sample_rows(1, ANY.replace(temperature=temperature), policy_temperature=policy_temperature)
     trainer, logits = uncached(params(), out, policy_temperature)
     mask, ids = np.asarray(out.mask), np.asarray(out.completions)[..., None]
-    np.testing.assert_allclose(out.token_extras["logp_sampler"], trainer * mask, atol=1e-4)
+    np.testing.assert_allclose(out.per_token["logp_sampler"], trainer * mask, atol=1e-4)
     sampled_from = np.take_along_axis(log_softmax(np.asarray(logits, np.float64) / temperature), ids, -1)[..., 0]
     np.testing.assert_allclose(out.logp_beh, sampled_from * mask, atol=1e-4)
 
@@ -182,11 +182,11 @@ def test_truncated_log_probs():
     out = sample_rows(2, ANY.replace(temperature=1.5, **truncation))
     trainer, logits = uncached(params(), out)
     mask = np.asarray(out.mask)
-    np.testing.assert_allclose(out.token_extras["logp_sampler"], trainer * mask, atol=1e-4)
+    np.testing.assert_allclose(out.per_token["logp_sampler"], trainer * mask, atol=1e-4)
     for b, t in zip(*np.nonzero(mask), strict=True):
         expected = oracle.log_probs(np.asarray(logits[b, t]) / np.float32(1.5), **truncation)
         np.testing.assert_allclose(out.logp_beh[b, t], expected[out.completions[b, t]], atol=1e-4)
-    assert np.abs(out.logp_beh - out.token_extras["logp_sampler"]).max() > 0.1
+    assert np.abs(out.logp_beh - out.per_token["logp_sampler"]).max() > 0.1
 
 
 def test_sharing_a_prompt_changes_nothing():
@@ -195,7 +195,7 @@ def test_sharing_a_prompt_changes_nothing():
     np.testing.assert_allclose(shared.logp_beh, apart.logp_beh, atol=1e-5)
     assert apart.shared_prompt == 1
     trainer, _ = uncached(params(), apart)
-    np.testing.assert_allclose(apart.token_extras["logp_sampler"], trainer * apart.mask, atol=1e-4)
+    np.testing.assert_allclose(apart.per_token["logp_sampler"], trainer * apart.mask, atol=1e-4)
 
 
 def test_greedy_takes_the_argmax_of_the_full_forward_pass_at_every_step():
@@ -206,7 +206,7 @@ def test_greedy_takes_the_argmax_of_the_full_forward_pass_at_every_step():
     np.testing.assert_array_equal(np.asarray(out.completions)[mask], np.asarray(logits).argmax(-1)[mask])
     check_ends(out, ended_by_id(out))
     assert (np.asarray(out.logp_beh) == 0).all()
-    np.testing.assert_allclose(out.token_extras["logp_sampler"], trainer * out.mask, atol=1e-4)
+    np.testing.assert_allclose(out.per_token["logp_sampler"], trainer * out.mask, atol=1e-4)
     first = np.asarray(out.tokens).reshape(G, K, -1)
     assert (first == first[:, :1]).all()  # the same prompt, the same answer
 
@@ -218,7 +218,7 @@ def test_the_plain_policy_is_recorded_once_and_bfloat16_gives_float32_log_probs(
         compiler_options=COMPILE_FAST,
     )
     out = sample(params())
-    assert out.token_extras == {} and out.logp_beh.dtype == jnp.float32
+    assert out.per_token == {} and out.logp_beh.dtype == jnp.float32
     check_ends(out, ended_by_id(out))
     trainer, _ = uncached(params(), out)  # in float32
     gap = np.abs(out.logp_beh - trainer * out.mask)
@@ -266,7 +266,7 @@ def test_stop_strings_end_the_row_on_the_token_that_completes_them(token_bytes):
         by_text, at_limit = by_text + stopped.sum(), at_limit + (stopped & (length == T)).sum()
     assert by_text > 40 and at_limit > 0
     trainer, _ = uncached(params(), out)
-    np.testing.assert_allclose(out.token_extras["logp_sampler"], trainer * out.mask, atol=1e-4)
+    np.testing.assert_allclose(out.per_token["logp_sampler"], trainer * out.mask, atol=1e-4)
 
 
 def test_the_loop_stops_when_every_row_has_ended():

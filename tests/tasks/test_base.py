@@ -99,7 +99,7 @@ def test_host_side_modules_do_not_import_jax_themselves():
     program = """
 import sys, types
 package = types.ModuleType("jaxpo"); package.__path__ = [sys.argv[1]]; sys.modules["jaxpo"] = package
-import jaxpo.tasks, jaxpo.tasks.rewards, jaxpo.tasks.reasoning_gym, jaxpo.tasks.jsonl, jaxpo.tasks.tokenizers
+import jaxpo.tasks, jaxpo.tasks.rewards, jaxpo.tasks.reasoning_gym, jaxpo.tasks.jsonl, jaxpo.text.tokenizers
 heavy = {"jax", "transformers", "reasoning_gym", "math_verify"} & set(sys.modules)
 assert not heavy, heavy
 """

@@ -1,8 +1,9 @@
-"""Aggregations by name: ``(mask, count, batch) -> weight``."""
+"""Aggregations by name: ``(mask, count, batch) -> weight``. Their formulas are in `jaxpo.primitives.aggregation`."""
 
 import functools
 from collections.abc import Callable
 
+from jaxpo.arguments import Positive
 from jaxpo.primitives import aggregation
 from jaxpo.registry import make, names, register, unknown
 
@@ -14,7 +15,7 @@ def _constant(fn: aggregation.Aggregation) -> Callable[[], aggregation.Aggregati
     def factory() -> aggregation.Aggregation:
         return fn
 
-    del factory.__wrapped__  # its signature is its own
+    del factory.__wrapped__, factory.__annotations__  # its signature is its own
     return factory
 
 
@@ -24,7 +25,7 @@ for _name, _fn in aggregation.WITH_CONSTANT.items():
     register("aggregation", id=_name, budget={"L_const": 1.0})(_fn)
 
 
-def aggregation_of(agg: str, L_const: float | None = None) -> aggregation.Aggregation:  # noqa: N803
+def aggregation_of(agg: str, L_const: Positive | None = None) -> aggregation.Aggregation:  # noqa: N803
     """The aggregation called ``agg``; ``L_const`` belongs to the ``*_const`` ones and is refused elsewhere."""
     if agg not in names("aggregation"):
         raise ValueError(unknown("aggregation", agg, names("aggregation")))

@@ -1,40 +1,41 @@
 """Regularizers: ``fn(stats, batch, state) -> [B, T]``, a penalty that a coefficient multiplies."""
 
+from typing import Literal
+
 import jax.numpy as jnp
 from jax import Array
 
+from jaxpo.arguments import NonNegative, Positive, PositiveOrInfinite, PositiveShare, Share, when
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.kernels.policy_surrogate.core import KL
 from jaxpo.metrics import Mean, Metrics
-from jaxpo.objectives.base import State, per_token
-from jaxpo.objectives.composition import Part
-from jaxpo.objectives.parts.surrogates import PEEK, tokens_of, unused
-from jaxpo.primitives import ratios, regularizers, selection, surrogates
-from jaxpo.primitives.advantages import choice
-from jaxpo.primitives.aggregation import positive, token_mean
+from jaxpo.objectives.grammar.base import Hooks, State, clean, per_token
+from jaxpo.objectives.grammar.parts import Regularizer, asks_of, reads
+from jaxpo.objectives.grammar.units import log_ratios
+from jaxpo.objectives.parts.surrogates import PEEK, tokens_of
+from jaxpo.primitives import aggregation, gaussians, ratios, regularizers, selection, surrogates
 from jaxpo.primitives.numerics import ratio_or_zero
-from jaxpo.registry import register, unknown
-
-
-def check_estimators(*names: str | None) -> None:
-    """Raise ``ValueError`` for a KL estimator that does not exist."""
-    for name in names:
-        if name is not None and name not in regularizers.KL_ESTIMATORS:
-            raise ValueError(unknown("KL estimator", name, regularizers.KL_ESTIMATORS))
+from jaxpo.primitives.regularizers import Estimator
+from jaxpo.registry import register
 
 
 @register("regularizer", id="kl_estimators", source="Schulman 2020; DeepSeekMath, arXiv:2402.03300, eq. 4")
-@register("regularizer", source="Schulman 2020; DeepSeekMath, arXiv:2402.03300, eq. 4")
+@register(
+    "regularizer",
+    source="Schulman 2020; DeepSeekMath, arXiv:2402.03300, eq. 4",
+    when={"log_ratio_clip": when(is_weighted=True)},
+)
 def kl_to_reference(
-    estimator: str = "k3", gradient: str | None = None, is_weighted: bool = False, log_ratio_clip: float = 20.0
-) -> Part:
+    estimator: Estimator = "k3",
+    gradient: Estimator | None = None,
+    is_weighted: bool = False,
+    log_ratio_clip: PositiveOrInfinite = 20.0,
+) -> Regularizer:
     """KL penalty to ``logp_ref``: value of ``estimator``, gradient of ``gradient`` (None = the same).
 
     Args:
       is_weighted: multiply by the differentiable ratio to ``logp_old`` (with k3: the exact reverse-KL gradient
         off-policy)."""
-    check_estimators(estimator, gradient)
-    unused("log_ratio_clip", log_ratio_clip, 20.0, is_weighted, "is_weighted=True")
 
     def fn(stats: TokenStats, b: Rollouts, s: State) -> Array:
         r = None
@@ -44,50 +45,46 @@ def kl_to_reference(
 
     plain = estimator in KL and not is_weighted and gradient in (None, estimator)
     kernel = (lambda b: dict(kl=estimator, logp_ref=b.get("logp_ref"))) if plain else None
-    return Part(fn, frozenset({"logp_ref"}), name="kl_ref", kernel=kernel)
+    return Regularizer(fn, asks_of("logp_ref"), name="kl_ref", kernel=kernel)
 
 
 @register("regularizer", source="REC, arXiv:2509.24203")
-def kl_to_old(estimator: str = "k2", gradient: str | None = None, scale: float = 1.0) -> Part:
+def kl_to_old(estimator: Estimator = "k2", gradient: Estimator | None = None, scale: NonNegative = 1.0) -> Regularizer:
     """``scale`` times a KL estimate to ``logp_old`` (k2 = half the squared log-ratio), not clamped but for k3."""
-    check_estimators(estimator, gradient)
-    return Part(
-        lambda stats, b, s: scale * regularizers.kl_penalty(stats.logp, b.logp_old, estimator, gradient), name="kl_old"
-    )
+    fn, asks = reads(regularizers.kl_penalty, "logp", "logp_old", value=estimator, gradient=gradient)
+    return Regularizer(lambda stats, b, s: scale * fn(stats, b, s), asks, name="kl_old")
 
 
 @register("regularizer", id="ppo_outer_loop", source="arXiv:2603.06009 (the loss is our rendering)")
 @register("regularizer", source="arXiv:2603.06009 (the loss is our rendering)")
-def proximal(log_ratio_clip: float = 20.0) -> Part:
+def proximal(log_ratio_clip: PositiveOrInfinite = 20.0) -> Regularizer:
     """``r - 1 - log r``: the sample form of ``KL(pi_old || pi)``, which holds the policy near the old one."""
 
     def fn(stats: TokenStats, b: Rollouts, s: State) -> Array:
         x = ratios.token_log_ratio(stats.logp, b.logp_old, b.mask, log_ratio_clip=log_ratio_clip)
         return regularizers.proximal(x)
 
-    return Part(fn, name="proximal")
+    return Regularizer(fn, name="proximal")
 
 
 @register("regularizer")
-def entropy() -> Part:
+def entropy() -> Regularizer:
     """``-H``: with a positive coefficient a bonus for entropy."""
-    return Part(lambda stats, b, s: -stats.entropy, wants=frozenset({"entropy"}), name="entropy")
+    return Regularizer(lambda stats, b, s: -stats.entropy, asks_of(wants=("entropy",)), name="entropy")
 
 
 @register("regularizer", source="REC, arXiv:2509.24203")
-def forward_kl() -> Part:
+def forward_kl() -> Regularizer:
     """``-logp`` of the sampled tokens: KL from what was sampled to the policy, up to a constant."""
-    return Part(lambda stats, b, s: -stats.logp, name="forward_kl")
+    return Regularizer(lambda stats, b, s: -stats.logp, name="forward_kl")
 
 
 @register("regularizer", source="R2VPO, arXiv:2601.03320 (reconstructed from the abstract)")
-def r2vpo(lam0: float = 0.1, delta: float = 0.02, lr_dual: float = 0.1, log_ratio_clip: float = 5.0) -> Part:
+def r2vpo(
+    lam0: NonNegative = 0.1, delta: Positive = 0.02, lr_dual: NonNegative = 0.1, log_ratio_clip: Positive = 5.0
+) -> Regularizer:
     """``lam ((r - 1)^2 - delta)``; after each step ``lam <- max(0, lam + lr_dual (mean (r-1)^2 - delta))``,
     remembered in the state. Token level, around 1, projected ascent and all defaults are assumed."""
-    for name, value in (("lam0", lam0), ("lr_dual", lr_dual)):
-        if isinstance(value, int | float) and value < 0:
-            raise ValueError(f"{name} must not be negative, not {value}")
-    positive("delta", delta)
 
     def excess(stats: TokenStats, b: Rollouts) -> Array:
         x = ratios.token_log_ratio(stats.logp, b.logp_old, b.mask, log_ratio_clip=log_ratio_clip)
@@ -100,19 +97,18 @@ def r2vpo(lam0: float = 0.1, delta: float = 0.02, lr_dual: float = 0.1, log_rati
     def update(state: State, b: Rollouts, report: Metrics) -> State:
         measured = report["ratio/excess"]
         step = lr_dual * ratio_or_zero(measured.total, measured.weight)
-        return state.replace(memory={**state.memory, "lam": jnp.maximum(0.0, state.memory["lam"] + step)})
+        lam = state.memory["lam"]
+        return state.replace(memory={**state.memory, "lam": jnp.maximum(0.0, lam + step).astype(lam.dtype)})
 
-    return Part(
+    return Regularizer(
         lambda stats, b, s: s.memory["lam"] * excess(stats, b),
+        hooks=Hooks(memory={"lam": jnp.asarray(lam0, jnp.result_type(float))}, metrics=metrics, update=update),
         name="ratio_variance",
-        memory={"lam": jnp.asarray(lam0, jnp.float32)},
-        metrics=metrics,
-        update=update,
     )
 
 
 @register("regularizer", source="arXiv:2505.22617; verl kl_cov")
-def kl_cov(ratio: float = 2e-3) -> Part:
+def kl_cov(ratio: Share = 2e-3) -> Regularizer:
     """``|logp - logp_old|`` at the ``max(1, int(ratio N))`` tokens of largest covariance between A and ``logp``, mean
     over all tokens."""
 
@@ -120,16 +116,18 @@ def kl_cov(ratio: float = 2e-3) -> Part:
         weight = tokens_of(b)
         cov = surrogates.covariance(peek.logp, jnp.broadcast_to(per_token(b.adv), weight.shape), weight)
         picked = selection.largest(cov, weight, jnp.maximum(jnp.floor(ratio * weight.sum()), 1))
-        return b.replace(token_extras={**b.token_extras, "kl_cov_picked": ratio_or_zero(picked, weight)})
+        return b.with_token(kl_cov_picked=ratio_or_zero(picked, weight))
 
     def fn(stats: TokenStats, b: Rollouts, s: State) -> Array:
-        return b.token_extras["kl_cov_picked"] * regularizers.kl_estimate(stats.logp, b.logp_old, "abs")
+        return b.per_token["kl_cov_picked"] * regularizers.kl_estimate(stats.logp, b.logp_old, "abs")
 
-    return Part(fn, peeks=PEEK, weigh=weigh, name="kl_cov", aggregate=token_mean)
+    return Regularizer(fn, PEEK, Hooks(weigh=weigh), name="kl_cov", aggregate=aggregation.token_mean)
 
 
 @register("regularizer", source="Lp-Reg, arXiv:2510.03222; code of CarlanLark/Lp-Reg-dev")
-def lp_reg(form: str = "released", rho: float = 0.01, kappa: float = 0.02) -> Part:
+def lp_reg(
+    form: Literal["released", "paper"] = "released", rho: PositiveShare = 0.01, kappa: PositiveShare = 0.02
+) -> Regularizer:
     """Keeps alive the improbable tokens of failed answers that are no noise: those that survive ``pi > kappa max pi``.
 
     Args:
@@ -137,8 +135,6 @@ def lp_reg(form: str = "released", rho: float = 0.01, kappa: float = 0.02) -> Pa
         are less probable than their proxy get k3 to the proxy, by the sampled token, clamped to ±10. "paper": of
         *all* tokens the ``max(1, int(rho N))`` least probable, if A < 0 and they survive, get the full ``KL(proxy ||
         pi)``; the proxy is that of the current policy, the paper's on-policy case."""
-    choice("form", form, ("released", "paper"))
-    positive("rho", rho), positive("kappa", kappa)
     paper = form == "paper"
 
     def weigh(b: Rollouts, s: State, peek: TokenStats) -> Rollouts:
@@ -150,23 +146,53 @@ def lp_reg(form: str = "released", rho: float = 0.01, kappa: float = 0.02) -> Pa
         picked = ratio_or_zero(selection.smallest(peek.logp, weight, k), weight)
         alive = jnp.isfinite(proxy) if paper else peek.logp < proxy
         share = jnp.where(failed & alive, picked, 0)
-        return b.replace(token_extras={**b.token_extras, "protected": share, "log_proxy": proxy})
+        return b.with_token(protected=share, log_proxy=proxy)
 
     def fn(stats: TokenStats, b: Rollouts, s: State) -> Array:
-        share = b.token_extras["protected"]
+        share = b.per_token["protected"]
         if paper:
             return share * stats.derived["proxy_kl"]
-        return share * regularizers.toward(stats.logp, jnp.where(share > 0, b.token_extras["log_proxy"], -jnp.inf))
+        return share * regularizers.toward(stats.logp, jnp.where(share > 0, b.per_token["log_proxy"], -jnp.inf))
 
     derived = {"log_proxy": lambda logits, tokens: regularizers.min_p_log_proxy(logits, tokens, kappa=kappa)}
     if paper:
         derived["proxy_kl"] = lambda logits, tokens: regularizers.forward_kl_to_proxy(logits, tokens, kappa=kappa)
-    return Part(
+    asks = asks_of(wants=("proxy_kl",) if paper else (), peeks=("logp", "log_proxy"), derived=derived)
+    return Regularizer(fn, asks, Hooks(weigh=weigh), name="lp_reg", aggregate=aggregation.token_mean)
+
+
+@register("regularizer", source="arXiv:2403.03185; cassidylaidlaw/llm_optimization")
+def orpo_chi2(kind: Literal["sqrt_chi2", "chi2", "kl"] = "sqrt_chi2", c: Positive = 10.0) -> Regularizer:
+    """A divergence of whole responses to the reference, ``R = sum_t (logp - logp_ref)``, ``e(R) = exp(R) - 1`` linear
+    above c: "chi2" ``mean_b (e(R) + e(-R))``, "sqrt_chi2" ``sqrt(max(chi2, 1e-4))``, "kl" ``mean_b (R + e(-R))``. The
+    published coefficient is 8e-4."""
+    form = "kl" if kind == "kl" else "chi2"
+
+    def fn(stats: TokenStats, b: Rollouts, s: State) -> Array:
+        return regularizers.response_divergence(log_ratios(stats, b, "ref").sum(-1), form, c=c)
+
+    return Regularizer(
         fn,
-        wants=frozenset({"proxy_kl"}) if paper else frozenset(),
-        peeks=PEEK | {"log_proxy"},
-        weigh=weigh,
-        name="lp_reg",
-        aggregate=token_mean,
-        derived=derived,
+        asks_of("logp_ref"),
+        per="row",
+        name="response_divergence",
+        aggregate=aggregation.seq_mean,
+        outer=regularizers.sqrt_above if kind == "sqrt_chi2" else None,
     )
+
+
+@register("regularizer", source="Flow-GRPO, arXiv:2505.05470")
+def gaussian_kl(form: Literal["code", "paper"] = "code") -> Regularizer:
+    """``mean_D (mean - mean_ref)^2 / (2 sigma^2)`` of each step of a chain [B, T]: KL of two Gaussians of one variance.
+
+    Shapes: the policy's ``mean`` [B, T, D] (in ``TokenStats.derived``); mean_ref [B, T, D], sigma, sqrt_dt [B, T].
+
+    Args:
+      form: "paper" divides by ``2 sigma^2 dt``; the released "code" leaves out dt."""
+
+    def fn(stats: TokenStats, b: Rollouts, s: State) -> Array:
+        scale = b.get("sigma") if form == "code" else b.get("sigma") * b.get("sqrt_dt")
+        return gaussians.kl(stats.derived["mean"], clean(b, b.get("mean_ref")), clean(b, scale))
+
+    needs = ("mean_ref", "sigma", *(("sqrt_dt",) if form == "paper" else ()))
+    return Regularizer(fn, asks_of(*needs, wants=("mean",)), name="kl_gaussian")

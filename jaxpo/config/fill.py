@@ -1,0 +1,113 @@
+"""Fill named blocks with the arguments that they lack, before flags are parsed; a misspelt field fails."""
+
+import inspect
+import types
+import typing
+from collections.abc import Collection
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from jaxpo import registry
+from jaxpo.config.blocks import EMPTY, NAMED, OWN, arguments_of, block_of
+from jaxpo.config.fields import default
+from jaxpo.fields import JUDGED
+from jaxpo.objectives import Objective, make
+from jaxpo.registry import unknown
+
+
+def _value(parameter: inspect.Parameter) -> Any:
+    """The default as a config value: None keeps its type, so that a flag can give it a number."""
+    if parameter.default is not None and parameter.default is not EMPTY:
+        return parameter.default
+    options = (
+        typing.get_args(parameter.annotation)
+        if isinstance(parameter.annotation, types.UnionType)
+        else (parameter.annotation,)
+    )
+    kinds = [k for k in (typing.get_origin(k) or k for k in options) if k in (bool, int, float, str, tuple)]
+    return config_dict.placeholder(kinds[0] if kinds else object)
+
+
+def check_names(config: ConfigDict, known: ConfigDict, path: str = "") -> None:
+    """``ValueError`` for a field that no run has; named blocks are checked where their names are."""
+    for field, value in config.items():
+        if field not in known:
+            raise ValueError(unknown(f"field of config{path}", field, known))
+        if isinstance(value, ConfigDict) and f"{path}.{field}"[1:] not in (*NAMED, "protocol"):
+            check_names(value, known[field], f"{path}.{field}")
+
+
+def fill(config: ConfigDict) -> ConfigDict:
+    """Add to every named block the arguments it lacks, with their defaults; the protocol's too.
+
+    Raises:
+      ValueError: an unknown name or argument (with the nearest), or a required argument that nothing gives.
+    """
+    fill_blocks(config)
+    fill_protocol(config, objective_of(config))
+    return config
+
+
+def fill_blocks(config: ConfigDict, but: Collection[str] = ()) -> None:
+    """Fill the named blocks ``but`` these, and the protocol.
+
+    Hyperparameters that are a share of the generation budget (``L_const``, ``max_len``, ...) get it from
+    ``sampling.max_new_tokens``.
+    """
+    check_names(config, default())
+    with config.unlocked():
+        for path in NAMED:
+            if path not in but:
+                fill_block(config, path)
+
+
+def fill_block(config: ConfigDict, path: str) -> None:
+    """Fill one block of an unlocked config."""
+    block = block_of(config, path)
+    parameters = dict(NAMED[path](block.name))
+    variadic = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    parameters = {k: p for k, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    own = ("name", *OWN.get(path, ()))
+    for field in block:
+        if field not in own and field not in parameters and not variadic:
+            raise ValueError(unknown(f"field of config.{path} ({block.name})", field, [*own, *parameters]))
+    row = registry.entry(block.name) if path == "objective" else None
+    of_run = row.of_run(config.sampling.max_new_tokens, config.steps) if row else {}
+    for name, parameter in parameters.items():
+        if name in of_run and block.get(name) is None:
+            block[name] = of_run[name]
+        elif name not in block:
+            block[name] = _value(parameter)
+
+
+def fill_protocol(config: ConfigDict, objective: Objective) -> None:
+    """Fill the protocol's own options; those that the objective's hyperparameters set are not asked for again."""
+    block, name = config.protocol, protocol_name(config, objective)
+    parameters = registry.entry(name, "protocol").parameters
+    taken = objective.protocol.options if name == objective.protocol.name else {}
+    for field in block:
+        if field in taken:
+            raise ValueError(f"config.protocol.{field} is set by config.objective.{field} ({config.objective.name})")
+        if field != "name" and field not in parameters:
+            raise ValueError(unknown(f"field of config.protocol ({name})", field, ["name", *parameters]))
+    with config.unlocked():
+        for field, parameter in parameters.items():
+            if field not in block and field not in taken:
+                block[field] = _value(parameter)
+
+
+def objective_of(config: ConfigDict) -> Objective:
+    """Build the objective that a filled config names."""
+    parameters = registry.entry(config.objective.name).parameters
+    return make(config.objective.name, **arguments_of(config.objective, parameters))
+
+
+def protocol_name(config: ConfigDict, objective: Objective) -> str:
+    """The protocol that the config names, or the objective; otherwise preferences come from ``config.data``, or from
+    a judge if the objective cannot do without."""
+    if config.protocol.name or objective.protocol.name != "on_policy":
+        return config.protocol.name or objective.protocol.name
+    if config.data.name:
+        return "preference_data"
+    return "judged" if objective.unit.layout or objective.asks.needs & JUDGED else "on_policy"

@@ -1,0 +1,56 @@
+"""A config, filled, built and checked once a start."""
+
+from ml_collections import ConfigDict
+
+from jaxpo.config.blocks import arguments_of
+from jaxpo.config.checks import check_fields, check_resolved
+from jaxpo.config.fill import fill_blocks, fill_protocol, objective_of, protocol_name
+from jaxpo.config.resolved import Resolved
+from jaxpo.learning import references
+from jaxpo.learning.needs import form_of, heads_of, references_of
+from jaxpo.objectives import Objective
+from jaxpo.protocols.protocol import Protocol
+from jaxpo.registry import check_arguments, entry, make
+
+
+def resolve(config: ConfigDict, devices: int, *, objective: Objective | None = None) -> Resolved:
+    """Fill a config, build what it names, and check everything that can be wrong before anything is compiled.
+
+    Args:
+      devices: of the mesh.
+      objective: one that is built already, which the config then names for messages alone.
+
+    Raises:
+      ValueError: naming the field, its value and what would do.
+    """
+    check_fields(config)
+    fill_blocks(config, but=() if objective is None else ("objective",))
+    objective = objective_of(config) if objective is None else objective
+    name = protocol_name(config, objective)
+    fill_protocol(config, objective)
+    protocol, responses = protocol_of(config, objective, name), config.rollout.responses
+    references.check(objective, protocol.facts.references)
+    resolved = Resolved(
+        config=config,
+        objective=objective,
+        protocol_name=name,
+        protocol=protocol,
+        references=tuple(references_of(objective, protocol.facts.provides)),
+        heads=heads_of(objective, config.heads),
+        form=form_of(objective, responses),
+        rows_per_prompt=protocol.facts.rows(objective, responses) if protocol.facts.rows else responses,
+    )
+    if protocol.facts.check:
+        protocol.facts.check(config)
+    resolved.sampling()
+    check_resolved(resolved, resolved.transformer(), devices)
+    return resolved
+
+
+def protocol_of(config: ConfigDict, objective: Objective, name: str) -> Protocol:
+    """The protocol of a filled config: its own options, and those that the objective sets."""
+    parameters = entry(name, "protocol").parameters
+    taken = dict(objective.protocol.options) if name == objective.protocol.name else {}
+    given = arguments_of(config.protocol, parameters)
+    check_arguments(f"protocol {name!r}", given, parameters)
+    return make(name, "protocol", **{**given, **taken})

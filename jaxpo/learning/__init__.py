@@ -1,0 +1,1 @@
+"""What learns: the optimizer step, the training state, references, optimizers and the compiled programs."""

@@ -1,0 +1,39 @@
+"""Checks of the numbers in a batch."""
+
+import jax
+import numpy as np
+from jax import Array
+
+from jaxpo.batch import Rollouts
+
+ANY = (-np.inf, np.inf)
+
+
+def check_rewards(allowed: tuple[float, float] | None, batch: Rollouts) -> None:
+    """Raise ``ValueError`` for a reward of a counted row that is not finite, or outside the range that an objective is
+    defined for. Traced rewards pass: the training loop looks at them before."""
+    why = "the range this objective is defined for: scale the rewards, or say the range if the objective takes one"
+    for reward in (batch.reward, batch.per_row.get("rewards_multi")):
+        if reward is not None:
+            check_range("reward", reward, allowed or ANY, batch, why)
+
+
+def check_range(name: str, x: Array, allowed: tuple[float, float], batch: Rollouts, why: str) -> None:
+    """Raise ``ValueError`` for a number of a counted row that is not finite or outside a range, naming the row and the
+    number. Rows of count 0 are not looked at; traced arrays pass.
+
+    Args:
+      x: [B, ...].
+      why: what the range is, for the message."""
+    if isinstance(x, jax.core.Tracer) or isinstance(batch.count, jax.core.Tracer):
+        return
+    numbers = np.asarray(x, np.float64)
+    counted = np.ones(len(numbers), bool) if batch.count is None else np.asarray(batch.count) > 0
+    low, high = allowed
+    inside = np.isfinite(numbers) & (numbers >= low) & (numbers <= high)
+    bad = np.argwhere(~inside & counted.reshape(-1, *[1] * (numbers.ndim - 1)))
+    if len(bad):
+        value = numbers[tuple(bad[0])]
+        if not np.isfinite(value):
+            raise ValueError(f"the {name} of row {bad[0][0]} is {value:g}: it must be a finite number")
+        raise ValueError(f"a {name} of {value:g} is outside [{low:g}, {high:g}], {why}; it is in row {bad[0][0]}")

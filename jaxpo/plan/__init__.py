@@ -1,0 +1,1 @@
+"""What a run needs on chips that are not there."""

@@ -1,0 +1,209 @@
+"""DNO-Prct: pairs that a judge's grades leave no doubt of, the teacher's answers among them, and old pairs."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from jaxpo.batch import Rollouts, take
+from jaxpo.fields import PAIR, role_id
+from jaxpo.learning.state import Run, advance
+from jaxpo.objectives import Objective
+from jaxpo.primitives import preference_data as rules
+from jaxpo.protocols.gatherer import Gatherer
+from jaxpo.protocols.judged import POLICY, sampled
+from jaxpo.protocols.preference_data import rounds
+from jaxpo.protocols.protocol import Facts, Protocol
+from jaxpo.protocols.rows import stacked
+from jaxpo.registry import register
+
+
+@register("protocol", source="DNO-Prct, arXiv:2404.03715 (n-grams, pairs a prompt and the choice of pairs are assumed)")
+def dno_prct(
+    positive: float = 5.0,
+    teacher_gap: float = 2.0,
+    own_gap: float = 1.0,
+    pairs: int = 4,
+    old: float = 0.3,
+    memory: int = 2,
+    ngram: int = 8,
+    repeats: int = 3,
+    prev_every: int | None = None,
+) -> Protocol:
+    """Pairs of answers that a judge grades clearly apart: K of the policy to each prompt and its demonstration, the
+    teacher's, judged together; and pairs of the rounds before.
+
+    Whatever scores at least ``positive`` is preferred to each answer that scores ``teacher_gap`` less, or ``own_gap``
+    if it is the policy's own. Of such pairs those with the widest gaps are taken, up to ``pairs`` of a prompt; what is
+    missing of the batch's ``pairs`` times prompts does not count.
+
+    Scores are compared as the judge gives them. The defaults are the paper's, for grades from 1 to 6; a verifier's
+    rewards lie in [0, 1] and ask for others (``positive=1``, gaps of 0.5).
+
+    Tables: past, pairs as `Rollouts` with leaves [memory + 1, iterations of a round, rows]. Metrics: ``dno/fresh`` and
+    ``dno/old``, their shares of the batch; ``dno/teacher``, share of fresh pairs whose chosen answer is the teacher's.
+
+    Args:
+      old: share of the batch for pairs of the round before, half as much for the one before that, ...; memory: how many
+        rounds back.
+      ngram, repeats: an answer in which some ``ngram`` tokens in a row occur ``repeats`` times is never chosen, and
+        rejected whatever its score (assumed).
+      prev_every: iterations of a round, as of `preference_data`.
+    """
+    for name, value, least in (
+        ("pairs", pairs, 1),
+        ("memory", memory, 0),
+        ("ngram", ngram, 1),
+        ("repeats", repeats, 2),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    if not 0 <= old < 0.5:
+        raise ValueError(f"old, a share that halves from round to round, must lie in [0, 0.5), not {old!r}")
+    if not (teacher_gap > 0 and own_gap > 0):
+        raise ValueError(f"teacher_gap and own_gap must be positive, not {teacher_gap!r} and {own_gap!r}")
+    if bool(old) != bool(memory):
+        raise ValueError(f"old = {old:g} and memory = {memory} contradict each other: set both to 0, or neither")
+    every, keeps = prev_every or 1, rounds(prev_every, None)
+    grades = dict(positive=positive, teacher_gap=teacher_gap, own_gap=own_gap)
+
+    def places(prompts: int) -> tuple[list[int], int]:
+        """Pairs of each earlier round, and fresh ones, of a batch."""
+        shares = [int(old * prompts * pairs / 2**i) for i in range(memory)]
+        return shares, prompts * pairs - sum(shares)
+
+    def tables(gather: Gatherer) -> dict[str, Any]:
+        shape = memory + 1, every, 2 * places(gather.prompts)[1]
+        return {"past": blank(shape, gather.prompt_width, gather.width)} if memory else {}
+
+    def collect(run: Run, gather: Gatherer, key: Array) -> tuple[Run, Rollouts]:
+        run, indices = gather.draw(run, gather.prompts)
+        own_key, key = jax.random.split(key)
+        columns = sampled(run, gather, POLICY, indices, own_key), gather.demonstrations(indices)
+        answers = stacked([bare(column) for column in columns])
+        scores, k = np.asarray(gather.judge(*columns).scores), gather.responses
+        own, teachers = np.split(np.arange(answers.rows), [gather.prompts * k])
+        at = np.concatenate([own.reshape(-1, k), teachers[:, None]], 1)  # [G, K + 1] rows, the teacher's last
+        loops = np.array(
+            [repetitive(t[m > 0], ngram, repeats) for t, m in zip(answers.completions, answers.mask, strict=True)]
+        )
+        i, j, there = graded(scores, loops[at], pairs, grades)
+        shares, fresh = places(gather.prompts)
+        i, j, g, there = (x[:fresh] for x in best_first(i, j, there))
+        new = take(answers, np.stack([at[g, i], at[g, j]], 1).reshape(-1))
+        new = new.replace(count=np.repeat(there, 2).astype(np.float32))
+        rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        parts = [new]
+        if memory:
+            now, past = divmod(run.iteration, every), run.tables["past"]
+            parts += [drawn(past, (now[0] - 1 - age) % (memory + 1), n, rng) for age, n in enumerate(shares) if n]
+            past = jax.tree.map(lambda table, rows: with_place(table, (now[0] % (memory + 1), now[1]), rows), past, new)
+            run = advance(run, tables={**run.tables, "past": past})
+        gather.note("judge/score", float(scores[:, :k].mean()))
+        gather.note("dno/fresh", float(there.sum() / (gather.prompts * pairs)))
+        gather.note("dno/old", float(sum(p.count.sum() for p in parts[1:]) / (2 * gather.prompts * pairs)))
+        gather.note("dno/teacher", float((i == k)[there].mean()) if there.any() else 0.0)
+        return run, as_pairs(stacked(parts), rng)
+
+    def rows(objective: Objective, responses: int) -> int:
+        if objective.unit.layout != PAIR:
+            raise ValueError(
+                "protocol 'dno_prct' makes pairs, and a unit of the objective is "
+                f"{objective.unit.layout or 'one answer'}"
+            )
+        return 2 * pairs
+
+    def check(config: Any) -> None:
+        if config.judge.name == "verifier" and positive > 1:
+            raise ValueError(
+                f"config.protocol.positive {positive:g} is a grade from 1 to 6, a verifier's rewards lie in [0, 1]: "
+                "set it to 1 and config.protocol.teacher_gap and own_gap to 0.5, or another config.judge.name"
+            )
+        k = config.rollout.responses
+        if pairs > k * (k + 1) // 2:
+            raise ValueError(f"config.protocol.pairs {pairs}: {k + 1} answers make at most {k * (k + 1) // 2} pairs")
+
+    facts = Facts(rows=rows, references=keeps, check=check, compiles={"score": 2}, stale=bool(memory), judges=True)
+    return Protocol(collect, tables=tables, facts=facts)
+
+
+def blank(shape: tuple[int, ...], prompt_width: int, width: int) -> Rollouts:
+    """Rows of count 0, leaves [*shape, ...]."""
+    number = np.zeros(shape, np.int32)
+    return Rollouts(
+        tokens=np.zeros((*shape, prompt_width + width), np.int32),
+        mask=np.zeros((*shape, width), np.float32),
+        prompt_length=number,
+        prompt=number,
+        count=np.zeros(shape, np.float32),
+    )
+
+
+def bare(batch: Rollouts) -> Rollouts:
+    """Answers and nothing else that is known of them (NumPy)."""
+    return Rollouts(
+        tokens=np.asarray(batch.tokens, np.int32),
+        mask=np.asarray(batch.mask, np.float32),
+        prompt_length=np.asarray(batch.prompt_length, np.int32),
+        prompt=np.asarray(batch.prompt, np.int32),
+        count=np.ones(batch.rows, np.float32),
+    )
+
+
+def repetitive(tokens: np.ndarray, n: int, times: int) -> bool:
+    """Whether some ``n`` tokens in a row occur at least so many ``times``."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return len(grams) >= times and max(np.unique(grams, axis=0, return_counts=True)[1]) >= times
+
+
+def graded(
+    scores: np.ndarray, repeats: np.ndarray, pairs: int, grades: dict[str, float]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Places i, j [G, pairs] of pairs among K + 1 answers of scores [G, K + 1], the last of which is the teacher's, and
+    whether there is such a pair (`jaxpo.primitives.preference_data.graded_pairs`): the widest gaps first, ties to the
+    lowest places."""
+    g, k = scores.shape
+    teacher = np.arange(k) == k - 1
+    good = np.asarray(jax.vmap(lambda s, r: rules.graded_pairs(s, teacher, r, **grades))(scores, repeats)).reshape(
+        g, -1
+    )
+    gap = (scores[:, :, None] - scores[:, None, :]).reshape(g, -1)
+    order = np.argsort(np.where(good, -gap, np.inf), 1, kind="stable")[:, :pairs]
+    return order // k, order % k, np.take_along_axis(good, order, 1)
+
+
+def best_first(i: np.ndarray, j: np.ndarray, there: np.ndarray) -> list[np.ndarray]:
+    """(i, j, prompt, there) of all pairs [G, pairs] in one row: every prompt's first, then their second, ...; those
+    that are not there last."""
+    prompt = np.broadcast_to(np.arange(len(i))[:, None], i.shape)
+    flat = [x.T.reshape(-1) for x in (i, j, prompt, there)]
+    order = np.argsort(~flat[3], kind="stable")
+    return [x[order] for x in flat]
+
+
+def drawn(past: Rollouts, place: int, n: int, rng: np.random.Generator) -> Rollouts:
+    """``n`` pairs of the round at a place, without replacement; what it has fewer of does not count."""
+    whole = jax.tree.map(lambda x: x[place].reshape(-1, *x.shape[3:]), past)
+    order = rng.permutation(whole.rows // 2)
+    order = order[np.argsort(whole.count[2 * order] == 0, kind="stable")][:n]
+    return take(whole, (2 * order[:, None] + np.arange(2)).reshape(-1))
+
+
+def with_place(table: np.ndarray, place: tuple[int, ...], rows: np.ndarray) -> np.ndarray:
+    """A copy of the table with other rows at a place."""
+    out = table.copy()
+    out[place] = rows
+    return out
+
+
+def as_pairs(batch: Rollouts, rng: np.random.Generator) -> Rollouts:
+    """Rows that stand side by side as units."""
+    n = batch.rows
+    return batch.replace(
+        layout=PAIR,
+        shared_prompt=2,
+        role=np.tile(np.array([role_id(r) for r in PAIR], np.int32), n // 2),
+        group=np.arange(n, dtype=np.int32) // 2,
+        seed=rng.integers(0, 2**32, n, np.uint32),
+    )

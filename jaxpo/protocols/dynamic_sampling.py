@@ -1,0 +1,110 @@
+"""Sampling until enough groups have mixed outcomes (DAPO), and at a temperature for each token (HAPO)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+
+from jaxpo.batch import Rollouts, take
+from jaxpo.learning.state import Run
+from jaxpo.objectives import State
+from jaxpo.parallel.distributed import to_host
+from jaxpo.primitives.aggregation import positive
+from jaxpo.primitives.shaping import mixed_groups
+from jaxpo.protocols.gatherer import Gatherer
+from jaxpo.protocols.on_policy import sample_once
+from jaxpo.protocols.protocol import NothingLeft, Protocol
+from jaxpo.protocols.rows import stacked
+from jaxpo.registry import register
+from jaxpo.rollout.sampling import EntropyTemperature, SamplingOptions
+
+
+@register("protocol", id="dapo", source="DAPO, arXiv:2503.14476")
+@register("protocol", source="DAPO, arXiv:2503.14476")
+def dynamic_sampling(max_batches: int = 10) -> Protocol:
+    """Generate until as many groups with mixed outcomes are there as an iteration trains on; the others are never
+    trained on.
+
+    Batches keep the run's shape, so nothing is compiled again. Kept groups beyond the number wanted are dropped.
+
+    Raises:
+      NothingLeft: (from ``collect``) not enough after ``max_batches`` batches, with the number found.
+    """
+    positive("config.protocol.max_batches", max_batches)
+
+    def collect(run: Run, gather: Gatherer, key: Array) -> tuple[Run, Rollouts]:
+        kept, found = [], 0
+        for i in range(max_batches):
+            run, rollouts = sample_once(run, gather, jax.random.fold_in(key, i))
+            rollouts = to_host(rollouts)
+            mixed = np.asarray(mixed_groups(rollouts.correct, rollouts.group, jnp.ones(rollouts.rows)))
+            responses = rollouts.shared_prompt
+            groups = np.flatnonzero(mixed.reshape(-1, responses)[:, 0])[: gather.prompts - found]
+            rows = (groups[:, None] * responses + np.arange(responses)).reshape(-1)
+            part = take(rollouts, rows, shared_prompt=responses)
+            kept.append(part.replace(group=part.group + i * gather.prompts))
+            found += len(groups)
+            if found == gather.prompts:
+                gather.note("dynamic_sampling/batches", i + 1)
+                return run, stacked(kept)
+        raise NothingLeft(
+            f"dynamic sampling found {found} of {gather.prompts} groups with mixed outcomes in {max_batches} "
+            "batches: the task is (nearly) "
+            "solved or unsolved; stop here, take harder prompts, or raise config.protocol.max_batches"
+        )
+
+    return Protocol(collect)
+
+
+SIGNAL = ("q", "s", "high", "low")  # what the objective `hapo` remembers of a batch's entropies
+
+
+@register("sampler", id="hapo", source="HAPO, arXiv:2509.16591; code of starriver030515/HAPO")
+def entropy_temperature(
+    state: State,
+    tau: float = 0.05,
+    T0: float = 1.0,  # noqa: N803 (the card's name)
+    official: bool = False,
+) -> EntropyTemperature:
+    """A temperature for each token by what the objective `hapo` remembers of the previous batch's entropies.
+
+    Raises:
+      ValueError: ``state`` is that of another objective.
+    """
+    absent = [name for name in SIGNAL if name not in state.memory]
+    if absent:
+        raise ValueError(
+            f"protocol 'hapo' reads {', '.join(absent)} from the objective's memory, which is that of hapo: "
+            "set config.objective.name to hapo, or config.protocol.name to dapo"
+        )
+    # Host numbers, so that what is compiled does not hang on where the state lives.
+    numbers = {name: np.float32(state.memory[name]) for name in SIGNAL}
+    return EntropyTemperature(np.float32(T0), np.float32(tau), numbers, official)
+
+
+@register("protocol", source="HAPO, arXiv:2509.16591; code of starriver030515/HAPO")
+def hapo(tau: float = 0.05, T0: float = 1.0, official: bool = False, max_batches: int = 10) -> Protocol:  # noqa: N803 (the card's name)
+    """Dynamic sampling at a temperature for each token, ``T = T0 (1 + tau clip(h, -1, 1))``: h is the place of the
+    entropy of what may come next (at T0) among those of the previous optimizer batch, as the objective ``hapo``
+    remembers them; T0 before the first. Evaluation samples as configured.
+
+    Args:
+      tau: 0.05 in the code, 0.1 in the paper. official: the sign of the release, in which h is never negative.
+      max_batches: as in `dynamic_sampling`.
+    """
+    positive("T0", T0)
+    if not 0 <= tau < 1:
+        raise ValueError(f"tau must be in [0, 1), or temperatures reach 0; it is {tau}")
+
+    def sampler(options: SamplingOptions, state: State) -> SamplingOptions:
+        return options.replace(adaptive=entropy_temperature(state, tau, T0, official))
+
+    def check(config: ConfigDict) -> None:
+        if config.sampling.temperature != 1:
+            raise ValueError(
+                f"config.sampling.temperature must be 1 with protocol 'hapo', not {config.sampling.temperature}: "
+                "set the base temperature by config.objective.T0"
+            )
+
+    return dynamic_sampling(max_batches)._replace(sampler=sampler).where(check=check, compiles={"generate": 1})

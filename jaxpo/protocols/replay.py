@@ -1,0 +1,80 @@
+"""Groups of past batches beside fresh ones."""
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxpo.batch import Rollouts
+from jaxpo.fields import role_id
+from jaxpo.learning.state import Run, advance
+from jaxpo.parallel.distributed import to_host
+from jaxpo.protocols.gatherer import Gatherer
+from jaxpo.protocols.on_policy import sample_once
+from jaxpo.protocols.protocol import Facts, Protocol
+from jaxpo.protocols.rows import with_rows
+from jaxpo.registry import register
+
+
+@register("protocol", source="R2VPO's off-policy mode, arXiv:2601.03320 (mixing ratio and buffer are assumed)")
+def replay(fraction: float = 0.5, capacity: int = 4) -> Protocol:
+    """On-policy sampling; then ``round(fraction * prompts)`` groups of the batch are replaced by as many, drawn at
+    random without replacement, of the ``capacity`` batches before it. The first iteration replaces none.
+
+    A row that comes back is as it was when it was fresh: its tokens, ``reward``, ``correct``, and above all its own
+    ``logp_old``, ``logp_beh``, ``entropy_old`` and ``logp_<slot>``; its role is "replay", its ``group`` and ``seed``
+    are those of the place that it takes. Every fresh group is stored, those that were replaced too, and drawing takes
+    none away. Choose it for any objective by ``config.protocol.name = "replay"``.
+
+    Tables: batches, the scored `Rollouts` with leaves [capacity, B, ...]; iteration [capacity] of each, -1 = none yet.
+    Metric ``replay/age``: mean age in iterations of the groups that came back; 0 if none did.
+
+    Args:
+      fraction: share of groups that come back; at least one does, and at least one is fresh. capacity: batches kept.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction must be between 0 and 1, not {fraction!r}")
+    if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
+        raise ValueError(f"capacity must be a whole number of at least 1, not {capacity!r}")
+
+    def tables(gather: Gatherer) -> dict[str, Rollouts | np.ndarray]:
+        batches = jax.tree.map(lambda x: np.zeros((capacity, *x.shape), x.dtype), gather.scored())
+        return dict(batches=batches, iteration=np.full(capacity, -1, np.int32))
+
+    def before(run: Run, gather: Gatherer, rollouts: Rollouts) -> tuple[Run, Rollouts]:
+        fresh, past, born = to_host(rollouts), run.tables["batches"], run.tables["iteration"]
+        mixed, ages = fresh, np.zeros(1)
+        if (born >= 0).any():
+            # Seeds are drawn from (seed, iteration), so this is a function of them too.
+            drawn = draw(np.random.default_rng(fresh.seed), born, round(fraction * gather.prompts), gather.prompts)
+            mixed, ages = replaced(fresh, past, *drawn), run.iteration - born[drawn[1]]
+        gather.note("replay/age", float(ages.mean()))
+        place = run.iteration % capacity
+        past = jax.tree.map(lambda table, new: with_rows(table, place, new), past, fresh)
+        return advance(run, tables=dict(batches=past, iteration=with_rows(born, place, run.iteration))), mixed
+
+    def check(config: ConfigDict) -> None:
+        prompts = config.rollout.prompts
+        if not 0 < round(fraction * prompts) < prompts:
+            raise ValueError(
+                f"config.protocol.fraction {fraction} of config.rollout.prompts {prompts} is "
+                f"{round(fraction * prompts)} groups: at least one group has to come back and one to be fresh"
+            )
+
+    return Protocol(sample_once, before=before, tables=tables, facts=Facts(check=check, stale=True))
+
+
+def draw(rng: np.random.Generator, born: np.ndarray, n: int, groups: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which ``n`` of the ``groups`` of a batch are replaced; by which batches' (place in the buffer) which groups."""
+    filled = np.flatnonzero(born >= 0)
+    place = rng.choice(groups, n, replace=False)
+    chosen = rng.choice(len(filled) * groups, n, replace=False)
+    return place, filled[chosen // groups], chosen % groups
+
+
+def replaced(fresh: Rollouts, past: Rollouts, place: np.ndarray, batch: np.ndarray, group: np.ndarray) -> Rollouts:
+    """``fresh`` with ``group`` [n] of ``batch`` [n] of the buffer in the ``place`` [n] of its own groups."""
+    responses = np.arange(fresh.shared_prompt)
+    at, row = ((x[:, None] * fresh.shared_prompt + responses).reshape(-1) for x in (place, group))
+    which = np.repeat(batch, fresh.shared_prompt)
+    mixed = jax.tree.map(lambda new, old: with_rows(new, at, old[which, row]), fresh, past)
+    return mixed.replace(group=fresh.group, seed=fresh.seed, role=with_rows(fresh.role, at, role_id("replay")))

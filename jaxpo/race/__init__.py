@@ -1,0 +1,1 @@
+"""Races: many objectives under one budget, over several seeds at once."""

@@ -1,0 +1,109 @@
+"""A race: many objectives under one budget, from one warm start, over several seeds at once.
+
+All seeds of an objective take their optimizer steps in one compiled function (``vmap``); samplers, scorers and warm
+start are compiled once for all objectives (`jaxpo.race.setup`). Seed i gives every objective the same start, prompts
+and uniforms, so that differences are differences of the objectives. Those with a protocol of their own gather by it,
+seed after seed (`jaxpo.race.seeds`); what they sample beyond the others is in the table. Objectives of preferences
+train on as many rows of right and wrong answers, and most of them sample nothing; or, with ``protocol='judged'``, on
+the policy's own answers, which the task's verifier compares.
+
+>>> race({"mine": my_objective, "grpo": make("grpo", beta=0.0)}, seeds=3).show()
+"""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxpo import registry
+from jaxpo.objectives import Objective
+from jaxpo.race.contenders import Contender, select
+from jaxpo.race.results import Results, earlier, interval
+from jaxpo.race.rules import Rules
+from jaxpo.race.seeds import contest
+from jaxpo.race.setup import Setup, draws, set_up, survey
+from jaxpo.storage.rundir import Progress
+
+
+def run(contender: Contender, setup: Setup, rules: Rules, progress: Callable[[dict[str, float]], None]) -> dict:
+    """Train all seeds of one contender; what `Results.objectives` holds of it."""
+    resolved, began = contender.resolved, time.perf_counter()
+    rollout = resolved.config.rollout
+    rules = replace(rules, prompts=rollout.prompts, responses=rollout.responses)
+    # What is trained on: of a judge's prompts perhaps fewer rows than were sampled.
+    rows = replace(rules, responses=resolved.rows_per_prompt)
+    seeds = contest(resolved, setup, rules)
+    curve, compiling, skipped = [], 0.0, 0
+    for i in range(rules.steps + 1):
+        if i in rules.points:
+            curve.append(setup.accuracy(seeds.params).tolist())
+        if i == rules.steps:
+            break
+        first = time.perf_counter()
+        nonfinite, reward = seeds.iterate(draws(rows, len(setup.course.questions.train), i))
+        compiling = time.perf_counter() - first if i == 0 else compiling
+        skipped += nonfinite
+        rewarded = {} if reward is None else {"reward": reward}
+        progress({"accuracy": float(np.mean(curve[-1])), **rewarded})
+    points = np.asarray(rules.points)
+    area = np.trapezoid(curve, points, axis=0) / points[-1]
+    return dict(
+        final=curve[-1],
+        area=area.tolist(),
+        curve=curve,
+        seconds=time.perf_counter() - began,
+        compiling=compiling,
+        sampled=seeds.sampled / (rules.seeds * rules.steps),
+        skipped=skipped,
+        idle=seeds.idle,
+    )
+
+
+def race(
+    contenders: str | Mapping[str, Objective],
+    rules: Rules | None = None,
+    *,
+    out: str | os.PathLike | None = None,
+    **changes: Any,
+) -> Results:
+    """Race objectives and return the `Results`.
+
+    Args:
+      contenders: label -> objective; or registered ones by name, ``"grpo,grpo(eps_high=0.3)"``, ``"all"``.
+        Hyperparameters that are a share of a run's budget are filled in for those given by name.
+      rules: what all get alike. changes: fields of it, as in ``race(..., seeds=3)``.
+      out: folder for ``results.json`` and ``curves.png``, written after each objective. What it already holds of a race
+        with the same rules is kept, and contenders given by name that it holds are not run again.
+
+    Raises:
+      ValueError: unknown names (with the nearest), rules that cannot be, or a folder with a race by other rules.
+    """
+    known = [f.name for f in fields(Rules)]
+    if odd := sorted(set(changes) - set(known)):
+        raise ValueError(registry.unknown("rule of a race", odd[0], known))
+    rules = replace(rules or Rules(), **changes)
+    racing, left_out = select(contenders, rules, survey(rules).questions.width)
+    held = earlier(Path(out), rules) if out else None
+    results = held or Results(asdict(rules), rules.points, objectives={}, left_out={})
+    results.left_out.update(left_out)
+    todo = [c for c in racing if not (c.named and c.label in results.objectives)]
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    if not todo:
+        return results
+    with Progress(
+        len(todo) * rules.steps, metrics={"accuracy": "accuracy", "reward": "reward"}, every=rules.steps
+    ) as bar:
+        setup = set_up(rules)
+        results = replace(results, warm_start_seconds=setup.seconds)
+        for contender in todo:
+            result = run(contender, setup, rules, bar.update)
+            results.objectives[contender.label] = result
+            bar.print(f"{contender.label}: {interval(result['final'])[0]:.3f} in {result['seconds']:.1f} s")
+            if out:
+                results.save(out)
+    return results

@@ -1,0 +1,158 @@
+"""What every objective of a race gets alike."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict, config_dict
+
+from jaxpo.config.fields import default
+from jaxpo.config.resolve import resolve
+from jaxpo.config.resolved import Resolved
+from jaxpo.fields import JUDGED, PAIR
+from jaxpo.learning.needs import Form, is_reward_model
+from jaxpo.objectives import Objective, make
+from jaxpo.protocols.preference_data import rows as rows_of_unit
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What every objective of a race gets alike.
+
+    task: name, or name and arguments as in Python: ``toy(digits=4)``.
+    seeds: of parameters, prompts and sampling.
+    steps: iterations, each of ``prompts`` prompts with ``responses`` completions and ``epochs * minibatches`` optimizer
+      steps.
+    evaluations: points of the learning curve after the start.
+    warm_start: supervised steps before all, on ``warm_batch`` demonstrations each, of which a share ``drop_last`` lacks
+      its last character: an imperfect demonstrator, as web data is.
+    max_new_tokens: generation budget; 0 = the longest right answer and two more.
+    width, layers: of the policy.
+    flipped: share of preference pairs whose label is wrong, for objectives of pairs.
+    """
+
+    task: str = "toy"
+    seeds: int = 5
+    steps: int = 60
+    prompts: int = 16
+    responses: int = 8
+    epochs: int = 1
+    minibatches: int = 4
+    learning_rate: float = 3e-4
+    evaluations: int = 12
+    warm_start: int = 120
+    warm_batch: int = 64
+    drop_last: float = 0.6
+    warm_learning_rate: float = 3e-3
+    max_new_tokens: int = 0
+    width: int = 32
+    layers: int = 2
+    flipped: float = 0.0
+
+    def __post_init__(self):
+        for f in fields(self):
+            low = 0 if f.name in ("warm_start", "max_new_tokens") else 1
+            if f.type is int and getattr(self, f.name) < low:
+                raise ValueError(f"{f.name} must be at least {low}, not {getattr(self, f.name)}")
+            if f.name.endswith("learning_rate") and not getattr(self, f.name) > 0:
+                raise ValueError(f"{f.name} must be positive, not {getattr(self, f.name)}")
+        for name in ("drop_last", "flipped"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share in [0, 1], not {getattr(self, name)}")
+        if self.prompts % self.minibatches:
+            raise ValueError(f"minibatches {self.minibatches} does not divide prompts {self.prompts}")
+
+    @property
+    def points(self) -> list[int]:
+        """Iterations after which accuracy is measured; 0 is the start."""
+        return sorted({round(x) for x in np.linspace(0, self.steps, self.evaluations + 1)})
+
+
+def adam(learning_rate: float) -> ConfigDict:
+    """The optimizer block of every contender, and of the warm start."""
+    schedule = dict(name="constant", warmup_steps=0)
+    return ConfigDict(dict(name="adam", learning_rate=learning_rate, clip_norm=1.0, schedule=schedule))
+
+
+def config_of(rules: Rules, label: str, max_new_tokens: int) -> ConfigDict:
+    """The config of a run by these rules."""
+    config = default()
+    config.steps = rules.steps
+    config.objective = ConfigDict(dict(name=label))
+    config.policy.update(width=rules.width, layers=rules.layers)
+    config.sampling.max_new_tokens = max_new_tokens
+    config.rollout.update(prompts=rules.prompts, responses=rules.responses)
+    config.training.update(epochs=rules.epochs, minibatches=rules.minibatches)
+    config.optimizer, config.warm_start.optimizer = adam(rules.learning_rate), adam(rules.warm_learning_rate)
+    config.warm_start.update(steps=rules.warm_start, batch=rules.warm_batch, drop_last=rules.drop_last)
+    return config
+
+
+def resolved_by(rules: Rules, label: str, objective: Objective, max_new_tokens: int) -> Resolved:
+    """The run of an objective by the rules, in the shape that its protocol accepts: as many rows in units of data, or
+    as many completions of one prompt each.
+
+    Raises:
+      ValueError: why a race cannot run the objective.
+    """
+    if is_reward_model(objective):
+        raise ValueError("trains a judge of answers, and a race compares policies by their own answers")
+
+    def attempt(rules: Rules, **changes: Any) -> Resolved:
+        config = config_of(rules, label, max_new_tokens)
+        config.data = ConfigDict(changes.get("data", dict(name=config_dict.placeholder(str))))
+        return resolve(config, 1, objective=objective)
+
+    if reads_data(objective):
+        return attempt(in_units(rules, rows_of_unit(objective, rules.responses)), data=dict(name="task"))
+    alone = replace(rules, prompts=rules.prompts * rules.responses, responses=1)
+    try:
+        return attempt(rules)
+    except ValueError as error:
+        try:
+            return attempt(alone)
+        except ValueError:
+            raise error from None
+
+
+def reads_data(objective: Objective) -> bool:
+    """Whether the objective learns from the task's pairs. What only a judge knows is asked of the policy's answers."""
+    if objective.protocol.name != "on_policy":
+        facts = make(objective.protocol.name, "protocol", **objective.protocol.options).facts
+        return facts.rows is not None and not facts.judges
+    needs = objective.asks.needs
+    judged = needs & {*JUDGED - {"label"}, "logp_prev"}
+    return not judged and bool(objective.unit.layout or "label" in needs)
+
+
+def in_units(rules: Rules, size: int) -> Rules:
+    """The rules of as many rows, ``size`` of them a unit of data.
+
+    Raises:
+      ValueError: rows that do not make units."""
+    rows = rules.prompts * rules.responses
+    if rows % (size * rules.minibatches):
+        raise ValueError(f"{rows} rows of an iteration are not {rules.minibatches} minibatches of units of {size} rows")
+    return replace(rules, prompts=rows // size, responses=size)
+
+
+def check_fit(resolved: Resolved) -> None:
+    """``ValueError`` for what a race does not have: earlier batches, rewards nobody asks for, models from elsewhere."""
+    objective, protocol = resolved.objective, resolved.protocol
+    if protocol.facts.stale and protocol.tables:
+        raise ValueError(f"protocol {resolved.protocol_name!r} trains on earlier batches; a race has only fresh ones")
+    if protocol.facts.rows is None and not objective.asks.needs & {"reward", "correct", "edge_adv"}:
+        raise ValueError("does not ask for rewards: it would imitate its own completions")
+    if foreign := [f"logp_{name}" for name in resolved.references if name in ("soup", "teacher")]:
+        raise ValueError(f"needs {', '.join(foreign)}, log-probs of a model that a race does not have")
+    if reads_data(objective):
+        check_pairs(objective, resolved.form)
+
+
+def check_pairs(objective: Objective, form: Form | None) -> None:
+    """``ValueError`` for an objective that asks for more than a race's pairs have: other answers, or numbers."""
+    if form is None or not set(form.given) <= set(PAIR):
+        raise ValueError(f"learns from units {objective.unit.layout}; a race has pairs {PAIR}")
+    lacking = [*(set(form.numbers) - {"label"}), *(["tool calls"] if form.segments else [])]
+    if lacking:
+        raise ValueError(f"needs {', '.join(sorted(lacking))}, which the pairs of a race have not")

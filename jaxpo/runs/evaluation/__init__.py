@@ -1,0 +1,1 @@
+"""How good a policy or a reward model is, with honest error bars."""

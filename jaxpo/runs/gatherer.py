@@ -1,0 +1,153 @@
+"""The gatherer and the stage of a run: the calls of a protocol, on the run's compiled functions and mesh."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from jaxpo.batch import Rollouts, TokenStats
+from jaxpo.learning import references
+from jaxpo.learning.programs import packed
+from jaxpo.learning.state import Run, TrainState
+from jaxpo.parallel import moved_bytes, shardings
+from jaxpo.parallel.distributed import to_host
+from jaxpo.policy.transformer import Params
+from jaxpo.protocols.gatherer import Gatherer, Sampler, Watch
+from jaxpo.protocols.rows import as_scored, labelled
+from jaxpo.rollout import SamplingOptions
+from jaxpo.runs.iteration import Stage, score_references
+from jaxpo.runs.judges.judge import make_judge
+from jaxpo.runs.workspace import Workspace, shard_count
+
+
+def prompt_order(seed: int, position: int, n: int, size: int) -> np.ndarray:
+    """Indices of the prompts at ``position .. position + n``: each epoch is a permutation drawn from (seed, epoch)."""
+    epochs = range(position // size, (position + n - 1) // size + 1)
+    order = np.concatenate([np.random.default_rng((seed, e)).permutation(size) for e in epochs])
+    start = position - epochs[0] * size
+    return order[start : start + n]
+
+
+def make_gatherer(workspace: Workspace, watch: Watch) -> Gatherer:
+    """The calls that a protocol may make in this run."""
+    config, questions = workspace.config, workspace.questions
+    compare = make_judge(workspace)
+    return Gatherer(
+        objective=workspace.objective,
+        train=questions.train,
+        prompts=config.rollout.prompts,
+        responses=config.rollout.responses,
+        width=config.sampling.max_new_tokens,
+        options=workspace.sampling,
+        sampler=make_sampler(workspace, watch),
+        order=lambda position, n, size: prompt_order(config.seed, position, n, size),
+        verify=partial(verified, workspace, watch, compare),
+        compare=compare,
+        demonstrate=questions.demonstrations,
+        adapt=workspace.protocol.sampler,
+        preferences=workspace.preferences,
+        watch=watch,
+    )
+
+
+def make_stage(workspace: Workspace, watch: Watch) -> Stage:
+    """What an iteration of this run is made of."""
+    return Stage(
+        objective=workspace.objective,
+        protocol=workspace.protocol,
+        steps=workspace.resolved.optimizer_steps,
+        score=lambda params, batch: workspace.score(params, as_scored(batch)),
+        prepare=workspace.programs.prepare,
+        update=workspace.programs.update,
+        put=workspace.put,
+        pack=partial(pack, workspace),
+        watch=watch,
+    )
+
+
+def pack(workspace: Workspace, batch: Rollouts, rows: np.ndarray) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The packing of a step's rows, and the share of the rows that is then computed."""
+    slices = workspace.config.training.microbatches
+    plan = packed(workspace.config, workspace.mesh, batch, slices, rows)
+    if not plan:
+        return {}, {}
+    return plan, {"packing/share": plan["bins"] / (len(rows) // (slices * shard_count(workspace)))}
+
+
+def make_sampler(workspace: Workspace, watch: Watch) -> Sampler:
+    """Sampling and scoring on the run's mesh."""
+    programs, train, responses = workspace.programs, workspace.questions.train, workspace.config.rollout.responses
+
+    def there(params: Params) -> Params:
+        """The parameters where they sample; what was moved is noted."""
+        moved = programs.sampler_params(params)
+        if programs.reshard:
+            where = jax.tree.map(lambda x: x.sharding, moved)
+            watch.add("reshard/bytes", moved_bytes(moved, shardings(moved, workspace.mesh), where))
+        return moved
+
+    def generate(
+        params: Params, indices: np.ndarray, key: Array, options: SamplingOptions, partner: Params | None, share: float
+    ) -> Rollouts:
+        tokens, length = workspace.put((train.tokens[indices], train.length[indices]))
+        draw_key, seed_key = jax.random.split(key)
+        mixed = {} if partner is None else dict(partner=there(partner), share=np.float32(share))
+        out = programs.generate(there(params), tokens, length, draw_key, options, responses=responses, **mixed)
+        return labelled(out, indices, np.asarray(jax.random.bits(seed_key, (out.rows,))))
+
+    def complete(
+        params: Params,
+        tokens: np.ndarray,
+        length: np.ndarray,
+        budget: np.ndarray,
+        key: Array,
+        options: SamplingOptions,
+        responses: int,
+    ) -> Rollouts:
+        rows = workspace.put((tokens, length, budget))
+        return programs.complete(there(params), *rows, key, options, responses=responses)
+
+    def score(params: Params, rollouts: Rollouts) -> TokenStats:
+        return workspace.score(params, workspace.put(as_scored(rollouts)))
+
+    def noise(run: Run, rollouts: Rollouts, halves: np.ndarray) -> dict[str, Array]:
+        return programs.noise(run.state, rollouts, halves)
+
+    return Sampler(generate, complete, score, noise, shapes=partial(scored_shapes, workspace))
+
+
+def scored_shapes(workspace: Workspace) -> Rollouts:
+    """The shapes of a batch that is generated, judged and scored."""
+    resolved, train = workspace.resolved, workspace.questions.train
+    stage, first = make_stage(workspace, Watch()), np.zeros(workspace.config.rollout.prompts, np.int32)
+
+    def whole(key: Array) -> Rollouts:
+        params = workspace.init_params(key)
+        frozen = references.held(resolved.references, resolved.protocol.facts.references, params, None)
+        run = Run(TrainState(params, None, resolved.objective.init()), frozen)
+        out = workspace.programs.generate(
+            workspace.programs.sampler_params(params),
+            *(train.tokens[first], train.length[first], key, workspace.sampling),
+            responses=workspace.config.rollout.responses,
+        )
+        out = labelled(out, first, jax.random.bits(key, (out.rows,)))
+        return score_references(stage, run, out.replace(reward=out.count, correct=out.count))
+
+    return jax.eval_shape(whole, jax.random.key(0))
+
+
+def verified(workspace: Workspace, watch: Watch, compare: Any, rollouts: Rollouts) -> Rollouts:
+    """The rollouts with what the verifier says of them, and with the judge's scores as rewards if one is named."""
+    questions, given = workspace.questions, {}
+    if questions.task.score:
+        examples = [questions.train.examples[i] for i in to_host(rollouts.prompt)]
+        rewards, correct, errors = questions.verdicts(examples, rollouts).T
+        watch.add("reward/errors", int(errors.sum()))
+        given = dict(reward=rewards.astype(np.float32), correct=correct.astype(np.float32))
+    if workspace.config.judge.name != "verifier":
+        if given:  # what the judge is a stand-in for
+            watch.notes["reward/verified"] = float(given["reward"].mean())
+        given["reward"] = compare(questions.train.examples, rollouts).scores.reshape(-1).astype(np.float32)
+    return rollouts.replace(**given)

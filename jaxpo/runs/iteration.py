@@ -1,0 +1,108 @@
+"""One iteration: gather, score, prepare, optimizer steps. The loop and races run this code; the planner traces it."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+
+from jaxpo.batch import Rollouts, TokenStats, logps
+from jaxpo.learning import references
+from jaxpo.learning.needs import must_score
+from jaxpo.learning.state import Run, advance
+from jaxpo.objectives import Objective
+from jaxpo.objectives.grammar.base import check_rewards
+from jaxpo.policy.transformer import Params
+from jaxpo.protocols.gatherer import Gatherer, Watch
+from jaxpo.protocols.protocol import Protocol
+
+Order = Callable[[Rollouts], Iterable[np.ndarray]]  # the rows of each optimizer step of a prepared batch
+
+
+def unpacked(batch: Rollouts, rows: np.ndarray) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Rows are not packed: no further arguments of a step, and no metrics."""
+    return {}, {}
+
+
+class Stage(NamedTuple):
+    """What an iteration is made of.
+
+    objective: what is minimized.
+    protocol: how data is gathered.
+    steps: optimizer steps of an iteration.
+    score: (params, rows as a policy reads them) -> what the policy says of them.
+    prepare: (batch, objective state) -> (batch, objective state).
+    update: (train state, batch, rows, fresh, **packing) -> (train state, metrics).
+    put: arrays [B, ...] to where they are computed with.
+    pack: (batch, rows) -> further arguments of ``update``, and metrics.
+    watch: where time is told.
+    """
+
+    objective: Objective
+    protocol: Protocol
+    steps: int
+    score: Callable[[Params, Rollouts], TokenStats]
+    prepare: Callable[..., Any]
+    update: Callable[..., Any]
+    put: Callable[[Any], Any] = lambda tree: tree
+    pack: Callable[[Rollouts, np.ndarray], tuple[dict[str, Any], dict[str, Any]]] = unpacked
+    watch: Watch = Watch()
+
+
+def gather(stage: Stage, gatherer: Gatherer, run: Run, key: Array) -> tuple[Run, Rollouts]:
+    """Collect an iteration's rows by the protocol and score them."""
+    run, rollouts = stage.protocol.collect(run, gatherer, key)
+    check_rewards(stage.objective.asks.rewards, rollouts)
+    with stage.watch.phase("score"):
+        batch = score_references(stage, run, stage.put(rollouts))
+    if stage.protocol.before:
+        run, batch = stage.protocol.before(run, gatherer, batch)
+        batch = stage.put(batch)
+    return run, batch
+
+
+def score_references(stage: Stage, run: Run, batch: Rollouts) -> Rollouts:
+    """Attach the log-probs under the references, and what the old policy says unless the first optimizer step is its
+    own old policy."""
+    frozen = references.scored(stage.objective, run.references)
+    scored = batch.with_token(**logps({name: stage.score(params, batch).logp for name, params in frozen.items()}))
+    always = stage.protocol.facts.stale or stage.steps > 1
+    if always or must_score(stage.objective, scored, run.state.objective):
+        old = stage.score(run.state.params, batch)
+        constants = dict(logp_old=old.logp, entropy_old=old.entropy, value_old=old.value)
+        scored = scored.replace(**constants).with_token(**logps(old.derived))
+    return scored
+
+
+def learn(stage: Stage, run: Run, batch: Rollouts, order: Order) -> tuple[Run, Rollouts, list[dict[str, Array]]]:
+    """Prepare a scored batch and take the optimizer steps of an iteration; the metrics of each."""
+    with stage.watch.phase("score"):
+        batch, memory = stage.prepare(batch, run.state.objective)
+        jax.block_until_ready(batch)
+    with stage.watch.phase("update"):
+        state, frozen, steps = run.state.replace(objective=memory), run.references, []
+        peeks = bool(stage.objective.asks.peeks) and not stage.protocol.facts.stale
+        for rows in order(batch):
+            packing, notes = stage.pack(batch, rows)
+            state, out = stage.update(state, batch, rows, fresh=not steps and peeks, **packing)
+            frozen = references.moved(frozen, stage.protocol.facts.references, state.params)
+            steps.append(out | notes)
+        jax.block_until_ready(state.params)
+    return advance(run, state=state, references=frozen), batch, steps
+
+
+def finish(stage: Stage, gatherer: Gatherer, run: Run, batch: Rollouts) -> Run:
+    """The protocol's last word on an iteration; then references move."""
+    if stage.protocol.after:
+        run = stage.protocol.after(run, gatherer, batch)
+    keeps = stage.protocol.facts.references
+    frozen = references.moved(run.references, keeps, run.state.params, run.iteration + 1)
+    return advance(run, iteration=run.iteration + 1, references=frozen)
+
+
+def iterate(stage: Stage, gatherer: Gatherer, run: Run, key: Array, order: Order) -> tuple[Run, list[dict[str, Array]]]:
+    """One iteration; the metrics of its optimizer steps."""
+    run, batch = gather(stage, gatherer, run, key)
+    run, batch, steps = learn(stage, run, batch, order)
+    return finish(stage, gatherer, run, batch), steps

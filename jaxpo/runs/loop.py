@@ -1,0 +1,193 @@
+"""The iterations of a run: each is logged, evaluated and saved when that is due."""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+
+from jaxpo.batch import Rollouts
+from jaxpo.learning.needs import is_reward_model
+from jaxpo.learning.state import Run
+from jaxpo.parallel.distributed import is_first
+from jaxpo.protocols.gatherer import Gatherer, Watch
+from jaxpo.protocols.protocol import NothingLeft
+from jaxpo.runs.evaluation import answers, pairs, rewards
+from jaxpo.runs.interrupt import Interrupt
+from jaxpo.runs.iteration import Stage, iterate
+from jaxpo.runs.restore import checkpoint_of
+from jaxpo.runs.workspace import Workspace
+from jaxpo.storage.checkpoint import Checkpoints
+from jaxpo.storage.plots import plot_curves
+from jaxpo.storage.rundir import Elsewhere, Progress, RunDirectory, read_metrics
+
+PROFILE_AFTER = 2  # iterations before a profile, which compile
+
+
+class Diverged(RuntimeError):
+    """Too many optimizer steps in a row were not finite."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """What one process holds while it runs.
+
+    workspace: the surroundings.
+    gatherer: what the protocol may call.
+    stage: what an iteration is made of.
+    keys: independent random keys by purpose.
+    log: where metrics and samples are written.
+    checkpoints: where states are saved.
+    """
+
+    workspace: Workspace
+    gatherer: Gatherer
+    stage: Stage
+    keys: Mapping[str, Array]
+    log: RunDirectory | Elsewhere
+    checkpoints: Checkpoints
+
+    @property
+    def watch(self) -> Watch:
+        return self.gatherer.watch
+
+
+def keys_of(seed: int) -> dict[str, Array]:
+    """Independent keys of a run; everything random is a function of them and the iteration."""
+    return {
+        name: jax.random.fold_in(jax.random.key(seed), i)
+        for i, name in enumerate(("params", "rollout", "evaluate", "update", "protocol"))
+    }
+
+
+def minibatches(config: ConfigDict, key: Array, batch: Rollouts) -> Iterator[np.ndarray]:
+    """The rows of each optimizer step of an iteration; minibatches are made of whole groups."""
+    responses = math.lcm(batch.shared_prompt, max(len(batch.layout), 1))
+    groups = batch.rows // responses
+    for epoch in range(config.training.epochs):
+        order = np.arange(groups)
+        if config.training.minibatches > 1:
+            order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), groups))
+        for part in order.reshape(config.training.minibatches, -1):
+            yield (part[:, None] * responses + np.arange(responses)).reshape(-1).astype(np.int32)
+
+
+def merge_steps(steps: list[dict[str, Array]]) -> dict[str, float]:
+    """Mean over an iteration's optimizer steps; the largest for maxima, the sum for counts."""
+    steps = jax.device_get(steps)
+    out = {}
+    for name in steps[0]:
+        values = np.array([s[name] for s in steps])
+        out[name] = float(
+            values.max() if name.endswith("max") else values.sum() if name.startswith("step/") else values.mean()
+        )
+    # Only the first optimizer step has the rollout's own parameters; later ones differ from the sampler because they
+    # have learned.
+    if "mismatch/logp_abs_max" in out:
+        out["mismatch/logp_abs_max"] = float(steps[0]["mismatch/logp_abs_max"])
+    return out
+
+
+def loop(session: Session, run: Run, progress: Progress, interrupt: Interrupt, profile_steps: int) -> tuple[Run, bool]:
+    """Iterations up to the last; returns the run and whether SIGTERM ended it."""
+    config, watch, log, checkpoints = session.workspace.config, session.watch, session.log, session.checkpoints
+    skipped, drawn, first = 0, time.perf_counter(), run.iteration
+    trace = range(first + PROFILE_AFTER, first + PROFILE_AFTER + profile_steps)
+    if interrupt.asked():
+        return run, True
+    while run.iteration < config.steps:
+        if trace and run.iteration == trace.start:
+            jax.profiler.start_trace(f"{log.path}/profile")
+        try:
+            run, metrics = timed_iteration(session, run)
+        except NothingLeft as nothing:
+            raise NothingLeft(f"iteration {run.iteration}: {nothing} ({_last_good(checkpoints)})") from None
+        if trace and run.iteration == trace.stop:
+            jax.profiler.stop_trace()
+            progress.print(f"profile of {profile_steps} iterations in {log.path}/profile")
+        # A step that was skipped for want of tokens is no sign of divergence; one that was not finite is.
+        nonfinite = int(metrics["step/nonfinite"])
+        skipped = skipped + nonfinite if nonfinite == session.workspace.resolved.optimizer_steps else 0
+        judged = {}
+        if run.iteration % config.evaluation.every == 0 and run.iteration < config.steps:
+            judged = evaluate_greedy(session, run)
+            metrics |= judged
+        log.write(run.iteration, metrics)
+        progress.update(metrics)
+        if skipped >= config.nonfinite_patience:
+            raise Diverged(
+                f"{skipped} optimizer steps in a row had a loss or gradient that was not finite, up to iteration "
+                f"{run.iteration}: stopped. {_last_good(checkpoints)}"
+            )
+        # While steps are skipped, do not save: a state that diverges must not evict the last good checkpoint.
+        due = run.iteration % config.checkpoint.every == 0 and not skipped
+        asked = interrupt.asked()
+        if due or run.iteration == config.steps or asked:
+            if config.checkpoint.keep_best and run.iteration == config.steps:  # its full evaluation comes later
+                judged = evaluate_greedy(session, run, logged=0)
+            with watch.phase("checkpoint"):
+                checkpoints.save(run.iteration, *checkpoint_of(run, config.seed), judged)
+        if is_first() and time.perf_counter() - drawn > config.logging.plot_seconds:
+            with watch.phase("plot"):
+                draw_curves(str(log.path))
+            drawn = time.perf_counter()
+        if asked and run.iteration < config.steps:
+            return run, True
+    return run, False
+
+
+def timed_iteration(session: Session, run: Run) -> tuple[Run, dict[str, float]]:
+    """`iterate` with its time by phase and what the protocol noted."""
+    config, watch = session.workspace.config, session.watch
+    start, spent = time.perf_counter(), dict(watch.seconds)
+    key = jax.random.fold_in(session.keys["rollout"], run.iteration)
+    order = partial(minibatches, config, jax.random.fold_in(key, 1))
+    run, steps = iterate(session.stage, session.gatherer, run, jax.random.fold_in(key, 0), order)
+    metrics = merge_steps(steps)
+    seconds = time.perf_counter() - start
+    phases = ("generate", "reward", "score", "update")
+    metrics |= {f"time/{k}": watch.seconds[k] - spent.get(k, 0.0) for k in phases}
+    # ``tokens`` is a mean over optimizer steps, each of which saw one minibatch.
+    tokens = metrics["tokens"] * config.training.minibatches
+    metrics |= {"time/iteration": seconds, "time/tokens_per_s": tokens / seconds, **watch.notes}
+    watch.notes.clear()
+    return run, metrics
+
+
+def evaluate_greedy(session: Session, run: Run, logged: int | None = None) -> dict[str, float]:
+    """What `evaluated` says during the run; a few samples are logged (None = as many as configured)."""
+    workspace = session.workspace
+    logged = workspace.config.logging.samples if logged is None else logged
+    with session.watch.phase("evaluate"):
+        metrics, samples, _ = evaluated(workspace, run)
+    session.log.samples(run.iteration, samples[:logged])
+    return metrics
+
+
+def _last_good(checkpoints: Checkpoints) -> str:
+    checkpoints.wait()
+    return f"the last good checkpoint is {checkpoints.directory}/{checkpoints.latest()}"
+
+
+def evaluated(workspace: Workspace, run: Run) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, Any]]:
+    """Metrics, samples, and the bins of a reliability picture: of a policy its greedy answers, of a reward model how
+    well it orders held-out pairs; of both what held-out pairs say."""
+    metrics = pairs.held_out(workspace, run)
+    if not is_reward_model(workspace.objective):
+        greedy, samples = answers.greedy(workspace, run.state.params, workspace.questions.test)
+        return {**greedy, **metrics}, samples, {}
+    if not pairs.measurable(workspace):
+        return metrics, [], {}
+    calibrated, bins = rewards.calibration(*rewards.stated(workspace, run.state.params))
+    return {**metrics, **calibrated}, [], bins
+
+
+def draw_curves(workdir: str) -> None:
+    """Refresh ``curves.png``."""
+    plot_curves({str(workdir): read_metrics(workdir)}, f"{workdir}/curves.png")

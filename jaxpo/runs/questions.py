@@ -1,0 +1,123 @@
+"""A task as tokens: its prompts, completions as text, what the verifier says of them, and its own answers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from jaxpo.batch import Demonstrations, Rollouts
+from jaxpo.parallel.distributed import from_rows, own_rows, take_rows, to_host
+from jaxpo.protocols.gatherer import Prompts, Verdict
+from jaxpo.tasks import Example, Task, imperfect
+from jaxpo.text.tokenizers import Tokenizer
+
+Answers = list[list[str]]
+Opinion = Callable[[Sequence[Example], Answers], Verdict]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """A task as tokens.
+
+    task: examples, verifier, demonstrations.
+    tokenizer: of prompts and answers.
+    train: prompts to train on.
+    test: prompts to evaluate on.
+    width: T, tokens of an answer at most.
+    stop: strings at which an answer ends.
+    """
+
+    task: Task
+    tokenizer: Tokenizer
+    train: Prompts
+    test: Prompts
+    width: int
+    stop: tuple[str, ...] = ()
+
+    def texts(self, rollouts: Rollouts) -> list[str]:
+        """The completions [..., B] as text, without special tokens and cut before a stop string."""
+        width, mask = rollouts.mask.shape[-1], np.asarray(rollouts.mask) > 0
+        ids = np.asarray(rollouts.tokens)[..., -width:].reshape(-1, width)
+        texts = [self.tokenizer.decode(row[on].tolist()) for row, on in zip(ids, mask.reshape(-1, width), strict=True)]
+        for stop in self.stop:
+            texts = [text.split(stop)[0] for text in texts]
+        return texts
+
+    def verdicts(self, examples: Sequence[Example], rollouts: Rollouts) -> np.ndarray:
+        """reward, correct and error (0 or 1) [B, 3] of the rows, which answer ``examples`` [B]. Each process verifies
+        rows of its own; all get the whole."""
+        rows = own_rows(rollouts.tokens)
+        said = Rollouts(tokens=rollouts.tokens, mask=rollouts.mask)
+        own = jax.tree.map(lambda x: take_rows(x, rows), said)
+        scores = self.task.score([examples[i] for i in rows], self.texts(own)) if len(rows) else []
+        values = np.array([(s.reward, s.correct, s.error is not None) for s in scores], np.float64).reshape(-1, 3)
+        return from_rows(values, rows, rollouts.rows)
+
+    def answers(self, column: Rollouts, prompts: np.ndarray) -> np.ndarray:
+        """[n, K] the texts of the answers (NumPy) to these of the prompts of a generated batch."""
+        k = column.shared_prompt
+        rows = (prompts[:, None] * k + np.arange(k)).reshape(-1)
+        texts = self.texts(Rollouts(tokens=column.tokens[rows], mask=column.mask[rows]))
+        return np.array(texts, object).reshape(len(prompts), k)
+
+    def compare(
+        self, opinion: Opinion, examples: Sequence[Example], *columns: Rollouts, whole: bool = False
+    ) -> Verdict:
+        """What a judge says of answers to the same prompts, of generated batches side by side.
+
+        Args:
+          opinion: the judge's ``(examples [G], answers [G][K]) -> Verdict``.
+          whole: every process hands the judge all answers, since it computes on the mesh; otherwise each of several
+            processes decodes and judges a share of the prompts, and all get the whole.
+        """
+        columns = tuple(to_host(column) for column in columns)
+        at = columns[0].prompt[:: columns[0].shared_prompt]
+        own = np.arange(len(at)) if whole else own_rows(at)
+        answers = np.concatenate([self.answers(column, own) for column in columns], 1)
+        k = answers.shape[1]
+        said = Verdict(np.zeros((0, k)), np.zeros((0, k, k)))
+        if len(own):
+            said = opinion([examples[i] for i in at[own]], answers.tolist())
+        return said if whole else Verdict(*(from_rows(x, own, len(at)) for x in said))
+
+    def demonstrations(self, indices: np.ndarray, drop_last: float = 0.0, seed: int = 0) -> Rollouts:
+        """The task's own answers to training prompts, which end with the first EOS id; of a share ``drop_last`` of them
+        the last character is missing.
+
+        Raises:
+          ValueError: the task has no answers, or one is longer than ``width``.
+        """
+        if self.task.demonstrate is None:
+            raise ValueError(f"config.task.name: {self.task.name} has no answers to demonstrate")
+        demonstrate, prompts = self.task.demonstrate, self.train
+        if drop_last:
+            demonstrate = imperfect(demonstrate, drop_last, seed)
+        end = self.tokenizer.eos_ids[0]
+        answers = [[*self.tokenizer.encode(demonstrate(prompts.examples[i])), end] for i in indices]
+        longest = max(map(len, answers))
+        if longest > self.width:
+            raise ValueError(
+                f"config.sampling.max_new_tokens {self.width} is too short for demonstrations of {longest} tokens"
+            )
+        width = prompts.tokens.shape[1]
+        questions = [prompts.tokens[i, width - prompts.length[i] :].tolist() for i in indices]
+        sizes = dict(prompt_width=width, width=self.width, pad_id=self.tokenizer.pad_id)
+        return Demonstrations(questions, answers, **sizes)
+
+
+def tokenize(
+    examples: Sequence[Example], tokenizer: Tokenizer, width: int | None
+) -> tuple[list[Example], list[list[int]]]:
+    """The examples whose prompt has at most ``width`` tokens (None = any), and those prompts."""
+    ids = [tokenizer.encode(tokenizer.render(e.question)) for e in examples]
+    kept = [i for i, x in enumerate(ids) if width is None or len(x) <= width]
+    return [examples[i] for i in kept], [ids[i] for i in kept]
+
+
+def pad_prompts(examples: Sequence[Example], ids: Sequence[Sequence[int]], width: int, pad_id: int) -> Prompts:
+    """Left-pad to ``width``."""
+    tokens = np.full((len(ids), width), pad_id, np.int32)
+    for row, x in zip(tokens, ids, strict=True):
+        row[width - len(x) :] = x
+    return Prompts(examples, tokens, np.array([len(x) for x in ids], np.int32))

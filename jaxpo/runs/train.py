@@ -1,0 +1,302 @@
+"""The main job: start or resume a run, iterate, evaluate, and leave everything behind that a run leaves."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from jaxpo.config.resolved import Resolved
+from jaxpo.learning.needs import is_reward_model
+from jaxpo.learning.state import Run
+from jaxpo.parallel.distributed import check_shared, from_first, is_first, on_first, only_first_prints
+from jaxpo.policy.families import tensors
+from jaxpo.policy.hf import check_source, open_source, read_config
+from jaxpo.policy.transformer import Params, parameter_count
+from jaxpo.protocols.gatherer import Watch
+from jaxpo.runs.evaluation import answers, pairs
+from jaxpo.runs.gatherer import make_gatherer, make_stage
+from jaxpo.runs.interrupt import Interrupt
+from jaxpo.runs.loop import PROFILE_AFTER, Session, draw_curves, evaluated, keys_of, loop
+from jaxpo.runs.restore import (
+    MODEL,
+    check_room,
+    checkpoint_of,
+    checkpoints_of,
+    find_checkpoint,
+    first_params,
+    first_references,
+    restore,
+    template,
+)
+from jaxpo.runs.warm_start import warm_start
+from jaxpo.runs.workspace import Workspace, prepare_process, setup
+from jaxpo.storage.checkpoint import Checkpoints, Restored, finished_steps
+from jaxpo.storage.manifest import config_hash, differences
+from jaxpo.storage.plots import plot_reliability
+from jaxpo.storage.rundir import Elsewhere, Progress, RunDirectory, closing_table, read_metrics
+
+RELIABILITY = "reliability.json"
+BEFORE_ALL = -(2**31)  # resuming from here keeps nothing of an earlier attempt's logs
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    params: the trained parameters.
+    before, after: evaluation metrics.
+    seconds: wall time by phase.
+    iteration: finished ones.
+    workspace: of the run.
+    """
+
+    params: Params
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    seconds: Mapping[str, float]
+    iteration: int
+    workspace: Workspace
+
+
+def train_rl(
+    config: ConfigDict,
+    workdir: str,
+    *,
+    resume: bool = False,
+    profile_steps: int = 0,
+    check: Callable[[Resolved], None] | None = None,
+) -> Result:
+    """Train a policy by reinforcement learning: the main job.
+
+    Args:
+      config: see `jaxpo.config.fields.default`; checked before anything is compiled.
+      workdir: receives config, metrics, samples, curves and checkpoints.
+      resume: go on from the last checkpoint in ``workdir``, if there is one.
+      check: raises ``ValueError`` for a run that another program is for.
+      profile_steps: write a profiler trace of so many iterations (from the third on) to ``workdir/profile``.
+
+    Raises:
+      ValueError: a config that cannot run. FileExistsError: ``workdir`` is not empty and ``resume`` is not set.
+      Diverged, NothingLeft: the run cannot go on; the last checkpoint is named.
+    """
+    with only_first_prints():
+        return _train(config, workdir, resume, profile_steps, check)
+
+
+class Voice:
+    """Prints messages; while there is a progress bar, above it."""
+
+    def __init__(self) -> None:
+        self.say: Callable[[str], None] = print
+
+    def __call__(self, text: str) -> None:
+        self.say(text)
+
+
+def _train(
+    config: ConfigDict, workdir: str, resume: bool, profile_steps: int, check: Callable[[Resolved], None] | None
+) -> Result:
+    prepare_process(config.compilation_cache)
+    directory = checkpoints_of(workdir, config)
+    done = from_first(lambda: max(finished_steps(directory), default=None))
+    if config.checkpoint.directory and done is not None and not resume:
+        raise FileExistsError(f"{directory} holds checkpoint {done}; go on with --resume or choose another directory")
+    check_profile(profile_steps, config.steps - (done or 0) - PROFILE_AFTER)
+    voice, started = Voice(), time.perf_counter()
+    workspace = setup(config, report=voice, check=check)
+    watch = Watch(say=voice)
+    gatherer = make_gatherer(workspace, watch)
+    tables = workspace.protocol.tables(gatherer) if workspace.protocol.tables else {}
+    tables |= pairs.tables(workspace)
+    run, found = (None, None) if done is None or not resume else restore(workspace, tables, directory)
+    if found is None:
+        check_start(workspace)
+    kept = config.checkpoint.keep + bool(config.checkpoint.keep_best)
+    from_first(lambda: check_room(directory, template(workspace, tables), kept))
+    log = on_first(lambda: open_run(workdir, workspace, resume, found)) or Elsewhere(workdir)
+    check_shared(epath.Path(directory).absolute())
+    best = config.checkpoint.keep_best
+    checkpoints = Checkpoints(directory, config.checkpoint.keep, best=best, config=config_hash(config))
+    stage = make_stage(workspace, watch)
+    session = Session(workspace, gatherer, stage, keys_of(config.seed), log, checkpoints)
+    try:
+        with Interrupt() as interrupt:
+            if found is not None:
+                checkpoints.set_aside(found.passed)
+                print(f"resumed at iteration {run.iteration} from {directory}/{found.step}")
+            else:
+                run = begin(session, tables)
+                checkpoints.save(0, *checkpoint_of(run, config.seed))
+            before = (found and from_first(lambda: read_evaluation(workdir, 0))) or evaluate_both(session, run)
+            with Progress(config.steps, initial=run.iteration) as progress:
+                voice.say = progress.print
+                run, stopped = loop(session, run, progress, interrupt, profile_steps)
+            voice.say = print
+        checkpoints.wait()
+        if stopped:
+            print(f"stopped by SIGTERM after iteration {run.iteration}, saved; go on with --resume")
+            return Result(run.state.params, before, {}, watch.seconds, run.iteration, workspace)
+        after = last_evaluation(session, run, before, found, workdir)
+        on_first(lambda: draw_curves(workdir))
+        summarize(workspace, run, before, after, watch, time.perf_counter() - started)
+        return Result(run.state.params, before, after, watch.seconds, run.iteration, workspace)
+    finally:
+        checkpoints.close()
+        log.close()
+
+
+def check_profile(steps: int, left: int) -> None:
+    """``ValueError`` for a profile of more iterations than are left after those that compile."""
+    if steps < 0 or steps > max(left, 0):
+        raise ValueError(
+            f"--profile_steps={steps}: this run can trace at most {max(left, 0)} iterations, after {PROFILE_AFTER} "
+            "that compile"
+        )
+
+
+def last_evaluation(
+    session: Session, run: Run, before: Mapping[str, float], found: Restored | None, workdir: str
+) -> Mapping[str, float]:
+    """The evaluation at the end: read from the log if a resumed run had finished, that of the start if nothing was
+    trained, measured otherwise."""
+    if found and found.step == run.iteration:
+        if after := from_first(lambda: read_evaluation(workdir, run.iteration)):
+            print(f"this run has finished: all of its {run.iteration} iterations are done")
+            return after
+    return evaluate_both(session, run) if run.iteration else before
+
+
+def open_run(workdir: str, workspace: Workspace, resume: bool, found: Restored | None) -> RunDirectory:
+    """The run directory, with config and tokenizer in it; says what is about to run, and in which fields a run that is
+    resumed differs from what it was."""
+    config = workspace.config
+    begun, held = Path(workdir).is_dir() and any(Path(workdir).iterdir()), Path(workdir) / "config.json"
+    resume_step = (found.step if found else BEFORE_ALL) if resume and begun else None
+    if found and found.manifest["config"] != config_hash(config) and held.is_file():
+        for line in differences(json.loads(held.read_text()), json.loads(json.dumps(config.to_dict()))):
+            print(f"WARNING: the run goes on with another config: {line}")
+    wandb = {"project": config.logging.wandb_project} if config.logging.wandb_project else None
+    log = RunDirectory(workdir, tensorboard=config.logging.tensorboard, wandb=wandb, resume_step=resume_step)
+    log.save_json("config.json", config.to_dict())
+    log.save_json("tokenizer.json", workspace.tokenizer.to_json())
+    if config.policy.name == "pretrained":
+        (log.path / MODEL).mkdir(exist_ok=True)
+        log.save_json(f"{MODEL}/config.json", read_config(config.policy.path))
+    trained = parameter_count(jax.eval_shape(workspace.init_params, jax.random.key(0)))
+    frozen = "" if workspace.base is None else f" beside {parameter_count(workspace.base):,} frozen ones"
+    mesh = " x ".join(f"{k} {v}" for k, v in workspace.mesh.shape.items())
+    print(f"{workspace.task.name}: " + ", ".join(f"{k} {v:g}" for k, v in workspace.report.items()))
+    print(
+        f"policy: {trained:,} parameters{frozen}, {workspace.tokenizer.vocab_size} tokens; objective "
+        f"{config.objective.name}; mesh {mesh} "
+        f"on {jax.devices()[0].platform}"
+    )
+    return log
+
+
+def begin(session: Session, tables: dict[str, Any]) -> Run:
+    """Parameters (random, loaded, or warm-started), references and protocol tables of a new run."""
+    workspace, gatherer = session.workspace, session.gatherer
+    params = first_params(workspace, session.keys["params"])
+    if workspace.config.warm_start.steps:
+        with session.watch.phase("warm start"):
+            params = warm_start(workspace, params, session.log, report=session.watch.say)
+    state = workspace.init_state(params)
+    run = Run(state, first_references(workspace, state), pairs.started(workspace, params, tables))
+    init = workspace.protocol.init
+    return init(run, gatherer, session.keys["protocol"]) if init else run
+
+
+def evaluate_both(session: Session, run: Run) -> dict[str, float]:
+    """What `evaluated` says at the current iteration, and pass@k of a policy; logged."""
+    workspace, config = session.workspace, session.workspace.config.evaluation
+    with session.watch.phase("evaluate"):
+        metrics, samples, pictured = evaluated(workspace, run)
+        if config.pass_at and workspace.task.score and not is_reward_model(workspace.objective):
+            key = jax.random.fold_in(session.keys["evaluate"], run.iteration)
+            metrics |= answers.sampled(
+                workspace, run.state.params, workspace.questions.test, key, samples=config.samples, ks=config.pass_at
+            )
+    session.log.write(run.iteration, metrics)
+    session.log.samples(run.iteration, samples[: workspace.config.logging.samples])
+    if pictured and is_first():
+        session.log.save_json(RELIABILITY, {"iteration": run.iteration, **pictured})
+        plot_reliability(pictured, session.log.path / f"{Path(RELIABILITY).stem}.png")
+    return metrics
+
+
+def read_evaluation(workdir: str, iteration: int) -> dict[str, float]:
+    """The evaluation after an iteration, as an earlier part of a resumed run has logged it; {} if it has not."""
+    metrics = read_metrics(workdir)
+    rows = np.flatnonzero(metrics["step"] == iteration)
+    found = {k: float(v[rows[0]]) for k, v in metrics.items() if k.startswith("eval/")} if len(rows) else {}
+    return {k: v for k, v in found.items() if np.isfinite(v)}
+
+
+def check_start(workspace: Workspace) -> None:
+    """What parameters come from is there, before anything is compiled or written."""
+    config = workspace.config
+    if is_reward_model(workspace.objective) and workspace.preferences is None:
+        raise ValueError(
+            f"config.data.name is None: {config.objective.name!r} trains a reward model, which learns from answers "
+            "that are given; set it to jsonl, datasets or task"
+        )
+    if config.init_from and find_checkpoint(config.init_from) is None:
+        raise ValueError(f"config.init_from {config.init_from!r} is no run directory with a checkpoint")
+    if config.policy.name == "pretrained" and not config.init_from and not config.lora.rank:
+        check_source(open_source(config.policy.path), tensors(workspace.model.config))
+    if config.warm_start.steps:
+        workspace.questions.demonstrations(np.arange(len(workspace.questions.train)))
+    best = config.checkpoint.keep_best
+    known = pairs.measurable(workspace) if best == "eval/accuracy" else workspace.task.score is not None
+    if best and not known:
+        what = "held-out pairs" if best == "eval/accuracy" else "verifier"
+        raise ValueError(f"config.checkpoint.keep_best {best!r}: this run has no {what} to judge checkpoints by")
+    for path in config.soup.of:
+        if find_checkpoint(path) is None:
+            raise ValueError(f"config.soup.of {path!r} is no run directory with a checkpoint")
+    if bool(config.soup.of) != ("soup" in workspace.resolved.references):
+        raise ValueError(
+            "config.soup.of names two runs exactly where an objective needs logp_soup, the log-probs of their average"
+        )
+
+
+def summarize(
+    workspace: Workspace,
+    run: Run,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    watch: Watch,
+    seconds: float,
+) -> None:
+    """The closing tables: accuracy before and after, and where the time went."""
+
+    def shown(metrics: Mapping[str, float], name: str) -> str:
+        return (f"{metrics[name]:.3f}" if name in metrics else "") + (
+            f" [{metrics[name + '_lo']:.3f}, {metrics[name + '_hi']:.3f}]" if name + "_lo" in metrics else ""
+        )
+
+    rewards = is_reward_model(workspace.objective)
+    held = pairs.how_many(workspace) if rewards else f"{len(workspace.questions.test)} test prompts"
+    names = ["eval/greedy", *[f"eval/pass@{k}" for k in workspace.config.evaluation.pass_at]]
+    names = [name for name in (*names, *pairs.SHOWN) if name in {**before, **after}]
+    if names:
+        closing_table(
+            f"{workspace.task.name}, {held}: before and after {run.iteration} iterations (95% intervals)",
+            [(n.removeprefix("eval/"), shown(before, n), shown(after, n)) for n in names],
+            columns=("", "before", "after"),
+        )
+    compiling = sum(c.seconds for c in workspace.programs.compiled)
+    rest = seconds - sum(watch.seconds.values())
+    rows = [*watch.seconds.items(), ("everything else", rest)]
+    closing_table(
+        f"{seconds:.0f} s in all, of which {compiling:.0f} s compiling",
+        [(k, f"{v:.1f} s", f"{v / seconds:.0%}") for k, v in rows],
+    )

@@ -1,0 +1,416 @@
+"""Checkpoints of a whole training state by orbax: written in the background, restored bit for bit on any mesh.
+
+A checkpoint is a directory named after its step: the arrays of a pytree under flat names ("params/head/w"), sharded
+(tensorstore, OCDBT), and the manifest (`jaxpo.storage.manifest`), which is written last. Without a manifest that fits,
+bit for bit, a directory is no checkpoint; the one before it is taken, and it is said which, why and what instead.
+
+With several processes (``jax.distributed``) all of them have to make every call, on a directory that all of them see.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from jaxpo.registry import unknown
+from jaxpo.storage import manifest
+from jaxpo.storage.manifest import DamagedCheckpoint, Tree, describe, is_key, is_stored, named_leaves
+
+_TMP, _DAMAGED = ".orbax-checkpoint-tmp", ".damaged"  # endings of directories that are no checkpoints
+
+# Orbax logs dozens of lines a save through absl's logger; its warnings and errors still come through.
+logging.getLogger("absl").addFilter(lambda line: line.levelno >= logging.WARNING or "/orbax/" not in line.pathname)
+
+
+class Restored(NamedTuple):
+    """A checkpoint that was read. manifest: all that it says of itself (metrics, config, leaves, ...). passed: later
+    steps that are damaged."""
+
+    tree: Tree
+    position: dict[str, Any]
+    step: int
+    manifest: dict[str, Any]
+    passed: list[int]
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      directory: where they are kept, made if it is missing; a local path or one that etils.epath writes (gs://...).
+      keep: how many finished ones stay; the oldest go first. ``save``, ``wait`` and ``close`` prune, so there can be
+        one more for a while.
+      best: name of a metric; the checkpoint with the highest value (the later one of two) stays besides those.
+      config: hash of the run's config, kept in the manifests.
+    """
+
+    def __init__(self, directory: str, keep: int = 3, *, best: str | None = None, config: str = ""):
+        if keep < 1:
+            raise ValueError(f"keep: {keep} checkpoints; at least 1 has to stay")
+        self.directory, self.keep, self.best, self.config = epath.Path(directory).absolute(), keep, best, config
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future | None = None
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, ascending."""
+        return finished_steps(self.directory)
+
+    def latest(self) -> int | None:
+        """The last finished step, None if there is none."""
+        return max(self.steps(), default=None)
+
+    def save(
+        self, step: int, tree: Tree, position: Mapping[str, Any], metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Copy ``tree`` to the host and write it in the background; a save still under way is waited for first.
+
+        Args:
+          step: names the checkpoint; a checkpoint of this step, whole or torn, is replaced.
+          tree: pytree of arrays, PRNG keys (typed or raw) and Python scalars. It may be donated once this returns.
+          position: what else a resumed run has to know, JSON-able.
+          metrics: by which ``best`` is chosen; a checkpoint without that metric is not among them.
+
+        Raises:
+          ValueError: ``step`` is before the latest checkpoint's; see ``discard_after``.
+          TypeError: a leaf, or something in ``position``, that cannot be saved.
+          OSError: the one under way could not be written.
+        """
+        self.wait()
+        if (latest := self.latest()) is not None and step < latest:
+            raise ValueError(
+                f"step: {step} comes before the latest checkpoint, {latest}, in {self.directory}; "
+                f"call discard_after({step}) if the run has gone back"
+            )
+        leaves, arrays = {}, {}
+        for name, (path, leaf) in named_leaves(tree).items():
+            leaves[name] = {"path": manifest.keys_of_path(path), **describe(name, leaf)}
+            if is_stored(leaves[name]):
+                arrays[name] = _to_orbax(leaf)
+        for name, checksum in manifest.checksums(arrays).items():
+            leaves[name]["checksum"] = checksum
+        content = dict(
+            step=step, config=self.config, position=dict(position), metrics=dict(metrics or {}), leaves=leaves
+        )
+        try:
+            json.dumps(content)
+        except TypeError as error:
+            raise TypeError(f"position: {error}; it has to be JSON-able") from None
+        folder = self.directory / str(step)
+        self._delete(folder)  # a torn one, or one to be replaced
+        _together(f"checkpoint {step}")  # no process starts before that is done
+        if arrays:  # orbax refuses an empty item
+            self._orbax.save(folder, args=ocp.args.Composite(arrays=ocp.args.PyTreeSave(arrays)))
+        self._pending = self._thread.submit(self._publish, folder, content)
+
+    def _publish(self, folder: epath.Path, content: dict[str, Any]) -> None:
+        self._orbax.wait_until_finished()  # until the files of all processes are there
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            manifest.write(folder, {**content, "files": manifest.sizes(folder)})
+
+    def wait(self) -> None:
+        """Return once nothing is being written any more, and remove what need not stay.
+
+        Raises:
+          OSError: the checkpoint under way could not be written (a full disk, say).
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            try:
+                pending.result()
+            except Exception as error:
+                raise OSError(
+                    f"a checkpoint could not be written to {self.directory}: {_one_line(error)}; the last whole one is "
+                    f"{self.latest()}: make room there, or see to its permissions, and go on with --resume"
+                ) from error
+            _together("checkpoint written")
+        self._prune()
+
+    def _prune(self) -> None:
+        if jax.process_index() != 0:
+            return
+        steps = self.steps()
+        for step in set(steps[: -self.keep]) - {self._best(steps)}:
+            self._delete(self.directory / str(step))
+        for left in self.directory.iterdir():  # of a killed process: nothing is under way
+            if left.name.endswith(_TMP) or (left.name.isdecimal() and not _is_finished(left)):
+                self._delete(left)
+
+    def _best(self, steps: list[int]) -> int | None:
+        values = {}
+        for step in steps if self.best else ():
+            try:
+                values[step] = manifest.read(self.directory / str(step))["metrics"][self.best]
+            except (DamagedCheckpoint, KeyError):  # it cannot be the best of those that can be judged
+                continue
+        return max(values, key=lambda step: (values[step], step), default=None)
+
+    def discard_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps: a run that goes on from ``step`` leaves that continuation behind."""
+        self.wait()
+        for later in self.steps():
+            if later > step:
+                self._delete(self.directory / str(later))
+        _together("later ones discarded")
+
+    def set_aside(self, steps: Sequence[int]) -> None:
+        """Rename damaged checkpoints to ``STEP.damaged``, so that the run can write these steps again."""
+        for step in steps if jax.process_index() == 0 else ():
+            folder = self.directory / str(step)
+            if not _is_finished(folder):  # a kill left it half written
+                self._delete(folder)
+            else:
+                self._delete(folder.with_name(folder.name + _DAMAGED))
+                folder.rename(folder.with_name(folder.name + _DAMAGED))
+        _together("damaged ones set aside")
+
+    def restore(self, template: Tree, step: int | None = None) -> tuple[Tree, dict[str, Any]]:
+        """The tree and position of a checkpoint (the latest whole one): see the function `restore`."""
+        self.wait()
+        return restore(self.directory, template, step)[:2]
+
+    def close(self) -> None:
+        """Wait for the last save and release the threads, whether or not it could be written."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._orbax.close()
+
+    def _delete(self, folder: epath.Path) -> None:
+        if jax.process_index() == 0 and folder.exists():
+            (folder / manifest.NAME).unlink(missing_ok=True)  # first: a kill in the middle leaves no checkpoint
+            folder.rmtree()
+
+
+def finished_steps(directory: str) -> list[int]:
+    """Ascending steps of the finished checkpoints in ``directory``; what a kill left half written is none."""
+    return [step for step in _steps(epath.Path(directory)) if _is_finished(epath.Path(directory) / str(step))]
+
+
+def restore(
+    directory: str, template: Tree, step: int | None = None, *, report: Callable[[str], None] | None = None
+) -> Restored:
+    """A checkpoint in the structure of ``template`` and on its devices, verified: every bit is as it was saved.
+
+    Args:
+      template: pytree of arrays or jax.ShapeDtypeStruct. A leaf with a sharding is restored with it, whatever mesh
+        it was saved from; one without (or an uncommitted array) comes back uncommitted. NumPy arrays come back as
+        NumPy arrays, Python scalars as such.
+      step: which one; None = the latest that is whole. Damaged ones that are passed over are told to ``report``
+        (standard error of the first process by default), with the reason and what is taken instead.
+
+    Raises:
+      FileNotFoundError: there is no such finished checkpoint, or none that is whole.
+      DamagedCheckpoint: the ``step`` that is asked for is not whole.
+      ValueError: a leaf is missing, left over, or of another shape or dtype than in the template (it is named).
+    """
+    wanted = named_leaves(template)
+
+    def load(folder: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        content = _agreed(lambda: manifest.read(folder))
+        described = {name: describe(name, leaf) for name, (_, leaf) in wanted.items()}
+        manifest.compare(folder, content["leaves"], described)
+        return _read(folder, content["leaves"], {name: leaf for name, (_, leaf) in wanted.items()}), content
+
+    (found, content), passed = _first_whole(epath.Path(directory).absolute(), step, load, report)
+    tree = jax.tree.unflatten(jax.tree.structure(template), [found[name] for name in wanted])
+    return Restored(tree, content["position"], content["step"], content, passed)
+
+
+def restore_params(
+    directory: str,
+    step: int | None = None,
+    *,
+    name: str = "params",
+    shardings: Tree = None,
+    without: Collection[tuple[str, ...]] = (),
+) -> tuple[dict, dict[str, Any]]:
+    """The parameters of a checkpoint without a template: for evaluation.
+
+    Args:
+      directory: of the run's checkpoints.
+      step: which one; as of `restore`.
+      name: the entry of the saved tree to read; nothing else is read.
+      shardings: of its leaves, in a tree like it; None = on the default device.
+      without: beginnings of paths of leaves that are not read, ``("params", "heads", "score")``.
+
+    Returns:
+      A nested dict of arrays (lists come back as dicts with integer keys) and the position.
+
+    Raises:
+      FileNotFoundError, DamagedCheckpoint: as of `restore`.
+      KeyError: the saved tree has no entry ``name``.
+      ValueError: the leaves of ``shardings`` are not those of the checkpoint (one is named).
+    """
+    placed = {f"{name}/{key}": x for key, (_, x) in named_leaves(shardings).items()}
+
+    def load(folder: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        content = _agreed(lambda: manifest.read(folder))
+        leaves = {key: leaf for key, leaf in content["leaves"].items() if leaf["path"][:1] == [name]}
+        left_out = {key for key, leaf in leaves.items() if any(tuple(leaf["path"][: len(p)]) == p for p in without)}
+        leaves = {key: leaf for key, leaf in leaves.items() if key not in left_out}
+        if not leaves:
+            entries = {str(leaf["path"][0]) for leaf in content["leaves"].values() if leaf["path"]}
+            raise KeyError(f"checkpoint {folder}: {unknown('entry', name, entries)}")
+        if wrong := sorted(placed.keys() ^ leaves.keys()) if placed else []:
+            raise ValueError(f"checkpoint {folder} is of another model: only one of the two has {wrong[0]}")
+        templates = {key: manifest.template_of(leaf, placed.get(key)) for key, leaf in leaves.items()}
+        return _read(folder, leaves, templates), content
+
+    (arrays, content), _ = _first_whole(epath.Path(directory).absolute(), step, load, None)
+    tree: dict = {}
+    for key, value in arrays.items():
+        node, path = tree, content["leaves"][key]["path"]
+        for entry in path[:-1]:
+            node = node.setdefault(entry, {})
+        node[path[-1]] = value
+    return tree[name], content["position"]
+
+
+def saved_paths(directory: str, step: int | None = None) -> set[tuple[str, ...]]:
+    """The paths of the leaves that a checkpoint holds, as ``("params", "heads", "score", "weight")``.
+
+    Raises:
+      FileNotFoundError, DamagedCheckpoint: as of `restore`."""
+
+    def load(folder: epath.Path) -> set[tuple[str, ...]]:
+        content = _agreed(lambda: manifest.read(folder))
+        return {tuple(map(str, leaf["path"])) for leaf in content["leaves"].values()}
+
+    return _first_whole(epath.Path(directory).absolute(), step, load, None)[0]
+
+
+# ---- which checkpoint
+
+
+def _steps(directory: epath.Path) -> list[int]:
+    """Ascending steps that have a directory, finished or not."""
+    there = directory.iterdir() if directory.exists() else ()
+    return sorted(int(path.name) for path in there if path.name.isdecimal())
+
+
+def _is_finished(folder: epath.Path) -> bool:
+    return (folder / manifest.NAME).exists()
+
+
+def _first_whole(
+    directory: epath.Path, step: int | None, load: Callable[[epath.Path], Any], report: Callable[[str], None] | None
+) -> tuple[Any, list[int]]:
+    """``load`` of the step, or of the last one that is whole, and the steps after it."""
+    if step is not None:
+        if step not in _steps(directory):
+            finished = finished_steps(directory)
+            nearest = f"; the nearest is {min(finished, key=lambda x: abs(x - step))}" if finished else ""
+            raise FileNotFoundError(f"no finished checkpoint of step {step} in {directory}{nearest}")
+        try:
+            return load(directory / str(step)), []
+        except DamagedCheckpoint as error:
+            raise DamagedCheckpoint(f"checkpoint {directory}/{step} is damaged: {error}") from None
+    passed: dict[int, str] = {}
+    for candidate in reversed(_steps(directory)):
+        try:
+            found = load(directory / str(candidate))
+        except DamagedCheckpoint as error:
+            passed[candidate] = f"checkpoint {directory}/{candidate} is damaged: {error}"
+            continue
+        for line in passed.values() if jax.process_index() == 0 else ():
+            line = f"WARNING: {line}. Taking checkpoint {directory}/{candidate} instead"
+            report(line) if report else print(line, file=sys.stderr, flush=True)
+        return found, list(passed)
+    raise FileNotFoundError("; ".join([f"no finished checkpoint in {directory}", *passed.values()]))
+
+
+# ---- reading
+
+
+def _together(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def _agreed(read: Callable[[], Any]) -> Any:
+    """``read()``, unless it fails in any process: then it fails in all of them."""
+    found, error = None, None
+    try:
+        found = read()
+    except Exception as failure:  # whatever a decoder makes of bits that are not its own
+        error = failure
+    failed = error is not None
+    if jax.process_count() > 1:
+        failed = bool(multihost_utils.process_allgather(np.array(failed)).any())
+    if failed:
+        raise DamagedCheckpoint(_one_line(error) if error else "another process could not read it") from error
+    return found
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _to_orbax(leaf: Any) -> Any:
+    if not isinstance(leaf, jax.Array):
+        return np.array(leaf)  # a copy: the caller may write into its own
+    if is_key(leaf):
+        leaf = jax.random.key_data(leaf)
+    # What every process has a copy of (an optimizer's step count) is no distributed array to orbax.
+    return np.asarray(leaf) if jax.process_count() > 1 and leaf.is_fully_addressable else leaf
+
+
+def _read(folder: epath.Path, saved: Mapping[str, Mapping], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """{name: leaf} of the ``wanted`` templates, each with the shape, dtype and checksum that ``saved`` says."""
+    stored = {name: leaf for name, leaf in wanted.items() if is_stored(saved[name])}
+    arrays: dict[str, Any] = {}
+    if stored:
+        how = {name: _restore_args(leaf) for name, leaf in stored.items()}
+        items = {name: 0 for name in stored}
+        args = ocp.args.PyTreeRestore(item=items, restore_args=how, partial_restore=True)
+        # Not through a Checkpointer: its barriers would wait for a process that could not read.
+        arrays = _agreed(lambda: ocp.PyTreeCheckpointHandler().restore(folder / "arrays", args=args))
+    for name, checksum in manifest.checksums(arrays).items():
+        if checksum != saved[name]["checksum"]:
+            raise DamagedCheckpoint(f"{name} has checksum {checksum}; {saved[name]['checksum']} was written")
+    return {name: _from_orbax(name, arrays.get(name), leaf, saved[name]) for name, leaf in wanted.items()}
+
+
+def _sharding(leaf: Any) -> jax.sharding.Sharding | None:
+    # An uncommitted array goes wherever a computation needs it. Restored onto the device that it happens to be on, it
+    # would be refused beside arrays of a mesh.
+    if isinstance(leaf, jax.Array) and not leaf.committed:
+        return None
+    return getattr(leaf, "sharding", None)
+
+
+def _restore_args(leaf: Any) -> ocp.RestoreArgs:
+    sharding = _sharding(leaf)
+    if sharding is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    return ocp.ArrayRestoreArgs(sharding=sharding)
+
+
+def _from_orbax(name: str, value: Any, template: Any, saved: Mapping[str, Any]) -> Any:
+    if "value" in saved:
+        return saved["value"]
+    if value is None:  # of size zero
+        value = np.zeros(template.shape, jnp.dtype(saved["dtype"]))
+    if not isinstance(template, jax.Array | jax.ShapeDtypeStruct):
+        return value[()] if isinstance(template, np.generic) else value
+    value = jnp.asarray(value) if _sharding(template) is None else jax.device_put(value, _sharding(template))
+    if is_key(template):
+        value = jax.random.wrap_key_data(value, impl=saved["dtype"].removeprefix(manifest.KEY))
+    if (read := describe(name, value)) != {"shape": saved["shape"], "dtype": saved["dtype"]}:
+        raise DamagedCheckpoint(
+            f"{name} was saved as {saved['dtype']} {saved['shape']} and read as {read['dtype']} {read['shape']}"
+        )
+    return value

@@ -1,0 +1,351 @@
+"""What a run leaves behind, and what it shows while it goes on.
+
+    config.json     as resolved when it started
+    metrics.jsonl   a JSON object a step: {"step": 3, "time": 12.5, "loss": ...}
+    samples.jsonl   decoded samples: {"step": 3, ...}
+    events.*        the metrics for TensorBoard, if asked for
+    curves.png      drawn from metrics.jsonl by jaxpo.storage.plots
+    checkpoints/    by jaxpo.storage.checkpoint
+
+With several processes only the first one makes a ``RunDirectory``; the others hold `Elsewhere`.
+"""
+
+import importlib
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+RESERVED = ("step", "time", "nonfinite")  # fields of a metrics line that are no metrics
+
+
+class RunDirectory:
+    """Writes the files of one run; a line is in its file when the call returns.
+
+    Args:
+      workdir: made if it is missing.
+      tensorboard: write TensorBoard events too.
+      wandb: arguments of ``wandb.init`` (project, name, ...) to log there too, or None. A resumed run continues there.
+      resume_step: the step of the checkpoint that the run continues from. Lines of later steps, and a line that a kill
+        has torn, are removed, so that each step is there once.
+
+    Raises:
+      FileExistsError: the directory is not empty and ``resume_step`` is None.
+      FileNotFoundError: ``resume_step`` is given and there is no directory to resume.
+      ModuleNotFoundError: tensorboardX or wandb is asked for and not installed.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        tensorboard: bool = False,
+        wandb: Mapping[str, Any] | None = None,
+        resume_step: int | None = None,
+    ):
+        writer = _import("tensorboardX", "tensorboard") if tensorboard else None
+        wandb_module = _import("wandb", "wandb") if wandb is not None else None
+        self.path = Path(workdir)
+        _check_workdir(self.path, resume_step)
+        self.path.mkdir(parents=True, exist_ok=True)
+        earlier = 0.0
+        if resume_step is not None:
+            for name in (METRICS, SAMPLES):
+                _cut_lines(self.path / name, resume_step)
+            earlier = max((line["time"] for line in _lines(self.path / METRICS)), default=0.0)
+        self._start = time.monotonic() - earlier
+        self._metrics, self._samples = (
+            open(self.path / name, "a", buffering=1, encoding="utf-8") for name in (METRICS, SAMPLES)
+        )
+        purge = None if resume_step is None else resume_step + 1
+        self._tensorboard = writer.SummaryWriter(str(self.path), purge_step=purge) if writer else None
+        self._wandb = _start_wandb(wandb_module, self, wandb) if wandb_module else None
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append the metrics of a step.
+
+        Args:
+          step: the optimizer step or iteration they belong to.
+          metrics: name → a number or a 0-d array. NaN and infinities become null, and their names are listed under
+            "nonfinite". "time" is added: seconds that the run has been going, without the breaks between resumes.
+
+        Raises:
+          TypeError: a value that is no single number. ValueError: one of the names in ``RESERVED``.
+        """
+        values = {name: _number(name, value) for name, value in metrics.items()}
+        if taken := [name for name in RESERVED if name in values]:
+            raise ValueError(f"metric {taken[0]!r}: the run directory writes a field of that name itself")
+        line = {"step": int(step), "time": round(time.monotonic() - self._start, 3), **values}
+        self._metrics.write(_json_line(line))
+        if self._tensorboard:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, int(step))
+            self._tensorboard.flush()
+        if self._wandb:
+            self._wandb.log(values, step=int(step))
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append decoded samples, a line each: the step and what the row has (prompt, completion, reward, ...)."""
+        for row in rows:
+            self._samples.write(_json_line({"step": int(step), **row}))
+
+    def save_json(self, name: str, obj: Any) -> None:
+        """Write ``obj`` to the file ``name``: the old content or the new one is there, never a part of it."""
+        text = json.dumps(obj, indent=2, default=_plain)
+        write_atomically(self.path / name, lambda file: file.write(text.encode()))
+
+    def close(self) -> None:
+        """Close the files, TensorBoard and wandb."""
+        self._metrics.close()
+        self._samples.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+class Elsewhere:
+    """What takes the place of a `RunDirectory` in a process that writes nothing."""
+
+    def __init__(self, workdir: str | os.PathLike):
+        self.path = Path(workdir)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The first process writes them."""
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The first process writes them."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def read_metrics(workdir: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The metrics of a run as columns.
+
+    Returns:
+      {name: float64[n]} and "step" (int64[n]), a row for every step that was written; nan where a step lacks the metric
+      or it was not finite. Lines of the same step are merged, the later one wins.
+
+    Raises:
+      FileNotFoundError: there is no metrics.jsonl in ``workdir``.
+    """
+    path = Path(workdir) / METRICS
+    if not path.exists():
+        raise FileNotFoundError(f"{workdir} has no {METRICS}: not the directory of a run")
+    rows: dict[int, dict] = {}
+    for line in _lines(path):
+        rows.setdefault(line.pop("step"), {}).update(line)
+    names = dict.fromkeys(name for row in rows.values() for name in row if name != "nonfinite")
+    columns = {"step": np.array(list(rows), np.int64)}
+    for name in names:
+        columns[name] = np.array([row.get(name) for row in rows.values()], np.float64)  # None becomes nan
+    return columns
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then rename it: readers see the old file or the new one."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+        os.chmod(temporary, 0o644)  # mkstemp's files are for the owner only
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+class Progress:
+    """A live progress bar with chosen metrics and the time left; a context manager.
+
+    Where ``file`` is no terminal (a log file, a test) it prints a plain line every ``every`` steps instead.
+
+    Args:
+      total: steps of the whole run.
+      initial: steps done before, by the run that is resumed.
+      metrics: label → name of the metric it shows, or several names of which the first that a step has is shown.
+      every: steps between plain lines.
+      file: where to; standard error by default.
+    """
+
+    METRICS: Mapping[str, str | tuple[str, ...]] = {
+        "reward": "reward/mean",
+        "acc": "preference/accuracy",
+        "margin": "preference/margin",
+        "kl": ("kl/ref_k3", "kl/old_k3"),
+        "entropy": "entropy",
+        "tok/s": "time/tokens_per_s",
+    }
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        initial: int = 0,
+        metrics: Mapping[str, str | tuple[str, ...]] = METRICS,
+        every: int = 10,
+        file: IO[str] | None = None,
+    ):
+        self.total, self.initial, self.step, self.every = total, initial, initial, every
+        self._file = file or sys.stderr
+        self._names = {label: (names,) if isinstance(names, str) else names for label, names in metrics.items()}
+        self._shown: dict[str, float] = {}
+        self._start = time.monotonic()
+        self._bar = (
+            tqdm(
+                total=total,
+                initial=initial,
+                file=self._file,
+                dynamic_ncols=True,
+                unit="step",
+                bar_format="{n_fmt}/{total_fmt} {bar:20} {elapsed}<{remaining}{postfix}",
+            )
+            if self._file.isatty()
+            else None
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def update(self, metrics: Mapping[str, float], steps: int = 1) -> None:
+        """``steps`` more are done; show the chosen ones of ``metrics`` (those not among them keep their last value)."""
+        before, self.step = self.step, self.step + steps
+        for label, names in self._names.items():
+            if present := [name for name in names if name in metrics]:
+                self._shown[label] = float(metrics[present[0]])
+        text = "  ".join(f"{label} {_short(value)}" for label, value in self._shown.items())
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(steps)
+        elif self.step // self.every > before // self.every or self.step >= self.total:
+            elapsed = time.monotonic() - self._start
+            left = elapsed / (self.step - self.initial) * (self.total - self.step)
+            times = f"{tqdm.format_interval(elapsed)}<{tqdm.format_interval(left)}"
+            print(f"step {self.step}/{self.total}  {times}  {text}".rstrip(), file=self._file, flush=True)
+
+    def print(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._file)
+        else:
+            print(text, file=self._file, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def closing_table(
+    title: str, rows: Sequence[Sequence[str]], *, columns: Sequence[str] = (), file: IO[str] | None = None
+) -> None:
+    """Print a table of text: what the run came to (accuracy before and after, pass@k, where the time went).
+
+    Args:
+      title: above the table.
+      rows: cells of each row, all of the same number; the first is its name.
+      columns: headings, as many as a row has cells; none by default.
+      file: where to; standard output by default.
+
+    Raises:
+      ValueError: rows, or the headings, of different lengths.
+    """
+    width = len(columns) or len(rows[0])
+    if wrong := [row for row in rows if len(row) != width]:
+        raise ValueError(f"rows: {tuple(wrong[0])} has {len(wrong[0])} cells where {width} are expected")
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=bool(columns))
+    for index in range(width):
+        table.add_column(columns[index] if columns else "", justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(file=file).print(table)
+
+
+# ---- lines and values
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, str) or not hasattr(value, "__float__") or np.ndim(value):
+        raise TypeError(f"metric {name!r}: expected one number, not {type(value).__name__} of shape {np.shape(value)}")
+    return float(value)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know: arrays and NumPy scalars, paths."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"{type(value).__name__} is not JSON-able")
+
+
+def _json_line(fields: Mapping[str, Any]) -> str:
+    """One line of strict JSON; fields that are NaN or infinite are null and listed under "nonfinite"."""
+    fields = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in fields.items()}
+    lost = [name for name, value in fields.items() if isinstance(value, float) and not math.isfinite(value)]
+    fields |= dict.fromkeys(lost) | ({"nonfinite": lost} if lost else {})
+    return json.dumps(fields, allow_nan=False, default=_plain, ensure_ascii=False) + "\n"
+
+
+def _lines(path: Path) -> Iterator[dict]:
+    """The objects of a JSON-lines file. The last line may be torn (by a kill, or under way); any other is an error."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except ValueError:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: not JSON") from None
+
+
+def _cut_lines(path: Path, step: int) -> None:
+    if path.exists():
+        kept = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in _lines(path) if line["step"] <= step)
+        write_atomically(path, lambda file: file.write(kept.encode()))
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _check_workdir(path: Path, resume_step: int | None) -> None:
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"workdir: {path} is a file")
+    used = path.is_dir() and any(path.iterdir())
+    if used and resume_step is None:
+        raise FileExistsError(f"workdir: {path} is not empty; continue its run with --resume or choose another one")
+    if resume_step is not None and not used:
+        raise FileNotFoundError(f"workdir: no run to resume in {path}")
+
+
+def _import(module: str, extra: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{extra}: {module} is not installed; pip install 'jaxpo[{extra}]'") from error
+
+
+def _start_wandb(module: ModuleType, run: RunDirectory, options: Mapping[str, Any]) -> Any:
+    kept = run.path / "wandb.json"  # the id by which a resumed run finds its own
+    known = json.loads(kept.read_text()) if kept.exists() else {}
+    started = module.init(dir=str(run.path), resume="allow", **{**known, **options})
+    run.save_json(kept.name, {"id": started.id})
+    return started

@@ -1,0 +1,354 @@
+"""From rows of preferences to batches: kinds turned into each other, tokens, and units of consecutive rows."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxpo.batch import Rollouts, from_sequences
+from jaxpo.fields import PAIR, role_id
+from jaxpo.primitives import preference_data
+from jaxpo.registry import unknown
+from jaxpo.tasks.preferences.records import KINDS, Answer, BadRow, Number, Prompt, Row, place
+from jaxpo.tasks.preferences.sets import Sieve
+from jaxpo.tasks.preferences.traces import KINDS as SEGMENTS
+from jaxpo.tasks.preferences.traces import Trace
+from jaxpo.text.tokenizers import Tokenizer
+
+NONE: Mapping[str, Any] = MappingProxyType({})
+# How a prompt holds a draft, for roles like chosen_given_rejected, and both answers, for a rationale.
+TEMPLATES = {
+    "draft_prompt": "{prompt}\n\nDraft: {draft}\n\nBetter:",
+    "rationale_prompt": "{prompt}\n\nA: {chosen}\n\nB: {rejected}\n\nWhy is A better?",
+}
+
+
+class Tokens(NamedTuple):
+    """An answer as tokens, its end among them, with its prompt's. ``segment``: what each token of it belongs to (0, or
+    of `jaxpo.tasks.preferences.traces.KINDS`). ``weights``: of its tokens, by name."""
+
+    role: str
+    prompt: list[int]
+    answer: list[int]
+    numbers: Mapping[str, Number]
+    segment: Sequence[int] = ()
+    weights: Mapping[str, Sequence[float]] = {}
+
+
+Encoded = list[tuple[Tokens, ...]]  # an entry a row
+
+
+# ---- kinds
+
+
+def as_kind(rows: Sequence[Row], have: str, want: str) -> list[Row]:
+    """Rows of another kind (of `jaxpo.tasks.preferences.records.KINDS`).
+
+    A pair is two labelled answers (1, 0) or two scored ones (1, 0); scored answers make the pair of the best and the
+    worst (ties to the first), with their scores as ``rm`` and the difference as ``margin``; of an expert's edits the
+    ground truth is chosen and the model's own answer rejected.
+
+    Raises:
+      ValueError: labelled answers do not say which other answer they are to be compared with, and nothing else is an
+        expert's edit.
+    """
+    if want not in KINDS:
+        raise ValueError(unknown("kind of preferences", want, KINDS))
+    if have == want:
+        return list(rows)
+    if have == "label":
+        raise ValueError(
+            f"the data are labelled answers, and this objective needs {want!r} rows: choose kto, or another objective "
+            "of labels, or data with " + " and ".join(KINDS[want])
+        )
+    if want == "edited":
+        raise ValueError(f"the data are {have!r} rows, and this objective needs the fields {', '.join(KINDS[want])}")
+    if have == "edited":
+        return as_kind([truth_against_own(row) for row in rows], "pair", want)
+    if want == "label":
+        pairs = rows if have == "pair" else as_kind(rows, have, "pair")
+        return [
+            row._replace(answers=(row.answer(role)._replace(role="own", numbers={"label": label}),))
+            for row in pairs
+            for role, label in zip(PAIR, (1.0, 0.0), strict=True)
+        ]
+    return [best_against_worst(row) if want == "pair" else both_scored(row) for row in rows]
+
+
+def best_against_worst(row: Row) -> Row:
+    """The pair of the highest and the lowest score."""
+    scores = [a.numbers["reward"] for a in row.answers]
+    best, worst, _ = preference_data.best_and_worst(np.asarray([scores], np.float64))
+    gap = max(scores) - min(scores)
+    if not gap:
+        raise ValueError(f"{row.where}: all scores are {scores[0]:g}: no answer is preferred")
+    return row._replace(
+        answers=tuple(
+            Answer(role, row.answers[int(at[0])].text, {"rm": scores[int(at[0])], "margin": gap})
+            for role, at in zip(PAIR, (best, worst), strict=True)
+        )
+    )
+
+
+def truth_against_own(row: Row) -> Row:
+    """The pair of the ground truth and the model's own answer."""
+    both = ((role, row.answer(of)) for role, of in zip(PAIR, ("truth", "original"), strict=True))
+    return row._replace(answers=tuple(a._replace(role=role, weights={}) for role, a in both))
+
+
+def both_scored(row: Row) -> Row:
+    """Chosen and rejected as two scored answers."""
+    scored = [Answer("own", row.answer(role).text, {"reward": r}) for role, r in zip(PAIR, (1.0, 0.0), strict=True)]
+    return row._replace(answers=tuple(scored))
+
+
+# ---- tokens
+
+
+def encode(
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    *,
+    roles: Sequence[str] = (),
+    numbers: Sequence[str] = (),
+    sizes: Mapping[str, int] = NONE,
+    weights: Sequence[str] = (),
+    prompt_width: int | None = None,
+    width: int | None = None,
+    bad: str = "error",
+    templates: Mapping[str, str] = NONE,
+) -> tuple[Encoded, dict[str, float]]:
+    """The rows as tokens, and what was dropped (as `Sieve.report`).
+
+    A prompt is rendered as a question (messages by the chat template), an answer ends with the first end-of-sequence
+    id.
+
+    Args:
+      roles: those a unit has; () = the row's own. A role ``A_given_B`` that a row lacks is its answer A to a prompt
+        that holds its answer B; a rationale without a prompt of its own is given to one that holds both answers.
+      templates: of those prompts, instead of ``TEMPLATES``.
+      numbers: that every answer must have; sizes: how many there are of each, where they are lists.
+      weights: of tokens, by name: those of the spans that the row weighs, 1 elsewhere.
+      prompt_width, width: tokens of the longest prompt and answer that are let in; None = any.
+      bad: "error" or "drop", as of `jaxpo.tasks.preferences.sets`.
+
+    Raises:
+      ValueError: a bad row, if that is an error: too long, without a role or a number, of unknown characters, or with
+        answers that are equal as tokens.
+    """
+    sieve, out = Sieve(bad), []
+    pieces = tokenizer.token_bytes() if weights else ()
+    of_answer = partial(encode_answer, tokenizer=tokenizer, weights=dict.fromkeys(weights, pieces))
+    known = partial(check_known, numbers=numbers, sizes=sizes, prompt_width=prompt_width, width=width)
+    templates = {**TEMPLATES, **templates}
+    for row in rows:
+        out += sieve(lambda row: encode_row(row, roles, templates, of_answer, known), row.where, row)
+    return out, sieve.report()
+
+
+def encode_row(
+    row: Row,
+    roles: Sequence[str],
+    templates: Mapping[str, str],
+    encode_answer: Callable[[Row, Answer], Tokens],
+    check: Callable[[Tokens], None],
+) -> tuple[Tokens, ...]:
+    """The answers of one row in the order of ``roles``; `BadRow` as `encode` says."""
+    out = tuple(encode_answer(row, a) for a in ([with_role(row, r, templates) for r in roles] or row.answers))
+    for tokens in out:
+        check(tokens)
+    pair = [t.answer for t in out if t.role in PAIR]
+    if len(pair) == 2 and pair[0] == pair[1]:
+        raise BadRow("equal_answers", "the answers are equal as tokens: nothing is preferred")
+    return out
+
+
+def encode_answer(row: Row, answer: Answer, tokenizer: Tokenizer, weights: Mapping[str, Sequence[bytes]]) -> Tokens:
+    """An answer and its prompt as tokens; ``weights``: names of weights -> the tokenizer's bytes by id."""
+    try:
+        prompt = tokenizer.encode(tokenizer.render(row.prompt if answer.prompt is None else answer.prompt))
+        text, segment = with_trace(tokenizer, answer.text, answer.trace)
+    except ValueError as error:
+        raise BadRow("not_encodable", str(error)) from error
+    of_tokens = {
+        name: token_weights(answer, name, text[: segment.count(0) - 1], pieces, len(text))
+        for name, pieces in weights.items()
+    }
+    return Tokens(answer.role, prompt, text, answer.numbers, segment, of_tokens)
+
+
+def token_weights(answer: Answer, name: str, ids: Sequence[int], pieces: Sequence[bytes], size: int) -> np.ndarray:
+    """[size] weights of the tokens of an answer, of which ``ids`` are its text's: a token that shares a byte with a
+    span has its weight (of two spans the later one's), others 1."""
+    out, text = np.ones(size), answer.text
+    spans = place(text, answer.weights.get(name, ()), name)
+    if not spans:
+        return out
+    lengths = np.array([len(pieces[i]) for i in ids])
+    ahead = int(lengths.sum()) - len(text.encode())  # what the tokenizer puts before a text
+    if ahead < 0 or b"".join(pieces[i] for i in ids)[ahead:] != text.encode():
+        raise BadRow("not_encodable", f"the tokens of {text!r:.60} do not spell it: its spans cannot be found in them")
+    ends = np.cumsum(lengths) - ahead
+    for start, end, weight in spans:
+        first, last = len(text[:start].encode()), len(text[:end].encode())
+        out[: len(ids)][(ends > first) & (ends - lengths < last)] = weight
+    return out
+
+
+def check_known(
+    tokens: Tokens, numbers: Sequence[str], sizes: Mapping[str, int], prompt_width: int | None, width: int | None
+) -> None:
+    """`BadRow` for an answer without a number, with another number of them, or too long."""
+    absent = [name for name in numbers if name not in tokens.numbers]
+    if absent:
+        have = ", ".join(tokens.numbers) or "no numbers"
+        raise BadRow("missing_field", f"the {tokens.role} answer has no {absent[0]!r}, only {have}")
+    for name in sizes.keys() & set(numbers):
+        found = len(tokens.numbers[name])
+        if found != sizes[name]:
+            raise BadRow(
+                "wrong_size",
+                f"{found} {name} of the {tokens.role} answer; config.heads.gate, their number, is {sizes[name]}",
+            )
+    for what, ids, limit, field in (
+        ("prompt", tokens.prompt, prompt_width, "rollout.prompt_width"),
+        ("answer", tokens.answer, width, "sampling.max_new_tokens"),
+    ):
+        if limit is not None and len(ids) > limit:
+            raise BadRow(f"{what}_too_long", f"the {what} has {len(ids)} tokens; {field}, the limit, is {limit}")
+
+
+def with_trace(tokenizer: Tokenizer, text: str, trace: Trace = ()) -> tuple[list[int], list[int]]:
+    """Tokens of an answer and of the tool calls after it, and the segment of each; both end with the first
+    end-of-sequence id."""
+    ids, segment = [*tokenizer.encode(text), tokenizer.eos_ids[0]], [0]
+    segment *= len(ids)
+    for i, (kind, part) in enumerate(trace):
+        more = tokenizer.encode(part)
+        more = [*more, tokenizer.eos_ids[0]] if i == len(trace) - 1 else more
+        ids, segment = [*ids, *more], [*segment, *[SEGMENTS[kind]] * len(more)]
+    return ids, segment
+
+
+def with_role(row: Row, role: str, templates: Mapping[str, str] = TEMPLATES) -> Answer:
+    """The answer of a role: the row's, or one to a prompt that holds others of its answers."""
+    own = [a for a in row.answers if a.role == role]
+    if role == "rationale" and own and own[0].prompt is None:
+        texts = {name: row.answer(name).text for name in PAIR}
+        return own[0]._replace(prompt=filled(row.prompt, templates["rationale_prompt"], texts))
+    if own or "_given_" not in role:
+        return own[0] if own else row.answer(role)
+    answer, draft = (row.answer(name) for name in role.split("_given_"))
+    return answer._replace(role=role, prompt=filled(row.prompt, templates["draft_prompt"], {"draft": draft.text}))
+
+
+def filled(prompt: Prompt, template: str, texts: Mapping[str, str]) -> Prompt:
+    """The template with a text in each {place}, and the prompt's (that of its last message) in {prompt}."""
+    if isinstance(prompt, str):
+        return re.sub(r"\{(\w+)\}", lambda found: {"prompt": prompt, **texts}.get(found[1], found[0]), template)
+    last = {**prompt[-1], "content": filled(prompt[-1]["content"], template, texts)}
+    return (*prompt[:-1], last)
+
+
+# ---- batches
+
+
+def unit_size(encoded: Encoded) -> int:
+    """Rows of a unit: the most answers that any entry has."""
+    return max(map(len, encoded))
+
+
+def units(
+    encoded: Sequence[tuple[Tokens, ...]],
+    layout: Sequence[str] = (),
+    numbers: Sequence[str] = (),
+    *,
+    size: int | None = None,
+    mismatched: bool = False,
+    segments: bool = False,
+    weights: Sequence[str] = (),
+    prompt_width: int | None = None,
+    width: int | None = None,
+    pad_id: int = 0,
+    seed: int = 0,
+) -> Rollouts:
+    """`Rollouts` (NumPy) of N units of R consecutive rows; ``group`` is the unit, ``prompt`` its place in ``encoded``.
+
+    Args:
+      encoded: entries of `encode`. layout: the roles of a unit, which every entry must have; () = an entry's answers
+        as they are, filled up to ``size`` with rows of count 0.
+      numbers: put into ``per_row`` as [B], lists as [B, M] ("reward" into its field), 0 on rows without them.
+      mismatched: after each row one of role "kl": the previous entry's answer to this prompt (KTO). For one answer an
+        entry, and at least two entries.
+      segments: put the tokens' segments into ``per_token`` as "segment" [B, T]. weights: names of token weights
+        that are put there, too.
+      prompt_width, width: P and T; None = the longest.
+      seed: of the rows' seeds.
+
+    Raises:
+      ValueError: an entry without a role of the layout, more answers than ``size``, or nothing to be mismatched with.
+    """
+    entries = [tuple(in_layout(entry, layout)) if layout else tuple(entry) for entry in encoded]
+    if mismatched:
+        if len(entries) < 2 or any(len(e) != 1 for e in entries):
+            raise ValueError(f"mismatched answers need at least two entries of one answer each, not {len(entries)}")
+        entries = [
+            (e[0], e[0]._replace(role="kl", answer=entries[i - 1][0].answer, numbers={})) for i, e in enumerate(entries)
+        ]
+    size = unit_size(entries) if size is None else size
+    if unit_size(entries) > size:
+        raise ValueError(f"a unit of {unit_size(entries)} answers does not fit into {size} rows")
+    whole = [[*e, *[e[-1]._replace(answer=[], numbers={}, segment=())] * (size - len(e))] for e in entries]
+    rows, n = [t for unit in whole for t in unit], len(entries)
+    shared = size if all(t.prompt == unit[0].prompt for unit in whole for t in unit) else 1
+    values = {name: np.array([t.numbers.get(name, 0.0) for t in rows], np.float32) for name in numbers}
+    tables = {name: token_table([t.weights.get(name, ()) for t in rows], width, np.float32) for name in weights}
+    if segments:
+        tables["segment"] = token_table([t.segment for t in rows], width, np.int32)
+    batch = from_sequences(
+        [t.prompt for t in rows],
+        [t.answer for t in rows],
+        prompt_width=prompt_width,
+        width=width,
+        pad_id=pad_id,
+        role=np.array([role_id(t.role) for t in rows], np.int32),
+        group=np.repeat(np.arange(n, dtype=np.int32), size),
+        prompt=np.repeat(np.arange(n, dtype=np.int32), size),
+        count=np.array([float(bool(t.answer)) for t in rows], np.float32),
+        seed=np.random.default_rng(seed).integers(0, 2**32, len(rows), np.uint32),
+        reward=values.pop("reward", None),
+        per_row=values,
+        per_token=tables,
+        layout=tuple(layout),
+        shared_prompt=shared,
+    )
+    return batch
+
+
+def token_table(rows: Sequence[Sequence[float]], width: int | None, dtype: Any) -> np.ndarray:
+    """[B, T] a number of each token; 0 behind the last one."""
+    table = np.zeros((len(rows), max(map(len, rows)) if width is None else width), dtype)
+    for row, values in zip(table, rows, strict=True):
+        row[: len(values)] = values
+    return table
+
+
+def in_layout(entry: Sequence[Tokens], layout: Sequence[str]) -> list[Tokens]:
+    """The answers of an entry in the order of the layout; of a role that occurs several times, one after the other."""
+    left, out = list(entry), []
+    for role in layout:
+        found = [t for t in left if t.role == role]
+        if not found:
+            raise ValueError(f"no answer {role!r} for layout {tuple(layout)}: {[t.role for t in entry]}")
+        left.remove(found[0])
+        out.append(found[0])
+    return out
+
+
+def widths(encoded: Sequence[tuple[Tokens, ...]]) -> tuple[int, int]:
+    """Tokens of the longest prompt and answer."""
+    tokens = [t for entry in encoded for t in entry]
+    return max(len(t.prompt) for t in tokens), max(len(t.answer) for t in tokens)

@@ -1,0 +1,105 @@
+"""Pairs of a right and a wrong answer, from a task with answers and a verifier; some of them labelled the wrong way."""
+
+import random
+from collections.abc import Iterator, Sequence
+
+from jaxpo.fields import PAIR
+from jaxpo.tasks.base import Example, Task, check_sizes
+from jaxpo.tasks.preferences.records import Answer, Row
+from jaxpo.tasks.preferences.sets import PreferenceSet, Sieve, finish, templates
+
+TRIES = 64  # wrong answers that are proposed for an example before it is given up
+
+
+def verified_pairs(
+    task: Task,
+    size: int | None = None,
+    test_size: int | None = None,
+    flipped: float = 0.0,
+    seed: int = 0,
+    bad: str = "error",
+    draft_prompt: str | None = None,
+) -> PreferenceSet:
+    """A right answer against a wrong one for every example of a task, as its verifier says; test examples make the
+    held-out pairs, whose labels are never flipped.
+
+    A wrong answer is the right one with an error in it (a character left out, doubled, replaced or exchanged with its
+    neighbor), or another example's answer; the verifier has refused it. Flipped are exactly ``round(flipped * n)`` of
+    the n training pairs, drawn by the seed.
+
+    Args:
+      size, test_size: pairs at most; None = one for every example.
+      flipped: share of training pairs whose labels are exchanged, in [0, 1].
+      bad: "error", or "drop": pairs that are too long as tokens are left out and counted.
+      draft_prompt: as of `jaxpo.tasks.preferences.sets.jsonl`.
+
+    Raises:
+      ValueError: no answers to demonstrate, a share outside [0, 1], a right answer that the verifier refuses, or one
+        that no wrong answer is found for.
+    """
+    if task.demonstrate is None:
+        raise ValueError(f"task {task.name} has no answers to prefer")
+    if isinstance(flipped, bool) or not isinstance(flipped, int | float) or not 0 <= flipped <= 1:
+        raise ValueError(f"flipped is a share of pairs in [0, 1], not {flipped!r}")
+    for name, number in (("size", size), ("test_size", test_size)):
+        if number is not None:
+            check_sizes(**{name: number})
+    train = pairs(task, task.train[:size], seed, "train")
+    test = pairs(task, task.test[:test_size], seed, "test")
+    wrong = set(random.Random(f"{seed}:flipped").sample(range(len(train)), round(flipped * len(train))))
+    train = [exchanged(row) if i in wrong else row for i, row in enumerate(train)]
+    report = {"data/flipped": len(wrong) / len(train)}
+    data = finish(task.name, "pair", train, test, report)
+    return data._replace(bad=Sieve(bad).bad, templates=templates(draft_prompt=draft_prompt))
+
+
+def pairs(task: Task, examples: Sequence[Example], seed: int, part: str) -> list[Row]:
+    """A pair for each example; the verifier is asked about all open ones at once."""
+    right = [task.demonstrate(e) for e in examples]
+    refused = [e for e, score in zip(examples, task.score(examples, right), strict=True) if not score.correct]
+    if refused:
+        raise ValueError(f"task {task.name}: its verifier refuses its own answer to {refused[0].question[:60]!r}")
+    proposals = [wrong_answers(right, i, random.Random(f"{seed}:{part}:{i}")) for i in range(len(examples))]
+    wrong: dict[int, str] = {}
+    for _ in range(TRIES):
+        left = [i for i in range(len(examples)) if i not in wrong]
+        if not left:
+            break
+        texts = [next(proposals[i]) for i in left]
+        scores = task.score([examples[i] for i in left], texts)
+        wrong |= {i: t for i, t, s in zip(left, texts, scores, strict=True) if not s.correct and s.error is None}
+    missing = [e for i, e in enumerate(examples) if i not in wrong]
+    if missing:
+        raise ValueError(
+            f"task {task.name}: {TRIES} answers to {missing[0].question[:60]!r} were all right, so none is preferred"
+        )
+    return [
+        Row(e.question, tuple(Answer(role, text) for role, text in zip(PAIR, (right[i], wrong[i]), strict=True)), part)
+        for i, e in enumerate(examples)
+    ]
+
+
+def wrong_answers(right: Sequence[str], i: int, rng: random.Random) -> Iterator[str]:
+    """Endless answers that differ from ``right[i]``, and are not empty."""
+    text, others = right[i], sorted(set("".join(right)))
+    while True:
+        at = rng.randrange(len(text)) if text else 0
+        match rng.choice(("other", "drop", "double", "replace", "exchange")):
+            case "other":
+                new = right[rng.randrange(len(right))]
+            case "drop":
+                new = text[:at] + text[at + 1 :]
+            case "double":
+                new = text[: at + 1] + text[at:]
+            case "replace":
+                new = text[:at] + rng.choice(others) + text[at + 1 :]
+            case "exchange":
+                new = text[:at] + text[at + 1 : at + 2] + text[at : at + 1] + text[at + 2 :]
+        if new != text and new.strip():
+            yield new
+
+
+def exchanged(row: Row) -> Row:
+    """The pair with its labels the other way round."""
+    chosen, rejected = row.answers
+    return row._replace(answers=(rejected._replace(role=PAIR[0]), chosen._replace(role=PAIR[1])))

@@ -1,0 +1,1 @@
+"""Text and tokens: tokenizers, and the vocabulary and tensors of GGUF files. Nothing here imports jax."""

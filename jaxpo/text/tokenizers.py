@@ -1,0 +1,360 @@
+"""Text to token ids and back: characters for policies trained from scratch, ``transformers`` for pretrained ones.
+
+Which positions count is never read off token ids: the pad id may well be the end-of-sequence id.
+"""
+
+import importlib
+import importlib.util
+import json
+import re
+import string
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from jaxpo.registry import unknown
+from jaxpo.text import gguf
+
+Question = str | Sequence[Mapping[str, str]]  # a text, or messages {"role", "content"}
+
+
+def question_of(question: Question) -> str:
+    """The text of a question without a chat template: its own, or that of a single message of the user.
+
+    Raises:
+      ValueError: several messages, or another role's.
+    """
+    if isinstance(question, str):
+        return question
+    if [m["role"] for m in question] != ["user"]:
+        raise ValueError(
+            f"a conversation ({', '.join(m['role'] for m in question)}) needs a chat template: set "
+            "config.tokenizer.name to pretrained and config.tokenizer.chat_template to True"
+        )
+    return question[0]["content"]
+
+
+class Tokenizer(Protocol):
+    """What the rest of jaxpo asks of a tokenizer.
+
+    Attributes:
+      vocab_size: ids are in [0, vocab_size).
+      pad_id: fills unused positions; may equal an end-of-sequence id.
+      eos_ids: any of these ends a completion; the first one ends a demonstration.
+    """
+
+    vocab_size: int
+    pad_id: int
+    eos_ids: tuple[int, ...]
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text; no special token is added."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; special tokens (pad, end of sequence) are left out."""
+
+    def token_bytes(self) -> list[bytes]:
+        """For every id the bytes it appends to a text; ``b""`` for special ones."""
+
+    def render(self, question: Question) -> str:
+        """The prompt that asks a question; ``ValueError`` for messages that it has no template for."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Enough for ``from_json`` to rebuild the tokenizer."""
+
+
+class _Symbols:
+    """Tokens are single characters: id ``first + i`` is ``symbols[i]``, ids below ``first`` are special."""
+
+    def __init__(self, symbols: Sequence[str], first: int, pad_id: int, eos_id: int, separator: str):
+        self.pad_id, self.eos_ids, self.vocab_size = pad_id, (eos_id,), first + len(symbols)
+        self.separator = separator
+        self._text = [""] * first + list(symbols)
+        self._ids = {symbol: first + i for i, symbol in enumerate(symbols)}
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of the characters; ``ValueError`` names the first one that is not in the alphabet."""
+        try:
+            return [self._ids[c] for c in text]
+        except KeyError as error:
+            raise ValueError(
+                f"character {error.args[0]!r} of {text[:80]!r} is not in the alphabet {''.join(self._ids)!r}"
+            ) from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The characters of the ids, special ones left out; ``ValueError`` names an id outside the vocabulary."""
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f"token id {int(i)} is outside the vocabulary of {self.vocab_size}")
+        return "".join(self._text[i] for i in ids)
+
+    def token_bytes(self) -> list[bytes]:
+        return [text.encode() for text in self._text]
+
+    def render(self, question: Question) -> str:
+        """The question and the separator, which tells the policy where the question ends."""
+        return question_of(question) + self.separator
+
+
+class CharTokenizer(_Symbols):
+    """One token a character: pad 0, end of sequence 1, then the alphabet in sorted order.
+
+    Args:
+      alphabet: the characters that occur; order and repetition do not matter.
+      separator: ends the question in ``render``; it joins the alphabet.
+    """
+
+    def __init__(self, alphabet: Iterable[str], separator: str = "\n"):
+        if len(separator) != 1:
+            raise ValueError(f"separator must be one character, got {separator!r}")
+        self.alphabet = "".join(sorted({*"".join(alphabet), separator}))
+        super().__init__(self.alphabet, first=2, pad_id=0, eos_id=1, separator=separator)
+
+    @classmethod
+    def from_texts(cls, texts: Iterable[str], separator: str = "\n") -> "CharTokenizer":
+        """The tokenizer whose alphabet is the characters of ``texts``."""
+        return cls(texts, separator)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "characters", "alphabet": self.alphabet, "separator": self.separator}
+
+
+class IntegerTokenizer(_Symbols):
+    """Digits of a base up to 36: id 0 is pad and end of sequence at once, 1 the separator ``=``, ``2 + d`` digit d."""
+
+    def __init__(self, base: int):
+        if not 2 <= base <= 36:
+            raise ValueError(f"base must be in [2, 36], got {base!r}")
+        self.base = base
+        digits = (string.digits + string.ascii_lowercase)[:base]
+        super().__init__("=" + digits, first=1, pad_id=0, eos_id=0, separator="=")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "integers", "base": self.base}
+
+
+class PretrainedTokenizer:
+    """A fast tokenizer of ``transformers``.
+
+    Args:
+      tokenizer: a folder, GGUF file or hub name to load it from, or the object itself.
+      chat_template: ask questions through the model's chat template (instruct models). Otherwise a question is followed
+        by a newline, and preceded by the beginning-of-sequence token if the tokenizer is one that adds it.
+      eos: further tokens that end a completion, by their text. The tokenizer's own comes first; those of a
+        ``generation_config.json`` in the folder are added.
+
+    Raises:
+      ValueError: not a fast tokenizer, no chat template, no end-of-sequence token, or an ``eos`` that is no token (with
+        the nearest).
+    """
+
+    def __init__(self, tokenizer: Any, chat_template: bool, eos: Sequence[str] = ()):
+        path = tokenizer if isinstance(tokenizer, (str, Path)) else None
+        if path is not None:
+            of_gguf = Path(path).suffix == ".gguf"
+            tokenizer = gguf_tokenizer(path) if of_gguf else transformers_library().AutoTokenizer.from_pretrained(path)
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(f"a fast tokenizer of transformers is needed, got {type(tokenizer).__name__}")
+        if chat_template and not tokenizer.chat_template:
+            raise ValueError("chat_template=True, but this tokenizer has no chat template: it belongs to a base model")
+        self._tokenizer, self.chat_template = tokenizer, chat_template
+        vocabulary = tokenizer.get_vocab()
+        self.vocab_size = max(vocabulary.values()) + 1
+        for text in eos:
+            if text not in vocabulary:
+                raise ValueError(unknown("eos token", text, tokenizer.all_special_tokens))
+        ends = [tokenizer.eos_token_id, *(vocabulary[text] for text in eos), *_generation_eos(path)]
+        self.eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
+        if not self.eos_ids:
+            raise ValueError("this tokenizer has no end-of-sequence token: name one with eos=[...]")
+        self.pad_id = self.eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self._special = {self.pad_id, *self.eos_ids, *tokenizer.all_special_ids}
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        kept = [int(i) for i in ids if int(i) not in self._special]
+        return self._tokenizer.decode(kept, clean_up_tokenization_spaces=False)
+
+    def token_bytes(self) -> list[bytes]:
+        """For every id the bytes it appends to a text; ``ValueError`` for a vocabulary that is no sequence of bytes."""
+        spec = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        to_bytes = _byte_reader(spec)
+        table = [b""] * self.vocab_size
+        added = {t["id"]: t["content"] for t in spec["added_tokens"]}  # in plain text, not in the model's alphabet
+        for token, i in self._tokenizer.get_vocab().items():
+            if i not in self._special:
+                table[i] = added[i].encode() if i in added else to_bytes(token)
+        return table
+
+    def render(self, question: Question) -> str:
+        if self.chat_template:
+            messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        question = question_of(question)
+        bos = self._tokenizer.bos_token_id
+        prefix = self._tokenizer.bos_token if bos is not None and self._tokenizer.encode("a")[0] == bos else ""
+        return f"{prefix}{question}\n"
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole tokenizer, not its path: a checkpoint has to be usable when the folder or the hub is gone."""
+        t = self._tokenizer
+        names = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")
+        options = {name: getattr(t, name) for name in names if getattr(t, name) is not None}
+        extra = [s for s in t.all_special_tokens if s not in options.values()]
+        return {
+            "kind": "pretrained",
+            "tokenizer": t.backend_tokenizer.to_str(),
+            "options": options,
+            "special": extra,
+            "chat_template": self.chat_template,
+            "eos": [t.convert_ids_to_tokens(i) for i in self.eos_ids],
+        }
+
+
+# How a GGUF's ``tokenizer.ggml.pre`` cuts a text before the merges: what comes before GPT-2's own expression.
+GGUF_CUTS = {"gpt-2": [], "default": [], "smollm": [{"type": "Digits", "individual_digits": True}]}
+CONTROL, USER_DEFINED = 3, 4  # of ``tokenizer.ggml.token_type``
+
+
+def gguf_tokenizer(path: str | Path) -> Any:
+    """The ``PreTrainedTokenizerFast`` of a GGUF file's vocabulary, merges, special tokens and chat template.
+
+    transformers itself reads GGUF only where torch is installed, and without the cuts of ``tokenizer.ggml.pre``.
+
+    Raises:
+      ValueError: a vocabulary that is no byte-level BPE, or one whose text is cut in a way that is not known here.
+    """
+    fields = gguf.open_source(path).metadata
+    kind, cut = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "default")
+    if kind != "gpt2":
+        raise ValueError(f"{path}: " + unknown("GGUF vocabulary", kind, ["gpt2"]))
+    if cut not in GGUF_CUTS:
+        raise ValueError(f"{path}: " + unknown("tokenizer.ggml.pre", cut, GGUF_CUTS))
+    tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+    ids = {ours: fields.get(f"tokenizer.ggml.{theirs}_token_id") for ours, theirs in names.items()}
+    named = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
+    control = [t for t, kind in zip(tokens, kinds, strict=True) if kind == CONTROL]
+    begins = fields.get("tokenizer.ggml.add_bos_token", False)
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+    backend = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": i, "content": token, **flags, "special": kind == CONTROL}
+            for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+            if kind in (CONTROL, USER_DEFINED)
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*GGUF_CUTS[cut], byte_level]},
+        "post_processor": _begin_with(named["bos_token"], ids["bos"]) if begins else None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]],
+        },
+    }
+    return transformers_library().PreTrainedTokenizerFast(
+        tokenizer_object=importlib.import_module("tokenizers").Tokenizer.from_str(json.dumps(backend)),
+        **named,
+        additional_special_tokens=[token for token in control if token not in named.values()],
+        chat_template=fields.get("tokenizer.chat_template"),
+    )
+
+
+def _begin_with(token: str, i: int) -> dict[str, Any]:
+    """The post-processor that puts a token before every text."""
+    special, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    tokens = {token: {"id": token, "ids": [i], "tokens": [token]}}
+    return {"type": "TemplateProcessing", "single": [special, text], "pair": [], "special_tokens": tokens}
+
+
+def from_json(spec: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer whose ``to_json`` is ``spec``. Raises ``ValueError`` for an unknown kind."""
+    kinds = {
+        "characters": lambda s: CharTokenizer(s["alphabet"], s["separator"]),
+        "integers": lambda s: IntegerTokenizer(s["base"]),
+        "pretrained": _pretrained_from_json,
+    }
+    if spec.get("kind") not in kinds:
+        raise ValueError(unknown("kind of tokenizer", spec.get("kind"), kinds))
+    return kinds[spec["kind"]](spec)
+
+
+def _pretrained_from_json(spec: Mapping[str, Any]) -> PretrainedTokenizer:
+    from tokenizers import Tokenizer as Backend
+
+    PreTrainedTokenizerFast = transformers_library().PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Backend.from_str(spec["tokenizer"]),
+        **spec["options"],
+        additional_special_tokens=spec["special"],
+    )
+    return PretrainedTokenizer(tokenizer, spec["chat_template"], spec["eos"])
+
+
+def for_transformers(tokenizer: Tokenizer) -> Any:
+    """The tokenizer as one of transformers: its own where it is one, else a vocabulary of single characters."""
+    if isinstance(tokenizer, PretrainedTokenizer):
+        return tokenizer._tokenizer
+    library = importlib.import_module("tokenizers")
+    special = {tokenizer.pad_id: "<pad>"} | {i: "<eos>" for i in tokenizer.eos_ids}
+    symbols = [special.get(i) or text.decode() for i, text in enumerate(tokenizer.token_bytes())]
+    backend = library.Tokenizer(library.models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}))
+    backend.pre_tokenizer = library.pre_tokenizers.Split(library.Regex(r"[\s\S]"), "isolated")
+    backend.decoder = library.decoders.Fuse()
+    pad, eos = special[tokenizer.pad_id], special[tokenizer.eos_ids[0]]
+    return transformers_library().PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=pad, eos_token=eos)
+
+
+def _generation_eos(path: str | Path | None) -> list[int]:
+    """The end-of-sequence ids of a model folder's generation_config.json (instruct models often have several)."""
+    file = None if path is None else Path(path) / "generation_config.json"
+    if file is None or not file.is_file():
+        return []
+    ids = json.loads(file.read_text()).get("eos_token_id")
+    return ids if isinstance(ids, list) else [ids]
+
+
+def _byte_reader(spec: Mapping[str, Any]) -> Callable[[str], bytes]:
+    """How a token of this vocabulary is read as bytes, by the decoder in its tokenizer.json."""
+    decoder = spec.get("decoder") or {}
+    steps = {step["type"] for step in decoder.get("decoders", [decoder]) if step}
+    if "ByteLevel" in steps:
+        table = {c: b for b, c in _bytes_to_unicode().items()}
+        return lambda token: bytes(table[c] for c in token)
+    if steps & {"Metaspace", "Replace", "ByteFallback"}:
+        return _sentencepiece_bytes
+    raise ValueError(
+        "token_bytes knows byte-level and SentencePiece vocabularies; this tokenizer decodes by "
+        f"{sorted(steps) or 'nothing'}"
+    )
+
+
+def _sentencepiece_bytes(token: str) -> bytes:
+    byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+    return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
+
+
+def _bytes_to_unicode() -> dict[int, str]:
+    """GPT-2's table: printable bytes stand for themselves, the others are shifted to 256 and up, in order."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)}
+
+
+def transformers_library() -> ModuleType:
+    """transformers, which looks for a library called ``kernels`` and, in a checkout of this project, would find our
+    folder of that name and load every module of it a second time."""
+    spec = importlib.util.find_spec("kernels") if "kernels" not in sys.modules else None
+    if spec is not None and spec.origin and (Path(spec.origin).parent / "token_logprob").is_dir():
+        sys.modules["kernels"] = None  # importing it fails: transformers takes it for not installed
+    return importlib.import_module("transformers")

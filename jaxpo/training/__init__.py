@@ -1,1 +1,0 @@
-"""The training loop and what surrounds it: config, state, checkpoints, evaluation, run directory."""
