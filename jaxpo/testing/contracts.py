@@ -31,7 +31,7 @@ from jaxpo.testing.cases import (
     train,
 )
 from jaxpo.testing.examples import GROUP
-from jaxpo.testing.variants import form, permutation, replaced, replica, stacked
+from jaxpo.testing.variants import as_dtype, form, permutation, replaced, replica, stacked
 
 
 def finite_on_hostile_input(case: Case) -> str:
@@ -213,6 +213,21 @@ def float32_accumulation(case: Case) -> str:
     return note
 
 
+def float32_agrees_with_float64(case: Case) -> str:
+    """The loss and its gradient in float32 are those of the same numbers in float64, up to 1e-4 of the largest."""
+    with jax.enable_x64(True):
+        objective = case.objective if case.factory is None else case.factory(**case.hyperparameters)
+        stats, batch = jax.tree.map(jnp.asarray, as_dtype(case.arrays, np.float64))
+        exact = jax.value_and_grad(lambda stats: evaluate(objective, lambda _: stats, batch)[0])(stats)
+        assert exact[0].dtype == jnp.float64, f"the loss of float64 inputs is {exact[0].dtype}"
+        scale = jax.tree.map(lambda x: float(jnp.abs(x).max()) or 1.0, exact[1])
+        exact, rounded = (
+            (loss, jax.tree.map(lambda x, y: np.asarray(x) / y, grads, scale))
+            for loss, grads in (exact, (case.eager.loss, case.eager.grads[0]))
+        )
+        return same("float32", rounded, exact, 1e-4)
+
+
 def needs_is_exact(case: Case) -> str:
     """Every field of ``needs`` is asked for by name and has an effect; no other is needed (but tokens and mask)."""
     objective, batch = case.objective, case.batch
@@ -305,6 +320,7 @@ CONTRACTS: tuple[Callable[[Case], str], ...] = (
     vmap_over_hyperparameters,
     independent_replicas,
     float32_accumulation,
+    float32_agrees_with_float64,
     needs_is_exact,
     state_survives_a_checkpoint,
     documented,

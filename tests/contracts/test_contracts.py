@@ -191,6 +191,10 @@ BROKEN = {
         "float32_accumulation",
         lambda: changed_loss(lambda stats, batch: (stats.logp * batch.mask).mean()),
     ),
+    "cancels in float32": (
+        "float32_agrees_with_float64",
+        lambda: nll(value=lambda s, b, _: (1e6 - s.logp) - 1e6),
+    ),
     "a need not declared": ("needs_is_exact", lambda: nll(value=lambda s, b, _: s.logp - b.get("logp_ref"))),
     "a need without effect": ("needs_is_exact", lambda: nll(needs=["reward"])),
     "a clock that stands": (
@@ -223,6 +227,11 @@ def test_check_lists_all_that_is_broken_with_numbers(monkeypatch):
         testing.check(bad)
     assert "\n  gradient_only_into_the_policy: reward gets a gradient of 3" in str(error.value)
     assert "\n  masked_positions_get_no_gradient: logp has a gradient of 1" in str(error.value)
+
+
+def test_is_reached_from_the_package(monkeypatch):
+    monkeypatch.delattr(jaxpo, "testing")
+    assert jaxpo.testing is testing
 
 
 @cache
