@@ -37,9 +37,9 @@ before and corrections of the gap between sampler and trainer beside it. Any of 
     --config.objective.agg=seq_mean --config.objective.regularizers="0.04 * kl_to_reference(estimator='k2')"
 ```
 
-The tables below are sorted by family. Their columns: the file of the objective; the protocol that gathers its data (none:
-on policy); the frozen references under which it needs log-probs (`ref` = `logp_ref`); and who may give the other fields
-that it needs, where the training loop does not give them by itself.
+The tables below are sorted by family. Their columns: the file of the objective; the protocol that gathers its data
+(none: on policy); the frozen references under which it needs log-probs (`ref` = `logp_ref`); and who may give the other
+fields that it needs, where the training loop does not give them by itself.
 
 A preference objective (`dpo`, `simpo`, ..., `opa_dpo`, the Nash methods, reward models) is one number for a *unit* of
 consecutive rows: `layout` names their roles (chosen, rejected, and third answers where it has them), the policy scores

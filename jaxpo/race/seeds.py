@@ -231,9 +231,9 @@ def gatherer_of(
 
 
 def held(resolved: Resolved, state: TrainState) -> dict[str, Params]:
-    """The references of a contender at its start."""
+    """The references of a contender at its start: copies, since steps donate what they get."""
     keeps = resolved.protocol.facts.references
-    return references.held(resolved.references, keeps, state.params, state.opt_state)
+    return references.copied(references.held(resolved.references, keeps, state.params, state.opt_state))
 
 
 def first_state(resolved: Resolved, setup: Setup) -> TrainState:

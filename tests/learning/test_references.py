@@ -9,12 +9,12 @@ from jax.random import key
 
 from jaxpo.batch import Rollouts
 from jaxpo.learning import references
-from jaxpo.learning.needs import slots_of
+from jaxpo.learning.needs import references_of
 from jaxpo.learning.state import Run, TrainState
 from jaxpo.objectives import make
 from jaxpo.protocols.protocol import Protocol, Verdict
 from jaxpo.runs import loop
-from tests.protocols.fake_tools import fake
+from tests.protocols.fake_gatherer import fake
 from tests.runs import tiny
 
 
@@ -29,10 +29,10 @@ def value(slot):
 def trajectory(keeps, needed=(), iterations=6):
     """The slots at the start and after each iteration, of one step, of a policy that is theta(i) after iteration i."""
     protocol = Protocol(None, keeps=keeps)
-    slots = references.held(list(needed), protocol.keeps, theta(0), None)
+    slots = references.held(list(needed), protocol.facts.references, theta(0), None)
     out = [slots]
     for i in range(1, iterations + 1):
-        slots = references.moved(references.moved(slots, protocol.keeps, theta(i)), protocol.keeps, theta(i), i)
+        slots = references.moved(references.moved(slots, protocol.facts.references, theta(i)), protocol.facts.references, theta(i), i)
         out.append(slots)
     return out
 
@@ -65,13 +65,13 @@ def test_of_all_companions_the_average_alone_moves_with_each_optimizer_step():
         protocol=protocol,
         step=lambda state, batch, rows, fresh: (state.replace(params=theta(next(policy))), {}),
     )
-    start = run_at(0, 0, references.held(["ref", "prev"], protocol.keeps, theta(0), None))
+    start = run_at(0, 0, references.held(["ref", "prev"], protocol.facts.references, theta(0), None))
     run, steps = loop.update(workspace, start, Rollouts(mask=np.ones((4, 1))), key(0))
     assert len(steps) == 4 and value(run.state.params) == 4
-    assert value(run.slots["ema"]) == 4 / 2 + 3 / 4 + 2 / 8 + 1 / 16
-    assert value(run.slots["ref"]) == value(run.slots["prev"]) == value(run.slots["pool"]["1"]) == 0
-    after = references.moved(run.slots, protocol.keeps, run.state.params, 1)
-    assert after["ema"] is run.slots["ema"] and value(after["prev"]) == value(after["pool"]["1"]) == 4
+    assert value(run.references["ema"]) == 4 / 2 + 3 / 4 + 2 / 8 + 1 / 16
+    assert value(run.references["ref"]) == value(run.references["prev"]) == value(run.references["pool"]["1"]) == 0
+    after = references.moved(run.references, protocol.facts.references, run.state.params, 1)
+    assert after["ema"] is run.references["ema"] and value(after["prev"]) == value(after["pool"]["1"]) == 4
 
 
 def test_pool_is_a_ring_whose_first_place_stays():
@@ -80,7 +80,7 @@ def test_pool_is_a_ring_whose_first_place_stays():
         (0, 0, 0), (0, 0, 0), (0, 2, 0), (0, 2, 0), (0, 2, 4), (0, 2, 4), (0, 6, 4), (0, 6, 4), (0, 6, 8)
     ]  # fmt: skip
     protocol = Protocol(None, keeps={"pool": {"size": 3, "every": 2}})
-    assert [references.stored(protocol.keeps, i) for i in range(8)] == [1, 1, 2, 2, 3, 3, 3, 3]
+    assert [references.stored(protocol.facts.references, i) for i in range(8)] == [1, 1, 2, 2, 3, 3, 3, 3]
 
 
 def test_slots_share_one_copy_at_the_start():
@@ -95,9 +95,9 @@ def test_unknown_companions_options_and_those_without_effect():
     with pytest.raises(ValueError, match="did you mean 'every'"):
         references.check(make("inpo"), {"prev": {"evry": 2}})
     with pytest.raises(ValueError, match="prev_every has no effect"):
-        references.check(make("dpo"), make("judged", "protocol", prev_every=2).keeps)
-    references.check(make("inpo"), make("judged", "protocol", prev_every=2).keeps)
-    assert slots_of(make("inpo"), make("judged", "protocol").provides) == ["prev", "ref"]
+        references.check(make("dpo"), make("judged", "protocol", prev_every=2).facts.references)
+    references.check(make("inpo"), make("judged", "protocol", prev_every=2).facts.references)
+    assert references_of(make("inpo"), make("judged", "protocol").facts.provides) == ["prev", "ref"]
 
 
 # ---- protocols that move the weights
@@ -137,9 +137,9 @@ def test_extragradient_samples_with_the_half_step_and_steps_from_where_it_began(
     protocol = make("egpo", "protocol")
     run, batch = protocol.collect(run_at(0, 1, {}), tools("egpo"), key(0))
     assert batch == "batch" and samplers == [1, 1] and value(run.state.params) == 1
-    assert value(run.slots["center"]["params"]) == 1 and float(run.slots["center"]["opt_state"]["m"]) == 7
-    assert run.slots["center"]["params"]["w"] is not run.state.params["w"]  # which the step donates
-    half = run_at(1, 1.5, run.slots, opt_state=8.0)
+    assert value(run.references["center"]["params"]) == 1 and float(run.references["center"]["opt_state"]["m"]) == 7
+    assert run.references["center"]["params"]["w"] is not run.state.params["w"]  # which the step donates
+    half = run_at(1, 1.5, run.references, opt_state=8.0)
     run, _ = protocol.collect(half, tools("egpo"), key(0))
     assert samplers[2:] == [1.5, 1.5]
     assert value(run.state.params) == 1 and float(run.state.opt_state["m"]) == 7
@@ -153,7 +153,7 @@ def test_mirror_prox_plays_against_the_center_and_then_against_the_half_step(sam
         assert own == value(run.state.params)
         opponents.append(opponent)
         starts.append(own)
-        slots, policy = run.slots, value(run.state.params) + 0.25  # an optimizer step
+        slots, policy = run.references, value(run.state.params) + 0.25  # an optimizer step
     assert starts == [1, 1.25, 1, 1.25, 1.5] and opponents == [1, 1, 1.5, 1.5, 1.5]
     logp = types.SimpleNamespace(logp="center's")
     scored = fake(score=lambda params, rollouts: logp if value(params) == 1.5 else None)
@@ -166,11 +166,11 @@ def test_extrapolation_of_iterates(alpha):
     protocol = make("apo_accelerated", "protocol", alpha=alpha, iterations=2)
     start = {"hat": theta(1), "ref": theta(1)}
     run = protocol.after(run_at(0, 2, start), None, None)
-    assert value(run.state.params) == 2 and value(run.slots["ref"]) == 1  # the round is not over
+    assert value(run.state.params) == 2 and value(run.references["ref"]) == 1  # the round is not over
     run = protocol.after(run_at(1, 3, start), None, None)
     policy = 3 + alpha * (3 - 1)
-    assert value(run.state.params) == policy == value(run.slots["ref"]) and value(run.slots["hat"]) == 3
-    assert run.slots["ref"]["w"] is not run.state.params["w"]
+    assert value(run.state.params) == policy == value(run.references["ref"]) and value(run.references["hat"]) == 3
+    assert run.references["ref"]["w"] is not run.state.params["w"]
 
 
 @pytest.mark.parametrize(

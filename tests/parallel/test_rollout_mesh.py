@@ -25,9 +25,9 @@ def eight():
 
 
 def sampled(workspace, params):
-    arrays = workspace.put((workspace.train.tokens[:8], workspace.train.length[:8]))
-    return workspace.generate(
-        workspace.sampler_params(params), *arrays, jax.random.key(1), workspace.sampling, responses=4
+    arrays = workspace.put((workspace.questions.train.tokens[:8], workspace.questions.train.length[:8]))
+    return workspace.programs.generate(
+        workspace.programs.sampler_params(params), *arrays, jax.random.key(1), workspace.sampling, responses=4
     )
 
 

@@ -11,8 +11,8 @@ from jaxpo.batch import Rollouts
 from jaxpo.learning.state import Run
 from jaxpo.objectives import make
 from jaxpo.protocols.dno import best_first, blank, dno_prct, drawn, graded, repetitive
-from jaxpo.protocols.protocol import Verdict
-from tests.protocols.fake_tools import fake
+from jaxpo.protocols.gatherer import Verdict
+from tests.protocols.fake_gatherer import fake
 from tests.runs import tiny
 
 PAPER = dict(positive=5.0, teacher_gap=2.0, own_gap=1.0)

@@ -11,7 +11,7 @@ from jaxpo.objectives import make
 from jaxpo.protocols.protocol import NothingLeft
 from jaxpo.registry import names
 from jaxpo.rollout.sampling import SamplingOptions
-from tests.protocols.fake_tools import fake
+from tests.protocols.fake_gatherer import fake
 from tests.runs import tiny
 
 PROMPTS, RESPONSES = 4, 3
@@ -188,7 +188,7 @@ def test_hapo_runs(tmp_path):
     with tiny.quick():
         changes = {"objective": {"name": "hapo"}, "training.epochs": 1, "steps": 3, "evaluation.every": 100}
         run = tiny.run(tiny.config(changes), tmp_path / "run")
-    assert {f.name: f.compilations for f in run.result.workspace.compiled}["generate"] == 3  # greedy, pass@k, adaptive
+    assert {f.name: f.compilations for f in run.result.workspace.programs.compiled}["generate"] == 3  # greedy, pass@k, adaptive
     assert "AGAIN" not in run.printed
     for line in tiny.trained(run.path):
         assert line["dynamic_sampling/batches"] >= 1 and line["step/nonfinite"] == 0

@@ -25,7 +25,7 @@ from jaxpo.protocols.judged import (
 from jaxpo.protocols.preference_data import with_samples, without_equal_pairs
 from jaxpo.runs.judges import judge
 from jaxpo.tasks import Example, Score
-from tests.protocols.fake_tools import fake
+from tests.protocols.fake_gatherer import fake
 
 SCORES = np.array([[0.0, 2.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
 VERDICT = judge.of_scores(SCORES, None)
@@ -155,7 +155,7 @@ def test_the_better_answer_comes_first_and_even_ones_do_not_count():
 )
 def test_what_has_no_effect_is_refused(protocol, name, message):
     with pytest.raises(ValueError, match=message):
-        protocol.rows(make(name), 4)
+        protocol.facts.rows(make(name), 4)
 
 
 def test_pairs_side_by_side():

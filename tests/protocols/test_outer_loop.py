@@ -12,7 +12,7 @@ from jaxpo.objectives import evaluate, make
 from jaxpo.protocols.outer_loop import outer_step
 from jaxpo.runs.gatherer import Clock, make_tools
 from jaxpo.runs.workspace import setup
-from tests.protocols.fake_tools import fake
+from tests.protocols.fake_gatherer import fake
 from tests.runs import tiny
 
 BATCH = Rollouts(
@@ -168,7 +168,7 @@ def test_a_run(tmp_path):
     with tiny.quick():
         run = tiny.run(tiny.config(changes), tmp_path / "run")
     assert "AGAIN" not in run.printed
-    assert {f.name: f.compilations for f in run.result.workspace.compiled}["noise"] == 1
+    assert {f.name: f.compilations for f in run.result.workspace.programs.compiled}["noise"] == 1
     for line in tiny.trained(run.path):
         assert line["outer/kl"] > 0 and -1 <= line["outer/gradient_cosine"] <= 1 and line["outer/noise"] >= 0
         assert line["outer/return"] == pytest.approx(line["reward/mean"], abs=1e-5)

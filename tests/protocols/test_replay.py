@@ -16,7 +16,7 @@ from jaxpo.runs import loop
 from jaxpo.runs.gatherer import Clock, make_tools, score_companions
 from jaxpo.runs.workspace import setup
 from jaxpo.storage.checkpoint import restore_params
-from tests.protocols.fake_tools import fake
+from tests.protocols.fake_gatherer import fake
 from tests.runs import tiny
 
 G, K, T = 4, 2, 3
@@ -178,7 +178,7 @@ def test_the_shapes_of_a_scored_batch():
         workspace = setup(tiny.config(changes | {"sampling.top_k": 3}), report=lambda text: None)
         tools = make_tools(workspace, Clock(), {}, lambda text: None)
         shapes = tools.scored()
-        assert not workspace.compiled  # nothing was computed
+        assert not workspace.programs.compiled  # nothing was computed
         params = workspace.init_params(jax.random.key(0))
         rollouts = tools.reward(tools.generate(params, np.arange(8, dtype=np.int32), jax.random.key(1)))
         run = Run(SimpleNamespace(params=params, objective=workspace.objective.init()), {"ref": params})

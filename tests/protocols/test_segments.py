@@ -12,7 +12,7 @@ from jaxpo.protocols.segments import joined
 from jaxpo.rollout.sampling import SamplingOptions
 from jaxpo.runs.gatherer import Clock, make_tools
 from jaxpo.runs.workspace import setup
-from tests.protocols.fake_tools import fake
+from tests.protocols.fake_gatherer import fake
 from tests.runs import tiny
 
 KEY = jax.random.key(0)
@@ -138,7 +138,7 @@ def test_chain_by_hand():
     """Every second token of low probability is a cutpoint: 1 and 4 of the first row, 0 and 3 of the second."""
     world, tools = chain_world()
     protocol = make("spo_segment", "protocol", interval=2, rollouts=3)
-    assert protocol.provides == {"mc_value"}
+    assert protocol.facts.provides == {"mc_value"}
     run, batch = protocol.collect(Run(State()), tools, KEY)
     paths = [(10, 3), (10, 3, 4, 5, 6), (11, 11), (11, 11, 2, 3, 4)]
     assert world.calls == [(paths, [5, 2, 6, 3], 3)] and run.position == 2

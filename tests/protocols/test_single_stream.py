@@ -12,7 +12,7 @@ from jaxpo.learning.state import Run, advance
 from jaxpo.objectives import make
 from jaxpo.runs import loop
 from jaxpo.storage.checkpoint import restore_params
-from tests.protocols.fake_tools import fake
+from tests.protocols.fake_gatherer import fake
 from tests.runs import tiny
 
 N, B, P, T = 9, 4, 2, 3

@@ -124,7 +124,7 @@ def reference_run(finished):
 
 
 def some_batch(workspace):
-    tokens = jax.random.randint(jax.random.key(0), (32, workspace.train.tokens.shape[1] + 3), 0, 200)
+    tokens = jax.random.randint(jax.random.key(0), (32, workspace.questions.train.tokens.shape[1] + 3), 0, 200)
     return Rollouts(tokens=tokens, mask=jnp.ones((32, 3)), prompt_length=jnp.full(32, tokens.shape[1] - 3))
 
 

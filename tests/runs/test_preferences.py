@@ -116,7 +116,7 @@ def test_files_without_a_task(tmp_path):
     files = {"task": {"name": None}, "data": {"name": "jsonl", "path": str(tmp_path / "pairs.jsonl"), "test_size": 3}}
     workspace = setup(tiny.config(QUICK | DPO | files))
     assert (len(workspace.preferences.train), len(workspace.preferences.test)) == (9, 3)
-    assert workspace.task.score is None and len(workspace.train) == 9
+    assert workspace.task.score is None and len(workspace.questions.train) == 9
     assert workspace.task.demonstrate(workspace.task.train[0]) in {r["chosen"] for r in rows}
     with pytest.raises(ValueError, match="config.judge.name"):
         setup(tiny.config(QUICK | files | {"objective": {"name": "online_ipo"}}))
@@ -240,7 +240,7 @@ def watched(path, changes):
     seen, checkpoint_of = [], loop.checkpoint_of
 
     def recorded(run, seed):
-        seen.append((run.state, run.slots))
+        seen.append((run.state, run.references))
         return checkpoint_of(run, seed)
 
     with pytest.MonkeyPatch.context() as patch:

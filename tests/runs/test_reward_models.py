@@ -69,7 +69,7 @@ def test_it_judges_answers_as_its_head_scores_them(reward_model):
         verdict = judges.by_model("somewhere", None)(examples, answers)
         doubled = judges.by_model("somewhere", 2.0)(examples, answers)
     rows = judges.rows_of(workspace, examples, answers)
-    np.testing.assert_allclose(verdict.scores.reshape(-1), workspace.opinion(params, rows).score, atol=1e-6)
+    np.testing.assert_allclose(verdict.scores.reshape(-1), workspace.programs.score_heads(params, rows).score, atol=1e-6)
     assert len(set(verdict.scores.reshape(-1).tolist())) == 4
     gap = verdict.scores[:, 0] - verdict.scores[:, 1]
     np.testing.assert_allclose(verdict.wins[:, 0, 1], 1 / (1 + np.exp(-gap)), atol=1e-6)

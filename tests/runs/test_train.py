@@ -16,7 +16,6 @@ from jaxpo.parallel import AXES
 from jaxpo.registry import names
 from jaxpo.runs import loop, restore
 from jaxpo.runs.gatherer import prompt_order
-from jaxpo.runs.workspace import slots_of
 from jaxpo.storage.checkpoint import finished_steps, restore_params
 from jaxpo.storage.rundir import read_metrics
 from tests.runs import tiny
@@ -120,7 +119,7 @@ def test_evaluations_before_during_and_after(finished):
 
 
 def test_functions_are_compiled_once(finished):
-    counts = {f.name: f.compilations for f in finished.result.workspace.compiled}
+    counts = {f.name: f.compilations for f in finished.result.workspace.programs.compiled}
     assert counts == {"generate": 2, "score": 1, "prepare": 1, "update": 1}  # training and greedy generation differ
     assert "AGAIN" not in finished.printed
     assert all(f"compiled {name} in" in finished.printed for name in [*counts, "supervised update"])
@@ -154,7 +153,7 @@ def test_every_optimizer_step_counts(finished):
 
 
 def test_prompts_come_in_epochs(finished):
-    size = len(finished.result.workspace.train)
+    size = len(finished.result.workspace.questions.train)
     drawn = np.concatenate(finished.drawn)
     assert size < len(drawn) == 4 * 8
     assert sorted(drawn[:size]) == list(range(size)) and len(set(drawn[size:])) == len(drawn) - size
@@ -210,10 +209,10 @@ def has_all_it_needs(name: str) -> bool:
     objective = make(name, **registry.entry(name).of_run(8, 1))
     protocol = make(objective.protocol.name, "protocol", **objective.protocol.options)
     try:
-        slots_of(objective, protocol.provides)
+        references_of(objective, protocol.facts.provides)
     except ValueError:
         return False
-    return not objective.unit.layout and "pref_opp" not in protocol.provides
+    return not objective.unit.layout and "pref_opp" not in protocol.facts.provides
 
 
 @pytest.mark.slow
@@ -271,7 +270,7 @@ def test_the_mesh_does_not_change_the_result(finished, ran, tmp_path, mesh):
     one, eight = ran("rloo"), {"data": 1, "fsdp": 1, "tensor": 1} | mesh  # rloo scores the old policy and the reference
     with tiny.quick(devices=8):
         eight = tiny.run(tiny.warm(finished, {"objective": {"name": "rloo"}, "mesh": eight}), tmp_path / "run")
-    traces = [{f.name: f.compilations for f in run.result.workspace.compiled} for run in (one, eight)]
+    traces = [{f.name: f.compilations for f in run.result.workspace.programs.compiled} for run in (one, eight)]
     assert traces[0] == traces[1] and len(eight.result.params["embedding"].sharding.device_set) == 8
     lines = [tiny.untimed(run.path / "metrics.jsonl") for run in (one, eight)]
     for a, b in zip(*lines, strict=True):

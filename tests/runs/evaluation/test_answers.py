@@ -166,8 +166,8 @@ def test_samples_that_responses_do_not_divide(workspace, prompts):
 
 
 def test_rounds_and_chunks_draw_from_different_keys(workspace, prompts):
-    keys, generate = [], workspace.generate
-    workspace.generate = lambda params, tokens, length, key, *args, **kwargs: (
+    keys, generate = [], workspace.programs.generate
+    workspace.programs.generate = lambda params, tokens, length, key, *args, **kwargs: (
         keys.append(tuple(jax.random.key_data(key).tolist())),
         generate(params, tokens, length, key, *args, **kwargs),
     )[1]
