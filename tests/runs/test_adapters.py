@@ -10,7 +10,7 @@ from experiments.export import export_run
 from jaxpo import registry
 from jaxpo.batch import Rollouts
 from jaxpo.config.checks import validate
-from jaxpo.objectives.grammar.base import Term, from_terms
+from jaxpo.objectives.grammar.base import Term, asks_of, from_terms
 from jaxpo.parallel import make_mesh
 from jaxpo.plan.trace import data_of, trace_run
 from jaxpo.policy import hf, lora
@@ -49,7 +49,7 @@ def regressed():
         return batch.get("logp_ref") - stats.logp
 
     terms = [Term("value", error, aggregation.token_mean), Term("policy", gain, aggregation.token_mean)]
-    return from_terms(terms, wants=("logp", "value"), needs=("logp_ref", "value_old"))
+    return from_terms(terms, asks=asks_of("logp_ref", "value_old", wants=("value",)))
 
 
 def config(model, **changes):

@@ -11,7 +11,7 @@ from experiments import evaluate, sample
 from experiments.export import export_run
 from jaxpo import registry
 from jaxpo.learning.state import Run
-from jaxpo.objectives import Term, from_terms
+from jaxpo.objectives import Term, asks_of, from_terms
 from jaxpo.policy import hf
 from jaxpo.primitives import aggregation
 from jaxpo.runs.restore import checkpoint_of, checkpoints_of, open_finished, restore
@@ -30,7 +30,7 @@ RUNS = {
 def critic():
     """Its values learn the rewards."""
     term = Term("value", lambda stats, batch, state: (stats.value - batch.reward[:, None]) ** 2, aggregation.token_mean)
-    return from_terms([term], wants=("logp", "value"), needs=("reward",))
+    return from_terms([term], asks=asks_of("reward", wants=("value",)))
 
 
 @pytest.fixture(autouse=True, scope="module")

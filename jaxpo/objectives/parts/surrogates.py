@@ -70,8 +70,8 @@ def shaped_probability(gamma: Positive | None = 0.1) -> Surrogate:
 def by_role(own: Surrogate, **others: Surrogate) -> Surrogate:
     """Another surrogate for the rows of some roles: ``by_role(clipped(), expert=shaped_probability())``.
 
-    Rows of a role that is not named take ``own``; it sees a log-ratio of 0 at the others. What is clipped is reported
-    of its rows alone.
+    Rows of a role that is not named take ``own``, which sees a log-ratio of 0 at the other rows; only its rows are
+    reported as clipped.
 
     Raises:
       ValueError: a role that does not exist, no role at all, or surrogates of tokens and of rows together."""
