@@ -1,6 +1,6 @@
 """GRPO teaches a transformer to spell words backward, after a warm start on imperfect demonstrations.
 
-The transformer has 160k parameters and starts from scratch, on a CPU.
+The transformer has 150k parameters and starts from scratch, on a CPU.
 
     python -m experiments.train_rl --config=configs/quickstart.py --workdir=runs/quickstart
 

@@ -1,6 +1,6 @@
 """A reward model learns to tell words spelled backward from wrong answers.
 
-A tenth of the training pairs have the wrong label. The transformer has 160k parameters and starts from scratch, on a
+A tenth of the training pairs have the wrong label. The transformer has 150k parameters and starts from scratch, on a
 CPU.
 
     python -m experiments.train_reward --config=configs/reward_reasoning_gym.py --workdir=runs/reward
