@@ -34,13 +34,13 @@ NAMED = {
     "policy": registered("policy"),
     "optimizer": optimizer_arguments,
     "optimizer.schedule": schedule_arguments,
+    "optimizers.critic": optional_name(optimizer_arguments),
+    "optimizers.critic.schedule": schedule_arguments,
     "warm_start.optimizer": optimizer_arguments,
     "warm_start.optimizer.schedule": schedule_arguments,
 }
-OWN = {
-    "optimizer": ("learning_rate", "clip_norm", "schedule"),
-    "warm_start.optimizer": ("learning_rate", "clip_norm", "schedule"),
-}
+OPTIMIZERS = ("optimizer", "optimizers.critic", "warm_start.optimizer")
+OWN = dict.fromkeys(OPTIMIZERS, ("learning_rate", "clip_norm", "schedule"))
 
 
 # ---- filling and flags

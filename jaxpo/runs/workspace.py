@@ -112,7 +112,7 @@ class Workspace:
 
     def init_state(self, params: Params) -> TrainState:
         """Optimizer and objective state for ``params``."""
-        return init_state(params, optimizer_of(self.config), self.objective, self.mesh)
+        return init_state(params, optimizer_of(self.config, self.objective), self.objective, self.mesh)
 
     def put(self, tree: Any) -> Any:
         """Arrays [B, ...] onto the mesh, rows spread over it."""

@@ -292,13 +292,16 @@ def hapo(
 
     def update(state: State, b: Rollouts, report) -> State:
         seen = jnp.any(tokens_of(b) > 0)
-        new = {n: jnp.where(seen, b.per_row[f"hapo_{n}"][0].astype(jnp.float32), state.memory[n]) for n in names}
-        return state.replace(memory={**state.memory, **new})
+
+        def latest(n: str, old: Array) -> Array:
+            return jnp.where(seen, b.per_row[f"hapo_{n}"][0].astype(old.dtype), old)
+
+        return state.replace(memory={**state.memory, **{n: latest(n, state.memory[n]) for n in names}})
 
     return Surrogate(
         lambda x, adv, stats, b, s: apply(surrogates.clipped, x, adv, b),
         asks_of("entropy_old"),
-        Hooks(memory={n: jnp.float32(0) for n in names}, weigh=weigh, update=update),
+        Hooks(memory={n: jnp.zeros(()) for n in names}, weigh=weigh, update=update),
         per="token",
         clipped=lambda x, adv, stats, b, s: apply(surrogates.is_clipped, x, adv, b),
     )
