@@ -37,7 +37,7 @@ def plan(config, *, topology: str, price: float, json: str, search: int, propose
     """Print the plan of a config for a slice; the numbers too, where ``json`` names a file. Returns what was
     printed last: the plan that fits, if one was found."""
     from jaxpo.plan import plan as plans
-    from jaxpo.plan import search
+    from jaxpo.plan import search as searches
     from jaxpo.plan import topology as topologies
 
     if not topology:
@@ -50,13 +50,13 @@ def plan(config, *, topology: str, price: float, json: str, search: int, propose
         raise ValueError(f"--json={json}: there is no such folder")
     where = topologies.parse(topology)
     if search:
-        found = search.fastest(config, where, compile_most=search, say=say)
+        found = searches.fastest(config, where, compile_most=search, say=say)
     else:
         found = plans.make_plan(config, where, say=say)
     show(found, price)
     proposals = []
     if not found.fits and propose:
-        proposals = search.proposals(config, where, found, say=say)
+        proposals = searches.proposals(config, where, found, say=say)
         show_proposals(proposals)
     if json:
         write(Path(json), found, proposals, price)

@@ -62,9 +62,11 @@ class Domain(NamedTuple):
 
 
 FINITE = Domain()
+Threshold = Annotated[float, Domain(infinite=True)]  # infinite: nothing, or everything, passes it
 Positive = Annotated[float, Domain(0, ends="(]")]
 PositiveOrInfinite = Annotated[float, Domain(0, ends="(]", infinite=True)]
 NonNegative = Annotated[float, Domain(0)]
+NonNegativeOrInfinite = Annotated[float, Domain(0, infinite=True)]
 Share = Annotated[float, Domain(0, 1)]
 OpenShare = Annotated[float, Domain(0, 1, "()")]
 PositiveShare = Annotated[float, Domain(0, 1, "(]")]
@@ -151,10 +153,9 @@ class When(NamedTuple):
         """The options whose conditions do not hold; arrays meet every condition."""
         return [n for n, wanted in self.conditions.items() if not is_array(given[n]) and not _meets(given[n], wanted)]
 
-    @property
-    def says(self) -> str:
-        """The setting in words."""
-        return " and ".join(_wanted(name, wanted) for name, wanted in self.conditions.items())
+    def says(self, given: Mapping[str, Any]) -> str:
+        """The conditions that do not hold, in words."""
+        return " and ".join(_wanted(name, self.conditions[name]) for name in self.failing(given))
 
 
 def when(**conditions: Any) -> When:
@@ -170,7 +171,7 @@ def _meets(value: Any, wanted: Any) -> bool:
 
 def _wanted(name: str, wanted: Any) -> str:
     if isinstance(wanted, OtherThan):
-        return f"a {name} other than {wanted.value!r}"
+        return f"{name} != {wanted.value!r}"
     return f"{name}={' or '.join(map(repr, wanted if isinstance(wanted, tuple) else (wanted,)))}"
 
 
@@ -188,7 +189,9 @@ def check_effect(
         return
     culprits = dict.fromkeys(culprit for s in settings for culprit in s.failing(given))
     found = " and ".join(f"{c}={'a function' if callable(given[c]) else repr(given[c])}" for c in culprits)
-    raise ValueError(f"{where}{name} has no effect with {found}; it belongs to {' or '.join(s.says for s in settings)}")
+    raise ValueError(
+        f"{where}{name} has no effect with {found}; it belongs to {' or '.join(s.says(given) for s in settings)}"
+    )
 
 
 # ---- annotations --------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from ml_collections import ConfigDict
 
 from jaxpo.config.blocks import block_of
+from jaxpo.config.fields import default
 from jaxpo.config.resolved import Resolved
 from jaxpo.learning.needs import is_reward_model
 from jaxpo.learning.optimizers import make_optimizer
@@ -67,8 +68,7 @@ def check_resolved(resolved: Resolved, policy: TransformerConfig, devices: int) 
     """
     config, objective = resolved.config, resolved.objective
     _check_lora(config, policy)
-    make_optimizer(config.optimizer.to_dict(), max(config.steps, 1))
-    make_optimizer(config.warm_start.optimizer.to_dict(), max(config.warm_start.steps, 1))
+    _check_optimizers(resolved)
     _check_division(resolved, policy, devices)
     _check_offload(resolved)
     _check_checkpoint(config)
@@ -84,6 +84,21 @@ def check_resolved(resolved: Resolved, policy: TransformerConfig, devices: int) 
         )
     if config.task.name is None and config.data.name in (None, "task"):
         raise ValueError("config.task.name is None: set config.data.name to jsonl or datasets, whose prompts are used")
+
+
+def _check_optimizers(resolved: Resolved) -> None:
+    """That each can be made, and that one of its own is given only to parameters that the objective trains apart."""
+    config, trained = resolved.config, {*resolved.objective.trains.values()}
+    make_optimizer(config.optimizer.to_dict(), max(config.steps, 1))
+    make_optimizer(config.warm_start.optimizer.to_dict(), max(config.warm_start.steps, 1), "warm_start.optimizer")
+    for label, block in config.optimizers.items():
+        field = f"config.optimizers.{label}"
+        if block.name is None and block.to_dict() != default().optimizers[label].to_dict():
+            raise ValueError(f"{field} has no effect without a name: set {field}.name")
+        if block.name is not None and label not in trained:
+            raise ValueError(f"{field} has no effect: no term of objective {config.objective.name!r} trains a {label}")
+        if block.name is not None:
+            make_optimizer(block.to_dict(), max(config.steps, 1), field.removeprefix("config."))
 
 
 def _check_judge(resolved: Resolved) -> None:

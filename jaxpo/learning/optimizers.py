@@ -1,10 +1,13 @@
-"""optax by name: an optimizer, a schedule and gradient clipping from a config."""
+"""optax by name: an optimizer, a schedule and gradient clipping from a config; one optimizer for each label."""
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+import jax
 import optax
+from jax import Array
 
 from jaxpo.registry import check_arguments, unknown
 
@@ -87,19 +90,50 @@ def make_schedule(config: Mapping[str, Any], peak: float, steps: int) -> optax.S
     return SCHEDULES[config["name"]](peak, steps, **arguments)
 
 
-def make_optimizer(config: Mapping[str, Any], steps: int) -> optax.GradientTransformation:
+def by_label(rules: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformationExtraArgs:
+    """Each parameter under the rule of its label (`labels`). ``update`` takes ``active``, label -> bool: a label that
+    is not active keeps its parameters and the state of its rule.
+
+    Args:
+      rules: by label. A single one, "policy", is returned as it is: it moves every parameter, and ignores ``active``.
+    """
+    if set(rules) == {"policy"}:
+        return optax.with_extra_args_support(rules["policy"])
+    idle = optax.transforms.conditionally_mask
+    return optax.partition(
+        {label: idle(rule, partial(_is_active, label), forward_extra_args=True) for label, rule in rules.items()},
+        labels,
+    )
+
+
+def _is_active(label: str, step: Array, active: Mapping[str, Array], **_: Any) -> Array:
+    return active[label]
+
+
+def labels(params: Any) -> Any:
+    """The label of each parameter: "critic" in the value head, "policy" elsewhere."""
+
+    def label(path: tuple[Any, ...], _: Any) -> str:
+        names = [getattr(key, "key", None) for key in path[:2]]
+        return "critic" if names == ["heads", "value"] else "policy"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def make_optimizer(config: Mapping[str, Any], steps: int, field: str = "optimizer") -> optax.GradientTransformation:
     """Clip by global norm, then the named optimizer under its schedule.
 
     Args:
       config: ``name``, ``learning_rate``, ``clip_norm`` (None = off), ``schedule`` and any argument of the optax
         optimizer.
       steps: optimizer steps in the whole run.
+      field: of the run's config, for messages.
     """
     own = {k: v for k, v in config.items() if k not in ("name", "learning_rate", "clip_norm", "schedule")}
-    check_arguments(f"optimizer {config['name']!r}", own, optimizer_arguments(config["name"]))
-    if not config["learning_rate"] > 0:
-        raise ValueError(f"optimizer.learning_rate must be positive, not {config['learning_rate']}")
+    check_arguments(f"{field} {config['name']!r}", own, optimizer_arguments(config["name"]))
+    if config["learning_rate"] is None or not config["learning_rate"] > 0:
+        raise ValueError(f"{field}.learning_rate must be positive, not {config['learning_rate']}")
     if config["clip_norm"] is not None and not config["clip_norm"] > 0:
-        raise ValueError(f"optimizer.clip_norm must be positive or None, not {config['clip_norm']}")
+        raise ValueError(f"{field}.clip_norm must be positive or None, not {config['clip_norm']}")
     rule = getattr(optax, config["name"])(make_schedule(config["schedule"], config["learning_rate"], steps), **own)
     return rule if config["clip_norm"] is None else optax.chain(optax.clip_by_global_norm(config["clip_norm"]), rule)

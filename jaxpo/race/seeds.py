@@ -24,7 +24,7 @@ from jaxpo.learning.step import optimizer_step, score
 from jaxpo.objectives import Objective
 from jaxpo.policy import heads, stats
 from jaxpo.policy.transformer import Model, Params
-from jaxpo.protocols.gatherer import Gatherer, Sampler
+from jaxpo.protocols.gatherer import Gatherer, Sampler, Watch
 from jaxpo.protocols.on_policy import sample_once
 from jaxpo.protocols.protocol import NothingLeft
 from jaxpo.protocols.rows import as_scored, labelled
@@ -211,7 +211,7 @@ def gatherer_of(
 ) -> Gatherer:
     """The calls that a protocol may make in a race; it tells nobody anything."""
     questions, rollout = course.questions, resolved.config.rollout
-    gatherer = Gatherer(
+    return Gatherer(
         objective=resolved.objective,
         train=questions.train,
         prompts=rollout.prompts,
@@ -225,15 +225,14 @@ def gatherer_of(
         demonstrate=questions.demonstrations,
         adapt=resolved.protocol.sampler,
         preferences=pairs,
+        watch=Watch(say=lambda text: None),
     )
-    gatherer.watch.notes.clear()
-    return gatherer
 
 
 def held(resolved: Resolved, state: TrainState) -> dict[str, Params]:
-    """The references of a contender at its start."""
+    """The references of a contender at its start: copies, since steps donate what they get."""
     keeps = resolved.protocol.facts.references
-    return references.held(resolved.references, keeps, state.params, state.opt_state)
+    return references.copied(references.held(resolved.references, keeps, state.params, state.opt_state))
 
 
 def first_state(resolved: Resolved, setup: Setup) -> TrainState:
@@ -246,7 +245,7 @@ def first_state(resolved: Resolved, setup: Setup) -> TrainState:
         params = {**params, **together(made)}
     memory = jax.tree.map(lambda x: jnp.broadcast_to(x, (seeds, *jnp.shape(x))), objective.init())
     params = jax.tree.map(jnp.copy, params)  # steps donate what they get, and the start is everybody's
-    return TrainState(params, jax.vmap(optimizer_of(resolved.config).init)(params), memory)
+    return TrainState(params, jax.vmap(optimizer_of(resolved.config, objective).init)(params), memory)
 
 
 def all_seeds(resolved: Resolved, setup: Setup) -> Stage:
@@ -278,7 +277,7 @@ def scorer(
 
 def make_update(objective: Objective, model: Model, resolved: Resolved) -> Callable[..., Any]:
     """``(state, batch, rows, fresh) -> (state, metrics)``: one optimizer step of all seeds."""
-    asks, optimizer = objective.asks, optimizer_of(resolved.config)
+    asks, optimizer = objective.asks, optimizer_of(resolved.config, objective)
     apply = stats.policy_of(model, wants=asks.wants | {"entropy"}, derived=asks.derived)
     peeked = stats.policy_of(model, wants=asks.peeks | EVERYTHING, derived=asks.derived)
 

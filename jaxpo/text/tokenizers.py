@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from jaxpo.registry import unknown
+from jaxpo.registry import register, unknown
 from jaxpo.text import gguf
 
 Question = str | Sequence[Mapping[str, str]]  # a text, or messages {"role", "content"}
@@ -213,6 +213,29 @@ class PretrainedTokenizer:
             "chat_template": self.chat_template,
             "eos": [t.convert_ids_to_tokens(i) for i in self.eos_ids],
         }
+
+
+# ---- by name: factories of their options, which return (texts of the run) -> Tokenizer
+
+FromTexts = Callable[[Callable[[], Iterable[str]]], Tokenizer]
+
+
+@register("tokenizer")
+def characters() -> FromTexts:
+    """A token for each character that occurs in the task's questions and answers and in the data."""
+    return lambda texts: CharTokenizer.from_texts(texts())
+
+
+@register("tokenizer")
+def integers(base: int = 10) -> FromTexts:
+    """A token for each digit of a base up to 36."""
+    return lambda texts: IntegerTokenizer(base)
+
+
+@register("tokenizer")
+def pretrained(path: str, chat_template: bool = True) -> FromTexts:
+    """The tokenizer of a folder, a GGUF file or a hub name; ``chat_template``: ask through the model's template."""
+    return lambda texts: PretrainedTokenizer(path, chat_template)
 
 
 # How a GGUF's ``tokenizer.ggml.pre`` cuts a text before the merges: what comes before GPT-2's own expression.

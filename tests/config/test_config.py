@@ -6,18 +6,17 @@ import json
 import jax
 import pytest
 
-from jaxpo.config import checks
 from jaxpo.config.blocks import block_of
-from jaxpo.config.checks import validate
 from jaxpo.config.command_line import parse
 from jaxpo.config.fields import default
 from jaxpo.config.fill import fill
-from jaxpo.config.resolve import objective_of, protocol_name, transformer_of
+from jaxpo.config.resolve import resolve
 from jaxpo.learning.needs import heads_of
 from jaxpo.learning.optimizers import OPTIMIZERS, SCHEDULES
 from jaxpo.objectives import make, names
+from jaxpo.objectives.grammar.base import Unit
 from jaxpo.registry import entry
-from jaxpo.runs import loop
+from jaxpo.runs.train import train_rl
 from jaxpo.runs.workspace import make_tokenizer
 from jaxpo.storage.rundir import RunDirectory
 from jaxpo.tasks import Example, Task
@@ -34,9 +33,14 @@ def quick():
         yield
 
 
+def resolved(*flags, file=FILE):
+    """The config of a command line, resolved for one device."""
+    return resolve(parse([file, *flags])[0], 1)
+
+
 def of(*flags, file=FILE):
     """The parsed and validated config of a command line, for one device."""
-    return validate(parse([file, *flags])[0], 1)
+    return resolved(*flags, file=file).config
 
 
 # ---- names bring their own fields -----------------------------------------------------------------------------------
@@ -54,13 +58,15 @@ ALONE = {"spo_single_stream": ["--config.rollout.responses=1"], "nash_mp": ["--c
 # Units of other answers than a judge makes of samples come from data.
 UNITS = ("hypo", "mapl", "opa_dpo", "rationale_dpo", "rationale_orpo", "srpo")
 ALONE |= {name: ["--config.data.name=task"] for name in UNITS}
+ALONE["preference_orchestrator"] = ["--config.data.name=task", "--config.heads.gate=2"]
+ALONE["themis"] = ["--config.data.name=task"]  # answers and tool calls
 
 
 @pytest.mark.parametrize("name", names())
 def test_every_registered_objective_can_be_named(name):
-    config = of(f"--config.objective.name={name}", *ALONE.get(name, ()))
-    assert set(config.objective) == {"name", *entry(name).parameters}
-    assert objective_of(config)._fields == make("reinforce")._fields
+    run = resolved(f"--config.objective.name={name}", *ALONE.get(name, ()))
+    assert set(run.config.objective) == {"name", *entry(name).parameters}
+    assert run.objective._fields == make("reinforce")._fields
 
 
 def test_another_name_drops_the_fields_of_the_old_one():
@@ -120,7 +126,7 @@ def test_the_budget_of_a_config_file(tmp_path):
     """The file's own budget counts, and flags come after it."""
     file = tmp_path / "c.py"
     source = """
-from tests.training import tiny
+from tests.runs import tiny
 
 def get_config():
     config = tiny.config({"objective": {"name": "dr_grpo"}})
@@ -263,7 +269,7 @@ def test_a_misspelt_plain_field_of_a_config_file(path, nearest):
     with pytest.raises(
         ValueError, match=f"unknown field of config.*'{path.split('.')[-1]}': did you mean .*'{nearest}'"
     ):
-        validate(tiny.config({path: 3}), 1)
+        resolve(tiny.config({path: 3}), 1)
 
 
 def test_config_files(tmp_path):
@@ -343,16 +349,15 @@ def test_config_files(tmp_path):
 )
 def test_what_does_not_divide(flags, devices, message):
     with pytest.raises(ValueError, match=message) as error:
-        validate(parse([FILE, *flags])[0], devices)
+        resolve(parse([FILE, *flags])[0], devices)
     assert "\n" not in str(error.value)
 
 
 def test_microbatches_may_not_cut_groups_that_an_objective_sees_whole():
-    config = fill(tiny.config({"training.microbatches": 8}))
-    policy = transformer_of(config)
-    checks._check_division(config, make("reinforce"), policy, 1)
+    config, objective = tiny.config({"training.microbatches": 8}), make("reinforce")
+    resolve(config, 1, objective=objective)
     with pytest.raises(ValueError, match="config.training.microbatches 8 would cut groups .*: choose one of 1, 2, 4"):
-        checks._check_division(config, make("reinforce")._replace(coupling="group"), policy, 1)
+        resolve(config, 1, objective=objective._replace(unit=Unit(coupling="group")))
 
 
 COUNTS = (
@@ -430,7 +435,7 @@ def test_nothing_is_compiled_or_written_for_a_config_that_cannot_run(tmp_path, f
     )
     config = parse([FILE, *flags])[0]
     with pytest.raises(ValueError):
-        loop.train_rl(config, str(tmp_path / "run"))
+        train_rl(config, str(tmp_path / "run"))
     assert not compiled and not (tmp_path / "run").exists()
 
 
@@ -449,9 +454,10 @@ def test_the_config_of_every_optimizer_can_be_written(tmp_path, name):
 
 def test_a_block_without_a_name():
     data = ("--config.data.name=jsonl", "--config.data.path=pairs.jsonl", "--config.objective.name=dpo")
-    config = of("--config.task.name=None", "--config.protocol.name=None", *data)
+    run = resolved("--config.task.name=None", "--config.protocol.name=None", *data)
+    config = run.config
     assert config.task.to_dict() == {"name": None} and config.protocol.name is None and config.data.path
-    assert protocol_name(config, objective_of(config)) == "preference_data"
+    assert run.protocol_name == "preference_data"
     with pytest.raises(ValueError, match="config.task.name is None"):
         of("--config.task.name=None")
 
@@ -494,16 +500,16 @@ def test_sizes_of_heads(objective, sizes, found):
 
 def test_characters_are_those_of_the_run_that_is_started_from(tmp_path):
     """Other data have other characters, and parameters know theirs by number."""
-    config, other = (
-        of(f"--config.init_from={tmp_path}", "--config.tokenizer.name=characters"),
+    run, other = (
+        resolved(f"--config.init_from={tmp_path}", "--config.tokenizer.name=characters"),
         Task("other", [Example(0, "xyz", "y", {})], [], None, None, {}),
     )
     for held in (CharTokenizer.from_texts(["abc"]), IntegerTokenizer(4)):
         (tmp_path / "tokenizer.json").write_text(json.dumps(held.to_json()))
         if isinstance(held, CharTokenizer):
-            assert make_tokenizer(config, other).to_json() == held.to_json()
+            assert make_tokenizer(run, other).to_json() == held.to_json()
         else:
             with pytest.raises(ValueError, match="has another tokenizer: name that"):
-                make_tokenizer(config, other)
-    config.init_from = None
-    assert set("xyz") <= set(make_tokenizer(config, other).to_json()["alphabet"])
+                make_tokenizer(run, other)
+    run.config.init_from = None
+    assert set("xyz") <= set(make_tokenizer(run, other).to_json()["alphabet"])

@@ -1,4 +1,4 @@
-"""Every frozen companion by hand: what it holds at the start, and what after each iteration; half steps and stages."""
+"""Every frozen reference by hand: what it holds at the start, and what after each iteration; half steps and stages."""
 
 import types
 
@@ -12,28 +12,28 @@ from jaxpo.learning import references
 from jaxpo.learning.needs import references_of
 from jaxpo.learning.state import Run, TrainState
 from jaxpo.objectives import make
-from jaxpo.protocols.protocol import Protocol, Verdict
-from jaxpo.runs import loop
+from jaxpo.protocols.gatherer import Verdict
+from jaxpo.protocols.protocol import Facts, Protocol
+from jaxpo.runs.iteration import Stage, learn
 from tests.protocols.fake_gatherer import fake
-from tests.runs import tiny
 
 
 def theta(x):
     return {"w": jnp.full(2, float(x))}
 
 
-def value(slot):
-    return float(slot["w"][0])
+def value(frozen):
+    return float(frozen["w"][0])
 
 
 def trajectory(keeps, needed=(), iterations=6):
-    """The slots at the start and after each iteration, of one step, of a policy that is theta(i) after iteration i."""
-    protocol = Protocol(None, keeps=keeps)
-    slots = references.held(list(needed), protocol.facts.references, theta(0), None)
-    out = [slots]
+    """The references at the start and after each iteration, of one step, of a policy that is theta(i) after
+    iteration i."""
+    frozen = references.held(list(needed), keeps, theta(0), None)
+    out = [frozen]
     for i in range(1, iterations + 1):
-        slots = references.moved(references.moved(slots, protocol.facts.references, theta(i)), protocol.facts.references, theta(i), i)
-        out.append(slots)
+        frozen = references.moved(references.moved(frozen, keeps, theta(i)), keeps, theta(i), i)
+        out.append(frozen)
     return out
 
 
@@ -55,22 +55,23 @@ def test_average_of_weights(b):
     assert [value(s["ema"]) for s in trajectory({"ema": {"b": b}})] == pytest.approx(expected)
 
 
-def test_of_all_companions_the_average_alone_moves_with_each_optimizer_step():
+def test_of_all_references_the_average_alone_moves_with_each_optimizer_step():
     """Two minibatches in two epochs are four steps (Nash-EMA: "after every step")."""
-    protocol, policy = Protocol(None, keeps={"ema": {"b": 0.5}, "pool": {"size": 2, "every": 1}}), iter(range(1, 5))
-    workspace = types.SimpleNamespace(
-        config=tiny.config(),
-        mesh=None,
-        objective=types.SimpleNamespace(peeks=()),
-        protocol=protocol,
-        step=lambda state, batch, rows, fresh: (state.replace(params=theta(next(policy))), {}),
+    keeps, policy = {"ema": {"b": 0.5}, "pool": {"size": 2, "every": 1}}, iter(range(1, 5))
+    stage = Stage(
+        objective=make("reinforce"),
+        protocol=Protocol(None, facts=Facts(references=keeps)),
+        steps=4,
+        score=None,
+        prepare=lambda batch, memory: (batch, memory),
+        update=lambda state, batch, rows, fresh: (state.replace(params=theta(next(policy))), {}),
     )
-    start = run_at(0, 0, references.held(["ref", "prev"], protocol.facts.references, theta(0), None))
-    run, steps = loop.update(workspace, start, Rollouts(mask=np.ones((4, 1))), key(0))
+    start = run_at(0, 0, references.held(["ref", "prev"], keeps, theta(0), None))
+    run, _, steps = learn(stage, start, Rollouts(mask=np.ones((4, 1))), lambda batch: [np.arange(4)] * 4)
     assert len(steps) == 4 and value(run.state.params) == 4
     assert value(run.references["ema"]) == 4 / 2 + 3 / 4 + 2 / 8 + 1 / 16
     assert value(run.references["ref"]) == value(run.references["prev"]) == value(run.references["pool"]["1"]) == 0
-    after = references.moved(run.references, protocol.facts.references, run.state.params, 1)
+    after = references.moved(run.references, keeps, run.state.params, 1)
     assert after["ema"] is run.references["ema"] and value(after["prev"]) == value(after["pool"]["1"]) == 4
 
 
@@ -79,17 +80,16 @@ def test_pool_is_a_ring_whose_first_place_stays():
     assert [tuple(value(s["pool"][str(i)]) for i in range(3)) for s in steps] == [
         (0, 0, 0), (0, 0, 0), (0, 2, 0), (0, 2, 0), (0, 2, 4), (0, 2, 4), (0, 6, 4), (0, 6, 4), (0, 6, 8)
     ]  # fmt: skip
-    protocol = Protocol(None, keeps={"pool": {"size": 3, "every": 2}})
-    assert [references.stored(protocol.facts.references, i) for i in range(8)] == [1, 1, 2, 2, 3, 3, 3, 3]
+    assert [references.stored({"pool": {"size": 3, "every": 2}}, i) for i in range(8)] == [1, 1, 2, 2, 3, 3, 3, 3]
 
 
-def test_slots_share_one_copy_at_the_start():
-    slots = trajectory({"ema": {}, "pool": {}}, ["ref", "prev"])[0]
-    assert slots["ref"]["w"] is slots["prev"]["w"] is slots["ema"]["w"] is slots["pool"]["0"]["w"]
-    assert references.scored(make("inpo"), slots).keys() == {"ref", "prev"}
+def test_references_share_one_copy_at_the_start():
+    frozen = trajectory({"ema": {}, "pool": {}}, ["ref", "prev"])[0]
+    assert frozen["ref"]["w"] is frozen["prev"]["w"] is frozen["ema"]["w"] is frozen["pool"]["0"]["w"]
+    assert references.scored(make("inpo"), frozen).keys() == {"ref", "prev"}
 
 
-def test_unknown_companions_options_and_those_without_effect():
+def test_unknown_references_options_and_those_without_effect():
     with pytest.raises(ValueError, match="did you mean 'pool'"):
         references.check(make("dpo"), {"poll": {}})
     with pytest.raises(ValueError, match="did you mean 'every'"):
@@ -103,8 +103,8 @@ def test_unknown_companions_options_and_those_without_effect():
 # ---- protocols that move the weights
 
 
-def run_at(iteration, params, slots, opt_state=7.0):
-    return Run(TrainState(theta(params), {"m": jnp.asarray(opt_state)}, None), slots, iteration=iteration)
+def run_at(iteration, params, frozen, opt_state=7.0):
+    return Run(TrainState(theta(params), {"m": jnp.asarray(opt_state)}, None), frozen, iteration=iteration)
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def samplers(monkeypatch):
     """Who sampled: the policies by their weight, as the protocols of pairs call them."""
     said = []
 
-    def sampled(run, tools, who, indices, key):
+    def sampled(run, gather, who, indices, key):
         said.append(value(who.params(run)))
         return types.SimpleNamespace(shared_prompt=2)
 
@@ -121,7 +121,7 @@ def samplers(monkeypatch):
     return said
 
 
-def tools(objective):
+def gatherer(objective):
     verdict = Verdict(np.zeros((1, 4)), np.full((1, 4, 4), 0.5))
     return fake(
         draw=lambda run, n: (run, np.zeros(1, int)),
@@ -135,25 +135,25 @@ def tools(objective):
 
 def test_extragradient_samples_with_the_half_step_and_steps_from_where_it_began(samplers):
     protocol = make("egpo", "protocol")
-    run, batch = protocol.collect(run_at(0, 1, {}), tools("egpo"), key(0))
+    run, batch = protocol.collect(run_at(0, 1, {}), gatherer("egpo"), key(0))
     assert batch == "batch" and samplers == [1, 1] and value(run.state.params) == 1
     assert value(run.references["center"]["params"]) == 1 and float(run.references["center"]["opt_state"]["m"]) == 7
     assert run.references["center"]["params"]["w"] is not run.state.params["w"]  # which the step donates
     half = run_at(1, 1.5, run.references, opt_state=8.0)
-    run, _ = protocol.collect(half, tools("egpo"), key(0))
+    run, _ = protocol.collect(half, gatherer("egpo"), key(0))
     assert samplers[2:] == [1.5, 1.5]
     assert value(run.state.params) == 1 and float(run.state.opt_state["m"]) == 7
 
 
 def test_mirror_prox_plays_against_the_center_and_then_against_the_half_step(samplers):
-    protocol, slots, policy, opponents, starts = make("nash_mp", "protocol", stage=2), {}, 1.0, [], []
+    protocol, frozen, policy, opponents, starts = make("nash_mp", "protocol", stage=2), {}, 1.0, [], []
     for iteration in range(5):
-        run, _ = protocol.collect(run_at(iteration, policy, slots), tools("nash_mp"), key(0))
+        run, _ = protocol.collect(run_at(iteration, policy, frozen), gatherer("nash_mp"), key(0))
         own, opponent = samplers[-2:]
         assert own == value(run.state.params)
         opponents.append(opponent)
         starts.append(own)
-        slots, policy = run.references, value(run.state.params) + 0.25  # an optimizer step
+        frozen, policy = run.references, value(run.state.params) + 0.25  # an optimizer step
     assert starts == [1, 1.25, 1, 1.25, 1.5] and opponents == [1, 1, 1.5, 1.5, 1.5]
     logp = types.SimpleNamespace(logp="center's")
     scored = fake(score=lambda params, rollouts: logp if value(params) == 1.5 else None)
@@ -197,7 +197,7 @@ def test_options_out_of_range(protocol, options, message):
 def test_what_the_protocols_ask_of_the_config():
     def check(protocol, **fields):
         config = types.SimpleNamespace(steps=fields.get("steps", 4), rollout=types.SimpleNamespace(responses=2))
-        make(protocol, "protocol").check(config)
+        make(protocol, "protocol").facts.check(config)
 
     check("egpo")
     with pytest.raises(ValueError, match="must be even"):

@@ -65,13 +65,13 @@ def test_options_that_mean_nothing(options, message):
 
 def test_what_it_cannot_run_with():
     with pytest.raises(ValueError, match="makes pairs"):
-        dno_prct().rows(make("kto"), 4)
+        dno_prct().facts.rows(make("kto"), 4)
     by = ConfigDict({"rollout": {"responses": 3}, "judge": {"name": "verifier"}})
     with pytest.raises(ValueError, match=r"a verifier's rewards lie in \[0, 1\]"):
-        dno_prct().check(by)
-    dno_prct(positive=1).check(by)
+        dno_prct().facts.check(by)
+    dno_prct(positive=1).facts.check(by)
     with pytest.raises(ValueError, match="4 answers make at most 6 pairs"):
-        dno_prct(positive=1, pairs=7).check(by)
+        dno_prct(positive=1, pairs=7).facts.check(by)
 
 
 def test_pairs_of_a_round_come_back_in_the_next():
@@ -94,7 +94,7 @@ def test_pairs_of_a_round_come_back_in_the_next():
     def generate(params, indices, key, options):
         return column([said["now"], 9] * 2).replace(shared_prompt=2)
 
-    tools = fake(
+    gatherer = fake(
         prompts=2, responses=2, prompt_width=1, width=1, objective=make("dno", variant="prct"),
         draw=lambda run, n: (run, np.arange(n)),
         sampling=lambda run: None,
@@ -103,10 +103,12 @@ def test_pairs_of_a_round_come_back_in_the_next():
         judge=lambda own, teacher: Verdict(np.array([[6.0, 1.0, 3.0]] * 2), None),
         note=said.__setitem__,
     )  # fmt: skip
-    run, batches = Run(types.SimpleNamespace(params=None), tables=protocol.tables(tools)), []
+    run, batches = Run(types.SimpleNamespace(params=None), tables=protocol.tables(gatherer)), []
     for iteration in range(3):
         said["now"] = iteration
-        run, batch = protocol.collect(Run(run.state, tables=run.tables, iteration=iteration), tools, jax.random.key(1))
+        run, batch = protocol.collect(
+            Run(run.state, tables=run.tables, iteration=iteration), gatherer, jax.random.key(1)
+        )
         batches.append(batch)
     assert all(b.rows == 8 and b.layout == ("chosen", "rejected") and b.shared_prompt == 2 for b in batches)
     assert [b.count.tolist() for b in batches] == [[1] * 6 + [0] * 2, [1] * 8, [1] * 8]

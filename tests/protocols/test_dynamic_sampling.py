@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxpo.batch import Rollouts
-from jaxpo.config.checks import validate
+from jaxpo.config.resolve import resolve
 from jaxpo.learning.state import Run, advance
 from jaxpo.objectives import make
 from jaxpo.protocols.protocol import NothingLeft
@@ -18,13 +18,13 @@ PROMPTS, RESPONSES = 4, 3
 
 
 class Recorder:
-    """Tools over 10 prompts; ``outcomes`` [prompt][response] are what the verifier says. Tokens: prompt and row."""
+    """A gatherer over 10 prompts; ``outcomes`` [prompt][response] are what the verifier says. Tokens: prompt, row."""
 
     def __init__(self, outcomes):
         self.outcomes, self.keys, self.calls, self.notes = np.asarray(outcomes, np.float32), [], 0, {}
 
     @property
-    def tools(self):
+    def gatherer(self):
         return fake(
             prompts=PROMPTS,
             draw=self.draw,
@@ -61,7 +61,7 @@ class State:
 
 
 def collect(protocol, recorder, run=None):
-    return protocol.collect(run or Run(State()), recorder.tools, jax.random.key(0))
+    return protocol.collect(run or Run(State()), recorder.gatherer, jax.random.key(0))
 
 
 def outcomes(mixed):
@@ -80,7 +80,7 @@ def test_on_policy_takes_one_batch():
     run, batch = collect(make("on_policy", "protocol"), recorder)
     assert run.position == PROMPTS and recorder.calls == 1
     assert batch.prompt.tolist() == np.repeat(range(4), RESPONSES).tolist() and batch.reward is not None
-    assert make("on_policy", "protocol")[1:7] == (None,) * 6  # no other hook
+    assert make("on_policy", "protocol")[1:6] == (None,) * 5  # no other hook
 
 
 def test_dynamic_sampling_keeps_mixed_groups_of_several_batches():
@@ -174,13 +174,13 @@ def test_hapo_needs_the_memory_of_its_objective():
     (
         ({"sampling.temperature": 0.7}, "config.sampling.temperature must be 1 with protocol 'hapo', not 0.7"),
         ({"objective": {"name": "hapo", "T0": 0.0}}, "T0 must be a positive number"),
-        ({"objective": {"name": "hapo", "tau": 1.0}}, r"tau must be in \[0, 1\)"),
+        ({"objective": {"name": "hapo", "tau": 1.0}}, r"tau must be a number in \[0, 1\), not 1"),
         ({"protocol": {"name": None, "tau": 0.1}}, "config.protocol.tau is set by config.objective.tau"),
     ),
 )
 def test_hapo_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
-        validate(tiny.config({"objective": {"name": "hapo"}} | changes), 1)
+        resolve(tiny.config({"objective": {"name": "hapo"}} | changes), 1)
 
 
 @pytest.mark.slow
@@ -188,7 +188,9 @@ def test_hapo_runs(tmp_path):
     with tiny.quick():
         changes = {"objective": {"name": "hapo"}, "training.epochs": 1, "steps": 3, "evaluation.every": 100}
         run = tiny.run(tiny.config(changes), tmp_path / "run")
-    assert {f.name: f.compilations for f in run.result.workspace.programs.compiled}["generate"] == 3  # greedy, pass@k, adaptive
+    assert {f.name: f.compilations for f in run.result.workspace.programs.compiled}[
+        "generate"
+    ] == 3  # greedy, pass@k, adaptive
     assert "AGAIN" not in run.printed
     for line in tiny.trained(run.path):
         assert line["dynamic_sampling/batches"] >= 1 and line["step/nonfinite"] == 0

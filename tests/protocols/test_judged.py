@@ -5,7 +5,6 @@ import types
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from jaxpo.batch import Rollouts
 from jaxpo.fields import role_id
@@ -23,7 +22,9 @@ from jaxpo.protocols.judged import (
     with_labels,
 )
 from jaxpo.protocols.preference_data import with_samples, without_equal_pairs
+from jaxpo.runs import questions
 from jaxpo.runs.judges import judge
+from jaxpo.runs.questions import Questions
 from jaxpo.tasks import Example, Score
 from tests.protocols.fake_gatherer import fake
 
@@ -72,31 +73,36 @@ def wrong_shape(questions, texts):
     return [0.0]
 
 
-def workspace(**judge):
-    def score(examples, texts):
-        return [Score(float(e.answer == t), e.answer == t) for e, t in zip(examples, texts, strict=True)]
+def score(examples, texts):
+    return [Score(float(e.answer == t), e.answer == t) for e, t in zip(examples, texts, strict=True)]
 
-    return types.SimpleNamespace(config=ConfigDict({"judge": judge}), task=types.SimpleNamespace(score=score))
+
+def opinion(name, score=score, **options):
+    """The registered judge's opinion in a run whose task is verified by ``score``."""
+    return make(name, "judge", **options)(types.SimpleNamespace(task=types.SimpleNamespace(score=score)))
 
 
 EXAMPLES = [Example(0, "q", "ab", {})]
 
 
 def test_judges_by_verifier_and_by_a_function_of_the_users():
-    verified = judge.opinion_of(workspace(name="verifier", scale=None))(EXAMPLES, [["ab", "a"]])
+    verified = opinion("verifier")(EXAMPLES, [["ab", "a"]])
     assert verified.scores.tolist() == [[1, 0]] and verified.wins[0, 0, 1] == 1
-    path = f"{__name__}:longest"
-    assert judge.opinion_of(workspace(name="function", path=path, scale=1.0))(EXAMPLES, [["a", "abc"]]).wins[
-        0, 1, 0
-    ] == pytest.approx(1 / (1 + np.exp(-2)))
-    cycle = judge.opinion_of(workspace(name="function", path=f"{__name__}:cyclic", scale=None))
+    soft = opinion("function", path=f"{__name__}:longest", scale=1.0)(EXAMPLES, [["a", "abc"]])
+    assert soft.wins[0, 1, 0] == pytest.approx(1 / (1 + np.exp(-2)))
+    cycle = opinion("function", path=f"{__name__}:cyclic")
     assert cycle(EXAMPLES, [["a", "b", "c"]]).scores.tolist() == [[0.5, 0.5, 0.5]]  # no answer is the best
     with pytest.raises(ValueError, match=r"an array \(1,\)"):
-        judge.opinion_of(workspace(name="function", path=f"{__name__}:wrong_shape", scale=None))(EXAMPLES, [["a", "b"]])
-    nothing = workspace(name="verifier", scale=None)
-    nothing.task.score = None
+        opinion("function", path=f"{__name__}:wrong_shape")(EXAMPLES, [["a", "b"]])
     with pytest.raises(ValueError, match="nothing verifies"):
-        judge.opinion_of(nothing)(EXAMPLES, [["a", "b"]])
+        opinion("verifier", score=None)(EXAMPLES, [["a", "b"]])
+
+
+class Worded(Questions):
+    """Completions that are as long as their first token says."""
+
+    def texts(self, rollouts):
+        return ["x" * int(row[0] % 5) for row in rollouts.tokens]
 
 
 def test_each_process_judges_the_answers_to_its_own_prompts(monkeypatch):
@@ -108,20 +114,22 @@ def test_each_process_judges_the_answers_to_its_own_prompts(monkeypatch):
         asked.append([e.question for e in examples])
         return judge.of_scores(np.array([[len(t) for t in row] for row in texts]), 1.0)
 
-    here = workspace(name="function", scale=1.0)
-    here.texts = lambda rows: ["x" * int(row[0] % 5) for row in rows.tokens]
-    monkeypatch.setattr(judge, "opinion_of", lambda workspace: opinion)
-    whole = judge.make_judge(here)(examples, *columns)
+    compare = Worded(None, None, None, None, 2).compare
+    whole = compare(opinion, examples, *columns)
     assert whole.scores.tolist() == [[0, 3, 0], [1, 4, 3], [2, 0, 1], [3, 1, 4]]
     parts = []
-    monkeypatch.setattr(judge, "from_rows", lambda values, rows, total: parts.append((rows.tolist(), values)) or values)
+    monkeypatch.setattr(
+        questions, "from_rows", lambda values, rows, total: parts.append((rows.tolist(), values)) or values
+    )
     for own in ([0, 1], [2, 3], []):  # more processes than prompts: one has none
-        monkeypatch.setattr(judge, "own_rows", lambda x, own=own: np.array(own, int))
-        judge.make_judge(here)(examples, *columns)
+        monkeypatch.setattr(questions, "own_rows", lambda x, own=own: np.array(own, int))
+        compare(opinion, examples, *columns)
     assert asked == [["7", "5", "6", "4"], ["7", "5"], ["6", "4"]]
     assert [rows for rows, _ in parts[::2]] == [[0, 1], [2, 3], []] and parts[5][1].shape == (0, 3, 3)
     np.testing.assert_array_equal(np.concatenate([x for _, x in parts[::2]]), whole.scores)
     np.testing.assert_array_equal(np.concatenate([x for _, x in parts[1::2]]), whole.wins)
+    whole = compare(opinion, examples, *columns, whole=True)  # a judge on the mesh gets all, whoever calls
+    assert asked[-1] == asked[0] and len(whole.scores) == 4
 
 
 # ---- pairs
@@ -210,13 +218,13 @@ def test_labelled_answers_beside_those_of_another_prompt():
 
 
 def test_who_gets_pairs_and_labels_of_a_judge():
-    assert judged().rows(make("kto"), 4) == 8 and judged().rows(make("dpo"), 4) == 2
+    assert judged().facts.rows(make("kto"), 4) == 8 and judged().facts.rows(make("dpo"), 4) == 2
     with pytest.raises(ValueError, match="label_threshold has no effect"):
-        judged(label_threshold=0.5).rows(make("dpo"), 4)
+        judged(label_threshold=0.5).facts.rows(make("dpo"), 4)
     with pytest.raises(ValueError, match="a judge does not make"):
-        judged().rows(make("rationale_dpo"), 4)
+        judged().facts.rows(make("rationale_dpo"), 4)
     with pytest.raises(ValueError, match="makes pairs"):
-        rso().rows(make("kto"), 4)
+        rso().facts.rows(make("kto"), 4)
 
 
 def test_rejection_sampling_of_the_best_and_of_the_first():
@@ -240,7 +248,7 @@ def units():
     )
 
 
-def sampling_tools(token):
+def sampling_gatherer(token):
     def complete(params, tokens, length, budget, key, options, responses):
         n = len(tokens) * responses
         assert tokens.shape == (3, 1) and budget.tolist() == [2] * 3
@@ -252,11 +260,11 @@ def sampling_tools(token):
 
 def test_samples_in_the_place_of_an_answer_or_after_the_others():
     pairs, key = units(), jax.random.key(0)
-    swapped = with_samples(pairs, None, sampling_tools(100), None, key, ["rejected"])
+    swapped = with_samples(pairs, None, sampling_gatherer(100), None, key, ["rejected"])
     assert swapped.layout == pairs.layout and swapped.role.tolist() == pairs.role.tolist()
     assert swapped.tokens[::2].tolist() == pairs.tokens[::2].tolist()
     assert swapped.tokens[1::2].tolist() == [[0, 100, 100], [6, 101, 101], [12, 102, 102]]  # the unit's own prompt
-    longer = with_samples(pairs, None, sampling_tools(100), None, key, ["own", "own"])
+    longer = with_samples(pairs, None, sampling_gatherer(100), None, key, ["own", "own"])
     assert longer.layout == ("chosen", "rejected", "own", "own") and longer.rows == 12 and longer.shared_prompt == 4
     assert (
         longer.tokens[4:8, 1].tolist() == [7, 10, 102, 103]

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 
 from jaxpo.batch import Rollouts, TokenStats, take
-from jaxpo.config.checks import validate
+from jaxpo.config.resolve import resolve
 from jaxpo.learning.programs import policy_of
 from jaxpo.learning.state import Run, TrainState
 from jaxpo.objectives import evaluate, make
+from jaxpo.protocols.gatherer import Watch
 from jaxpo.protocols.outer_loop import outer_step
-from jaxpo.runs.gatherer import Clock, make_tools
+from jaxpo.runs.gatherer import make_gatherer
 from jaxpo.runs.workspace import setup
 from tests.protocols.fake_gatherer import fake
 from tests.runs import tiny
@@ -68,9 +69,9 @@ def test_what_is_noted():
         assert given is params
         return TokenStats(logp=NEW)
 
-    tools = fake(noise=noise, score=score, note=notes.__setitem__)
+    gatherer = fake(noise=noise, score=score, note=notes.__setitem__)
     protocol = make("ppo_outer_loop", "protocol")
-    assert protocol.before(run, tools, BATCH) == (run, BATCH) and protocol.after(run, tools, BATCH) is run
+    assert protocol.before(run, gatherer, BATCH) == (run, BATCH) and protocol.after(run, gatherer, BATCH) is run
     expected = {f"outer/{name}": value for name, value in outer_step(BATCH, NEW, 20.0).items()}
     assert notes == expected | {"outer/noise": 0.5, "outer/gradient_cosine": 0.25}
     assert make("ppo_outer_loop", "protocol", gradient_noise=False).before is None
@@ -81,8 +82,8 @@ ODD = {"objective": {"name": "ppo_outer_loop"}, "rollout.prompts": 3, "training.
 
 def test_a_batch_that_cannot_be_halved():
     with pytest.raises(ValueError, match="config.rollout.prompts 3 cannot be halved.*config.protocol.gradient_noise"):
-        validate(tiny.config(ODD), 1)
-    validate(tiny.config(ODD | {"protocol": {"name": None, "gradient_noise": False}}), 1)
+        resolve(tiny.config(ODD), 1)
+    resolve(tiny.config(ODD | {"protocol": {"name": None, "gradient_noise": False}}), 1)
 
 
 @pytest.mark.parametrize(
@@ -94,13 +95,13 @@ def test_noise_is_that_of_the_gradients_of_half_batches(objective, minibatches):
     with tiny.quick():
         changes = {"objective": {"name": objective}, "training.minibatches": minibatches}
         workspace = setup(tiny.config(changes), report=lambda text: None)
-        tools = make_tools(workspace, Clock(), {}, lambda text: None)
+        gatherer = make_gatherer(workspace, Watch())
         params, old = (workspace.init_params(jax.random.key(i)) for i in (0, 1))
-        rollouts = tools.generate(old, np.arange(8, dtype=np.int32), jax.random.key(2))
+        rollouts = gatherer.generate(old, np.arange(8, dtype=np.int32), jax.random.key(2))
         outcome = np.random.default_rng(0).integers(0, 2, rollouts.rows).astype(np.float32)
-        rollouts = rollouts.replace(reward=outcome, correct=outcome, logp_old=tools.score(old, rollouts).logp)
+        rollouts = rollouts.replace(reward=outcome, correct=outcome, logp_old=gatherer.score(old, rollouts).logp)
         run = Run(TrainState(params, None, workspace.objective.init()))
-        noise = {name: float(x) for name, x in tools.noise(run, rollouts).items()}
+        noise = {name: float(x) for name, x in gatherer.noise(run, rollouts).items()}
         policy = policy_of(workspace.model, workspace.config, workspace.objective)
 
         def gradient(first):
@@ -142,7 +143,7 @@ def test_co_scaling():
 
 def test_the_plan_is_config():
     plan = make("ppo_outer_loop", "diagnostic", scale=2, prompts=8, minibatches=2, epochs=2, learning_rate=1e-3)
-    validate(tiny.config({path: value for path, value in plan.items() if "." in path}), 1)
+    resolve(tiny.config({path: value for path, value in plan.items() if "." in path}), 1)
 
 
 @pytest.mark.parametrize(

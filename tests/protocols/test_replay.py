@@ -1,6 +1,7 @@
 """Groups of past batches beside fresh ones."""
 
 import signal
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -8,12 +9,17 @@ import numpy as np
 import pytest
 
 from jaxpo.batch import Rollouts, TokenStats
-from jaxpo.config.checks import validate
+from jaxpo.config.resolve import resolve
 from jaxpo.fields import role_id
-from jaxpo.learning.state import Run, advance
+from jaxpo.learning.state import Run, TrainState, advance
 from jaxpo.objectives import make
+from jaxpo.objectives.grammar.base import Asks
+from jaxpo.protocols.gatherer import Watch
+from jaxpo.protocols.protocol import Facts, Protocol
 from jaxpo.runs import loop
-from jaxpo.runs.gatherer import Clock, make_tools, score_companions
+from jaxpo.runs.gatherer import make_gatherer, make_stage
+from jaxpo.runs.iteration import Stage, learn, score_references
+from jaxpo.runs.loop import minibatches
 from jaxpo.runs.workspace import setup
 from jaxpo.storage.checkpoint import restore_params
 from tests.protocols.fake_gatherer import fake
@@ -50,13 +56,13 @@ class World:
     def __init__(self, fraction=0.5, capacity=2):
         self.protocol, self.notes = make("replay", "protocol", fraction=fraction, capacity=capacity), {}
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch_of(0))
-        self.tools = fake(prompts=G, scored=lambda: shapes, note=self.notes.__setitem__)
-        self.run = Run(None, tables=self.protocol.tables(self.tools))
+        self.gatherer = fake(prompts=G, scored=lambda: shapes, note=self.notes.__setitem__)
+        self.run = Run(None, tables=self.protocol.tables(self.gatherer))
 
     def step(self, rollouts=None):
         """One iteration: the batch that is trained on, and which rows of it are not fresh."""
         i = self.run.iteration
-        self.run, mixed = self.protocol.before(self.run, self.tools, batch_of(i) if rollouts is None else rollouts)
+        self.run, mixed = self.protocol.before(self.run, self.gatherer, batch_of(i) if rollouts is None else rollouts)
         self.run = advance(self.run, iteration=i + 1)
         return mixed, np.flatnonzero(mixed.role == role_id("replay"))
 
@@ -165,24 +171,24 @@ def test_a_batch_that_would_not_be_mixed(fraction, groups):
     with pytest.raises(
         ValueError, match=f"config.protocol.fraction {fraction} of config.rollout.prompts 8 is {groups}"
     ):
-        validate(tiny.config(changes), 1)
+        resolve(tiny.config(changes), 1)
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
 
 def test_the_shapes_of_a_scored_batch():
-    """What ``tools.scored`` promises is what the loop hands to the protocol, companions and sampler's numbers too."""
+    """What ``gatherer.scored`` promises is what the protocol is handed, references and sampler's numbers too."""
     changes = {"protocol": {"name": "replay"}, "training.epochs": 1, "training.minibatches": 1}  # of grpo, beta > 0
     with tiny.quick():
         workspace = setup(tiny.config(changes | {"sampling.top_k": 3}), report=lambda text: None)
-        tools = make_tools(workspace, Clock(), {}, lambda text: None)
-        shapes = tools.scored()
+        gatherer = make_gatherer(workspace, Watch())
+        shapes = gatherer.scored()
         assert not workspace.programs.compiled  # nothing was computed
         params = workspace.init_params(jax.random.key(0))
-        rollouts = tools.reward(tools.generate(params, np.arange(8, dtype=np.int32), jax.random.key(1)))
+        rollouts = gatherer.reward(gatherer.generate(params, np.arange(8, dtype=np.int32), jax.random.key(1)))
         run = Run(SimpleNamespace(params=params, objective=workspace.objective.init()), {"ref": params})
-        batch = score_companions(workspace, run, workspace.put(rollouts))
+        batch = score_references(make_stage(workspace, Watch()), run, workspace.put(rollouts))
     assert (
         set(batch.per_token) == {"logp_ref", "logp_sampler"}
         and batch.logp_old is not None
@@ -192,41 +198,35 @@ def test_the_shapes_of_a_scored_batch():
     assert [(x.shape, x.dtype) for x in jax.tree.leaves(batch)] == [(x.shape, x.dtype) for x in jax.tree.leaves(shapes)]
 
 
+def stage_of(objective, stale, steps, **calls):
+    """An iteration by the given functions; any other fails."""
+    rest = dict.fromkeys(("score", "prepare", "update"))
+    return Stage(objective, Protocol(None, facts=Facts(stale=stale)), steps, **{**rest, **calls})
+
+
 @pytest.mark.parametrize("stale", (False, True))
 def test_old_log_probs_are_no_peek_at_the_current_policy(stale):
     """The first step's look is free when all rows are fresh; with rows of the past in between it is not."""
-    fresh = []
+    seen = []
 
-    def step(state, batch, rows, fresh_step):
-        fresh.append(fresh_step)
+    def update(state, batch, rows, fresh):
+        seen.append(fresh)
         return state, {}
 
-    workspace = SimpleNamespace(
-        config=tiny.config(),
-        mesh=None,
-        objective=SimpleNamespace(peeks={"logp"}),
-        protocol=SimpleNamespace(stale=stale),
-        step=lambda state, batch, rows, fresh: step(state, batch, rows, fresh),
-    )
-    loop.update(workspace, Run(SimpleNamespace(params=None)), batch_of(0), jax.random.key(0))
-    assert fresh == [not stale, False, False, False]
+    peeking = make("reinforce")._replace(asks=Asks(peeks=frozenset({"logp"})))
+    stage = stage_of(peeking, stale, 4, prepare=lambda batch, memory: (batch, memory), update=update)
+    run = Run(TrainState(None, None, None))
+    learn(stage, run, batch_of(0), partial(minibatches, tiny.config(), jax.random.key(0)))
+    assert seen == [not stale, False, False, False]
 
 
 def test_old_log_probs_are_scored_even_for_a_single_step():
-    config = tiny.config({"training.epochs": 1, "training.minibatches": 1})
-    stats = TokenStats(logp=np.ones((ROWS, T), np.float32))
+    stats, objective = TokenStats(logp=np.ones((ROWS, T), np.float32)), make("r2vpo")
 
     def scored(stale):
-        workspace = SimpleNamespace(
-            config=config,
-            mesh=None,
-            objective=make("r2vpo"),
-            protocol=SimpleNamespace(stale=stale),
-            score=lambda params, batch: stats,
-            optimizer_steps=lambda: 1,
-        )
-        run = Run(SimpleNamespace(params=None, objective=make("r2vpo").init()))
-        return score_companions(workspace, run, batch_of(0).replace(logp_old=None))
+        stage = stage_of(objective, stale, 1, score=lambda params, batch: stats)
+        run = Run(TrainState(None, None, objective.init()))
+        return score_references(stage, run, batch_of(0).replace(logp_old=None))
 
     assert scored(False).logp_old is None and scored(True).logp_old is stats.logp
 
@@ -246,15 +246,15 @@ def test_a_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     }
     with tiny.quick():
         whole = tiny.run(tiny.config(changes), tmp_path / "whole")
-        iterate = loop.iterate
+        iteration = loop.timed_iteration
 
-        def terminated(session, run, key):
+        def terminated(session, run):
             if run.iteration == 2:
                 signal.raise_signal(signal.SIGTERM)
-            return iterate(session, run, key)
+            return iteration(session, run)
 
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "iterate", terminated)
+            patch.setattr(loop, "timed_iteration", terminated)
             assert tiny.run(tiny.config(changes), tmp_path / "parts").result.iteration == 3
         rest = tiny.run(tiny.config(changes), tmp_path / "parts", resume=True)
     assert "AGAIN" not in whole.printed + rest.printed

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 
 from jaxpo.batch import Rollouts, TokenStats
-from jaxpo.config.checks import validate
+from jaxpo.config.resolve import resolve
 from jaxpo.learning.state import Run, advance
 from jaxpo.objectives import make
-from jaxpo.protocols.segments import joined
+from jaxpo.protocols.gatherer import Watch
+from jaxpo.protocols.prefixes import joined
 from jaxpo.rollout.sampling import SamplingOptions
-from jaxpo.runs.gatherer import Clock, make_tools
+from jaxpo.runs.gatherer import make_gatherer
 from jaxpo.runs.workspace import setup
 from tests.protocols.fake_gatherer import fake
 from tests.runs import tiny
@@ -44,7 +45,7 @@ class World:
     def __init__(self, width, reward, ends=lambda j: j == 0):
         self.width, self.judge, self.ends, self.calls, self.notes, self.keys = width, reward, ends, [], {}, []
 
-    def tools(self, prompts, **more):
+    def gatherer(self, prompts, **more):
         return fake(
             prompts=prompts,
             width=self.width,
@@ -78,27 +79,20 @@ class World:
 # ---- prefixes -------------------------------------------------------------------------------------------------------
 
 
-def test_a_path_behind_its_prompt():
-    prompt, path = np.array([[0, 0, 5], [0, 6, 7], [8, 9, 4]]), np.array([[1, 2, 3, 4]] * 3)
-    tokens, length = joined(prompt, np.array([1, 2, 3]), path, np.array([0, 4, 2]), 7)
-    assert tokens.tolist() == [[0, 0, 0, 0, 0, 0, 5], [0, 6, 7, 1, 2, 3, 4], [0, 0, 8, 9, 4, 1, 2]]
-    assert length.tolist() == [1, 6, 5] and tokens.dtype == length.dtype == np.int32
-
-
 def test_completions_go_on_from_any_tokens():
     """Greedy completions of the prefixes of greedy completions are the rest of them, in batches of the run's size."""
     with tiny.quick():
         workspace = setup(tiny.config({"sampling.max_new_tokens": 5}), report=lambda text: None)
-        tools = make_tools(workspace, Clock(), {}, lambda text: None)
+        gatherer = make_gatherer(workspace, Watch())
         params = jax.tree.map(lambda x: 4 * x, workspace.init_params(jax.random.key(3)))  # not one token for ever
         greedy, some = SamplingOptions(5, eos_ids=(1,), greedy=True), np.arange(8, dtype=np.int32)
-        whole = jax.tree.map(np.asarray, tools.generate(params, some, KEY, greedy))
+        whole = jax.tree.map(np.asarray, gatherer.generate(params, some, KEY, greedy))
         stop = np.minimum(np.tile([0, 1, 2, 4], 8), whole.mask.sum(1).astype(int) - 1)[:19]
         budget = np.minimum(np.resize([5, 2, 1], 19), 5 - stop)
         prompts = whole.tokens[:19, : whole.prompt_width]
         width = whole.prompt_width + 5
         prefix, length = joined(prompts, whole.prompt_length[:19], whole.completions[:19], stop, width)
-        out = tools.complete(params, prefix, length, budget, KEY, greedy, 2)
+        out = gatherer.complete(params, prefix, length, budget, KEY, greedy, 2)
     assert out.rows == 38 and isinstance(out.tokens, np.ndarray)
     assert len({tuple(y) for y in whole.completions.tolist()}) > 1 and 0 < whole.truncated[:19].mean() < 1
     for row in range(38):
@@ -131,15 +125,15 @@ def chain_world(logp=LOGP):
     def score(params, rollouts):
         return TokenStats(logp=np.asarray(logp, np.float32))
 
-    return world, world.tools(2, generate=generate, score=score)
+    return world, world.gatherer(2, generate=generate, score=score)
 
 
 def test_chain_by_hand():
     """Every second token of low probability is a cutpoint: 1 and 4 of the first row, 0 and 3 of the second."""
-    world, tools = chain_world()
+    world, gatherer = chain_world()
     protocol = make("spo_segment", "protocol", interval=2, rollouts=3)
     assert protocol.facts.provides == {"mc_value"}
-    run, batch = protocol.collect(Run(State()), tools, KEY)
+    run, batch = protocol.collect(Run(State()), gatherer, KEY)
     paths = [(10, 3), (10, 3, 4, 5, 6), (11, 11), (11, 11, 2, 3, 4)]
     assert world.calls == [(paths, [5, 2, 6, 3], 3)] and run.position == 2
     # completion j of a prefix is j + 1 for the rest of the budget: 2 on the average
@@ -155,8 +149,8 @@ def test_the_objective_finds_the_same_cutpoints():
     """Raw advantages of the segments add up to reward - V(first cutpoint)."""
     from jaxpo.primitives.token_advantages import cutpoints, segment_advantage
 
-    world, tools = chain_world()
-    _, batch = make("spo_segment", "protocol", interval=2, rollouts=3).collect(Run(State()), tools, KEY)
+    world, gatherer = chain_world()
+    _, batch = make("spo_segment", "protocol", interval=2, rollouts=3).collect(Run(State()), gatherer, KEY)
     logp = LOGP.astype(np.float32)
     gain = segment_advantage(batch.reward, batch.per_token["mc_value"], logp, batch.mask, interval=2)
     total = np.where(np.asarray(cutpoints(logp, batch.mask, interval=2)), gain, 0).sum(1)
@@ -164,8 +158,8 @@ def test_the_objective_finds_the_same_cutpoints():
 
 
 def test_a_chain_without_cutpoints():
-    world, tools = chain_world(np.full((2, CHAIN), SURE))
-    _, batch = make("spo_segment", "protocol").collect(Run(State()), tools, KEY)
+    world, gatherer = chain_world(np.full((2, CHAIN), SURE))
+    _, batch = make("spo_segment", "protocol").collect(Run(State()), gatherer, KEY)
     assert world.calls == [] and not batch.per_token["mc_value"].any() and world.notes == {"chain/cutpoints": 0}
 
 
@@ -185,7 +179,7 @@ LEAVES = {  # by question and path; of the second question only the first level 
 def grown(world=None, key=KEY, prompts=2, **options):
     world = world or World(5, lambda q, y: LEAVES[int(q), y])
     protocol = make("spo_segment", "protocol", form="tree", **{"branching": (2, 2), "segment": 2, **options})
-    run, batch = protocol.collect(Run(State()), world.tools(prompts), key)
+    run, batch = protocol.collect(Run(State()), world.gatherer(prompts), key)
     assert run.position == prompts
     return world, batch
 
@@ -338,7 +332,7 @@ TREE = {"objective": {"name": "spo_segment", "form": "tree"}}
 )
 def test_configs_without_a_tree(changes, message):
     with pytest.raises(ValueError, match=message):
-        validate(tiny.config(TREE | changes), 1)
+        resolve(tiny.config(TREE | changes), 1)
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------

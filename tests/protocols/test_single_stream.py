@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxpo.batch import Rollouts, TokenStats
-from jaxpo.config.checks import validate
+from jaxpo.config.resolve import resolve
 from jaxpo.learning.state import Run, advance
 from jaxpo.objectives import make
 from jaxpo.runs import loop
@@ -27,7 +27,7 @@ class World:
         self.visits, self.drawn, self.notes, self.said = np.zeros(N, int), [], {}, []
 
     @property
-    def tools(self):
+    def gatherer(self):
         functions = {name: getattr(self, name) for name in ("generate", "reward", "score")}
         return fake(
             prompts=B,
@@ -63,8 +63,8 @@ class World:
 
 def started(world, params=0.1, **options):
     protocol = make("spo_single_stream", "protocol", **options)
-    run = Run(type("State", (), {"params": params})(), tables=protocol.tables(world.tools))
-    return protocol, protocol.init(run, world.tools, jax.random.key(0))
+    run = Run(type("State", (), {"params": params})(), tables=protocol.tables(world.gatherer))
+    return protocol, protocol.init(run, world.gatherer, jax.random.key(0))
 
 
 def moved(run, params):
@@ -97,11 +97,11 @@ def test_prompts_are_drawn_without_replacement_by_their_weight():
     run = advance(run, tables={**run.tables, "alpha": alpha})
     floor = make("spo_single_stream", "protocol", floor=1e-6)
     for i in range(3):
-        _, batch = floor.collect(run, world.tools, jax.random.key(i))
+        _, batch = floor.collect(run, world.gatherer, jax.random.key(i))
         assert sorted(batch.prompt.tolist()) == uncertain.tolist()
     counts = np.zeros(N)
     for i in range(200):
-        _, batch = protocol.collect(run, World().tools, jax.random.key(i))
+        _, batch = protocol.collect(run, World().gatherer, jax.random.key(i))
         assert len(set(batch.prompt.tolist())) == B
         counts[batch.prompt] += 1
     assert counts.sum() == 200 * B and counts[uncertain].min() > 2 * np.delete(counts, uncertain).max()
@@ -112,7 +112,7 @@ def test_the_batch_is_a_function_of_the_key():
     draws = []
     for seed in (0, 0, 1):
         protocol, run = started(world := World(), n0=0)
-        run, batch = protocol.collect(run, world.tools, jax.random.key(seed))
+        run, batch = protocol.collect(run, world.gatherer, jax.random.key(seed))
         draws.append(batch.prompt.tolist())
         assert run.position == B
     assert draws[0] == draws[1] != draws[2]
@@ -122,7 +122,7 @@ def test_the_value_handed_on_is_that_before_the_step():
     world = World()
     protocol, run = started(world, n0=3)
     value = run.tables["alpha"] / (run.tables["alpha"] + run.tables["beta"])
-    _, batch = protocol.collect(run, world.tools, jax.random.key(0))
+    _, batch = protocol.collect(run, world.gatherer, jax.random.key(0))
     np.testing.assert_allclose(batch.per_row["tracker_value"], value[batch.prompt], rtol=1e-6)
 
 
@@ -130,10 +130,10 @@ def test_two_visits_by_hand():
     """First visit: rho = rho_max whatever the policy did. Second: D of the stored response, then forgetting."""
     world = World(np.ones((N, 9)))
     protocol, run = started(world, n0=0, d_half=2.0, rho_min=0.5, rho_max=0.9)
-    run, batch = protocol.collect(run, world.tools, jax.random.key(0))
+    run, batch = protocol.collect(run, world.gatherer, jax.random.key(0))
     batch = batch.replace(reward=batch.reward - 7)  # an objective's shaping is not what is tracked
     at = batch.prompt
-    run = protocol.after(moved(run, 0.3), world.tools, batch)
+    run = protocol.after(moved(run, 0.3), world.gatherer, batch)
     np.testing.assert_allclose(run.tables["alpha"][at], 0.9 * 0.5 + 1, rtol=1e-6)
     np.testing.assert_allclose(run.tables["beta"][at], 0.9 * 0.5, rtol=1e-6)
     np.testing.assert_array_equal(run.tables["seen"], np.isin(np.arange(N), at))
@@ -144,7 +144,7 @@ def test_two_visits_by_hand():
     assert world.notes["tracker/drift"] == 0 and world.notes["tracker/rho"] == pytest.approx(0.9)
 
     again = batch.replace(per_row={**batch.per_row, "tracker_reward": np.zeros(B, np.float32)})
-    run = protocol.after(moved(run, 0.7), world.tools, again)
+    run = protocol.after(moved(run, 0.7), world.gatherer, again)
     drift = np.array([np.mean([0.4 * (i + t) for t in range(1 + i % T)]) for i in at])
     rho = np.clip(2 ** (-drift / 2.0), 0.5, 0.9)
     np.testing.assert_allclose(run.tables["alpha"][at], rho * 1.45, rtol=1e-5)
@@ -156,8 +156,8 @@ def test_tables_are_replaced_and_never_edited():
     world = World()
     protocol, run = started(world, n0=0)
     before = {name: x.copy() for name, x in run.tables.items()}
-    _, batch = protocol.collect(run, world.tools, jax.random.key(0))
-    protocol.after(run, world.tools, batch)
+    _, batch = protocol.collect(run, world.gatherer, jax.random.key(0))
+    protocol.after(run, world.gatherer, batch)
     for name, x in before.items():
         np.testing.assert_array_equal(run.tables[name], x)
 
@@ -169,9 +169,10 @@ def test_rewards_outside_0_and_1_are_refused():
 
 
 def test_more_prompts_than_there_are():
-    tools = World().tools._replace(prompts=N + 1)
+    gatherer = World().gatherer
+    gatherer.prompts = N + 1
     with pytest.raises(ValueError, match="config.rollout.prompts 10 is more than the 9 training prompts"):
-        make("spo_single_stream", "protocol").tables(tools)
+        make("spo_single_stream", "protocol").tables(gatherer)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,7 @@ def test_hyperparameters_are_checked(options, message):
 
 def test_one_response_a_prompt():
     with pytest.raises(ValueError, match="config.rollout.responses must be 1 with protocol 'spo_single_stream', not 4"):
-        validate(tiny.config({"objective": {"name": "spo_single_stream"}}), 1)
+        resolve(tiny.config({"objective": {"name": "spo_single_stream"}}), 1)
 
 
 @pytest.mark.slow
@@ -209,15 +210,15 @@ def test_a_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     }
     with tiny.quick():
         whole = tiny.run(tiny.config(changes), tmp_path / "whole")
-        iterate = loop.iterate
+        iteration = loop.timed_iteration
 
-        def terminated(session, run, key):
+        def terminated(session, run):
             if run.iteration == 1:
                 signal.raise_signal(signal.SIGTERM)
-            return iterate(session, run, key)
+            return iteration(session, run)
 
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "iterate", terminated)
+            patch.setattr(loop, "timed_iteration", terminated)
             assert tiny.run(tiny.config(changes), tmp_path / "parts").result.iteration == 2
         rest = tiny.run(tiny.config(changes), tmp_path / "parts", resume=True)
     assert "offline samples" in whole.printed and "offline samples" not in rest.printed

@@ -20,7 +20,7 @@ from jaxpo.batch import Rollouts
 from jaxpo.config.fields import default
 from jaxpo.learning.state import TrainState
 from jaxpo.parallel import rows_over_mesh
-from jaxpo.runs import gatherer, loop
+from jaxpo.runs import gatherer, train
 
 DEVICES = jax.devices()
 FILE = Path(__file__)
@@ -70,7 +70,7 @@ class Finished(NamedTuple):
     """A run: its directory, what `train_rl` returned and printed (both streams), and the prompts that it drew."""
 
     path: Path
-    result: loop.Result
+    result: train.Result
     printed: str
     drawn: list[list[int]]
 
@@ -88,9 +88,9 @@ def run(changed: ConfigDict, workdir: Path, **options: Any) -> Finished:
         contextlib.redirect_stdout(printed),
         contextlib.redirect_stderr(printed),
     ):
-        patch.setattr(loop, "prepare_process", lambda cache: None)
+        patch.setattr(train, "prepare_process", lambda cache: None)
         patch.setattr(gatherer, "prompt_order", recorded)
-        result = loop.train_rl(changed, str(workdir), **options)
+        result = train.train_rl(changed, str(workdir), **options)
     return Finished(workdir, result, printed.getvalue(), drawn)
 
 

@@ -14,13 +14,13 @@ import numpy as np
 from jax import Array
 
 from jaxpo.batch import Rollouts, TokenStats, from_sequences, pad
-from jaxpo.config.blocks import arguments_of
+from jaxpo.config.resolved import made
 from jaxpo.learning.needs import JUDGING, is_reward_model
 from jaxpo.parallel.distributed import to_host
 from jaxpo.policy.transformer import Params
 from jaxpo.primitives import preference_data, preferences
 from jaxpo.protocols.gatherer import Verdict
-from jaxpo.registry import entry, make, register
+from jaxpo.registry import make, register
 from jaxpo.runs.judges import follow_ups
 from jaxpo.runs.questions import Answers, Opinion
 from jaxpo.runs.restore import open_finished
@@ -45,8 +45,7 @@ def make_judge(workspace: Workspace) -> Callable[..., Verdict]:
       ValueError: the run has no verifier, or what is named is no judge.
     """
     block = workspace.config.judge
-    arguments = arguments_of(block, entry(block.name, "judge").parameters)
-    opinion = make(block.name, "judge", **arguments)(workspace)
+    opinion = made(block, "judge")(workspace)
     return partial(workspace.questions.compare, opinion, whole=block.name in ON_MESH)
 
 
