@@ -114,8 +114,8 @@ Total hbm usage >= 30.46G:
         (["--topology=v5e:2x3"], "unknown shape of a v5e slice '2x3': did you mean '2x4'"),
         (["--topology=v7:2x2"], "unknown chip of --topology 'v7'"),
         (["--topolgy=v5e:2x4"], "unknown flag '--topolgy': did you mean '--topology'"),
-        (["--topology=v5e:2x4", "--price=-1"], "--price=-1 must not be negative"),
-        (["--topology=v5e:2x4", "--search=-2"], "--search=-2 must not be negative"),
+        (["--topology=v5e:2x4", "--price=-1"], "--price must be a number of at least 0, not -1"),
+        (["--topology=v5e:2x4", "--search=-2"], "--search must be a whole number of at least 0, not -2"),
         (["--topology=v5e:2x4", "--json=/nowhere/plan.json"], "--json=/nowhere/plan.json: there is no such folder"),
     ],
 )
