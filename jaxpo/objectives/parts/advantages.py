@@ -426,13 +426,14 @@ def dcpo_distribution(
 
     def update(state: State, b: Rollouts, report: Metrics) -> State:
         measured = report["entropy/sampled"]
-        h = jnp.where(measured.weight > 0, ratio_or_zero(measured.total, measured.weight), state.memory["entropy"])
-        return state.replace(memory={**state.memory, "entropy": h})
+        old = state.memory["entropy"]
+        h = jnp.where(measured.weight > 0, ratio_or_zero(measured.total, measured.weight), old)
+        return state.replace(memory={**state.memory, "entropy": h.astype(old.dtype)})
 
     derived = {
         "old_hot": lambda logits, tokens: log_prob_at(logits, tokens, temperature=T_hot),
         "old_cold": lambda logits, tokens: log_prob_at(logits, tokens, temperature=T_cold),
     }
     asks = asks_of("reward", "group", "logp_old", "logp_old_hot", "logp_old_cold", derived=derived)
-    hooks = Hooks(memory={"entropy": jnp.float32(0)}, metrics=metrics, update=update)
+    hooks = Hooks(memory={"entropy": jnp.zeros(())}, metrics=metrics, update=update)
     return Advantage(fn, asks, hooks, per="token")

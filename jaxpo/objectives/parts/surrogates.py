@@ -70,8 +70,8 @@ def shaped_probability(gamma: Positive | None = 0.1) -> Surrogate:
 def by_role(own: Surrogate, **others: Surrogate) -> Surrogate:
     """Another surrogate for the rows of some roles: ``by_role(clipped(), expert=shaped_probability())``.
 
-    Rows of a role that is not named take ``own``; it sees a log-ratio of 0 at the others. What is clipped is reported
-    of its rows alone.
+    Rows of a role that is not named take ``own``, which sees a log-ratio of 0 at the other rows; only its rows are
+    reported as clipped.
 
     Raises:
       ValueError: a role that does not exist, no role at all, or surrogates of tokens and of rows together."""
@@ -292,13 +292,16 @@ def hapo(
 
     def update(state: State, b: Rollouts, report) -> State:
         seen = jnp.any(tokens_of(b) > 0)
-        new = {n: jnp.where(seen, b.per_row[f"hapo_{n}"][0].astype(jnp.float32), state.memory[n]) for n in names}
-        return state.replace(memory={**state.memory, **new})
+
+        def latest(n: str, old: Array) -> Array:
+            return jnp.where(seen, b.per_row[f"hapo_{n}"][0].astype(old.dtype), old)
+
+        return state.replace(memory={**state.memory, **{n: latest(n, state.memory[n]) for n in names}})
 
     return Surrogate(
         lambda x, adv, stats, b, s: apply(surrogates.clipped, x, adv, b),
         asks_of("entropy_old"),
-        Hooks(memory={n: jnp.float32(0) for n in names}, weigh=weigh, update=update),
+        Hooks(memory={n: jnp.zeros(()) for n in names}, weigh=weigh, update=update),
         per="token",
         clipped=lambda x, adv, stats, b, s: apply(surrogates.is_clipped, x, adv, b),
     )
