@@ -173,6 +173,10 @@ class Objective(NamedTuple):
     made_of: its parts by kind, where it is composed of parts.
     trains: for each term (and each array in ``Rollouts.weights``) the label of the parameters that it moves; a term
       that is not named moves the "policy".
+    beta: strength of the KL regularization, where a loss of pairs has one: an answer's implied reward is ``beta
+      sum_t (logp - logp_ref)``. None = the loss implies no such reward.
+    wins: (stats of K answers to one prompt) -> [K, K], the probability that the answer of a row beats that of a column,
+      if the objective trains a model of preferences without scores.
     """
 
     init: Callable[[], State]
@@ -185,6 +189,8 @@ class Objective(NamedTuple):
     protocol: Gathering = Gathering()
     made_of: Mapping[str, tuple[str, ...]] = NONE
     trains: Mapping[str, str] = NONE
+    beta: float | Array | None = None
+    wins: Callable[[TokenStats], Array] | None = None
 
 
 class Term(NamedTuple):
