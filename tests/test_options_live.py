@@ -249,7 +249,7 @@ def quick():
 
 FEW = ("grpo", "dapo", "rec", "dpo")
 CASES = [
-    pytest.param(kind, name, option, marks=() if kind == "objective" and name in FEW else pytest.mark.slow)
+    pytest.param(kind, name, option, marks=() if kind == "objective" and name in FEW else pytest.mark.contracts)
     for kind, name, option in options()
     if (name, option) not in QUIET
 ]
@@ -278,7 +278,7 @@ def test_options_declared_dead_are_refused_in_every_form(kind, name):
                     entry(name, kind).factory(**{**filled(kind, name, form), **other})
 
 
-@pytest.mark.slow
+@pytest.mark.contracts
 @pytest.mark.filterwarnings("ignore:gspo_token with agg")
 @pytest.mark.parametrize(("kind", "name"), entries())
 def test_numbers_are_live_in_every_form(kind, name):
