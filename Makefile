@@ -16,10 +16,10 @@ INSTALL = -m pip install --quiet --disable-pip-version-check --editable
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help run smollm2 test slow tpu_aot parity gpu bench lint
+.PHONY: help run smollm2 test contracts slow tpu_aot parity gpu bench lint
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z_0-9]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z_0-9]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 # ---- what is run --------------------------------------------------------------------------------------------------
 
@@ -49,11 +49,14 @@ define tier
 		test $$status -ne 5 || echo "No test was selected: the $(1) tier checked nothing."; exit $$status; }
 endef
 
-test slow tpu_aot parity: export JAX_PLATFORMS := cpu
+test contracts slow tpu_aot parity: export JAX_PLATFORMS := cpu
 gpu: export JAX_PLATFORMS := cuda
 
 test: $(VENV)/.installed-test  ## the fast tests: under 15 minutes on 2 cores
 	$(call tier,fast,$(VENV),--durations=10 -n auto --maxprocesses=4 --dist worksteal)
+
+contracts: $(VENV)/.installed-test  ## every contract of every registered objective: some minutes on 2 cores
+	$(call tier,contracts,$(VENV),-m contracts --durations=10 -n auto --maxprocesses=4 --dist worksteal)
 
 slow: $(VENV)/.installed-test  ## whole runs, wheels, kill and resume
 	$(call tier,slow,$(VENV),-m slow --durations=0)

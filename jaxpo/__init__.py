@@ -60,6 +60,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     import importlib
 
+    if name == "testing":
+        return importlib.import_module("jaxpo.testing")
     for module, exports in _HOME.items():
         if name in exports:
             return getattr(importlib.import_module(module), name)

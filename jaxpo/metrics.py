@@ -9,6 +9,14 @@ from flax import struct
 from jax import Array
 
 
+def _wide(value: Array, weight: Array) -> tuple[Array, Array]:
+    """Both in one shape and one float dtype: at least float32, and float64 where there is one of the two."""
+    value, weight = jnp.asarray(value), jnp.asarray(weight)
+    floats = [x.dtype for x in (value, weight) if jnp.issubdtype(x.dtype, jnp.floating)] or [jnp.result_type(float)]
+    dtype = jnp.result_type(jnp.float32, *floats)
+    return tuple(jnp.broadcast_arrays(value.astype(dtype), weight.astype(dtype)))
+
+
 @struct.dataclass
 class Mean:
     """Weighted mean: ``total / weight``, and 0 over nothing."""
@@ -19,7 +27,7 @@ class Mean:
     @classmethod
     def of(cls, value: Array, weight: Array) -> "Mean":
         """Mean of ``value`` under non-negative ``weight``; both broadcast against each other."""
-        value, weight = jnp.broadcast_arrays(jnp.asarray(value, jnp.float32), jnp.asarray(weight, jnp.float32))
+        value, weight = _wide(value, weight)
         return cls(jnp.sum(jnp.where(weight != 0, value, 0.0) * weight), jnp.sum(weight))
 
     def merge(self) -> "Mean":
@@ -50,7 +58,7 @@ class Max:
 
     @classmethod
     def of(cls, value: Array, weight: Array) -> "Max":
-        value, weight = jnp.broadcast_arrays(jnp.asarray(value, jnp.float32), jnp.asarray(weight, jnp.float32))
+        value, weight = _wide(value, weight)
         return cls(jnp.max(jnp.where(weight != 0, value, -jnp.inf), initial=-jnp.inf))
 
     def merge(self) -> "Max":
@@ -71,7 +79,7 @@ class Moments:
 
     @classmethod
     def of(cls, value: Array, weight: Array) -> "Moments":
-        value, weight = jnp.broadcast_arrays(jnp.asarray(value, jnp.float32), jnp.asarray(weight, jnp.float32))
+        value, weight = _wide(value, weight)
         value = jnp.where(weight != 0, value, 0.0)
         n = jnp.sum(weight)
         mean = jnp.sum(value * weight) / jnp.where(n > 0, n, 1.0)

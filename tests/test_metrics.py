@@ -81,3 +81,13 @@ def test_bfloat16_is_added_in_float32():
 def test_value_and_weight_broadcast():
     mean = Mean.of(jnp.array([[1.0], [5.0]]), jnp.array([[1.0, 1.0], [1.0, 0.0]]))
     assert scalars({"m": mean})["m"] == pytest.approx(7 / 3)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_at_least_float32(x64):
+    widest = jnp.float64 if x64 else jnp.float32
+    with jax.enable_x64(x64):
+        for narrow, wide in ((jnp.bfloat16, jnp.float32), (jnp.float32, jnp.float32), (widest, widest), (int, widest)):
+            got = results(report(jnp.asarray(VALUE, narrow), jnp.asarray(WEIGHT, narrow)))
+            del got["total"]  # is what it was given
+            assert {x.dtype for x in got.values()} == {jnp.dtype(wide)}

@@ -1,5 +1,10 @@
 """Names and hyperparameters that do not exist fail with the nearest ones that do."""
 
+import math
+import os
+import subprocess
+import sys
+
 import pytest
 
 import jaxpo.objectives  # noqa: F401 (imported for its registrations)
@@ -10,6 +15,7 @@ from jaxpo import registry
 def own_table(monkeypatch):
     """What a test registers is gone after it."""
     monkeypatch.setattr(registry, "_TABLE", dict(registry._TABLE))
+    monkeypatch.setattr(registry, "_LATER", dict(registry._LATER))
 
 
 def thing(size: int, scale: float = 2.0, name: str = "a") -> tuple:
@@ -91,3 +97,34 @@ def test_describe_tells_source_settings_and_docstring():
 def test_the_first_members_are_there():
     assert {"reinforce", "rloo", "grpo", "dr_grpo", "dapo", "sft"} <= set(registry.names())
     assert {"token_mean", "seq_mean", "seq_sum", "seq_sum_const"} <= set(registry.names("aggregation"))
+
+
+FILLS = """
+from jaxpo import registry
+for kind, name in (("objective", "grpo"), ("filter", "mixed_groups"), ("protocol", "on_policy"), ("sampler", "hapo"),
+                   ("task", "toy"), ("term", "clipped_value"), ("diagnostic", "ppo_outer_loop")):
+    assert name in registry.names(kind), kind
+    assert registry.entry(name, kind).id == name
+"""
+
+
+def test_the_table_fills_itself_on_first_use():
+    subprocess.run([sys.executable, "-c", FILLS], check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+
+
+def test_a_name_of_another_kind_says_of_which():
+    with pytest.raises(
+        ValueError, match=r"^unknown objective 'clipped': it is a surrogate: make\('clipped', 'surrogate'\)$"
+    ):
+        registry.make("clipped")
+    with pytest.raises(
+        ValueError, match=r"unknown ratio 'grpo': it is an objective and an advantage: make\('grpo'\) or"
+    ):
+        registry.make("grpo", "ratio")
+
+
+def test_an_entry_may_be_registered_by_its_place():
+    registry.register_later("schedule", {"square_root": "math:sqrt"})
+    assert (
+        "square_root" in registry.names("schedule") and registry.entry("square_root", "schedule").factory is math.sqrt
+    )

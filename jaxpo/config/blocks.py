@@ -1,57 +1,22 @@
 """Named blocks of a config: which arguments each name takes."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from jaxpo import registry
 from jaxpo.learning.optimizers import optimizer_arguments, schedule_arguments
-from jaxpo.policy.config import TransformerConfig
-from jaxpo.registry import unknown
 from jaxpo.tasks.base import task_arguments
 from jaxpo.tasks.preferences.sets import set_arguments
 
 EMPTY = inspect.Parameter.empty
 
 
-def tokenizer_arguments(name: str) -> Mapping[str, inspect.Parameter]:
-    """Arguments of a tokenizer block; ``characters`` takes its alphabet from the task."""
-    if name == "characters":
-        return {}
-    if name == "pretrained":
-
-        def pretrained(path: str, chat_template: bool = True): ...
-
-        return inspect.signature(pretrained).parameters
-    if name == "integers":
-
-        def integers(base: int = 10): ...
-
-        return inspect.signature(integers).parameters
-    raise ValueError(unknown("tokenizer", name, ("characters", "integers", "pretrained")))
-
-
-def policy_arguments(name: str) -> Mapping[str, inspect.Parameter]:
-    """Arguments of the policy block: every field of a transformer made here; for a pretrained one, which has its shape
-    from its own files, where they are and how to compute."""
-    if name == "transformer":
-        parameters = inspect.signature(TransformerConfig).parameters
-        return {field: p for field, p in parameters.items() if field != "vocab_size"}
-    if name == "pretrained":
-
-        def pretrained(
-            path: str,  # a folder with config.json and safetensors, or a GGUF file
-            dtype: str = "float32",
-            param_dtype: str = "float32",
-            scan_layers: bool = True,
-            remat: str = "none",
-            attention: str = "auto",
-        ): ...
-
-        return inspect.signature(pretrained).parameters
-    raise ValueError(unknown("policy", name, ("transformer", "pretrained")))
+def registered(kind: str) -> Callable[[str], Mapping[str, inspect.Parameter]]:
+    """The arguments of what is registered under a kind, by name."""
+    return lambda name: registry.entry(name, kind).parameters
 
 
 def optional_name(arguments: Any) -> Any:
@@ -61,21 +26,21 @@ def optional_name(arguments: Any) -> Any:
 
 # path of a named block -> the arguments that its name takes
 NAMED = {
-    "objective": lambda name: registry.entry(name).parameters,
+    "objective": registered("objective"),
     "task": optional_name(task_arguments),
     "data": optional_name(set_arguments),
-    "judge": lambda name: registry.entry(name, "judge").parameters,
-    "tokenizer": tokenizer_arguments,
-    "policy": policy_arguments,
+    "judge": registered("judge"),
+    "tokenizer": registered("tokenizer"),
+    "policy": registered("policy"),
     "optimizer": optimizer_arguments,
     "optimizer.schedule": schedule_arguments,
+    "optimizers.critic": optional_name(optimizer_arguments),
+    "optimizers.critic.schedule": schedule_arguments,
     "warm_start.optimizer": optimizer_arguments,
     "warm_start.optimizer.schedule": schedule_arguments,
 }
-OWN = {
-    "optimizer": ("learning_rate", "clip_norm", "schedule"),
-    "warm_start.optimizer": ("learning_rate", "clip_norm", "schedule"),
-}
+OPTIMIZERS = ("optimizer", "optimizers.critic", "warm_start.optimizer")
+OWN = dict.fromkeys(OPTIMIZERS, ("learning_rate", "clip_norm", "schedule"))
 
 
 # ---- filling and flags

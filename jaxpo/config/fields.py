@@ -4,16 +4,18 @@ A config file has ``get_config()``: it starts from `default` and sets what diffe
 task, optimizer, schedule, tokenizer, ...) holds the arguments of what it names.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict, config_dict
 
 from jaxpo.parallel import AXES
 from jaxpo.policy import lora
 
 
-def _optimizer(learning_rate: float) -> ConfigDict:
+def _optimizer(learning_rate: Any, name: Any = "adamw") -> ConfigDict:
     return ConfigDict(
         dict(
-            name="adamw",
+            name=name,
             learning_rate=learning_rate,
             clip_norm=config_dict.placeholder(float),
             schedule=dict(name="constant", warmup_steps=0),
@@ -45,6 +47,8 @@ def default() -> ConfigDict:
             ),  # two run directories; slot "soup" = alpha of the first, the rest of the second
             objective=dict(name="grpo"),
             optimizer=_optimizer(1e-4),
+            # Of the parameters that a term of the objective trains apart; name None = the same as config.optimizer.
+            optimizers=dict(critic=_optimizer(optional(float), name=optional(str))),
             rollout=dict(
                 prompts=32,  # prompts per iteration
                 responses=8,  # completions of each

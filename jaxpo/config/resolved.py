@@ -1,21 +1,20 @@
 """What a config says, resolved once: its objective and protocol as they were built, and all that follows from them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxpo.config.blocks import arguments_of, policy_arguments
+from jaxpo.config.blocks import arguments_of
 from jaxpo.learning.needs import Form
 from jaxpo.objectives import Objective
 from jaxpo.policy.config import TransformerConfig
-from jaxpo.policy.families import config_from_hf
-from jaxpo.policy.hf import read_config
 from jaxpo.protocols.protocol import Protocol
-from jaxpo.registry import check_arguments
+from jaxpo.registry import check_arguments, entry, make
 from jaxpo.rollout.sampling import SamplingOptions
 from jaxpo.rollout.sampling import validate as validate_sampling
+from jaxpo.text.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -66,21 +65,23 @@ class Resolved:
 
     def transformer(self, vocab_size: int = 1) -> TransformerConfig:
         """The policy's shape; ``vocab_size`` is that of one made here, a pretrained one has its own."""
-        return transformer_of(self.config, vocab_size)
+        return made(self.config.policy, "policy")(vocab_size)
+
+    def tokenizer(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+        """The tokenizer that the config names; ``texts`` of the run are asked for if it depends on them."""
+        return made(self.config.tokenizer, "tokenizer")(texts)
 
     def sampling(self, eos_ids: Sequence[int] = (), stop_table: Any = None) -> SamplingOptions:
         """The sampling options of the run."""
         return sampling_of(self.config, eos_ids, stop_table)
 
 
-def transformer_of(config: ConfigDict, vocab_size: int = 1) -> TransformerConfig:
-    """The policy of a filled config; ``vocab_size`` is that of one made here, a pretrained one has its own."""
-    parameters = policy_arguments(config.policy.name)
-    fields = arguments_of(config.policy, parameters)
-    check_arguments(f"policy {config.policy.name!r}", fields, parameters)
-    if config.policy.name == "pretrained":
-        return config_from_hf(read_config(fields.pop("path")), **fields)
-    return TransformerConfig(vocab_size=vocab_size, **fields)
+def made(block: ConfigDict, kind: str) -> Any:
+    """What a filled block names, made with its arguments."""
+    parameters = entry(block.name, kind).parameters
+    fields = arguments_of(block, parameters)
+    check_arguments(f"{kind} {block.name!r}", fields, parameters)
+    return make(block.name, kind, **fields)
 
 
 def sampling_of(config: ConfigDict, eos_ids: Sequence[int] = (), stop_table: Any = None) -> SamplingOptions:

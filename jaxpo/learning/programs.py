@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from jaxpo.batch import Rollouts, TokenStats, take
 from jaxpo.learning.compiled import Compiled
 from jaxpo.learning.needs import JUDGING, derived_needs
-from jaxpo.learning.optimizers import make_optimizer
+from jaxpo.learning.optimizers import by_label, make_optimizer
 from jaxpo.learning.state import TrainState
 from jaxpo.learning.step import Apply, Fused, accumulate, in_slices, optimizer_step, score
 from jaxpo.learning.trainable import seen_with_base, with_base
@@ -236,7 +236,7 @@ def compile_programs(of: Computation, compiles: Mapping[str, int], report: Calla
         prepare=compiled("prepare", lambda of, _, batch, state: of.objective.prepare(batch, state)),
         update=make_step(
             of,
-            optimizer_of(of.config),
+            optimizer_of(of.config, of.objective),
             report=report,
             expected=(2 if of.objective.asks.peeks and steps > 1 else 1) * packings,
         ),
@@ -327,10 +327,17 @@ def several(mesh: Mesh | None) -> Mesh | None:
     return mesh if mesh is not None and mesh.size > 1 else None
 
 
-def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
-    """The optimizer of the reinforcement-learning phase; its schedule runs over all of its optimizer steps."""
-    steps = config.steps * config.training.epochs * config.training.minibatches
-    return make_optimizer(config.optimizer.to_dict(), max(1, steps))
+def optimizer_of(config: ConfigDict, objective: Objective) -> optax.GradientTransformation:
+    """The optimizer of the reinforcement-learning phase, one for each label of parameters that the objective trains;
+    their schedules run over all of its optimizer steps."""
+    steps = max(1, config.steps * config.training.epochs * config.training.minibatches)
+    rules = {"policy": make_optimizer(config.optimizer.to_dict(), steps)}
+    for label in {*objective.trains.values()} - {"policy"}:
+        own = config.optimizers[label].name is not None
+        field = f"optimizers.{label}" if own else "optimizer"
+        block = config.optimizers[label] if own else config.optimizer
+        rules[label] = make_optimizer(block.to_dict(), steps, field)
+    return by_label(rules)
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, objective: Objective, mesh: Mesh) -> TrainState:

@@ -107,11 +107,14 @@ def unit_of(objective: Objective, batch: Rollouts) -> int:
     return batch.shared_prompt if batch.shared_prompt > 1 else batch.rows
 
 
-def any_weight(batch: Rollouts) -> Array:
-    """Bool: some token or row of a weighed batch counts. If none does the step is skipped, since optimizers move on a
-    zero gradient."""
-    terms = [w for name, w in batch.weights.items() if not name.endswith(("/center", "/total"))]
-    return jnp.any(jnp.stack([jnp.any(w != 0) for w in terms]))
+def active_labels(objective: Objective, batch: Rollouts) -> dict[str, Array]:
+    """label of parameters -> bool: some token or row of a term that trains them has weight. Where none has, they are
+    not moved, since optimizers move on a zero gradient."""
+    weighed: dict[str, list[Array]] = {}
+    for name, weight in batch.weights.items():
+        if not name.endswith(("/center", "/total")):
+            weighed.setdefault(objective.trains.get(name, "policy"), []).append(jnp.any(weight != 0))
+    return {label: jnp.any(jnp.stack(some)) for label, some in {"policy": [jnp.asarray(False)], **weighed}.items()}
 
 
 def optimizer_step(
@@ -132,8 +135,8 @@ def optimizer_step(
     """``weigh -> accumulate -> optimizer -> update`` on one optimizer batch (already prepared).
 
     A step is skipped whole (parameters, optimizer and objective state unchanged) when the loss or the gradient is not
-    finite, or when no token has
-    weight; ``step/nonfinite`` and ``step/empty`` say so.
+    finite, or when no token has weight; ``step/nonfinite`` and ``step/empty`` say so. Where the terms of one label
+    (`jaxpo.learning.optimizers.by_label`) have no weight, its parameters and its optimizer's state stay as they are.
 
     Args:
       fresh: the parameters are those that scored ``logp_old``: the peek is free, and what the policy gives measures
@@ -154,8 +157,9 @@ def optimizer_step(
     slicing = dict(microbatches=microbatches, fused=fused, place=place)
     value, grads, report = accumulate(objective, apply, params, batch, state, **slicing)
     norm = optax.tree.norm(jax.tree.map(promote, grads))
-    finite, filled = jnp.isfinite(value) & jnp.isfinite(norm), any_weight(batch)
-    updates, new_opt_state = optimizer.update(grads, opt_state, params)
+    finite, active = jnp.isfinite(value) & jnp.isfinite(norm), active_labels(objective, batch)
+    updates, new_opt_state = optax.with_extra_args_support(optimizer).update(grads, opt_state, params, active=active)
+    filled = jnp.any(jnp.stack([*active.values()]))
     new = optax.apply_updates(params, updates), new_opt_state, objective.update(state, batch, report)
     new = jax.tree.map(lambda a, b: jnp.where(finite & filled, a, b), new, (params, opt_state, state))
     out = {**metrics_lib.results(report), "grad_norm": norm, "step/nonfinite": ~finite, "step/empty": ~filled}

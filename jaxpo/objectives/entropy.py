@@ -6,11 +6,13 @@ from jaxpo.arguments import (
     NONZERO,
     AboveOne,
     NonNegative,
+    NonNegativeOrInfinite,
     Positive,
     PositiveOrInfinite,
     PositiveShare,
     Share,
     ShareBelowOne,
+    Threshold,
     Whole,
     when,
 )
@@ -28,8 +30,8 @@ from jaxpo.registry import register
 @register(source="arXiv:2505.22617; PRIME-RL/Entropy-Mechanism-of-RL, verl clip_cov")
 def clip_cov(
     ratio: Share = 2e-4,
-    lb: float = 1.0,
-    ub: float = 5.0,
+    lb: Threshold = 1.0,
+    ub: Threshold = 5.0,
     eps_low: Positive = 1.0,
     eps_high: Positive = 1.0,
     eps: Positive | None = None,
@@ -127,7 +129,7 @@ def lp_reg(
 
 @register(source="GTPO, arXiv:2508.03772; code of winstonsmith1897/GTPO")
 def gtpo(
-    entropy_threshold: NonNegative = 0.7,
+    entropy_threshold: Threshold = 0.7,
     entropy_scale: NonNegative = 0.1,
     w_pos: NonNegative = 2.0,
     conflict_norm: Literal["max", "none"] = "max",
@@ -165,7 +167,7 @@ def hapo(
     eps: Positive | None = None,
     tau: ShareBelowOne = 0.05,
     T0: Positive = 1.0,  # noqa: N803 (the card's name)
-    guard: Positive = 5.0,
+    guard: NonNegativeOrInfinite = 5.0,
     redistribution: NonNegative = 1.0,
     clip_strength: NonNegative = 1.0,
     sign: Literal["intended", "official"] = "intended",
@@ -207,7 +209,7 @@ def dcpo_distribution(
     cap: NonNegative = 0.1,
     T_hot: Positive = 1.2,  # noqa: N803
     T_cold: Positive = 0.8,  # noqa: N803
-    threshold: float = 0.05,
+    threshold: Threshold = 0.05,
     eps_low: Positive = 0.2,
     eps_high: Positive = 0.2,
     eps: Positive | None = None,

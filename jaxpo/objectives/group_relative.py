@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
-from jaxpo.arguments import NONZERO, AboveOne, NonNegative, Positive, PositiveOrInfinite, Share, Whole, when
+from jaxpo.arguments import NONZERO, AboveOne, NonNegative, Positive, PositiveOrInfinite, Share, Threshold, Whole, when
 from jaxpo.objectives.clipped import clipped_tokens, eps_pair
 from jaxpo.objectives.grammar.base import Gathering, Objective, is_off
 from jaxpo.objectives.grammar.policy_gradient import policy_gradient
@@ -297,7 +297,7 @@ def adora(
     max_len: Positive | None = None,
     lam: NonNegative = 0.1,
     rule: Literal["llm", "vlm"] | Callable[..., Any] = "llm",
-    correct_score: float = 0.5,
+    correct_score: Threshold = 0.5,
     beta: NonNegative = 0.001,
     eps_low: Positive = 0.2,
     eps_high: Positive = 0.2,

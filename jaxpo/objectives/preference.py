@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import jax.numpy as jnp
 from jax import Array
 
-from jaxpo.arguments import NONZERO, Domain, NonNegative, Positive, ShareBelowOne, when
+from jaxpo.arguments import NONZERO, Domain, NonNegative, Positive, ShareBelowOne, Threshold, when
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.fields import PAIR, role_id
 from jaxpo.metrics import Mean, Metrics
@@ -40,7 +40,8 @@ def ipo(tau: Positive = 0.1, normalize: bool = True) -> Objective:
 
     Args:
       normalize: False: ``u = D_w - D_l``, as the paper's equation reads; True is what its results were made with."""
-    return preference(lambda u, units: preferences.squared(u, 1 / (2 * tau)), normalize_length=normalize)
+    objective = preference(lambda u, units: preferences.squared(u, 1 / (2 * tau)), normalize_length=normalize)
+    return objective if normalize else objective._replace(beta=tau)
 
 
 @register(source="SLiC-HF, arXiv:2305.10425", when={"target": when(lam=NONZERO)})
@@ -285,7 +286,7 @@ def dpa_logic(
 
 
 @register(source="MPO, arXiv:2403.19443, stage 1 (reconstructed from the paper's text)")
-def mpo_mixed(gap: NonNegative = 1.0, beta: NonNegative = 0.1) -> Objective:
+def mpo_mixed(gap: Threshold = 1.0, beta: NonNegative = 0.1) -> Objective:
     """Mixed Preference Optimization, stage 1: DPO averaged over the easy pairs, ``|rm_w - rm_l| > gap``, alone (0 if
     there are none). Reconstructed from the paper's text: the default gap is assumed; stage 2 is PPO on the prompts of
     the others with this model as reference.

@@ -185,7 +185,7 @@ def r2vpo(
 
 @register(source="arXiv:2603.06009 (the loss is our rendering)")
 def ppo_outer_loop(
-    eta: Positive = 1.0,
+    eta: PositiveOrInfinite = 1.0,
     adv_eps: NonNegative = 1e-6,
     singleton: Singleton = "zero",
     log_ratio_clip: PositiveOrInfinite = 20.0,

@@ -152,7 +152,7 @@ def trace_run(resolved: Resolved, mesh: Mesh, data: Data) -> Planned:
     of = Computation(config, mesh, model, objective, data.pad_id, resolved.microbatch_rows, base)
     programs = compile_programs(of, facts.compiles, lambda message: None)
     params = shapes_of(partial(random_params, config, model, resolved.heads))
-    moments = jax.eval_shape(optimizer_of(config).init, params)
+    moments = jax.eval_shape(optimizer_of(config, resolved.objective).init, params)
     memory = everywhere(jax.eval_shape(objective.init), everywhere_)
     state = TrainState(params, placed(moments, shardings(moments, mesh)), memory)
     frozen = {} if base is None else {"base": base}

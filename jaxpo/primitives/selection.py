@@ -104,11 +104,12 @@ def max_variance(x: Array, group: Array, count: Array, n: Array) -> Array:
 
 
 def row_uniform(seed: Array, shape: tuple[int, ...] = (), *, stream: int) -> Array:
-    """[B, ...] uniforms that hang on the row's ``seed`` alone (not on its place in the batch, nor on padding).
+    """[B, ...] uniforms that hang on the row's ``seed`` alone (not on its place in the batch, nor on padding, nor on
+    x64).
 
     ``stream`` keeps the draws of different purposes apart."""
 
     def draw(s: Array) -> Array:
-        return jax.random.uniform(jax.random.fold_in(jax.random.key(s), stream), shape)
+        return jax.random.uniform(jax.random.fold_in(jax.random.key(s), stream), shape, jnp.float32)
 
     return jax.vmap(draw)(seed)

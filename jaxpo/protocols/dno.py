@@ -1,35 +1,38 @@
 """DNO-Prct: pairs that a judge's grades leave no doubt of, the teacher's answers among them, and old pairs."""
 
-from typing import Any
+from functools import partial
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
+from ml_collections import ConfigDict
 
-from jaxpo.batch import Rollouts, take
-from jaxpo.fields import PAIR, role_id
+from jaxpo.arguments import Count, Domain, Positive, Whole
+from jaxpo.batch import Rollouts, roles_of, take
+from jaxpo.fields import PAIR
 from jaxpo.learning.state import Run, advance
 from jaxpo.objectives import Objective
 from jaxpo.primitives import preference_data as rules
+from jaxpo.protocols.comparisons import POLICY, sampled
 from jaxpo.protocols.gatherer import Gatherer
-from jaxpo.protocols.judged import POLICY, sampled
 from jaxpo.protocols.preference_data import rounds
 from jaxpo.protocols.protocol import Facts, Protocol
-from jaxpo.protocols.rows import stacked
+from jaxpo.protocols.rows import stacked, with_rows
 from jaxpo.registry import register
 
 
 @register("protocol", source="DNO-Prct, arXiv:2404.03715 (n-grams, pairs a prompt and the choice of pairs are assumed)")
 def dno_prct(
     positive: float = 5.0,
-    teacher_gap: float = 2.0,
-    own_gap: float = 1.0,
-    pairs: int = 4,
-    old: float = 0.3,
-    memory: int = 2,
-    ngram: int = 8,
-    repeats: int = 3,
-    prev_every: int | None = None,
+    teacher_gap: Positive = 2.0,
+    own_gap: Positive = 1.0,
+    pairs: Whole = 4,
+    old: Annotated[float, Domain(0, 0.5, "[)")] = 0.3,
+    memory: Count = 2,
+    ngram: Whole = 8,
+    repeats: Annotated[int, Domain(2, whole=True)] = 3,
+    prev_every: Whole | None = None,
 ) -> Protocol:
     """Pairs of answers that a judge grades clearly apart: K of the policy to each prompt and its demonstration, the
     teacher's, judged together; and pairs of the rounds before.
@@ -51,60 +54,14 @@ def dno_prct(
         rejected whatever its score (assumed).
       prev_every: iterations of a round, as of `preference_data`.
     """
-    for name, value, least in (
-        ("pairs", pairs, 1),
-        ("memory", memory, 0),
-        ("ngram", ngram, 1),
-        ("repeats", repeats, 2),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
-    if not 0 <= old < 0.5:
-        raise ValueError(f"old, a share that halves from round to round, must lie in [0, 0.5), not {old!r}")
-    if not (teacher_gap > 0 and own_gap > 0):
-        raise ValueError(f"teacher_gap and own_gap must be positive, not {teacher_gap!r} and {own_gap!r}")
     if bool(old) != bool(memory):
         raise ValueError(f"old = {old:g} and memory = {memory} contradict each other: set both to 0, or neither")
-    every, keeps = prev_every or 1, rounds(prev_every, None)
-    grades = dict(positive=positive, teacher_gap=teacher_gap, own_gap=own_gap)
-
-    def places(prompts: int) -> tuple[list[int], int]:
-        """Pairs of each earlier round, and fresh ones, of a batch."""
-        shares = [int(old * prompts * pairs / 2**i) for i in range(memory)]
-        return shares, prompts * pairs - sum(shares)
+    choice = Choice(dict(positive=positive, teacher_gap=teacher_gap, own_gap=own_gap), pairs, ngram, repeats)
+    past = Past(old, memory, prev_every or 1)
 
     def tables(gather: Gatherer) -> dict[str, Any]:
-        shape = memory + 1, every, 2 * places(gather.prompts)[1]
+        shape = memory + 1, past.every, 2 * past.places(gather.prompts * pairs)[1]
         return {"past": blank(shape, gather.prompt_width, gather.width)} if memory else {}
-
-    def collect(run: Run, gather: Gatherer, key: Array) -> tuple[Run, Rollouts]:
-        run, indices = gather.draw(run, gather.prompts)
-        own_key, key = jax.random.split(key)
-        columns = sampled(run, gather, POLICY, indices, own_key), gather.demonstrations(indices)
-        answers = stacked([bare(column) for column in columns])
-        scores, k = np.asarray(gather.judge(*columns).scores), gather.responses
-        own, teachers = np.split(np.arange(answers.rows), [gather.prompts * k])
-        at = np.concatenate([own.reshape(-1, k), teachers[:, None]], 1)  # [G, K + 1] rows, the teacher's last
-        loops = np.array(
-            [repetitive(t[m > 0], ngram, repeats) for t, m in zip(answers.completions, answers.mask, strict=True)]
-        )
-        i, j, there = graded(scores, loops[at], pairs, grades)
-        shares, fresh = places(gather.prompts)
-        i, j, g, there = (x[:fresh] for x in best_first(i, j, there))
-        new = take(answers, np.stack([at[g, i], at[g, j]], 1).reshape(-1))
-        new = new.replace(count=np.repeat(there, 2).astype(np.float32))
-        rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-        parts = [new]
-        if memory:
-            now, past = divmod(run.iteration, every), run.tables["past"]
-            parts += [drawn(past, (now[0] - 1 - age) % (memory + 1), n, rng) for age, n in enumerate(shares) if n]
-            past = jax.tree.map(lambda table, rows: with_place(table, (now[0] % (memory + 1), now[1]), rows), past, new)
-            run = advance(run, tables={**run.tables, "past": past})
-        gather.note("judge/score", float(scores[:, :k].mean()))
-        gather.note("dno/fresh", float(there.sum() / (gather.prompts * pairs)))
-        gather.note("dno/old", float(sum(p.count.sum() for p in parts[1:]) / (2 * gather.prompts * pairs)))
-        gather.note("dno/teacher", float((i == k)[there].mean()) if there.any() else 0.0)
-        return run, as_pairs(stacked(parts), rng)
 
     def rows(objective: Objective, responses: int) -> int:
         if objective.unit.layout != PAIR:
@@ -114,18 +71,102 @@ def dno_prct(
             )
         return 2 * pairs
 
-    def check(config: Any) -> None:
-        if config.judge.name == "verifier" and positive > 1:
-            raise ValueError(
-                f"config.protocol.positive {positive:g} is a grade from 1 to 6, a verifier's rewards lie in [0, 1]: "
-                "set it to 1 and config.protocol.teacher_gap and own_gap to 0.5, or another config.judge.name"
-            )
-        k = config.rollout.responses
-        if pairs > k * (k + 1) // 2:
-            raise ValueError(f"config.protocol.pairs {pairs}: {k + 1} answers make at most {k * (k + 1) // 2} pairs")
+    facts = Facts(
+        rows=rows,
+        references=rounds(prev_every, None),
+        check=partial(check, choice),
+        compiles={"score": 2},
+        stale=bool(memory),
+        judges=True,
+    )
+    return Protocol(partial(collect, choice, past), tables=tables, facts=facts)
 
-    facts = Facts(rows=rows, references=keeps, check=check, compiles={"score": 2}, stale=bool(memory), judges=True)
-    return Protocol(collect, tables=tables, facts=facts)
+
+class Choice(NamedTuple):
+    """Which answers become pairs.
+
+    grades: positive, teacher_gap and own_gap, as of `dno_prct`.
+    pairs: of a prompt, at most.
+    ngram, repeats: an answer that repeats itself so is never chosen.
+    """
+
+    grades: dict[str, float]
+    pairs: int
+    ngram: int
+    repeats: int
+
+    def loops(self, answers: Rollouts) -> np.ndarray:
+        """[rows] whether an answer repeats itself."""
+        rows = zip(answers.completions, answers.mask, strict=True)
+        return np.array([repetitive(t[m > 0], self.ngram, self.repeats) for t, m in rows])
+
+
+class Past(NamedTuple):
+    """How many pairs come from earlier rounds.
+
+    share: of a batch from the round before, half as much from the one before that, ...
+    rounds: how many rounds back.
+    every: iterations of a round.
+    """
+
+    share: float
+    rounds: int
+    every: int
+
+    def places(self, pairs: int) -> tuple[list[int], int]:
+        """Pairs of each earlier round, and fresh ones, among so many of a batch."""
+        shares = [int(self.share * pairs / 2**i) for i in range(self.rounds)]
+        return shares, pairs - sum(shares)
+
+
+def collect(choice: Choice, past: Past, run: Run, gather: Gatherer, key: Array) -> tuple[Run, Rollouts]:
+    """Fresh pairs of the policy's and the teacher's answers, and pairs of earlier rounds."""
+    run, indices = gather.draw(run, gather.prompts)
+    own_key, key = jax.random.split(key)
+    columns = sampled(run, gather, POLICY, indices, own_key), gather.demonstrations(indices)
+    answers = stacked([bare(column) for column in columns])
+    scores, k = np.asarray(gather.judge(*columns).scores), gather.responses
+    own, teachers = np.split(np.arange(answers.rows), [gather.prompts * k])
+    at = np.concatenate([own.reshape(-1, k), teachers[:, None]], 1)  # [G, K + 1] rows, the teacher's last
+    i, j, there = graded(scores, choice.loops(answers)[at], choice.pairs, choice.grades)
+    total = gather.prompts * choice.pairs
+    shares, fresh = past.places(total)
+    i, j, g, there = (x[:fresh] for x in best_first(i, j, there))
+    new = take(answers, np.stack([at[g, i], at[g, j]], 1).reshape(-1))
+    new = new.replace(count=np.repeat(there, 2).astype(np.float32))
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    run, old = remembered(past, shares, run, new, rng)
+    gather.note("judge/score", float(scores[:, :k].mean()))
+    gather.note("dno/fresh", float(there.sum() / total))
+    gather.note("dno/old", float(sum(p.count.sum() for p in old) / (2 * total)))
+    gather.note("dno/teacher", float((i == k)[there].mean()) if there.any() else 0.0)
+    return run, as_pairs(stacked([new, *old]), rng)
+
+
+def remembered(
+    past: Past, shares: list[int], run: Run, new: Rollouts, rng: np.random.Generator
+) -> tuple[Run, list[Rollouts]]:
+    """Store the new pairs; the pairs that come back of earlier rounds."""
+    if not past.rounds:
+        return run, []
+    now, table, size = divmod(run.iteration, past.every), run.tables["past"], past.rounds + 1
+    old = [drawn(table, (now[0] - 1 - age) % size, n, rng) for age, n in enumerate(shares) if n]
+    table = jax.tree.map(lambda x, rows: with_rows(x, (now[0] % size, now[1]), rows), table, new)
+    return advance(run, tables={**run.tables, "past": table}), old
+
+
+def check(choice: Choice, config: ConfigDict) -> None:
+    """``ValueError`` for grades that the judge does not give, or for more pairs than there can be."""
+    positive = choice.grades["positive"]
+    if config.judge.name == "verifier" and positive > 1:
+        raise ValueError(
+            f"config.protocol.positive {positive:g} is a grade from 1 to 6, a verifier's rewards lie in [0, 1]: set it "
+            "to 1 and config.protocol.teacher_gap and own_gap to 0.5, or another config.judge.name"
+        )
+    k = config.rollout.responses
+    if choice.pairs > k * (k + 1) // 2:
+        most = k * (k + 1) // 2
+        raise ValueError(f"config.protocol.pairs {choice.pairs}: {k + 1} answers make at most {most} pairs")
 
 
 def blank(shape: tuple[int, ...], prompt_width: int, width: int) -> Rollouts:
@@ -190,20 +231,13 @@ def drawn(past: Rollouts, place: int, n: int, rng: np.random.Generator) -> Rollo
     return take(whole, (2 * order[:, None] + np.arange(2)).reshape(-1))
 
 
-def with_place(table: np.ndarray, place: tuple[int, ...], rows: np.ndarray) -> np.ndarray:
-    """A copy of the table with other rows at a place."""
-    out = table.copy()
-    out[place] = rows
-    return out
-
-
 def as_pairs(batch: Rollouts, rng: np.random.Generator) -> Rollouts:
     """Rows that stand side by side as units."""
     n = batch.rows
     return batch.replace(
         layout=PAIR,
         shared_prompt=2,
-        role=np.tile(np.array([role_id(r) for r in PAIR], np.int32), n // 2),
+        role=roles_of(PAIR, n // 2),
         group=np.arange(n, dtype=np.int32) // 2,
         seed=rng.integers(0, 2**32, n, np.uint32),
     )

@@ -1,16 +1,18 @@
 """Sampling until enough groups have mixed outcomes (DAPO), and at a temperature for each token (HAPO)."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
+from jaxpo.arguments import Positive, ShareBelowOne, Whole
 from jaxpo.batch import Rollouts, take
 from jaxpo.learning.state import Run
 from jaxpo.objectives import State
 from jaxpo.parallel.distributed import to_host
-from jaxpo.primitives.aggregation import positive
 from jaxpo.primitives.shaping import mixed_groups
 from jaxpo.protocols.gatherer import Gatherer
 from jaxpo.protocols.on_policy import sample_once
@@ -22,7 +24,7 @@ from jaxpo.rollout.sampling import EntropyTemperature, SamplingOptions
 
 @register("protocol", id="dapo", source="DAPO, arXiv:2503.14476")
 @register("protocol", source="DAPO, arXiv:2503.14476")
-def dynamic_sampling(max_batches: int = 10) -> Protocol:
+def dynamic_sampling(max_batches: Whole = 10) -> Protocol:
     """Generate until as many groups with mixed outcomes are there as an iteration trains on; the others are never
     trained on.
 
@@ -31,7 +33,6 @@ def dynamic_sampling(max_batches: int = 10) -> Protocol:
     Raises:
       NothingLeft: (from ``collect``) not enough after ``max_batches`` batches, with the number found.
     """
-    positive("config.protocol.max_batches", max_batches)
 
     def collect(run: Run, gather: Gatherer, key: Array) -> tuple[Run, Rollouts]:
         kept, found = [], 0
@@ -62,29 +63,38 @@ SIGNAL = ("q", "s", "high", "low")  # what the objective `hapo` remembers of a b
 
 @register("sampler", id="hapo", source="HAPO, arXiv:2509.16591; code of starriver030515/HAPO")
 def entropy_temperature(
-    state: State,
-    tau: float = 0.05,
-    T0: float = 1.0,  # noqa: N803 (the card's name)
+    tau: ShareBelowOne = 0.05,
+    T0: Positive = 1.0,  # noqa: N803 (the card's name)
     official: bool = False,
-) -> EntropyTemperature:
-    """A temperature for each token by what the objective `hapo` remembers of the previous batch's entropies.
+) -> Callable[[SamplingOptions, State], SamplingOptions]:
+    """``(options, objective state) -> options`` with a temperature for each token, by what the objective `hapo`
+    remembers of the previous batch's entropies.
 
     Raises:
-      ValueError: ``state`` is that of another objective.
+      ValueError: (when called) the state is that of another objective.
     """
-    absent = [name for name in SIGNAL if name not in state.memory]
-    if absent:
-        raise ValueError(
-            f"protocol 'hapo' reads {', '.join(absent)} from the objective's memory, which is that of hapo: "
-            "set config.objective.name to hapo, or config.protocol.name to dapo"
-        )
-    # Host numbers, so that what is compiled does not hang on where the state lives.
-    numbers = {name: np.float32(state.memory[name]) for name in SIGNAL}
-    return EntropyTemperature(np.float32(T0), np.float32(tau), numbers, official)
+
+    def sample(options: SamplingOptions, state: State) -> SamplingOptions:
+        absent = [name for name in SIGNAL if name not in state.memory]
+        if absent:
+            raise ValueError(
+                f"protocol 'hapo' reads {', '.join(absent)} from the objective's memory, which is that of hapo: "
+                "set config.objective.name to hapo, or config.protocol.name to dapo"
+            )
+        # Host numbers, so that what is compiled does not hang on where the state lives.
+        numbers = {name: np.float32(state.memory[name]) for name in SIGNAL}
+        return options.replace(adaptive=EntropyTemperature(np.float32(T0), np.float32(tau), numbers, official))
+
+    return sample
 
 
 @register("protocol", source="HAPO, arXiv:2509.16591; code of starriver030515/HAPO")
-def hapo(tau: float = 0.05, T0: float = 1.0, official: bool = False, max_batches: int = 10) -> Protocol:  # noqa: N803 (the card's name)
+def hapo(
+    tau: ShareBelowOne = 0.05,
+    T0: Positive = 1.0,  # noqa: N803 (the card's name)
+    official: bool = False,
+    max_batches: Whole = 10,
+) -> Protocol:
     """Dynamic sampling at a temperature for each token, ``T = T0 (1 + tau clip(h, -1, 1))``: h is the place of the
     entropy of what may come next (at T0) among those of the previous optimizer batch, as the objective ``hapo``
     remembers them; T0 before the first. Evaluation samples as configured.
@@ -93,12 +103,6 @@ def hapo(tau: float = 0.05, T0: float = 1.0, official: bool = False, max_batches
       tau: 0.05 in the code, 0.1 in the paper. official: the sign of the release, in which h is never negative.
       max_batches: as in `dynamic_sampling`.
     """
-    positive("T0", T0)
-    if not 0 <= tau < 1:
-        raise ValueError(f"tau must be in [0, 1), or temperatures reach 0; it is {tau}")
-
-    def sampler(options: SamplingOptions, state: State) -> SamplingOptions:
-        return options.replace(adaptive=entropy_temperature(state, tau, T0, official))
 
     def check(config: ConfigDict) -> None:
         if config.sampling.temperature != 1:
@@ -107,4 +111,5 @@ def hapo(tau: float = 0.05, T0: float = 1.0, official: bool = False, max_batches
                 "set the base temperature by config.objective.T0"
             )
 
+    sampler = entropy_temperature(tau, T0, official)
     return dynamic_sampling(max_batches)._replace(sampler=sampler).where(check=check, compiles={"generate": 1})

@@ -1,17 +1,18 @@
 """Protocols that move the weights themselves: half steps, proximal stages, extrapolation of iterates."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax import Array
 
+from jaxpo.arguments import ShareBelowOne, Whole
 from jaxpo.batch import Rollouts
 from jaxpo.learning.references import copied
 from jaxpo.learning.state import Run, advance
 from jaxpo.primitives import preferences
-from jaxpo.primitives.advantages import choice
+from jaxpo.protocols.comparisons import Comparison, Source, compared
 from jaxpo.protocols.gatherer import Gatherer
-from jaxpo.protocols.judged import Source, compared, judged
+from jaxpo.protocols.judged import Rule, judged
 from jaxpo.protocols.preference_data import preference_data
 from jaxpo.protocols.protocol import Protocol
 from jaxpo.registry import register
@@ -32,7 +33,7 @@ def gone_back(run: Run) -> Run:
 
 
 @register("protocol", source="EGPO, arXiv:2503.08942; zhourunlong/EGPO")
-def egpo(pairs: str | None = None) -> Protocol:
+def egpo(pairs: Rule | None = None) -> Protocol:
     """Extragradient: iterations come in twos. The first backs up weights and optimizer state, samples with
     ``theta_t`` and steps to ``theta_{t+1/2}``; the second samples with that, goes back, and steps from ``theta_t`` to
     ``theta_{t+1}``. The pairs are sampled as ``config.sampling`` says (the paper: temperature 2, top-k 10), the
@@ -41,7 +42,8 @@ def egpo(pairs: str | None = None) -> Protocol:
     Args:
       pairs: as of `judged`; None = random.
     """
-    inner = compared(opponent=Source(plain=True), pairs=pairs, unasked="random", keeps={"center": {}})
+    comparison = Comparison(opponent=Source(plain=True), pairs=pairs, unasked="random")
+    inner = compared(comparison, {"center": {}})
 
     def collect(run: Run, gather: Gatherer, key: Array) -> tuple[Run, Rollouts]:
         if run.iteration % 2 == 0:
@@ -60,7 +62,7 @@ def egpo(pairs: str | None = None) -> Protocol:
 
 
 @register("protocol", source="Nash Mirror Prox, arXiv:2505.19731 (stages of a few steps are assumed)")
-def nash_mp(stage: int = 4) -> Protocol:
+def nash_mp(stage: Whole = 4) -> Protocol:
     """Mirror prox: rounds of two stages, of ``stage`` iterations each, both from the center ``theta_k``. In the first
     the opponent is the center itself, and it ends in ``theta_{k+1/2}``; the second goes back to the center, weights and
     optimizer state, and plays against ``theta_{k+1/2}``. ``logp_old`` is the center's.
@@ -68,14 +70,12 @@ def nash_mp(stage: int = 4) -> Protocol:
     Args:
       stage: iterations of a stage (assumed: 1 to 10).
     """
-    if isinstance(stage, bool) or not isinstance(stage, int) or stage < 1:
-        raise ValueError(f"stage must be a whole number of at least 1, not {stage!r}")
 
     def opponent(run: Run) -> Any:
         first = run.iteration % (2 * stage) < stage
         return run.references["center"]["params"] if first else run.references["half"]
 
-    inner = compared(opponent=Source(opponent), keeps={"center": {}, "half": {}})
+    inner = compared(Comparison(opponent=Source(opponent)), {"center": {}, "half": {}})
 
     def collect(run: Run, gather: Gatherer, key: Array) -> tuple[Run, Rollouts]:
         at = run.iteration % (2 * stage)
@@ -102,7 +102,9 @@ def nash_mp(stage: int = 4) -> Protocol:
 
 
 @register("protocol", source="APO, arXiv:2410.06293 (reconstructed from the paper's text; alpha assumed)")
-def apo_accelerated(alpha: float = 0.3, iterations: int = 1, source: str = "data") -> Protocol:
+def apo_accelerated(
+    alpha: ShareBelowOne = 0.3, iterations: Whole = 1, source: Literal["data", "judged"] = "data"
+) -> Protocol:
     """Accelerated preference optimization: after every round ``pi_{t+1} = hat_{t+1} + alpha (hat_{t+1} - hat_t)`` of
     the weights (equal to the policies' extrapolation only where log-probs are linear in them); ``pi_{t+1}`` is the next
     round's start and reference. Reconstructed from the paper's text.
@@ -111,11 +113,6 @@ def apo_accelerated(alpha: float = 0.3, iterations: int = 1, source: str = "data
       alpha: in [0, 1); 0 is iterative DPO. iterations: of a round.
       source: of the pairs: "data" (`preference_data`) or "judged" (`judged`).
     """
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha < 1:
-        raise ValueError(f"alpha must lie in [0, 1), not {alpha!r}")
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"iterations must be a whole number of at least 1, not {iterations!r}")
-    choice("source", source, ("data", "judged"))
     inner = preference_data() if source == "data" else judged()
 
     def after(run: Run, gather: Gatherer, rollouts: Rollouts) -> Run:

@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxpo.arguments import Positive, Whole
 from jaxpo.batch import Rollouts
 from jaxpo.learning.state import Run
 from jaxpo.parallel.distributed import to_host
-from jaxpo.primitives.aggregation import positive
 from jaxpo.protocols.gatherer import Gatherer
 from jaxpo.protocols.on_policy import sample_once
 from jaxpo.protocols.protocol import Facts, Protocol
@@ -18,7 +18,7 @@ SOURCE = "arXiv:2603.06009"
 
 
 @register("protocol", source=SOURCE)
-def ppo_outer_loop(gradient_noise: bool = True, log_ratio_clip: float = 20.0) -> Protocol:
+def ppo_outer_loop(gradient_noise: bool = True, log_ratio_clip: Positive = 20.0) -> Protocol:
     """On policy, and what the outer step came to as metrics.
 
     ``outer/kl``: KL(anchor || new) as the token mean of ``r - 1 - log r``. ``outer/return``: mean reward of the
@@ -30,7 +30,6 @@ def ppo_outer_loop(gradient_noise: bool = True, log_ratio_clip: float = 20.0) ->
     Args:
       gradient_noise: off saves a forward and a backward pass an iteration. log_ratio_clip: bound of log-ratios.
     """
-    positive("log_ratio_clip", log_ratio_clip)
 
     def before(run: Run, gather: Gatherer, rollouts: Rollouts) -> tuple[Run, Rollouts]:
         for name, value in gather.noise(run, rollouts).items():
@@ -82,7 +81,7 @@ def outer_step(rollouts: Rollouts, new: np.ndarray, log_ratio_clip: float) -> di
 
 @register("diagnostic", id="ppo_outer_loop", source=SOURCE)
 def co_scaling(
-    scale: int, prompts: int = 32, minibatches: int = 1, epochs: int = 1, learning_rate: float = 1e-4
+    scale: Whole, prompts: Whole = 32, minibatches: Whole = 1, epochs: Whole = 1, learning_rate: Positive = 1e-4
 ) -> dict[str, Any]:
     """The recipe against stagnation: ``scale`` times the rollouts, in ``scale`` times the minibatches.
 
@@ -96,10 +95,6 @@ def co_scaling(
     Returns:
       config fields of the larger run by path, and ``prompts_per_minibatch`` and ``optimizer_steps`` of an iteration.
     """
-    for name, value in dict(scale=scale, prompts=prompts, minibatches=minibatches, epochs=epochs).items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-    positive("learning_rate", learning_rate)
     if prompts % minibatches:
         raise ValueError(f"minibatches {minibatches} does not divide prompts {prompts}")
     return {

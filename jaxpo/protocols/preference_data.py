@@ -1,12 +1,13 @@
 """Units of preference data in shuffled epochs, alone or beside fresh samples of the policy or of its past."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
 from jax import Array
 
+from jaxpo.arguments import Domain, Whole
 from jaxpo.batch import Rollouts, take
 from jaxpo.fields import GIVEN, WEIGHTS, role_id
 from jaxpo.learning.needs import form_of
@@ -14,7 +15,6 @@ from jaxpo.learning.references import stored
 from jaxpo.learning.state import Run, advance
 from jaxpo.objectives import Objective
 from jaxpo.policy.transformer import Params
-from jaxpo.primitives.advantages import choice
 from jaxpo.protocols.gatherer import Gatherer
 from jaxpo.protocols.protocol import Facts, Protocol
 from jaxpo.protocols.rows import stacked
@@ -30,16 +30,15 @@ def rows(objective: Objective, responses: int) -> int:
 
 
 def rounds(prev_every: int | None, ref_every: int | None) -> Keeps:
-    """Companions that are renewed once a round; ``ValueError`` for a round without iterations."""
-    for name, every in (("prev_every", prev_every), ("ref_every", ref_every)):
-        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-            raise ValueError(f"{name} must be a whole number of at least 1, or None, not {every!r}")
+    """References that are renewed once a round of so many iterations."""
     given = {"prev": prev_every, "ref": ref_every}
     return {name: {"every": every} for name, every in given.items() if every is not None}
 
 
 @register("protocol", source="arXiv:2305.18290; policy samples as the rejected answers: arXiv:2401.01335")
-def preference_data(rejected: str = "data", prev_every: int | None = None, ref_every: int | None = None) -> Protocol:
+def preference_data(
+    rejected: Literal["data", "policy"] = "data", prev_every: Whole | None = None, ref_every: Whole | None = None
+) -> Protocol:
     """The next ``config.rollout.prompts`` units of ``config.data``, in epochs shuffled by (seed, epoch).
 
     Answers that a unit's layout wants of the policy itself (role "own", as in HyPO) are sampled afresh.
@@ -50,7 +49,6 @@ def preference_data(rejected: str = "data", prev_every: int | None = None, ref_e
       prev_every, ref_every: iterations of a round, after which the previous iterate or the reference becomes the
         current policy; None = after every iteration, and never.
     """
-    choice("rejected", rejected, ("data", "policy"))
 
     def collect(run: Run, gather: Gatherer, key: Array) -> tuple[Run, Rollouts]:
         run, batch = next_units(run, gather)
@@ -67,16 +65,13 @@ def preference_data(rejected: str = "data", prev_every: int | None = None, ref_e
 
 
 @register("protocol", source="SePPO, arXiv:2410.05255")
-def seppo(size: int = 7, every: int = 30) -> Protocol:
+def seppo(size: Annotated[int, Domain(2, whole=True)] = 7, every: Whole = 30) -> Protocol:
     """The data's chosen answers, each against a sample of an earlier checkpoint in place of the rejected one; that
     checkpoint, drawn anew for every iteration from a pool, is the reference.
 
     Args:
       size: checkpoints in the pool, the first of which is the start of the run. every: iterations between them.
     """
-    for name, value, least in (("size", size, 2), ("every", every, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
     keeps = {"pool": dict(size=size, every=every)}
 
     def collect(run: Run, gather: Gatherer, key: Array) -> tuple[Run, Rollouts]:

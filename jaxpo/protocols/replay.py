@@ -4,6 +4,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxpo.arguments import OpenShare, Whole
 from jaxpo.batch import Rollouts
 from jaxpo.fields import role_id
 from jaxpo.learning.state import Run, advance
@@ -16,7 +17,7 @@ from jaxpo.registry import register
 
 
 @register("protocol", source="R2VPO's off-policy mode, arXiv:2601.03320 (mixing ratio and buffer are assumed)")
-def replay(fraction: float = 0.5, capacity: int = 4) -> Protocol:
+def replay(fraction: OpenShare = 0.5, capacity: Whole = 4) -> Protocol:
     """On-policy sampling; then ``round(fraction * prompts)`` groups of the batch are replaced by as many, drawn at
     random without replacement, of the ``capacity`` batches before it. The first iteration replaces none.
 
@@ -31,10 +32,6 @@ def replay(fraction: float = 0.5, capacity: int = 4) -> Protocol:
     Args:
       fraction: share of groups that come back; at least one does, and at least one is fresh. capacity: batches kept.
     """
-    if not 0 < fraction < 1:
-        raise ValueError(f"fraction must be between 0 and 1, not {fraction!r}")
-    if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
-        raise ValueError(f"capacity must be a whole number of at least 1, not {capacity!r}")
 
     def tables(gather: Gatherer) -> dict[str, Rollouts | np.ndarray]:
         batches = jax.tree.map(lambda x: np.zeros((capacity, *x.shape), x.dtype), gather.scored())

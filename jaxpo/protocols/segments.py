@@ -3,17 +3,17 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Literal
 
 import jax
 import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
+from jaxpo.arguments import Whole, when
 from jaxpo.batch import Rollouts
 from jaxpo.learning.state import Run
-from jaxpo.objectives.parts.surrogates import unused
 from jaxpo.parallel.distributed import to_host
-from jaxpo.primitives.advantages import choice
 from jaxpo.primitives.token_advantages import cutpoints, previous_at
 from jaxpo.protocols.gatherer import Gatherer
 from jaxpo.protocols.on_policy import sample_once
@@ -25,15 +25,20 @@ ROUNDING = 1e-9  # of values: a smaller advantage is none
 Collect = Callable[[Run, Gatherer, Array], tuple[Run, Rollouts]]
 
 
-@register("protocol", source="SPO (segments), arXiv:2505.23564; AIFrameResearch/SPO")
+@register(
+    "protocol",
+    source="SPO (segments), arXiv:2505.23564; AIFrameResearch/SPO",
+    when={"rollouts": when(form="chain")}
+    | dict.fromkeys(("branching", "segment", "max_edges", "divide_std"), when(form="tree")),
+)
 def spo_segment(
-    form: str = "chain",
-    interval: int = 5,
+    form: Literal["chain", "tree"] = "chain",
+    interval: Whole = 5,
     threshold: float = 0.9,
-    rollouts: int = 9,
-    branching: tuple[int, ...] = (6, 6, 6),
-    segment: int = 30,
-    max_edges: int = 32,
+    rollouts: Whole = 9,
+    branching: tuple[Whole, ...] = (6, 6, 6),
+    segment: Whole = 30,
+    max_edges: Whole = 32,
     divide_std: bool = False,
 ) -> Protocol:
     """What Segment Policy Optimization learns from: ``mc_value`` [B, T] (chain) or ``edge_adv`` [B] (tree).
@@ -54,16 +59,6 @@ def spo_segment(
       interval, threshold: where cutpoints are. rollouts: of "chain".
       branching, segment, max_edges: of "tree". divide_std: divide advantages by the siblings' population std + 1e-8.
     """
-    choice("form", form, ("chain", "tree"))
-    counts = dict(interval=interval, rollouts=rollouts, segment=segment, max_edges=max_edges)
-    for name, value in [*counts.items(), *[("branching", b) for b in branching]]:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-    unused("rollouts", rollouts, 9, form == "chain", "form='chain'")
-    for name, value, default in (("segment", segment, 30), ("max_edges", max_edges, 32)):
-        unused(name, value, default, form == "tree", "form='tree'")
-    if form == "chain" and (tuple(branching) != (6, 6, 6) or divide_std):
-        raise ValueError("branching and divide_std have no effect here; they belong to form='tree'")
     if not branching:
         raise ValueError("branching must name the children of a node on each level; it is empty")
     if form == "chain":

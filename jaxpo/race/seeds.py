@@ -245,7 +245,7 @@ def first_state(resolved: Resolved, setup: Setup) -> TrainState:
         params = {**params, **together(made)}
     memory = jax.tree.map(lambda x: jnp.broadcast_to(x, (seeds, *jnp.shape(x))), objective.init())
     params = jax.tree.map(jnp.copy, params)  # steps donate what they get, and the start is everybody's
-    return TrainState(params, jax.vmap(optimizer_of(resolved.config).init)(params), memory)
+    return TrainState(params, jax.vmap(optimizer_of(resolved.config, objective).init)(params), memory)
 
 
 def all_seeds(resolved: Resolved, setup: Setup) -> Stage:
@@ -277,7 +277,7 @@ def scorer(
 
 def make_update(objective: Objective, model: Model, resolved: Resolved) -> Callable[..., Any]:
     """``(state, batch, rows, fresh) -> (state, metrics)``: one optimizer step of all seeds."""
-    asks, optimizer = objective.asks, optimizer_of(resolved.config)
+    asks, optimizer = objective.asks, optimizer_of(resolved.config, objective)
     apply = stats.policy_of(model, wants=asks.wants | {"entropy"}, derived=asks.derived)
     peeked = stats.policy_of(model, wants=asks.peeks | EVERYTHING, derived=asks.derived)
 

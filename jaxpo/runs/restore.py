@@ -52,7 +52,7 @@ def template(workspace: Workspace, tables: dict[str, Any]) -> dict[str, Any]:
 
     def whole(key: jax.Array) -> dict[str, Any]:
         params = workspace.init_params(key)
-        opt_state = optimizer_of(workspace.config).init(params)
+        opt_state = optimizer_of(workspace.config, workspace.objective).init(params)
         frozen = held_of(workspace, params, opt_state)
         return dict(params=params, opt_state=opt_state, objective=workspace.objective.init(), references=frozen)
 

@@ -37,14 +37,7 @@ from jaxpo.tasks import Example, Task, build
 from jaxpo.tasks.preferences.encode import filled
 from jaxpo.tasks.preferences.records import Row
 from jaxpo.tasks.preferences.sets import PLACES, PreferenceSet
-from jaxpo.text.tokenizers import (
-    CharTokenizer,
-    IntegerTokenizer,
-    PretrainedTokenizer,
-    Tokenizer,
-    from_json,
-    question_of,
-)
+from jaxpo.text.tokenizers import CharTokenizer, Tokenizer, from_json, question_of
 
 BLANK = [Example(0, "", None, {})]
 NOTHING = Task("nothing", BLANK, BLANK, None, None, {})  # of a workspace without examples
@@ -119,7 +112,7 @@ class Workspace:
 
     def init_state(self, params: Params) -> TrainState:
         """Optimizer and objective state for ``params``."""
-        return init_state(params, optimizer_of(self.config), self.objective, self.mesh)
+        return init_state(params, optimizer_of(self.config, self.objective), self.objective, self.mesh)
 
     def put(self, tree: Any) -> Any:
         """Arrays [B, ...] onto the mesh, rows spread over it."""
@@ -164,26 +157,25 @@ def make_tokenizer(resolved: Resolved, task: Task, data: PreferenceSet | None = 
     Raises:
       ValueError: the run has a tokenizer of another kind."""
     config = resolved.config
-    match config.tokenizer.name:
-        case "characters" if config.init_from and (held := Path(config.init_from) / "tokenizer.json").is_file():
-            tokenizer = from_json(json.loads(held.read_text()))
-            if not isinstance(tokenizer, CharTokenizer):
-                raise ValueError(
-                    f"config.tokenizer.name is 'characters', and config.init_from {config.init_from!r} has another "
-                    "tokenizer: name that"
-                )
-            return tokenizer
-        case "characters":
-            texts = [text for e in (*task.train, *task.test) for text in (question_of(e.question), e.answer or "")]
-            rows = [] if data is None else [*data.train, *data.test]
-            texts += [text for row in rows for text in texts_of(row)]
-            used = {} if data is None else templates_of(resolved.objective, data)
-            texts += [filled("", text, dict.fromkeys(PLACES[name], "")) for name, text in used.items()]
-            return CharTokenizer.from_texts(texts)
-        case "integers":
-            return IntegerTokenizer(config.tokenizer.base)
-        case "pretrained":
-            return PretrainedTokenizer(config.tokenizer.path, config.tokenizer.chat_template)
+    held = Path(config.init_from) / "tokenizer.json" if config.init_from else None
+    if config.tokenizer.name == "characters" and held and held.is_file():
+        tokenizer = from_json(json.loads(held.read_text()))
+        if not isinstance(tokenizer, CharTokenizer):
+            raise ValueError(
+                f"config.tokenizer.name is 'characters', and config.init_from {config.init_from!r} has another "
+                "tokenizer: name that"
+            )
+        return tokenizer
+
+    def texts() -> list[str]:
+        out = [text for e in (*task.train, *task.test) for text in (question_of(e.question), e.answer or "")]
+        if data is not None:
+            out += [text for row in (*data.train, *data.test) for text in texts_of(row)]
+            templates = templates_of(resolved.objective, data).items()
+            out += [filled("", text, dict.fromkeys(PLACES[name], "")) for name, text in templates]
+        return out
+
+    return resolved.tokenizer(texts)
 
 
 def unused_ids(model: Model, tokenizer: Tokenizer, *, most: int = 512) -> int:

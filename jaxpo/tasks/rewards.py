@@ -15,7 +15,8 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-from jaxpo.registry import unknown
+from jaxpo.arguments import NonNegative
+from jaxpo.registry import entry, make, names, register, unknown
 from jaxpo.tasks.base import locate
 
 Reward = Callable[[str, str], float]
@@ -80,7 +81,7 @@ def exact(completion: str, answer: str, *, extract: str = "text", ignore_case: b
     return float(fold(found.strip()) == fold(answer.strip()))
 
 
-def numeric(completion: str, answer: str, *, extract: str = "last_number", tolerance: float = 0.0) -> float:
+def numeric(completion: str, answer: str, *, extract: str = "last_number", tolerance: NonNegative = 0.0) -> float:
     """1 if the last number of the extracted text differs from the last number of the answer by at most ``tolerance``.
 
     Numbers are compared exactly (1/2 is 0.5, and neighbors beyond 2**53 stay apart). Raises ``ValueError`` for an
@@ -159,12 +160,26 @@ def _check_number(answer: str) -> Fraction:
     return value
 
 
-REWARDS: dict[str, Callable[..., float]] = {"exact": exact, "numeric": numeric, "regex": regex, "math": mathematical}
+def _with_options(reward: Callable[..., float]) -> Callable[..., Reward]:
+    """A factory of a reward's options: its keyword-only parameters."""
+
+    @functools.wraps(reward)
+    def factory(**options: object) -> Reward:
+        return functools.partial(reward, **options) if options else reward
+
+    parameters = inspect.signature(reward).parameters.values()
+    factory.__signature__ = inspect.Signature([p for p in parameters if p.kind is p.KEYWORD_ONLY])
+    del factory.__wrapped__
+    return factory
+
+
+for _name, _reward in {"exact": exact, "numeric": numeric, "regex": regex, "math": mathematical}.items():
+    register("verifier", id=_name)(_with_options(_reward))
 MAY_HANG = frozenset({"regex", "math"})  # backtracking, symbolic algebra: run in worker processes with a time limit
 
 
 def make_reward(reward: str | Reward, **options: object) -> Reward:
-    """The reward function for a name in ``REWARDS``, ``"module:function"`` or a function, with its options filled in.
+    """The reward function for a registered verifier, ``"module:function"`` or a function, with its options filled in.
 
     Raises:
       ValueError: unknown name, option or ``extract`` (with the nearest), or a pattern that is not a regular expression.
@@ -172,15 +187,14 @@ def make_reward(reward: str | Reward, **options: object) -> Reward:
     """
     if reward == "math" and importlib.util.find_spec("math_verify") is None:
         raise ImportError("reward 'math' needs math-verify: pip install 'jaxpo[math]'")
-    function = _function(reward)
     for name in options:
         if name not in option_names(reward):
             raise ValueError(unknown(f"option of reward {reward!r}", name, option_names(reward)))
-    if function in REWARDS.values():
+    if isinstance(reward, str) and ":" not in reward:
         extract_answer("", options.get("extract", "text"))
         _compiles(options.get("pattern") or "", "pattern")
-        if not 0 <= options.get("tolerance", 0):
-            raise ValueError(f"tolerance must not be negative, got {options['tolerance']!r}")
+        return make(reward, "verifier", **options)
+    function = locate(reward) if isinstance(reward, str) else reward
     return functools.partial(function, **options) if options else function
 
 
@@ -191,17 +205,12 @@ def preparation(reward: str | Reward) -> Callable[[], object] | None:
 
 def option_names(reward: str | Reward) -> list[str]:
     """The options of a reward: its keyword-only parameters. Raises ``ValueError`` for an unknown name."""
-    return [n for n, p in inspect.signature(_function(reward)).parameters.items() if p.kind is p.KEYWORD_ONLY]
-
-
-def _function(reward: str | Reward) -> Reward:
-    if callable(reward):
-        return reward
-    if reward in REWARDS:
-        return REWARDS[reward]
-    if ":" in reward:
-        return locate(reward)
-    raise ValueError(unknown("reward", reward, REWARDS))
+    if isinstance(reward, str) and ":" not in reward:
+        if reward not in names("verifier"):
+            raise ValueError(unknown("reward", reward, names("verifier")))
+        return list(entry(reward, "verifier").parameters)
+    function = locate(reward) if isinstance(reward, str) else reward
+    return [n for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
 
 
 def check_answer(reward: str | Reward, answer: str, **options: object) -> None:

@@ -11,19 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jaxpo.batch import Rollouts
-from jaxpo.testing.cases import (
-    Case,
-    NotChecked,
-    Outcome,
-    Subject,
-    bigram,
-    case,
-    direct,
-    example,
-    parameters,
-    same,
-    train,
-)
+from jaxpo.testing.cases import Case, NotChecked, Outcome, Subject, case, direct, same, train
 from jaxpo.testing.contracts import (
     CONTRACTS,
     count_is_multiplicity,
@@ -31,6 +19,7 @@ from jaxpo.testing.contracts import (
     evaluate_agrees_with_training,
     finite_on_hostile_input,
     float32_accumulation,
+    float32_agrees_with_float64,
     gradient_only_into_the_policy,
     independent_replicas,
     jit_equals_eager,
@@ -43,6 +32,7 @@ from jaxpo.testing.contracts import (
     state_survives_a_checkpoint,
     vmap_over_hyperparameters,
 )
+from jaxpo.testing.examples import bigram, example, parameters
 
 __all__ = [
     "CONTRACTS",
@@ -61,6 +51,7 @@ __all__ = [
     "example",
     "finite_on_hostile_input",
     "float32_accumulation",
+    "float32_agrees_with_float64",
     "gradient_only_into_the_policy",
     "independent_replicas",
     "jit_equals_eager",

@@ -3,7 +3,7 @@ line on what it compared."""
 
 import inspect
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,77 +13,49 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxpo.batch import MissingField, Rollouts, TokenStats, concatenate, take
+from jaxpo.batch import MissingField, Rollouts, TokenStats
 from jaxpo.metrics import results
+from jaxpo.objectives import evaluate
 from jaxpo.objectives.grammar.base import standard_metrics
 from jaxpo.storage.checkpoint import Checkpoints
 from jaxpo.testing.cases import (
-    GROUP,
-    TOKEN_FIELDS,
     Case,
     NotChecked,
     Outcome,
-    allowed,
     direct,
-    grow,
-    is_float,
     leaves_of,
     not_finite,
-    pad_stats,
     quick_jit,
+    replicas,
     same,
     train,
-    where_masked,
 )
+from jaxpo.testing.examples import GROUP
+from jaxpo.testing.variants import as_dtype, form, permutation, replaced, replica, stacked
 
 
 def finite_on_hostile_input(case: Case) -> str:
     """Loss, gradient and metrics are finite whatever is thrown at them."""
-    bad, n = [], 0
-    for what, stats, batch in _hostile(case):
-        bad, n = bad + not_finite(what, case.direct(stats, batch)), n + 1
+    inputs = {name: out for name, out in case.outcomes.items() if name.startswith("hostile: ")}
+    inputs["bfloat16"] = case.narrow
+    bad = [line for what, out in inputs.items() for line in not_finite(what.removeprefix("hostile: "), out)]
     assert not bad, "; ".join(bad)
-    return f"{n} hostile inputs"
-
-
-def _hostile(case: Case) -> Iterator[tuple[str, TokenStats, Rollouts]]:
-    stats, batch = case.stats, case.batch
-    ones, index = jnp.ones(batch.rows, jnp.float32), jnp.arange(batch.rows)
-    by_turns = jnp.where((index[:, None] + jnp.arange(batch.width)) % 2 == 0, 40.0, -40.0)
-    for what, shift in (("+40", 40.0), ("-40", -40.0), ("±40 by turns", by_turns)):
-        yield f"log-ratios {what}", stats.replace(logp=stats.logp + shift), batch
-    group_number = jnp.unique(batch.group, return_inverse=True)[1].reshape(-1).astype(jnp.float32)
-    changes = {
-        "no token in a unit": {"mask": batch.mask.at[: case.unit].set(0)},
-        "no token at all": {"mask": jnp.zeros_like(batch.mask)},
-        "one token a row": {"mask": jnp.zeros_like(batch.mask).at[:, 0].set(1)},
-        "no row counts": {"count": 0 * ones},
-        "groups of one unit": {"group": (index // case.unit).astype(batch.group.dtype)},
-        "one group": {"group": jnp.zeros_like(batch.group)},
-        "groups without variance": {"reward": allowed(case.objective, group_number)},
-        "equal rewards": {"reward": allowed(case.objective, ones / 3)},
-        "all correct": {"correct": ones},
-        "none correct": {"correct": 0 * ones},
-        "all truncated": {"truncated": ones},
-    }
-    for what, fields in changes.items():
-        if all(getattr(batch, name) is not None for name in fields):
-            yield what, stats, batch.replace(**fields)
-    for value in (jnp.nan, jnp.inf, -jnp.inf):
-        yield f"{value} of the policy at masked positions", where_masked(stats, batch.mask, value), batch
-        fields = {name: where_masked(getattr(batch, name), batch.mask, value) for name in TOKEN_FIELDS}
-        yield f"{value} of the batch at masked positions", stats, batch.replace(**fields)
-    yield "bfloat16", *_bfloat16(case)
+    return f"{len(inputs)} hostile inputs"
 
 
 def padding_invariance(case: Case) -> str:
     """More padding of T and P and more filler rows change neither loss, gradient nor metrics."""
     b, t = case.batch.mask.shape
-    grown = grow(case.batch, b + 2 * case.unit)
-    out = case.direct(pad_stats(case.stats, grown, jnp.nan), grown)
+    out = case.grown["padded"]
     note = same("padded", _cropped(out, case), _cropped(case.base, case))
-    added = jax.tree.map(lambda x: x.at[:b, :t].set(0) if x.ndim > 1 else x.at[:b].set(0), out.grads[0])
-    same("gradient into padding", added, jax.tree.map(jnp.zeros_like, added), 0)
+
+    def outside(x: np.ndarray) -> np.ndarray:
+        x = x.copy()
+        x[(slice(b), slice(t)) if x.ndim > 1 else slice(b)] = 0
+        return x
+
+    added = jax.tree.map(outside, out.grads[0])
+    same("gradient into padding", added, jax.tree.map(np.zeros_like, added), 0)
     return note
 
 
@@ -96,26 +68,17 @@ def _cropped(out: Outcome, case: Case) -> Outcome:
 
 def permutation_equivariance(case: Case) -> str:
     """Rows in another order (units whole, groups apart): the same loss and metrics, the gradient in that order."""
-    rows = case.rows(np.random.default_rng(2).permutation(case.units))
-    out = case.direct(jax.tree.map(lambda x: x[rows], case.stats), take(case.batch, rows))
+    rows, out = permutation(case), case.outcomes["permuted"]
     expected = case.base._replace(grads=jax.tree.map(lambda x: x[rows], case.base.grads[0]))
     return same("permuted", out._replace(grads=out.grads[0]), expected)
 
 
 def count_is_multiplicity(case: Case) -> str:
     """A row of count 2 is the row written twice; rows of count 0 are rows that are not there, whatever they hold."""
-    first, second, r = case.rows([0]), case.rows([1]), case.unit
-    by_count = case.batch.replace(count=case.batch.count.at[: 2 * r].set(jnp.repeat(jnp.array([2.0, 0.0]), r)))
-    order = np.concatenate([first, first, np.arange(2 * r, case.batch.rows)])
-    written, stats = take(case.batch, order), jax.tree.map(lambda x: x[order], case.stats)
-    a, b = case.direct(case.stats, by_count), case.direct(stats, written)
-    together = jax.tree.map(lambda g: g.at[first].add(g[second]).at[second].set(0), b.grads[0])
+    a, b, r = case.outcomes["count 2"], case.outcomes["written twice"], case.unit
+    together = jax.tree.map(lambda g: np.concatenate([g[:r] + g[r : 2 * r], 0 * g[:r], g[2 * r :]]), b.grads[0])
     note = same("count 2", a._replace(grads=a.grads[0]), b._replace(grads=together))
-    ghosts = take(case.batch, np.concatenate([first, second]))  # they have tokens, and other rewards than their groups
-    ghosts = ghosts.replace(count=jnp.zeros(2 * r), reward=None if ghosts.reward is None else 3 * ghosts.reward + 1)
-    grown = grow(concatenate([case.batch, ghosts]), case.batch.rows + 2 * r)
-    out = case.direct(pad_stats(case.stats, grown, -1.0), grown)
-    return f"{note}; {same('count 0', _cropped(out, case), _cropped(case.base, case))}"
+    return f"{note}; {same('count 0', _cropped(case.grown['count 0'], case), _cropped(case.base, case))}"
 
 
 def microbatch_invariance(case: Case) -> str:
@@ -135,14 +98,14 @@ def evaluate_agrees_with_training(case: Case) -> str:
 
 
 def _mesh(case: Case, most: int = 8) -> jax.sharding.Mesh:
-    devices = min(most, jax.device_count())
-    if devices < 2 or case.units % devices:
+    devices = max(n for n in range(1, min(most, jax.device_count()) + 1) if case.units % n == 0)
+    if devices < 2:
         raise NotChecked(f"{jax.device_count()} device(s) and {case.units} units")
     return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
 
 
 def mesh_invariance(case: Case) -> str:
-    """The batch on one device and sharded over 8: the same loss, gradient and metrics."""
+    """The batch on one device and sharded over 8, or fewer that divide its units: the same loss, gradient, metrics."""
     mesh = _mesh(case)
     batch = jax.device_put(case.batch, NamedSharding(mesh, PartitionSpec("data")))
     params = jax.device_put(case.params, NamedSharding(mesh, PartitionSpec()))
@@ -150,22 +113,10 @@ def mesh_invariance(case: Case) -> str:
 
 
 def independent_replicas(case: Case) -> str:
-    """Replicas with their own parameters and batches, by vmap on each of several devices: each as it would be alone."""
-    devices = max(1, min(8, jax.device_count()) // 2)
-    n, f = 2 * devices, partial(train, case.objective)
-    params = [jax.tree.map(lambda x, i=i: x * (1 + i / 10), case.params) for i in range(n)]
-    batches = [take(case.batch, case.rows(np.roll(np.arange(case.units), i))) for i in range(n)]
-    factor = [1 / (i + 1) if case.objective.asks.rewards else i + 1 for i in range(n)]
-    batches = [b if b.reward is None else b.replace(reward=b.reward * x) for b, x in zip(batches, factor, strict=True)]
-    expected = _stack([case.train(p, b) for p, b in zip(params, batches, strict=True)])
-    mesh = jax.make_mesh((devices,), ("replica",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
-    spec = PartitionSpec("replica")
-    apart = quick_jit(jax.shard_map(jax.vmap(f), mesh=mesh, in_specs=(spec, spec), out_specs=spec))
-    return same(f"vmap over 2 on each of {devices} device(s)", apart(_stack(params), _stack(batches)), expected)
-
-
-def _stack(trees: list[Any]) -> Any:
-    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+    """Replicas with their own policies and batches, by vmap on each of several devices: each as it would be alone."""
+    alone = direct(case.objective, *jax.tree.map(jnp.asarray, replica(case)))
+    what = f"vmap over {len(case.outcomes)} on {replicas()} device(s)"
+    return same(what, case.outcomes["replica"], alone)
 
 
 def gradient_only_into_the_policy(case: Case) -> str:
@@ -188,7 +139,7 @@ def masked_positions_get_no_gradient(case: Case) -> str:
 
 def jit_equals_eager(case: Case) -> str:
     """Compiled or not: the same loss, gradient and metrics."""
-    return same("eager", direct(case.objective, case.stats, case.batch), case.base)
+    return same("eager", case.eager, case.base)
 
 
 def vmap_over_hyperparameters(case: Case) -> str:
@@ -208,12 +159,12 @@ def vmap_over_hyperparameters(case: Case) -> str:
     }
     now = {name: x for name, x in now.items() if x is None or isinstance(x, int | float)}
     given, absent = ([n for n in now if (now[n] is None) is none] for none in (False, True))
-    notes = []
-    for names in (given, absent):  # apart, since what is absent by default often is in conflict with something given
-        changed = _accepted(case, names, now)
-        if changed:
-            start = {n: changed[n] if now[n] is None else now[n] for n in changed}
-            notes.append(_vmap_equals_loop(case, start, changed))
+    notes, left = [], given + absent
+    while changed := _accepted(case, left, now):
+        start = {n: changed[n] if now[n] is None else now[n] for n in changed}
+        notes.append(_vmap_equals_loop(case, start, changed))
+        # What is absent by default often is in conflict with something given, so what was refused is tried without.
+        left = [n for n in absent if n in left and n not in changed]
     return "; ".join(notes) or "no hyperparameter is a float"
 
 
@@ -233,34 +184,48 @@ def _accepted(case: Case, names: list[str], now: Mapping[str, Any]) -> dict[str,
 
 
 def _vmap_equals_loop(case: Case, start: Mapping[str, float], changed: Mapping[str, float]) -> str:
-    stats = case.stats
+    stats, batch = case.stats, case.batch
 
     def run(numbers: Mapping[str, Any]) -> tuple[Array, TokenStats]:
-        out = direct(case.factory(**{**case.hyperparameters, **numbers}), stats, case.batch)
-        return out.loss, out.grads[0]
+        objective = case.factory(**{**case.hyperparameters, **numbers})
+        return jax.value_and_grad(lambda stats: evaluate(objective, lambda _: stats, batch)[0])(stats)
 
     settings = [start, {name: 1.1 * x if x == start[name] else x for name, x in changed.items()}]
     columns = {name: jnp.array([s[name] for s in settings], jnp.float32) for name in changed}
-    return same(
-        f"vmap over {', '.join(changed)}", quick_jit(jax.vmap(run))(columns), _stack([run(s) for s in settings])
-    )
+    alone = [(case.eager.loss, case.eager.grads[0]) if _is_built(case, start) else run(start), run(settings[1])]
+    return same(f"vmap over {', '.join(changed)}", quick_jit(jax.vmap(run))(columns), stacked(alone))
 
 
-def _bfloat16(case: Case) -> tuple[TokenStats, Rollouts]:
-    return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if is_float(x) else x, (case.stats, case.batch))
+def _is_built(case: Case, numbers: Mapping[str, float]) -> bool:
+    """Whether the case's objective has these numbers."""
+    default = inspect.signature(case.factory).parameters
+    return all(case.hyperparameters.get(name, default[name].default) == x for name, x in numbers.items())
 
 
 def float32_accumulation(case: Case) -> str:
     """bfloat16 arrays give the loss and metrics of the same numbers in float32, and its gradient rounded."""
-    narrow = _bfloat16(case)
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32) if is_float(x) else x, narrow)
-    a, b = case.direct(*narrow), case.direct(*wide)
+    a, b = case.narrow, case.outcomes["rounded"]
     assert jnp.finfo(a.loss.dtype).bits >= 32, f"the loss of bfloat16 inputs is {a.loss.dtype}"
     note = same("bfloat16", a._replace(grads=()), b._replace(grads=()), 1e-5)
     scale = {path: max(np.abs(x).max(), 1e-30) for path, x in leaves_of(b.grads[0]).items()}
     x, y = ({path: x / scale[path] for path, x in leaves_of(out.grads[0]).items()} for out in (a, b))
     same("gradient of bfloat16", x, y, 2.0**-8)
     return note
+
+
+def float32_agrees_with_float64(case: Case) -> str:
+    """The loss and its gradient in float32 are those of the same numbers in float64, up to 1e-4 of the largest."""
+    with jax.enable_x64(True):
+        objective = case.objective if case.factory is None else case.factory(**case.hyperparameters)
+        stats, batch = jax.tree.map(jnp.asarray, as_dtype(case.arrays, np.float64))
+        exact = jax.value_and_grad(lambda stats: evaluate(objective, lambda _: stats, batch)[0])(stats)
+        assert exact[0].dtype == jnp.float64, f"the loss of float64 inputs is {exact[0].dtype}"
+        scale = jax.tree.map(lambda x: float(jnp.abs(x).max()) or 1.0, exact[1])
+        exact, rounded = (
+            (loss, jax.tree.map(lambda x, y: np.asarray(x) / y, grads, scale))
+            for loss, grads in (exact, (case.eager.loss, case.eager.grads[0]))
+        )
+        return same("float32", rounded, exact, 1e-4)
 
 
 def needs_is_exact(case: Case) -> str:
@@ -277,43 +242,35 @@ def needs_is_exact(case: Case) -> str:
     for name in set(batch.fields()) - {"tokens", "mask"} - objective.asks.needs:
         least = _without(least, name)
     try:
-        jax.eval_shape(partial(direct, objective), case.stats, least)
+        jax.eval_shape(lambda stats, batch: evaluate(objective, lambda _: stats, batch)[0], case.stats, least)
     except (MissingField, AttributeError, TypeError) as error:
-        alone = f"with needs {sorted(objective.asks.needs)} alone"
-        raise AssertionError(f"{alone}: {type(error).__name__}: {error}") from error
+        raise AssertionError(
+            f"with needs {sorted(objective.asks.needs)} alone: {type(error).__name__}: {error}"
+        ) from error
     prepared, _ = jax.eval_shape(objective.prepare, batch, objective.init())
     seen = prepared.replace(logp_old=case.stats.logp)
     standard = jax.eval_shape(lambda batch: results(standard_metrics(case.stats, batch)), seen)
-    later = case.stepped[1]
 
-    def effects(batch: Rollouts) -> dict[str, np.ndarray]:
+    def effects(what: str) -> dict[str, np.ndarray]:
         """Of the first iteration and of the second, in which the objective may remember the first."""
         outs = []
-        for out in (case.direct(case.stats, batch), case.direct(case.stats, batch, later)):
-            own = {name: x for name, x in out.metrics.items() if name not in standard}  # which every objective reports
-            outs.append(out._replace(grads=out.grads[0], metrics=own))
+        for name in ((what or "as it is"), f"later {what}".strip()):
+            if name in case.outcomes:
+                out = case.outcomes[name]
+                own = {n: x for n, x in out.metrics.items() if n not in standard}  # which every objective reports
+                outs.append(out._replace(grads=out.grads[0], metrics=own))
         return leaves_of(outs)
 
-    before = effects(batch)
+    before = effects("")
     for name in sorted(objective.asks.needs):
-        after = effects(_replaced(batch, name, jnp.zeros_like(batch.get(name))))
+        after = effects(f"without {name}")
         changed = any(not np.array_equal(after[path], before[path]) for path in before)
         assert changed, f"{name!r} is in needs, but neither loss, gradient nor a metric of its own depends on it"
     return f"needs {', '.join(sorted(objective.asks.needs)) or 'nothing'}"
 
 
-def _replaced(batch: Rollouts, name: str, value: Array | None) -> Rollouts:
-    """The batch with another field, slot or extra of that name; None removes it."""
-    for group, key in (("per_row", name), ("per_token", name)):
-        held = dict(getattr(batch, group))
-        if key in held and name not in Rollouts.__dataclass_fields__:
-            held.pop(key) if value is None else held.update({key: value})
-            return batch.replace(**{group: held})
-    return batch.replace(**{name: value})
-
-
 def _without(batch: Rollouts, name: str) -> Rollouts:
-    return _replaced(batch, name, None)
+    return replaced(batch, name, None)
 
 
 def state_survives_a_checkpoint(case: Case) -> str:
@@ -324,10 +281,6 @@ def state_survives_a_checkpoint(case: Case) -> str:
     clock = [(int(s.iteration), int(s.step)) for s in (begin, prepared, stepped)]
     expected = [(-1, 0), (0, 0), (0, 1)]
     assert clock == expected, f"(iteration, step) after init, prepare, update is {clock} instead of {expected}"
-
-    def form(state: Any) -> Any:
-        return jax.tree.structure(state), [(jnp.shape(x), jnp.asarray(x).dtype) for x in jax.tree.leaves(state)]
-
     for what, state in (("prepare", prepared), ("update", stepped)):
         assert form(state) == form(begin), f"{what} changes the form of the state from {form(begin)} to {form(state)}"
     odd = [type(x).__name__ for x in jax.tree.leaves(stepped) if not isinstance(x, jax.Array | np.ndarray)]
@@ -367,6 +320,7 @@ CONTRACTS: tuple[Callable[[Case], str], ...] = (
     vmap_over_hyperparameters,
     independent_replicas,
     float32_accumulation,
+    float32_agrees_with_float64,
     needs_is_exact,
     state_survives_a_checkpoint,
     documented,

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
-from jaxpo.registry import unknown
+from jaxpo.arguments import Domain, check
+from jaxpo.registry import register, unknown
 from jaxpo.text import gguf
 
 Question = str | Sequence[Mapping[str, str]]  # a text, or messages {"role", "content"}
@@ -121,13 +122,14 @@ class CharTokenizer(_Symbols):
         return {"kind": "characters", "alphabet": self.alphabet, "separator": self.separator}
 
 
+Base = Annotated[int, Domain(2, 36, whole=True)]
+
+
 class IntegerTokenizer(_Symbols):
     """Digits of a base up to 36: id 0 is pad and end of sequence at once, 1 the separator ``=``, ``2 + d`` digit d."""
 
-    def __init__(self, base: int):
-        if not 2 <= base <= 36:
-            raise ValueError(f"base must be in [2, 36], got {base!r}")
-        self.base = base
+    def __init__(self, base: Base):
+        self.base = check("base", base, Base)
         digits = (string.digits + string.ascii_lowercase)[:base]
         super().__init__("=" + digits, first=1, pad_id=0, eos_id=0, separator="=")
 
@@ -213,6 +215,29 @@ class PretrainedTokenizer:
             "chat_template": self.chat_template,
             "eos": [t.convert_ids_to_tokens(i) for i in self.eos_ids],
         }
+
+
+# ---- by name: factories of their options, which return (texts of the run) -> Tokenizer
+
+FromTexts = Callable[[Callable[[], Iterable[str]]], Tokenizer]
+
+
+@register("tokenizer")
+def characters() -> FromTexts:
+    """A token for each character that occurs in the task's questions and answers and in the data."""
+    return lambda texts: CharTokenizer.from_texts(texts())
+
+
+@register("tokenizer")
+def integers(base: int = 10) -> FromTexts:
+    """A token for each digit of a base up to 36."""
+    return lambda texts: IntegerTokenizer(base)
+
+
+@register("tokenizer")
+def pretrained(path: str, chat_template: bool = True) -> FromTexts:
+    """The tokenizer of a folder, a GGUF file or a hub name; ``chat_template``: ask through the model's template."""
+    return lambda texts: PretrainedTokenizer(path, chat_template)
 
 
 # How a GGUF's ``tokenizer.ggml.pre`` cuts a text before the merges: what comes before GPT-2's own expression.

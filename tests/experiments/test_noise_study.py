@@ -52,7 +52,7 @@ def test_who_races_on_pairs_and_who_does_not():
     assert "config.steps must be a multiple of 8" in left_out["nash_mp"]
     with pytest.raises(ValueError, match="5 rows of an iteration are not 1 minibatches of units of 2 rows"):
         in_units(Rules(**{**TINY, "prompts": 5, "responses": 1, "minibatches": 1}), 2)
-    with pytest.raises(ValueError, match="flipped is a share"):
+    with pytest.raises(ValueError, match="flipped must be a number in"):
         Rules(flipped=1.5)
 
 

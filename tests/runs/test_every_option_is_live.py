@@ -179,7 +179,7 @@ def update_of(config):
         shared_prompt=config.rollout.responses,
     )
     params = jax.eval_shape(w.init_params, jax.random.key(0))
-    state = TrainState(params, jax.eval_shape(optimizer_of(config).init, params), w.objective.init())
+    state = TrainState(params, jax.eval_shape(optimizer_of(config, w.objective).init, params), w.objective.init())
     batch, _ = jax.eval_shape(w.objective.prepare, batch, state.objective)
     return w.programs.update.lower(state, batch, np.arange(n // config.training.minibatches), fresh=False).as_text()
 

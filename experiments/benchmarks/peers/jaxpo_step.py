@@ -45,7 +45,7 @@ def main() -> None:
     where = shardings(jax.eval_shape(init, jax.random.key(0)), mesh)  # or the second step would be compiled anew
     params = jax.jit(init, out_shardings=where)(jax.random.key(0))
     reference = jax.tree.map(lambda x: x.copy(), params)
-    state = init_state(params, optimizer_of(config), objective, mesh)
+    state = init_state(params, optimizer_of(config, objective), objective, mesh)
     rows = np.arange(job.rows, dtype=np.int32)
     for i, prompts in enumerate(job.prompt_ids()):
         tokens, length = np.array(prompts, np.int32), np.full(job.prompts, job.prompt_len, np.int32)

@@ -6,7 +6,18 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax import Array
 
-from jaxpo.arguments import NONZERO, Domain, NonNegative, Positive, Share, Whole, number, other_than, when
+from jaxpo.arguments import (
+    NONZERO,
+    Domain,
+    NonNegative,
+    NonNegativeOrInfinite,
+    Positive,
+    Share,
+    Threshold,
+    Whole,
+    number,
+    when,
+)
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.metrics import Mean, Metrics
 from jaxpo.objectives.grammar.base import Hooks, State, is_off
@@ -194,7 +205,7 @@ def bnpo(min: float = 0.0, max: float = 1.0, components: bool = False, singleton
 
 @register("advantage", source="GTPO, arXiv:2508.03772; code of winstonsmith1897/GTPO")
 def gtpo(
-    entropy_threshold: NonNegative = 0.7,
+    entropy_threshold: Threshold = 0.7,
     entropy_scale: NonNegative = 0.1,
     w_pos: NonNegative = 2.0,
     conflict_norm: Literal["max", "none"] = "max",
@@ -285,11 +296,7 @@ def a_grae(
     return Advantage(fn, asks_of("reward", "group", rewards=(0.0, 1.0)))
 
 
-ADORA_WHEN = {
-    "rule": when(lam=other_than(1)),
-    "correct_score": when(rule=("llm", "vlm"), lam=other_than(1)),
-    "max_len": when(rule=("llm", "vlm"), lam=other_than(1)),
-}
+ADORA_WHEN = dict.fromkeys(("correct_score", "max_len"), when(rule=("llm", "vlm")))
 
 
 @register("advantage", source="ADORA, arXiv:2602.10019", budget={"max_len": 1.0}, when=ADORA_WHEN)
@@ -297,7 +304,7 @@ def adora(
     max_len: Positive | None = None,
     lam: NonNegative = 0.1,
     rule: Literal["llm", "vlm"] | Callable[..., Any] = "llm",
-    correct_score: float = 0.5,
+    correct_score: Threshold = 0.5,
     adv_eps: NonNegative = 1e-6,
     singleton: Singleton = "zero",
 ) -> Advantage:
@@ -308,8 +315,6 @@ def adora(
         a group.
       max_len: of a rule by name: tokens from which a wrong answer counts as truncated."""
     normalized = group_normalized(adv_eps, singleton=singleton)
-    if is_one(lam):
-        return normalized
     if not callable(rule) and max_len is None:
         raise ValueError(f"adora needs max_len with rule={rule!r}: the generation budget, in tokens")
     options = dict(rule=rule, correct_score=correct_score, max_len=max_len)
@@ -318,11 +323,6 @@ def adora(
         return rule(b) if callable(rule) else advantages.length_trend(b.reward, b.lengths, b.group, b.count, **options)
 
     return Advantage(lambda b, s: normalized.fn(b, s) * jnp.where(trend(b), 1.0, lam), GROUPS)
-
-
-def is_one(x: Any) -> bool:
-    """Whether a number is a Python 1 (a traced 1 is not)."""
-    return isinstance(x, int | float) and x == 1
 
 
 Schedule = Literal["constant", "accuracy", "inverse_accuracy", "cosine"]
@@ -376,7 +376,7 @@ def canon(
 
 
 @register("advantage", source="HAPO, arXiv:2509.16591")
-def hapo(guard: Positive = 5.0, adv_eps: NonNegative = 1e-6, singleton: Singleton = "zero") -> Advantage:
+def hapo(guard: NonNegativeOrInfinite = 5.0, adv_eps: NonNegative = 1e-6, singleton: Singleton = "zero") -> Advantage:
     """The reward standardized over the *tokens* of its group (population std); groups with some |A| >= ``guard`` have
     GRPO's A."""
     normalized = group_normalized(adv_eps, singleton=singleton)
@@ -398,7 +398,7 @@ def dcpo_distribution(
     cap: NonNegative = 0.1,
     T_hot: Positive = 1.2,  # noqa: N803
     T_cold: Positive = 0.8,  # noqa: N803
-    threshold: float = 0.05,
+    threshold: Threshold = 0.05,
     adv_eps: NonNegative = 1e-6,
     singleton: Singleton = "zero",
 ) -> Advantage:
@@ -426,13 +426,14 @@ def dcpo_distribution(
 
     def update(state: State, b: Rollouts, report: Metrics) -> State:
         measured = report["entropy/sampled"]
-        h = jnp.where(measured.weight > 0, ratio_or_zero(measured.total, measured.weight), state.memory["entropy"])
-        return state.replace(memory={**state.memory, "entropy": h})
+        old = state.memory["entropy"]
+        h = jnp.where(measured.weight > 0, ratio_or_zero(measured.total, measured.weight), old)
+        return state.replace(memory={**state.memory, "entropy": h.astype(old.dtype)})
 
     derived = {
         "old_hot": lambda logits, tokens: log_prob_at(logits, tokens, temperature=T_hot),
         "old_cold": lambda logits, tokens: log_prob_at(logits, tokens, temperature=T_cold),
     }
     asks = asks_of("reward", "group", "logp_old", "logp_old_hot", "logp_old_cold", derived=derived)
-    hooks = Hooks(memory={"entropy": jnp.float32(0)}, metrics=metrics, update=update)
+    hooks = Hooks(memory={"entropy": jnp.zeros(())}, metrics=metrics, update=update)
     return Advantage(fn, asks, hooks, per="token")

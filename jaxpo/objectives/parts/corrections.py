@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array
 
-from jaxpo.arguments import NonNegative, Positive
+from jaxpo.arguments import NonNegative, PositiveOrInfinite, Threshold
 from jaxpo.batch import Rollouts
 from jaxpo.objectives.grammar.base import State
 from jaxpo.objectives.grammar.parts import Correction, reads
@@ -13,7 +13,7 @@ from jaxpo.registry import register
 
 
 @register("correction", source="arXiv:2110.00641; TIS, Yao et al. 2025")
-def truncated_weight(level: mismatch.Level = "token", cap: Positive = 2.0) -> Correction:
+def truncated_weight(level: mismatch.Level = "token", cap: PositiveOrInfinite = 2.0) -> Correction:
     """``min(pi_old / pi_beh, cap)`` of the token, the whole "sequence", or its "geometric" mean."""
     log_weight, asks = reads(mismatch.log_weight, level=level)
     return Correction(
@@ -22,7 +22,9 @@ def truncated_weight(level: mismatch.Level = "token", cap: Positive = 2.0) -> Co
 
 
 @register("correction", source="arXiv:2510.18855 (IcePop)")
-def masked_weight(level: mismatch.Level = "token", low: NonNegative = 0.5, high: Positive = 2.0) -> Correction:
+def masked_weight(
+    level: mismatch.Level = "token", low: NonNegative = 0.5, high: PositiveOrInfinite = 2.0
+) -> Correction:
     """``pi_old / pi_beh`` within [low, high], 0 outside (the tokens stay in the denominator)."""
     log_weight, asks = reads(mismatch.log_weight, level=level)
     return Correction(
@@ -31,7 +33,9 @@ def masked_weight(level: mismatch.Level = "token", low: NonNegative = 0.5, high:
 
 
 @register("correction")
-def token_rejection(estimator: mismatch.Estimator = "k1", bound: float = 0.5, low: float | None = None) -> Correction:
+def token_rejection(
+    estimator: mismatch.Estimator = "k1", bound: Threshold = 0.5, low: Threshold | None = None
+) -> Correction:
     """Leave out tokens on which sampler and trainer disagree (they leave the denominator): keep those whose k1, k2 or
     k3 estimate is at most ``bound`` (and at least ``low``)."""
     kept, asks = reads(mismatch.kept, estimator=estimator, level="token", bound=bound, low=low)

@@ -6,7 +6,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jax import Array
 
-from jaxpo.arguments import NonNegative, PositiveShare, Whole
+from jaxpo.arguments import NonNegative, PositiveShare, Threshold, Whole
 from jaxpo.batch import Rollouts
 from jaxpo.objectives.grammar.base import State, per_token
 from jaxpo.objectives.grammar.parts import Filter, asks_of, reads
@@ -58,8 +58,8 @@ def random_rows(keep: PositiveShare = 0.5) -> Filter:
 def rejection(
     estimator: mismatch.Estimator = "k1",
     level: Literal["sequence", "geometric"] = "geometric",
-    bound: float = 0.1,
-    low: float | None = None,
+    bound: Threshold = 0.1,
+    low: Threshold | None = None,
 ) -> Filter:
     """Leave out rows on which sampler and trainer disagree: keep those whose ``logp_beh`` and ``logp_old`` have a k1,
     k2 or k3 estimate of at most ``bound`` (and at least ``low``), by sum ("sequence") or mean ("geometric") over the

@@ -97,11 +97,12 @@ def r2vpo(
     def update(state: State, b: Rollouts, report: Metrics) -> State:
         measured = report["ratio/excess"]
         step = lr_dual * ratio_or_zero(measured.total, measured.weight)
-        return state.replace(memory={**state.memory, "lam": jnp.maximum(0.0, state.memory["lam"] + step)})
+        lam = state.memory["lam"]
+        return state.replace(memory={**state.memory, "lam": jnp.maximum(0.0, lam + step).astype(lam.dtype)})
 
     return Regularizer(
         lambda stats, b, s: s.memory["lam"] * excess(stats, b),
-        hooks=Hooks(memory={"lam": jnp.asarray(lam0, jnp.float32)}, metrics=metrics, update=update),
+        hooks=Hooks(memory={"lam": jnp.asarray(lam0, jnp.result_type(float))}, metrics=metrics, update=update),
         name="ratio_variance",
     )
 

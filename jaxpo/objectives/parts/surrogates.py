@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxpo.arguments import AboveOne, NonNegative, Positive, Share, unused, when
+from jaxpo.arguments import AboveOne, NonNegative, Positive, PositiveOrInfinite, Share, Threshold, when
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.fields import role_id
 from jaxpo.objectives.grammar.base import Hooks, State, per_token
@@ -14,8 +14,6 @@ from jaxpo.objectives.grammar.parts import Surrogate, asks_of, reads
 from jaxpo.primitives import ratios, selection, surrogates, token_advantages
 from jaxpo.primitives.numerics import promote
 from jaxpo.registry import register
-
-__all__ = ["unused"]  # for jaxpo.protocols.segments, until it takes it from jaxpo.arguments
 
 PEEK = asks_of(peeks=("logp",))
 
@@ -70,8 +68,8 @@ def shaped_probability(gamma: Positive | None = 0.1) -> Surrogate:
 def by_role(own: Surrogate, **others: Surrogate) -> Surrogate:
     """Another surrogate for the rows of some roles: ``by_role(clipped(), expert=shaped_probability())``.
 
-    Rows of a role that is not named take ``own``; it sees a log-ratio of 0 at the others. What is clipped is reported
-    of its rows alone.
+    Rows of a role that is not named take ``own``, which sees a log-ratio of 0 at the other rows; only its rows are
+    reported as clipped.
 
     Raises:
       ValueError: a role that does not exist, no role at all, or surrogates of tokens and of rows together."""
@@ -292,13 +290,16 @@ def hapo(
 
     def update(state: State, b: Rollouts, report) -> State:
         seen = jnp.any(tokens_of(b) > 0)
-        new = {n: jnp.where(seen, b.per_row[f"hapo_{n}"][0].astype(jnp.float32), state.memory[n]) for n in names}
-        return state.replace(memory={**state.memory, **new})
+
+        def latest(n: str, old: Array) -> Array:
+            return jnp.where(seen, b.per_row[f"hapo_{n}"][0].astype(old.dtype), old)
+
+        return state.replace(memory={**state.memory, **{n: latest(n, state.memory[n]) for n in names}})
 
     return Surrogate(
         lambda x, adv, stats, b, s: apply(surrogates.clipped, x, adv, b),
         asks_of("entropy_old"),
-        Hooks(memory={n: jnp.float32(0) for n in names}, weigh=weigh, update=update),
+        Hooks(memory={n: jnp.zeros(()) for n in names}, weigh=weigh, update=update),
         per="token",
         clipped=lambda x, adv, stats, b, s: apply(surrogates.is_clipped, x, adv, b),
     )
@@ -307,8 +308,8 @@ def hapo(
 @register("surrogate", source="arXiv:2505.22617; verl clip_cov")
 def clip_cov(
     ratio: Share = 2e-4,
-    lb: float = 1.0,
-    ub: float = 5.0,
+    lb: Threshold = 1.0,
+    ub: Threshold = 5.0,
     eps_low: Positive = 1.0,
     eps_high: Positive = 1.0,
     log_ratio_clip: Positive = 20.0,
@@ -340,7 +341,7 @@ def clip_cov(
 
 
 @register("surrogate", source="Lp-Reg, arXiv:2510.03222")
-def capped(U: Positive = 10.0) -> Surrogate:  # noqa: N803 (the cards' name)
+def capped(U: PositiveOrInfinite = 10.0) -> Surrogate:  # noqa: N803 (the cards' name)
     """``-min(r, U) A``: no lower clip, and none of the sign of A."""
     return Surrogate(*reads(surrogates.capped, cap=U), clipped=lambda x, adv, stats, b, s: jnp.exp(x) > U)
 

@@ -1,0 +1,147 @@
+"""The example batch that contracts are checked on, and a policy of two tables that says something of it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxpo.batch import Rollouts, TokenStats, complete
+from jaxpo.fields import role_id
+from jaxpo.objectives import Objective
+
+VOCABULARY, PROMPT, WIDTH, GROUP = 7, 3, 6, 4
+ROWS = 48  # of units of 1, 2, 3, 4 or 6 rows: operations on arrays of one shape are compiled once for all objectives
+
+
+def example(objective: Objective) -> Rollouts:
+    """A small batch with every field the objective may read: groups of 4 (or units), holes in the mask, no ties.
+
+    Raises:
+      ValueError: the objective needs a field that is no field of `Rollouts`; bring a batch that has it.
+    """
+    rng, unit = np.random.default_rng(0), max(len(objective.unit.layout), 1)
+    b = ROWS if ROWS % unit == 0 else 8 * unit
+    lengths = np.resize([WIDTH, 3, 5, 1, 4, 6, 2], b)
+    mask = (np.arange(WIDTH) < lengths[:, None]).astype(np.float32)
+    mask[::3, 1] = 0  # a hole: a token that the policy did not write
+
+    def logp() -> np.ndarray:
+        return rng.normal(-2, 0.5, (b, WIDTH)).astype(np.float32)
+
+    per_row = {
+        "rewards_multi": rng.uniform(size=(b, 3)),
+        "tracker_value": rng.uniform(size=b),
+        "edge_adv": rng.normal(size=b),
+        "mc_value": rng.uniform(size=(b, WIDTH)),
+    }
+    per_row |= preference_extras(b)
+    known = {"logp", *Rollouts.__dataclass_fields__, *per_row}
+    strange = sorted(n for n in objective.asks.needs if n not in known and not n.startswith("logp_"))
+    if strange:
+        raise ValueError(f"no example of {strange[0]!r}, which this objective needs: give check a batch that has it")
+    group = np.arange(b, dtype=np.int32) // (GROUP if unit == 1 else unit)
+    roles = [
+        role_id(r)
+        for r in objective.unit.layout or (("own", "own", "own", "kl") if "label" in objective.asks.needs else ("own",))
+    ]
+    batch = Rollouts(
+        tokens=rng.integers(0, VOCABULARY, (b, PROMPT + WIDTH)).astype(np.int32),
+        mask=mask,
+        prompt_length=rng.integers(1, PROMPT + 1, b).astype(np.int32),
+        count=np.ones(b, np.float32),
+        group=97 - 5 * group,
+        role=np.resize(roles, b).astype(np.int32),
+        prompt=group,
+        seed=rng.integers(0, 2**32, b, dtype=np.uint32),
+        reward=allowed(objective, rng.normal(size=b).astype(np.float32)),
+        correct=np.resize([0, 1, 1, 0], b).astype(np.float32),
+        truncated=(lengths == WIDTH).astype(np.float32),
+        entropy_old=rng.uniform(0, 1, (b, WIDTH)).astype(np.float32),
+        value_old=logp(),
+        layout=objective.unit.layout,
+    )
+    # The first row, which `count_is_multiplicity` doubles, is at the end of its group's order.
+    batch.entropy_old[:] *= np.resize([0.1, 1, 0.4, 0.7], b)[:, None]
+    batch = jax.tree.map(jnp.asarray, batch)
+    slots = {n.removeprefix("logp_") for n in objective.asks.needs if n.startswith("logp_")} - {"old", "beh"}
+    said = bigram(objective, frozenset({"logp"}), parameters(), batch).logp
+
+    def near(x: Array, scale: float) -> Array:
+        return x + jnp.asarray(rng.normal(0, scale, x.shape), jnp.float32)
+
+    old = near(said, 0.3)  # some ratios are clipped and some are not
+    asked = {n: jnp.asarray(x, jnp.float32) for n, x in per_row.items() if n in objective.asks.needs}
+    per_token = {n: x for n, x in asked.items() if x.shape == batch.mask.shape}
+    return complete(
+        batch.replace(
+            logp_old=old,
+            logp_beh=near(old, 0.01),
+            per_row={n: x for n, x in asked.items() if n not in per_token},
+            per_token={
+                "logp_sampler": near(old, 0.01),
+                **per_token,
+                **{f"logp_{name}": near(said, 0.5) for name in sorted(slots | {"ref"})},
+            },
+        )
+    )
+
+
+def preference_extras(b: int) -> dict[str, np.ndarray]:
+    """What preference objectives ask for besides: win rates, labels, scores, weights and kinds of tokens."""
+    rng = np.random.default_rng(2)
+    return {
+        "label": np.resize([1, 0, 0, 1, 0, 1], b),
+        **{name: rng.uniform(size=b) for name in ("win", "pref_prob", "pref_opp")},
+        **{name: rng.normal(size=b) for name in ("rm", "pref_score", "margin")},
+        **{name: rng.normal(size=(b, 3)) for name in ("cand_scores", "adapter_logits", "obj_scores")},
+        "rm_scores": rng.normal(size=(b, 2)),
+        **{name: rng.uniform(0.5, 3, (b, WIDTH)) for name in ("severity", "relevance")},
+        "segment": rng.integers(0, 4, (b, WIDTH)),
+        **{name: rng.normal(size=(b, 2)) for name in ("pos_ll", "neg_ll")},
+        **{name: rng.normal(size=b) for name in ("rel_query", "rel_answer")},
+        "open_ended": np.resize([1, 0, 0], b),
+        "num_words": rng.integers(1, 9, b),
+        "num_tri": np.resize([4, 0, 6], b),
+        "uniq_tri": np.resize([3, 0, 5], b),
+        "likert": rng.integers(1, 6, b),
+        "choice": rng.integers(-1, 3, b),
+        "satisfies": rng.integers(0, 2, (b, 3)),
+        "cost": rng.uniform(1, 3, (b, 3)),
+    }
+
+
+def parameters() -> dict[str, Array]:
+    """Parameters of the policy `bigram`."""
+    rng = np.random.default_rng(1)
+    shapes = {"table": (VOCABULARY, VOCABULARY), "head": (VOCABULARY,)}
+    scale = {"table": 6, "head": 1}  # some tokens are all but certain and some all but impossible
+    return {name: jnp.asarray(scale[name] * rng.normal(size=x), jnp.float32) for name, x in shapes.items()}
+
+
+def allowed(objective: Objective, reward: Array) -> Array:
+    """The rewards, squeezed in their order into the range that the objective is defined for."""
+    if objective.asks.rewards is None:
+        return reward
+    low, high = objective.asks.rewards
+    return low + (high - low) / (1 + np.exp(-np.asarray(reward)))
+
+
+def bigram(objective: Objective, wants: frozenset[str], params: dict[str, Array], batch: Rollouts) -> TokenStats:
+    """A policy of two small tables: logits of a token given the one before it. Gives the statistics in ``wants``, also
+    those that the objective derives from logits."""
+    before = batch.tokens[:, batch.prompt_width - 1 : -1]
+    logits = params["table"][before]
+    logps = jax.nn.log_softmax(logits)
+    value = params["head"][before]
+    said = {
+        "logp": jnp.take_along_axis(logps, batch.completions[..., None], -1)[..., 0],
+        "logits": logits,
+        "value": value,
+        "entropy": -jnp.sum(jnp.exp(logps) * logps, -1),
+        "score": jnp.sum(value * (batch.mask > 0), -1),
+        "embed": jnp.sum(logits * (batch.mask > 0)[..., None], 1)[:, :4],
+        "gate": logits[:, 0, :2],
+    }
+    flat = logits.reshape(-1, VOCABULARY), batch.completions.reshape(-1)
+    derived = {n: f(*flat).reshape(batch.mask.shape) for n, f in objective.asks.derived.items() if n in wants}
+    return TokenStats(**{name: said[name] for name in wants - set(derived)}, derived=derived)
