@@ -190,6 +190,13 @@ class PretrainedTokenizer:
                 table[i] = added[i].encode() if i in added else to_bytes(token)
         return table
 
+    def token_names(self) -> list[str]:
+        """For every id what the vocabulary calls it; "" for those that it leaves out."""
+        names = [""] * self.vocab_size
+        for token, i in self._tokenizer.get_vocab().items():
+            names[i] = token
+        return names
+
     def render(self, question: Question) -> str:
         if self.chat_template:
             messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
@@ -213,6 +220,15 @@ class PretrainedTokenizer:
             "chat_template": self.chat_template,
             "eos": [t.convert_ids_to_tokens(i) for i in self.eos_ids],
         }
+
+
+def first_difference(a: Tokenizer, b: Tokenizer) -> int | None:
+    """The first id by which two tokenizers mean different tokens; None = they have the same. What only one of them
+    takes for a special token is the same token."""
+    ends = None if a.vocab_size == b.vocab_size else min(a.vocab_size, b.vocab_size)
+    both = all(isinstance(t, PretrainedTokenizer) for t in (a, b))
+    pairs = zip(*(t.token_names() if both else t.token_bytes() for t in (a, b)), strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x and y and x != y), ends)
 
 
 # ---- by name: factories of their options, which return (texts of the run) -> Tokenizer
