@@ -170,8 +170,16 @@ def trace_run(resolved: Resolved, mesh: Mesh, data: Data) -> Planned:
     kept = references.held(resolved.references, facts.references, copy, state.opt_state)
     learned(resolved, of, programs, record, Run(state, kept), batch)
     waits = dict(params=params, opt_state=state.opt_state, **kept, **frozen)
-    waits |= {name: other.params for name, other in others.items()}
+    waits |= {part: x for name in others for part, x in parts_of(of, name).items()}
     return Planned(model, data, steps, waits | ({} if sampler is None else {"sampler": sampler}))
+
+
+def parts_of(of: Computation, name: str) -> dict[str, Any]:
+    """A model beside the policy as entries of `Planned.state`: the head by itself, if the update is given it."""
+    params = of.others[name].params
+    head = of.beside.heads.get(name, {})
+    rest = {key: x for key, x in params.items() if key not in head}
+    return {name: rest} | ({f"{name}_head": head} if head else {})
 
 
 def recorded(
@@ -228,7 +236,8 @@ def learned(
     everything = replicated(mesh)
     score = record("scoring", programs.score_old)
     n = resolved.rows // config.training.minibatches
-    held = ("params", "opt_state", *(() if of.base is None else ("base",)))
+    heads = [f"{name}_head" for name in of.beside.heads]
+    held = ("params", "opt_state", *(() if of.base is None else ("base",)), *heads)
     update = record("update", programs.update, state=held, place=lambda out: (run.state, out[1]))
     rows = batch.tokens.sharding
 
@@ -239,7 +248,7 @@ def learned(
         return update(state, batch, rows, fresh=False, **packing)  # a step that peeks by itself takes the most
 
     def ask(name: str, batch: Rollouts) -> Any:
-        said_by = record(name, programs.score_others[name], state=(name,))
+        said_by = record(name, programs.score_others[name], state=tuple(parts_of(of, name)))
         return said_by(of.others[name].params, as_scored(batch), **longest(resolved, mesh, batch.rows))
 
     chosen = everywhere(np.zeros(n, np.int32), everything)

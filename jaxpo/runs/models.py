@@ -1,5 +1,5 @@
-"""Models beside the policy, which are no copies of it (``config.references``): found at a path, checked to know the same
-tokens, and loaded onto the run's mesh. They are not checkpointed: a run that is resumed loads them again."""
+"""Models beside the policy, which are no copies of it (``config.references``): found at a path, checked to know the
+same tokens, and loaded onto the run's mesh. They are not checkpointed: a run that is resumed loads them again."""
 
 import json
 from collections.abc import Callable
@@ -130,8 +130,8 @@ def of_files(path: Path, policy: TransformerConfig) -> Found:
 
 
 def check_vocabulary(field: str, found: Found, tokenizer: Tokenizer, policy: TransformerConfig) -> None:
-    """``ValueError`` unless the model has the policy's tokens; or, where its files hold no tokenizer, as many vocabulary
-    rows as the policy. With the same tokens, the tables may be filled up by different numbers of rows."""
+    """``ValueError`` unless the model has the policy's tokens; or, where its files hold no tokenizer, as many rows in
+    its vocabulary as the policy. With the same tokens, the tables may be filled up by different numbers of rows."""
     theirs, rows = found.tokenizer(), found.config.vocab_size
     at = None if theirs is None else first_difference(tokenizer, theirs)
     if at is not None:
@@ -141,6 +141,6 @@ def check_vocabulary(field: str, found: Found, tokenizer: Tokenizer, policy: Tra
         )
     if rows < tokenizer.vocab_size or theirs is None and rows != policy.vocab_size:
         raise ValueError(
-            f"{field} has {rows} vocabulary rows and the policy {policy.vocab_size}: log-probs can be compared only over "
-            "one vocabulary"
+            f"{field} has {rows} vocabulary rows and the policy {policy.vocab_size}: log-probs can be compared only "
+            "over one vocabulary"
         )
