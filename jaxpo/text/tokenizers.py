@@ -191,10 +191,10 @@ class PretrainedTokenizer:
         return table
 
     def token_names(self) -> list[str]:
-        """For every id what the vocabulary calls it; "" for those that it leaves out."""
+        """For every id what the vocabulary calls it; "" for special ones."""
         names = [""] * self.vocab_size
         for token, i in self._tokenizer.get_vocab().items():
-            names[i] = token
+            names[i] = "" if i in self._special else token
         return names
 
     def render(self, question: Question) -> str:
@@ -223,12 +223,14 @@ class PretrainedTokenizer:
 
 
 def first_difference(a: Tokenizer, b: Tokenizer) -> int | None:
-    """The first id by which two tokenizers mean different tokens; None = they have the same. What only one of them
-    takes for a special token is the same token."""
-    ends = None if a.vocab_size == b.vocab_size else min(a.vocab_size, b.vocab_size)
+    """The first id by which two tokenizers mean different tokens; None = they have the same. Special tokens have no
+    text, so they may be called differently, and one tokenizer may have more of them."""
     both = all(isinstance(t, PretrainedTokenizer) for t in (a, b))
-    pairs = zip(*(t.token_names() if both else t.token_bytes() for t in (a, b)), strict=False)
-    return next((i for i, (x, y) in enumerate(pairs) if x and y and x != y), ends)
+    ours, theirs = (t.token_names() if both else t.token_bytes() for t in (a, b))
+    common = min(len(ours), len(theirs))
+    differs = [i for i, (x, y) in enumerate(zip(ours, theirs, strict=False)) if x and y and x != y]
+    more = [common + i for i, x in enumerate((*ours[common:], *theirs[common:])) if x]
+    return min([*differs, *more], default=None)
 
 
 # ---- by name: factories of their options, which return (texts of the run) -> Tokenizer
