@@ -90,6 +90,11 @@ def save_folder(path, config=FOREIGN, tokenizer=None):
     hf.export(params, config, path, tokenizer=tokenizer)
 
 
+def adapters(root):
+    """Of a run that trains adapters beside the weights of the folder."""
+    return {"policy": dict(name="pretrained", path=str(root / "folder")), "lora.rank": 2}
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """Paths of teachers by name."""
@@ -97,6 +102,7 @@ def places(tmp_path_factory):
     save_run(root / "run", {"policy.width": 24, "policy.heads": 3})
     save_run(root / "other tokens", {"tokenizer": {"name": "integers", "base": 5}})
     save_folder(root / "folder")
+    save_run(root / "adapters", adapters(root))
     wide = TransformerConfig(**{**FOREIGN.__dict__, "vocab_size": 9})
     save_folder(root / "wide", wide)
     save_folder(root / "wide with tokens", wide, for_transformers(IntegerTokenizer(4)))
@@ -120,17 +126,18 @@ def scored(config):
 
 def known(path, kind):
     """The teacher at a path, read without the run that it teaches."""
-    if kind == "run":
+    if kind in ("run", "adapters"):
         workspace, params, _ = open_finished(str(path), examples=False)
-        return workspace.model, params
+        return workspace.model, workspace.whole(params)
     source = hf.open_source(path)
     config = FOREIGN if kind == "folder" else TransformerConfig(**{**FOREIGN.__dict__, "vocab_size": 9})
     return transformer.build(config), hf.load(source, config)
 
 
-@pytest.mark.parametrize("kind", ["run", "folder", "wide with tokens"])
+@pytest.mark.parametrize("kind", ["run", "folder", "wide with tokens", "adapters"])
 def test_log_probs_are_those_of_the_other_model(places, kind):
-    _, batch = scored(config_of(places / kind))
+    """A policy of adapters has a teacher of adapters: its own frozen weights are no part of the teacher."""
+    _, batch = scored(config_of(places / kind, **(adapters(places) if kind == "adapters" else {})))
     model, params = known(places / kind, kind)
     expected = token_stats(model, params, jax.tree.map(jnp.asarray, as_scored(batch)), temperature=0.8).logp
     assert model.config.width == 24 and set(batch.per_token) == {"logp_sampler", "logp_teacher"}
