@@ -1,7 +1,11 @@
-"""Spell words backward, learned by DPO from pairs of a right and a wrong answer, of which 20 % are labelled the wrong
-way round; a 150k-parameter policy from scratch on a CPU, after the quickstart's warm start on imperfect demonstrations.
+"""DPO teaches the quickstart's transformer to spell words backward, from pairs of a right and a wrong answer.
 
-python -m experiments.train_preference --config=configs/dpo_reasoning_gym.py --workdir=runs/dpo
+A fifth of the pairs have the wrong label. The run begins with the quickstart's warm start; on a CPU.
+
+    python -m experiments.train_preference --config=configs/dpo_reasoning_gym.py --workdir=runs/dpo
+
+Expected, seed 0: greedy accuracy on 300 unseen words 0.107 after the warm start, 0.767 [0.716, 0.811] after 300
+iterations (docs/preferences.md). The time was not recorded.
 """
 
 from ml_collections import ConfigDict

@@ -1,8 +1,15 @@
-"""SmolLM2-135M-Instruct learns sums and differences from pairs of a right and a wrong number, by DPO with its SFT term
-(`rpo`): by plain DPO (``--config.objective.name=dpo``) it learns to tell them apart and not to say them; on a CPU.
+"""DPO with its SFT term (`rpo`) teaches SmolLM2-135M-Instruct sums and differences.
 
-make smollm2
-python -m experiments.train_preference --config=configs/dpo_smollm2.py --workdir=runs/dpo_smollm2
+It learns from pairs of a right and a wrong number. Plain DPO (the last command) learns to tell right from wrong, and
+not to say what is right. On a CPU.
+
+    make smollm2
+    python -m experiments.train_preference --config=configs/dpo_smollm2.py --workdir=runs/dpo_smollm2
+    python -m experiments.train_preference --config=configs/dpo_smollm2.py --workdir=runs/plain_dpo \
+        --config.objective.name=dpo
+
+Expected: greedy accuracy on held-out questions goes from 0.438 to 0.766 in 30 iterations, with plain DPO to 0.313; 14
+CPU-minutes, of which evaluations are 6 (docs/smollm2.md).
 """
 
 from ml_collections import ConfigDict

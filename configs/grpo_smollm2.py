@@ -1,7 +1,12 @@
-"""SmolLM2-135M-Instruct learns sums and differences of numbers up to 10, asked through its chat template; on a CPU.
+"""GRPO teaches SmolLM2-135M-Instruct sums and differences of numbers up to 10, asked through its chat template.
 
-make smollm2
-python -m experiments.train_rl --config=configs/grpo_smollm2.py --workdir=runs/smollm2
+It trains adapters of rank 16, on a CPU.
+
+    make smollm2
+    python -m experiments.train_rl --config=configs/grpo_smollm2.py --workdir=runs/smollm2
+
+Expected: on held-out questions the mean reward of sampled answers rises from 0.273 to 0.719 in 30 iterations, greedy
+accuracy from 0.438 to 0.734; 12 to 13 CPU-minutes, at most 6.2 GB of memory (docs/smollm2.md).
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,12 @@
-"""Spell words backward, learned by Nash-MD: the policy's answers against those of a geometric mixture of itself and
-the reference, judged by the task's verifier; on a CPU, after the quickstart's warm start on imperfect demonstrations.
+"""Nash-MD teaches the quickstart's transformer to spell words backward.
 
-python -m experiments.train_preference --config=configs/nash_md_reasoning_gym.py --workdir=runs/nash_md
+The policy's answers play against those of a geometric mixture of the policy and the reference; the task's verifier
+judges. The run begins with the quickstart's warm start; on a CPU.
+
+    python -m experiments.train_preference --config=configs/nash_md_reasoning_gym.py --workdir=runs/nash_md
+
+Expected, seed 0: greedy accuracy on 300 unseen words 0.107 after the warm start, 0.827 [0.780, 0.865] after 120
+iterations (docs/preferences.md). The time was not recorded.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,12 @@
-"""Spell words backward, learned by online DPO: eight answers of the policy to each word, the best against the worst as
-the task's verifier says; on a CPU, after the quickstart's warm start on imperfect demonstrations.
+"""Online DPO teaches the quickstart's transformer to spell words backward, from its own answers.
 
-python -m experiments.train_preference --config=configs/online_dpo_reasoning_gym.py --workdir=runs/online_dpo
+The policy writes eight answers to each word; the task's verifier picks the best and the worst. The run begins with the
+quickstart's warm start; on a CPU.
+
+    python -m experiments.train_preference --config=configs/online_dpo_reasoning_gym.py --workdir=runs/online_dpo
+
+Expected, seed 0: greedy accuracy on 300 unseen words 0.107 after the warm start, 0.820 [0.773, 0.859] after 120
+iterations (docs/preferences.md). The time was not recorded.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,14 @@
-"""A reward model of words spelled backward: right answers against wrong ones, a tenth of them labelled the wrong way; a
-160k-parameter transformer from scratch on a CPU.
+"""A reward model learns to tell words spelled backward from wrong answers.
 
-python -m experiments.train_reward --config=configs/reward_reasoning_gym.py --workdir=runs/reward
-python -m experiments.train_reward --config=configs/reward_reasoning_gym.py --workdir=runs/gpm \
-    --config.objective.name=gpm_rm --config.objective.tau=1.0
+A tenth of the training pairs have the wrong label. The transformer has 150k parameters and starts from scratch, on a
+CPU.
+
+    python -m experiments.train_reward --config=configs/reward_reasoning_gym.py --workdir=runs/reward
+    python -m experiments.train_reward --config=configs/reward_reasoning_gym.py --workdir=runs/gpm \
+        --config.objective.name=gpm_rm --config.objective.tau=1.0
+
+Expected: after 400 steps the first orders 0.840 (0.79-0.88) of 300 held-out pairs with clean labels right, the second
+0.893 (0.85-0.92); calibration errors 0.134 and 0.087 (docs/preferences.md). The time was not recorded.
 """
 
 from ml_collections import ConfigDict

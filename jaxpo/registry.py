@@ -105,7 +105,7 @@ class Entry(NamedTuple):
             name: (steps, 1) if share == "steps" else (max_new_tokens, share) for name, share in self.budget.items()
         }
         values = {name: share * fact for name, (fact, share) in facts.items() if fact is not None}
-        whole = {name for name in values if self.parameters[name].annotation in (int, int | None)}
+        whole = {name for name in values if int in arguments.alternatives(self.parameters[name].annotation)}
         values = {name: max(1, round(value)) if name in whole else value for name, value in values.items()}
         others = {**self.defaults, **values, **(given or {})}
         return {n: x for n, x in values.items() if n not in self.settings or has_effect(self.settings[n], others)}
@@ -218,7 +218,8 @@ def entry(name: str, kind: str = "objective") -> Entry:
         raise ValueError(unknown(kind, name, names(kind)))
     if (kind, name) not in _TABLE:
         module, function = _LATER[kind, name].split(":")
-        _TABLE[kind, name] = Entry(kind, name, getattr(importlib.import_module(module), function), "", {})
+        factory = getattr(importlib.import_module(module), function)
+        _TABLE.setdefault((kind, name), Entry(kind, name, factory, "", {}))  # the import may have registered it
     return _TABLE[kind, name]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from ml_collections import ConfigDict
 
+from jaxpo.arguments import Count, Positive, Share, Whole, check
 from jaxpo.config.blocks import block_of
 from jaxpo.config.fields import default
 from jaxpo.config.resolved import Resolved
@@ -24,7 +25,13 @@ WHOLE = (
     *("warm_start.batch", "warm_start.microbatches"),
     *("sampling.max_new_tokens", "nonfinite_patience"),
 )
-COUNTS = ("steps", "warm_start.steps", "seed", "logging.samples")
+DOMAINS = {
+    **dict.fromkeys(WHOLE, Whole),
+    **dict.fromkeys(("steps", "warm_start.steps", "seed", "logging.samples", "lora.rank"), Count),
+    **dict.fromkeys(("policy_temperature", "lora.alpha"), Positive),
+    **dict.fromkeys(("warm_start.drop_last", "soup.alpha"), Share),
+    "evaluation.pass_at": tuple[Whole, ...],
+}
 
 
 def check_fields(config: ConfigDict) -> None:
@@ -33,31 +40,15 @@ def check_fields(config: ConfigDict) -> None:
     Raises:
       ValueError: naming the field and its value.
     """
-    for path in WHOLE:
-        value = block_of(config, path)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"config.{path} must be a whole number of at least 1, not {value!r}")
-    for path in COUNTS:
-        if block_of(config, path) < 0:
-            raise ValueError(f"config.{path} must not be negative, not {block_of(config, path)}")
-    if not config.policy_temperature > 0:
-        raise ValueError(f"config.policy_temperature must be positive, not {config.policy_temperature}")
-    if any(k < 1 for k in config.evaluation.pass_at):
-        raise ValueError(f"config.evaluation.pass_at holds k of at least 1, not {config.evaluation.pass_at}")
-    if config.sampling.temperature != 1 and not isinstance(config.sampling.temperature, int | float):
-        raise ValueError(f"config.sampling.temperature must be a number, not {config.sampling.temperature!r}")
-    if not 0 <= config.warm_start.drop_last <= 1:
-        raise ValueError(f"config.warm_start.drop_last is a share in [0, 1], not {config.warm_start.drop_last}")
+    for path, domain in DOMAINS.items():
+        check(f"config.{path}", block_of(config, path), domain)
     if config.evaluation.pass_at and max(config.evaluation.pass_at) > config.evaluation.samples:
         raise ValueError(
             f"config.evaluation.pass_at asks for pass@{max(config.evaluation.pass_at)}, which takes at least as many "
             f"samples; config.evaluation.samples is {config.evaluation.samples}"
         )
-    if len(config.soup.of) not in (0, 2) or not 0 <= config.soup.alpha <= 1:
-        raise ValueError(
-            f"config.soup.of names two run directories and config.soup.alpha the share in [0, 1] of the first, not "
-            f"{tuple(config.soup.of)} and {config.soup.alpha}"
-        )
+    if len(config.soup.of) not in (0, 2):
+        raise ValueError(f"config.soup.of must name two run directories, or none, not {tuple(config.soup.of)}")
 
 
 def check_resolved(resolved: Resolved, policy: TransformerConfig, devices: int) -> None:
@@ -127,8 +118,6 @@ def _check_lora(config: ConfigDict, policy: TransformerConfig) -> None:
             f"config.lora.rank {config.lora.rank} trains adapters beside frozen weights: set config.policy.name to "
             "pretrained, or the rank to 0"
         )
-    if not config.lora.alpha > 0:
-        raise ValueError(f"config.lora.alpha must be positive, not {config.lora.alpha}")
 
 
 def _check_offload(resolved: Resolved) -> None:

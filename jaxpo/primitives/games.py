@@ -46,12 +46,12 @@ def rock_paper_scissors(strength: float = 0.5) -> Array:
 
 def best_response(opponent: Array, P: Array, log_ref: Array, tau: Array | float) -> Array:  # noqa: N803
     """[n] log-probs of ``ref exp(P opponent / tau)``: the best answer to ``opponent`` [n] (probabilities) in the
-    regularised game."""
+    regularized game."""
     return jax.nn.log_softmax(log_ref + P @ opponent / tau)
 
 
 def equilibrium(P: Array, log_ref: Array, tau: Array | float, *, steps: int = 100) -> Array:  # noqa: N803
-    """[n] log-probs of the one policy that is its own `best_response`: the Nash equilibrium of the regularised game.
+    """[n] log-probs of the one policy that is its own `best_response`: the Nash equilibrium of the regularized game.
 
     Newton's method on ``best_response(pi) - pi`` with a line search, while tau falls to its value in three quarters of
     the steps. The Jacobian ``A S / tau - 1``, A antisymmetric and S a covariance, has eigenvalues ``i x - 1``: it is
@@ -77,7 +77,7 @@ def equilibrium(P: Array, log_ref: Array, tau: Array | float, *, steps: int = 10
 
 
 def maximin(P: Array) -> np.ndarray:  # noqa: N803
-    """[n] probabilities of an equilibrium of the game without regularisation, by linear programming on the host: the
+    """[n] probabilities of an equilibrium of the game without regularization, by linear programming on the host: the
     ``pi`` whose worst win rate ``min_j (pi P)_j`` is largest; that is 1/2, and where several have it, one of them."""
     game = np.asarray(check_game(P), np.float64)
     n = len(game)
@@ -102,7 +102,7 @@ def exploitability(log_pi: Array, P: Array) -> Array:  # noqa: N803
 
 
 def regularized_exploitability(log_pi: Array, P: Array, log_ref: Array, tau: Array | float) -> Array:  # noqa: N803
-    """[...] ``max_q J(q, pi)`` of policies [..., n] in the regularised game: ``tau log sum ref exp(P pi / tau) - 1/2 +
+    """[...] ``max_q J(q, pi)`` of policies [..., n] in the regularized game: ``tau log sum ref exp(P pi / tau) - 1/2 +
     tau KL(pi || ref)``; 0 at the `equilibrium` alone. The duality gap is twice that."""
     pi = jnp.exp(log_pi)
     best = tau * jax.nn.logsumexp(log_ref + pi @ P.T / tau, axis=-1)
@@ -131,7 +131,7 @@ def mirror_step(
     """[n] log-probs of ``pi^(1 - eta tau) ref^(eta tau) exp(eta P opponent)``: a step of magnetic mirror descent
     against ``opponent`` [n] (probabilities), pulled to the reference; of multiplicative weights with ``tau`` 0.
 
-    The step of an objective that holds the regularisation whole, ``argmax J - KL(pi || pi_t) / eta0``, is this one with
+    The step of an objective that holds the regularization whole, ``argmax J - KL(pi || pi_t) / eta0``, is this one with
     ``eta = eta0 / (1 + eta0 tau)``."""
     return jax.nn.log_softmax((1 - eta * tau) * log_pi + eta * (tau * log_ref + P @ opponent))
 
@@ -159,7 +159,7 @@ def mirror_descent(
     eta: Array | float,
     steps: int,
 ) -> Array:
-    """Self-play: `mirror_step` against oneself. Without regularisation the iterates circle away from an equilibrium and
+    """Self-play: `mirror_step` against oneself. Without regularization the iterates circle away from an equilibrium and
     only their mean approaches it, ``exploitability <= log n / (eta steps) + eta / 8``."""
     game = check_game(P)
     return iterates(
@@ -198,7 +198,7 @@ def optimistic(
     steps: int,
 ) -> Array:
     """Optimistic mirror descent (OMWU): `mirror_step` against the extrapolated self ``2 pi_t - pi_{t-1}``. The last
-    iterate converges also without regularisation; one product with P a step."""
+    iterate converges also without regularization; one product with P a step."""
     game = check_game(P)
     return iterates(
         lambda now, before, eta: mirror_step(now, 2 * jnp.exp(now) - jnp.exp(before), game, log_ref, tau=tau, eta=eta),

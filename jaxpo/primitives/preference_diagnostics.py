@@ -8,7 +8,7 @@ from jaxpo.primitives.numerics import promote, ratio_or_zero
 
 
 def ranking_accuracy(logp_w: Array, logp_l: Array) -> Array:
-    """[N] ``1{logp_w > logp_l}`` of sequence sums, or of averages for the length-normalised form (arXiv:2405.19534)."""
+    """[N] ``1{logp_w > logp_l}`` of sequence sums, or of averages for the length-normalized form (arXiv:2405.19534)."""
     return promote(logp_w > logp_l)
 
 

@@ -165,7 +165,7 @@ def categorical_kl(target: Array, logits: Array) -> Array:
 
 
 def geometric_mixture(logits: Array, logits_ref: Array, beta: Array | float) -> Array:
-    """[..., V] log-probs of ``pi^(1-beta) ref^beta``, normalised token by token (Nash-MD, arXiv:2312.00886)."""
+    """[..., V] log-probs of ``pi^(1-beta) ref^beta``, normalized token by token (Nash-MD, arXiv:2312.00886)."""
     mixed = (1 - beta) * jax.nn.log_softmax(logits) + beta * jax.nn.log_softmax(logits_ref)
     return jax.nn.log_softmax(mixed)
 

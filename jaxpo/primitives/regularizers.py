@@ -70,7 +70,7 @@ def toward(logp: Array, target: Array, *, clip: float = 10.0) -> Array:
 
 
 def min_p_log_proxy(logits: Array, tokens: Array, *, kappa: float) -> Array:
-    """[N] log-prob of ``tokens`` under the policy restricted to tokens with ``pi > kappa max pi`` and renormalised;
+    """[N] log-prob of ``tokens`` under the policy restricted to tokens with ``pi > kappa max pi`` and renormalized;
     -inf for a token that is cut (Lp-Reg, arXiv:2510.03222).
 
     Args:

@@ -33,5 +33,5 @@ def tracker_value(alpha: Array, beta: Array) -> Array:
 
 
 def prompt_weights(value: Array, *, floor: float = 0.05) -> Array:
-    """Sampling weights ``sqrt(v (1 - v)) + floor`` of prompts (not normalised); largest at 1/2, never 0."""
+    """Sampling weights ``sqrt(v (1 - v)) + floor`` of prompts (not normalized); largest at 1/2, never 0."""
     return jnp.sqrt(jnp.maximum(value * (1 - value), 0)) + floor

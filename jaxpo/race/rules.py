@@ -1,11 +1,12 @@
 """What every objective of a race gets alike."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict, config_dict
 
+from jaxpo.arguments import Count, Positive, Share, Whole, check_record
 from jaxpo.config.fields import default
 from jaxpo.config.resolve import resolve
 from jaxpo.config.resolved import Resolved
@@ -32,33 +33,25 @@ class Rules:
     """
 
     task: str = "toy"
-    seeds: int = 5
-    steps: int = 60
-    prompts: int = 16
-    responses: int = 8
-    epochs: int = 1
-    minibatches: int = 4
-    learning_rate: float = 3e-4
-    evaluations: int = 12
-    warm_start: int = 120
-    warm_batch: int = 64
-    drop_last: float = 0.6
-    warm_learning_rate: float = 3e-3
-    max_new_tokens: int = 0
-    width: int = 32
-    layers: int = 2
-    flipped: float = 0.0
+    seeds: Whole = 5
+    steps: Whole = 60
+    prompts: Whole = 16
+    responses: Whole = 8
+    epochs: Whole = 1
+    minibatches: Whole = 4
+    learning_rate: Positive = 3e-4
+    evaluations: Whole = 12
+    warm_start: Count = 120
+    warm_batch: Whole = 64
+    drop_last: Share = 0.6
+    warm_learning_rate: Positive = 3e-3
+    max_new_tokens: Count = 0
+    width: Whole = 32
+    layers: Whole = 2
+    flipped: Share = 0.0
 
     def __post_init__(self):
-        for f in fields(self):
-            low = 0 if f.name in ("warm_start", "max_new_tokens") else 1
-            if f.type is int and getattr(self, f.name) < low:
-                raise ValueError(f"{f.name} must be at least {low}, not {getattr(self, f.name)}")
-            if f.name.endswith("learning_rate") and not getattr(self, f.name) > 0:
-                raise ValueError(f"{f.name} must be positive, not {getattr(self, f.name)}")
-        for name in ("drop_last", "flipped"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a share in [0, 1], not {getattr(self, name)}")
+        check_record(self)
         if self.prompts % self.minibatches:
             raise ValueError(f"minibatches {self.minibatches} does not divide prompts {self.prompts}")
 

@@ -24,7 +24,7 @@ from jaxpo.learning.step import optimizer_step, score
 from jaxpo.objectives import Objective
 from jaxpo.policy import heads, stats
 from jaxpo.policy.transformer import Model, Params
-from jaxpo.protocols.gatherer import Gatherer, Sampler
+from jaxpo.protocols.gatherer import Gatherer, Sampler, Watch
 from jaxpo.protocols.on_policy import sample_once
 from jaxpo.protocols.protocol import NothingLeft
 from jaxpo.protocols.rows import as_scored, labelled
@@ -211,7 +211,7 @@ def gatherer_of(
 ) -> Gatherer:
     """The calls that a protocol may make in a race; it tells nobody anything."""
     questions, rollout = course.questions, resolved.config.rollout
-    gatherer = Gatherer(
+    return Gatherer(
         objective=resolved.objective,
         train=questions.train,
         prompts=rollout.prompts,
@@ -225,9 +225,8 @@ def gatherer_of(
         demonstrate=questions.demonstrations,
         adapt=resolved.protocol.sampler,
         preferences=pairs,
+        watch=Watch(say=lambda text: None),
     )
-    gatherer.watch.notes.clear()
-    return gatherer
 
 
 def held(resolved: Resolved, state: TrainState) -> dict[str, Params]:

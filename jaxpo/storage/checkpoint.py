@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from jaxpo.arguments import Whole, check
 from jaxpo.registry import unknown
 from jaxpo.storage import manifest
 from jaxpo.storage.manifest import DamagedCheckpoint, Tree, describe, is_key, is_stored, named_leaves
@@ -54,8 +55,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str, keep: int = 3, *, best: str | None = None, config: str = ""):
-        if keep < 1:
-            raise ValueError(f"keep: {keep} checkpoints; at least 1 has to stay")
+        check("keep", keep, Whole)
         self.directory, self.keep, self.best, self.config = epath.Path(directory).absolute(), keep, best, config
         self.directory.mkdir(parents=True, exist_ok=True)
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())

@@ -5,13 +5,12 @@ Everything here is host side and plain Python, so that it can be imported by pro
 
 import importlib
 import inspect
-import math
-import numbers
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from jaxpo.arguments import Share, check, domain_of
 from jaxpo.registry import check_arguments, names, register_later, unknown
 from jaxpo.registry import entry as registered
 
@@ -141,19 +140,13 @@ def _renumbered(examples: Sequence[Example]) -> list[Example]:
     return [replace(e, index=i) for i, e in enumerate(examples)]
 
 
-def check_sizes(**sizes: int) -> None:
-    """Raises ``ValueError`` that names the argument unless every size is a positive integer."""
-    for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{name} must be a positive integer, got {size!r}")
-
-
 def verdict(value: Any, error: str | None, partial_credit: bool) -> Score:
     """The score for what a verifier returned (a number in [0, 1]) or for the error it ended with."""
     if error is not None:
         return Score(0.0, False, error)
-    if not isinstance(value, numbers.Real) or not math.isfinite(value) or not 0 <= value <= 1:
-        return Score(0.0, False, f"the verifier returned {value!r}, not a number in [0, 1]")
+    domain = domain_of(Share)
+    if not isinstance(value, bool) and value not in domain:
+        return Score(0.0, False, f"the verifier returned {value!r}, not {domain.says}")
     correct = value == 1
     return Score(float(value) if partial_credit else float(correct), correct)
 
@@ -169,8 +162,7 @@ def imperfect(demonstrate: Callable[[Example], str], drop_last: float = 0.6, see
       drop_last: share of examples whose demonstration loses its last character, in [0, 1].
       seed: another one spoils other examples.
     """
-    if not 0 <= drop_last <= 1:
-        raise ValueError(f"drop_last is a share in [0, 1], got {drop_last!r}")
+    check("drop_last", drop_last, Share)
 
     def spoiled(example: Example) -> str:
         text = demonstrate(example)

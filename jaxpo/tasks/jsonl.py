@@ -8,23 +8,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxpo.registry import unknown
-from jaxpo.tasks.base import Example, Score, Task, check_sizes, split, verdict
+from jaxpo.arguments import Positive, Whole
+from jaxpo.registry import register, unknown
+from jaxpo.tasks.base import Example, Score, Task, split, verdict
 from jaxpo.tasks.rewards import MAY_HANG, Reward, check_answer, make_reward, option_names, preparation, present
 from jaxpo.tasks.workers import runner
 
 
+@register("task")
 def jsonl(
     path: str | os.PathLike,
     test_path: str | os.PathLike | None = None,
-    test_size: int | None = None,
+    test_size: Whole | None = None,
     seed: int = 0,
     question_field: str = "question",
     answer_field: str = "answer",
     demonstration_field: str | None = None,
     reward: str | Reward = "exact",
-    timeout: float | None = None,
-    workers: int | None = None,
+    timeout: Positive | None = None,
+    workers: Whole | None = None,
     **reward_options: Any,
 ) -> Task:
     """A task from a file with one JSON object a line: ``jsonl("train.jsonl", "test.jsonl", reward="numeric")``.
@@ -61,7 +63,6 @@ def jsonl(
             raise ValueError(f"seed={seed!r} has no effect with test_path: it draws the test items of test_size")
         test, rest = (_read(p, fields, reward, reward_options) for p in (test_path, path))
     else:
-        check_sizes(test_size=test_size)
         test, rest = _hold_out(_read(path, fields, reward, reward_options), test_size, seed, path)
     train, test, report = split(rest, test)
     in_process = isinstance(reward, str) and ":" not in reward and reward not in MAY_HANG

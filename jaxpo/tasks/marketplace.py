@@ -7,25 +7,28 @@ Whoever rates before the consequences are known is pleased by claims that are no
 import random
 import re
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import numpy as np
 
+from jaxpo.arguments import Domain, Share, Whole
 from jaxpo.primitives import preference_data
-from jaxpo.primitives.advantages import choice
-from jaxpo.tasks.base import Example, Score, Task, check_sizes, split
+from jaxpo.registry import register
+from jaxpo.tasks.base import Example, Score, Task, split
 
 HINDSIGHT = ("immediate", "partial", "oracle")
 LETTERS, PRICES = "ABCDEFGH", range(1, 10)
 CLAIM = re.compile(r"([A-H])([+-])")
 
 
+@register("task")
 def marketplace(
-    train_size: int = 4000,
-    test_size: int = 200,
+    train_size: Whole = 4000,
+    test_size: Whole = 200,
     seed: int = 0,
-    options: int = 3,
-    hidden: float = 0.5,
-    hindsight: str = "partial",
+    options: Annotated[int, Domain(2, len(LETTERS), whole=True)] = 3,
+    hidden: Share = 0.5,
+    hindsight: Literal["immediate", "partial", "oracle"] = "partial",
 ) -> Task:
     """Advise a customer, who buys the cheapest option that meets the requirement, as far as they know.
 
@@ -44,12 +47,6 @@ def marketplace(
     Raises:
       ValueError: a size, a number of options, a share or a hindsight that cannot be.
     """
-    check_sizes(train_size=train_size, test_size=test_size)
-    choice("hindsight", hindsight, HINDSIGHT)
-    if isinstance(options, bool) or not isinstance(options, int) or not 2 <= options <= len(LETTERS):
-        raise ValueError(f"options must be a whole number from 2 to {len(LETTERS)}, not {options!r}")
-    if isinstance(hidden, bool) or not isinstance(hidden, int | float) or not 0 <= hidden <= 1:
-        raise ValueError(f"hidden is a share of options in [0, 1], not {hidden!r}")
     rng = random.Random(seed)
     test = scenarios(test_size, options, hidden, rng)
     train, test, report = split(scenarios(train_size, options, hidden, rng), test)

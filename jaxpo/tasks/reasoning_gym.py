@@ -5,10 +5,11 @@ import functools
 import inspect
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from jaxpo.registry import unknown
-from jaxpo.tasks.base import Example, Score, Task, check_sizes, split, verdict
+from jaxpo.arguments import Domain, Positive, Whole
+from jaxpo.registry import register, unknown
+from jaxpo.tasks.base import Example, Score, Task, split, verdict
 from jaxpo.tasks.rewards import extract_answer, present
 from jaxpo.tasks.workers import runner
 
@@ -37,19 +38,22 @@ EVALUATES = frozenset(
 # training.
 HALF = 1_000_000
 SEEDS = 2**32 // (2 * HALF)  # some datasets seed numpy, which takes 32 bits
+Size = Annotated[int, Domain(1, HALF, whole=True)]
+Seed = Annotated[int, Domain(0, SEEDS - 1, whole=True)]
 
 
+@register("task")
 def reasoning_gym(
     dataset: str,
-    train_size: int,
-    test_size: int,
-    seed: int,
+    train_size: Size,
+    test_size: Size,
+    seed: Seed,
     partial_credit: bool = False,
     extract: str = "text",
     prompt_field: str | None = None,
     prompt: str = "{}",
-    timeout: float | None = None,
-    workers: int | None = None,
+    timeout: Positive | None = None,
+    workers: Whole | None = None,
     **dataset_config: Any,
 ) -> Task:
     """A task from a dataset of reasoning_gym: ``reasoning_gym("spell_backward", 4000, 200, seed=0, max_word_len=6)``.
@@ -59,7 +63,7 @@ def reasoning_gym(
 
     Args:
       dataset: its name in reasoning_gym.
-      train_size, test_size: items to generate, at most 1,000,000 each.
+      train_size, test_size: items to generate, at most 1,000,000 each: more would share item seeds.
       seed: two seeds have no item seed in common, nor have training and testing.
       partial_credit: pay what the verifier says; otherwise 1 for its full score and 0 for less. Off by default,
         because some verifiers' partial credit grows with padding.
@@ -78,7 +82,7 @@ def reasoning_gym(
     """
     from reasoning_gym.factory import DATASETS, create_dataset
 
-    _check(dataset, train_size, test_size, seed, dataset_config, DATASETS)
+    _check(dataset, dataset_config, DATASETS)
     if prompt.count("{}") != 1:
         raise ValueError(f"task.prompt must hold {{}} once, where the question goes, not {prompt!r}")
     extract_answer("", extract)
@@ -118,9 +122,7 @@ def _prompt(item: Mapping[str, Any], field: str | None) -> str:
     return str(item["metadata"][field])
 
 
-def _check(
-    dataset: str, train_size: int, test_size: int, seed: int, config: dict[str, Any], datasets: dict[str, tuple]
-) -> None:
+def _check(dataset: str, config: dict[str, Any], datasets: dict[str, tuple]) -> None:
     if dataset not in datasets:
         raise ValueError(unknown("reasoning_gym dataset", dataset, datasets))
     if dataset in REFUSED:
@@ -132,12 +134,6 @@ def _check(
         if name not in fields:
             own = inspect.signature(reasoning_gym).parameters.keys() - {"dataset_config"}
             raise ValueError(unknown(f"argument of reasoning_gym dataset {dataset!r}", name, fields | own))
-    check_sizes(train_size=train_size, test_size=test_size)
-    for name, size in (("train_size", train_size), ("test_size", test_size)):
-        if size > HALF:
-            raise ValueError(f"{name} must be at most {HALF}, got {size}: training and testing would share item seeds")
-    if not isinstance(seed, int) or not 0 <= seed < SEEDS:
-        raise ValueError(f"seed must be an integer in [0, {SEEDS}), got {seed!r}")
 
 
 def _verify(dataset: str, config: bytes, extract: str, entry: dict[str, Any], completion: str) -> float:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
+from jaxpo.arguments import NonNegative
 from jaxpo.registry import entry, make, names, register, unknown
 from jaxpo.tasks.base import locate
 
@@ -80,7 +81,7 @@ def exact(completion: str, answer: str, *, extract: str = "text", ignore_case: b
     return float(fold(found.strip()) == fold(answer.strip()))
 
 
-def numeric(completion: str, answer: str, *, extract: str = "last_number", tolerance: float = 0.0) -> float:
+def numeric(completion: str, answer: str, *, extract: str = "last_number", tolerance: NonNegative = 0.0) -> float:
     """1 if the last number of the extracted text differs from the last number of the answer by at most ``tolerance``.
 
     Numbers are compared exactly (1/2 is 0.5, and neighbors beyond 2**53 stay apart). Raises ``ValueError`` for an
@@ -192,8 +193,6 @@ def make_reward(reward: str | Reward, **options: object) -> Reward:
     if isinstance(reward, str) and ":" not in reward:
         extract_answer("", options.get("extract", "text"))
         _compiles(options.get("pattern") or "", "pattern")
-        if not 0 <= options.get("tolerance", 0):
-            raise ValueError(f"tolerance must not be negative, got {options['tolerance']!r}")
         return make(reward, "verifier", **options)
     function = locate(reward) if isinstance(reward, str) else reward
     return functools.partial(function, **options) if options else function

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jaxpo.tasks.base import Example, Score, Task, check_sizes, split, verdict
-from jaxpo.text.tokenizers import IntegerTokenizer
+from jaxpo.arguments import Whole, check_record
+from jaxpo.registry import register
+from jaxpo.tasks.base import Example, Score, Task, split, verdict
+from jaxpo.text.tokenizers import Base, IntegerTokenizer
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,12 @@ class ReverseDigits:
       partial_credit: pay the share of right positions instead of 1 for all of them and 0 for less.
     """
 
-    digits: int = 3
-    base: int = 10
+    digits: Whole = 3
+    base: Base = 10
     partial_credit: bool = False
 
     def __post_init__(self):
-        check_sizes(digits=self.digits)
-        IntegerTokenizer(self.base)  # refuses a base that is out of range
+        check_record(self)
 
     @property
     def tokenizer(self) -> IntegerTokenizer:
@@ -75,8 +76,9 @@ class ReverseDigits:
         return share if self.partial_credit else float(share == 1)
 
 
+@register("task")
 def toy(
-    train_size: int, test_size: int, seed: int, digits: int = 3, base: int = 10, partial_credit: bool = False
+    train_size: Whole, test_size: Whole, seed: int, digits: Whole = 3, base: Base = 10, partial_credit: bool = False
 ) -> Task:
     """``ReverseDigits`` as a task for the ordinary loop; its tokenizer is ``IntegerTokenizer(base)``.
 
@@ -87,7 +89,6 @@ def toy(
       ValueError: sizes that are not positive, too many digits, or a test set that is all there is.
     """
     game = ReverseDigits(digits, base, partial_credit)
-    check_sizes(train_size=train_size, test_size=test_size)
     if base**digits > sys.maxsize:
         raise ValueError(f"digits={digits} of base {base} are more prompts than can be numbered")
     if test_size >= base**digits:

@@ -24,6 +24,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
+from jaxpo.arguments import Positive, Whole, check
+
 TIMEOUT = 5.0  # seconds for one item, unless the caller says otherwise
 STARTUP = 120.0  # seconds for a worker to import what it needs, on a machine that may be busy
 
@@ -102,12 +104,8 @@ class WorkerPool:
         timeout: float = TIMEOUT,
         prepare: Callable[[], Any] | None = None,
     ):
-        if not isinstance(workers, int) or workers < 1:
-            raise ValueError(f"workers must be a positive integer, got {workers!r}")
-        if not timeout > 0:
-            raise ValueError(f"timeout must be a positive number of seconds, got {timeout!r}")
         self._payload = _importable(function), _importable(prepare)
-        self._count, self._timeout = workers, float(timeout)
+        self._count, self._timeout = check("workers", workers, Whole), float(check("timeout", timeout, Positive))
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _end, self._workers)  # also runs when the interpreter exits

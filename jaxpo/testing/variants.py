@@ -3,8 +3,8 @@
 They are made in NumPy, which compiles nothing.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +12,34 @@ import numpy as np
 from jax import Array
 
 from jaxpo.batch import Rollouts, TokenStats, concatenate, pad, take
+from jaxpo.objectives import Objective
 from jaxpo.testing.examples import allowed, bigram
-
-if TYPE_CHECKING:
-    from jaxpo.testing.cases import Case
 
 Given = tuple[TokenStats, Rollouts, Any]  # what `direct` takes: statistics, batch, state of the objective
 TOKEN_FIELDS = ("logp_old", "logp_beh", "entropy_old", "value_old", "per_token")
 EXTRA_ROWS = 12  # of filler, or of rows that do not count
 
 
-def variants(case: "Case") -> dict[str, Given]:
+class Example(Protocol):
+    """What variants are made of: `jaxpo.testing.cases.Case`, whose docstrings say what these are."""
+
+    @property
+    def objective(self) -> Objective: ...
+
+    @property
+    def params(self) -> Mapping[str, Array]: ...
+    @property
+    def arrays(self) -> tuple[TokenStats, Rollouts]: ...
+    @property
+    def stepped(self) -> tuple[Any, Any]: ...
+    @property
+    def unit(self) -> int: ...
+    @property
+    def units(self) -> int: ...
+    def rows(self, units: Any) -> np.ndarray: ...
+
+
+def variants(case: Example) -> dict[str, Given]:
     """Every variant of the example that has its shape, by name."""
     stats, batch = case.arrays
     begin = jax.tree.map(np.asarray, case.objective.init())
@@ -43,7 +60,7 @@ def variants(case: "Case") -> dict[str, Given]:
     return given
 
 
-def grown_variants(case: "Case") -> dict[str, Given]:
+def grown_variants(case: Example) -> dict[str, Given]:
     """The example in a larger shape: with fillers, and with rows of count 0 that hold something."""
     stats, batch = case.arrays
     more = max(2 * case.unit, EXTRA_ROWS - EXTRA_ROWS % case.unit)
@@ -61,7 +78,7 @@ def grown_variants(case: "Case") -> dict[str, Given]:
     return jax.tree.map(np.asarray, given)
 
 
-def hostile(case: "Case") -> Iterator[tuple[str, TokenStats, Rollouts]]:
+def hostile(case: Example) -> Iterator[tuple[str, TokenStats, Rollouts]]:
     """What an objective has to survive."""
     stats, batch = case.arrays
     ones, index = np.ones(batch.rows, np.float32), np.arange(batch.rows)
@@ -94,12 +111,12 @@ def hostile(case: "Case") -> Iterator[tuple[str, TokenStats, Rollouts]]:
         yield f"{value} of the batch at masked positions", stats, batch.replace(**fields)
 
 
-def permutation(case: "Case") -> np.ndarray:
+def permutation(case: Example) -> np.ndarray:
     """Rows in another order: units whole, groups apart."""
     return case.rows(np.random.default_rng(2).permutation(case.units))
 
 
-def doubled(case: "Case") -> tuple[tuple[TokenStats, Rollouts], tuple[TokenStats, Rollouts]]:
+def doubled(case: Example) -> tuple[tuple[TokenStats, Rollouts], tuple[TokenStats, Rollouts]]:
     """The first unit twice and the second not at all: said by ``count``, and written out."""
     (stats, batch), r = case.arrays, case.unit
     count = batch.count.copy()
@@ -108,7 +125,7 @@ def doubled(case: "Case") -> tuple[tuple[TokenStats, Rollouts], tuple[TokenStats
     return (stats, batch.replace(count=count)), chosen(stats, batch, rows)
 
 
-def replica(case: "Case") -> tuple[TokenStats, Rollouts]:
+def replica(case: Example) -> tuple[TokenStats, Rollouts]:
     """Another batch, and what the policy with other parameters says of it."""
     batch = take(case.arrays[1], case.rows(np.roll(np.arange(case.units), 1)))
     if batch.reward is not None:

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
+from jaxpo.arguments import Domain, check
 from jaxpo.registry import register, unknown
 from jaxpo.text import gguf
 
@@ -121,13 +122,14 @@ class CharTokenizer(_Symbols):
         return {"kind": "characters", "alphabet": self.alphabet, "separator": self.separator}
 
 
+Base = Annotated[int, Domain(2, 36, whole=True)]
+
+
 class IntegerTokenizer(_Symbols):
     """Digits of a base up to 36: id 0 is pad and end of sequence at once, 1 the separator ``=``, ``2 + d`` digit d."""
 
-    def __init__(self, base: int):
-        if not 2 <= base <= 36:
-            raise ValueError(f"base must be in [2, 36], got {base!r}")
-        self.base = base
+    def __init__(self, base: Base):
+        self.base = check("base", base, Base)
         digits = (string.digits + string.ascii_lowercase)[:base]
         super().__init__("=" + digits, first=1, pad_id=0, eos_id=0, separator="=")
 

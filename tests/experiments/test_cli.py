@@ -9,7 +9,8 @@ import pytest
 
 from experiments import evaluate, sample, train_rl, train_sft
 from jaxpo.protocols.protocol import NothingLeft
-from jaxpo.runs import loop
+from jaxpo.runs import train
+from jaxpo.runs.loop import Diverged
 from jaxpo.storage.checkpoint import finished_steps
 from tests.runs import tiny
 
@@ -213,7 +214,7 @@ def test_training_errors(finished, tmp_path, main, more, message):
 @pytest.mark.parametrize(
     ("main", "error"),
     (
-        (train_rl.main, loop.Diverged("diverged")),
+        (train_rl.main, Diverged("diverged")),
         (train_rl.main, NothingLeft("solved")),
         (train_rl.main, FloatingPointError("the warm start")),
         (train_rl.main, ModuleNotFoundError("wandb: not installed")),
@@ -221,10 +222,10 @@ def test_training_errors(finished, tmp_path, main, more, message):
     ),
 )
 def test_what_stops_a_run_is_one_line(tmp_path, monkeypatch, main, error):
-    def train(*args, **kwargs):
+    def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(loop, "train_rl", train)
+    monkeypatch.setattr(train, "train_rl", fail)
     fails(main, flags(tmp_path / "run"), str(error))
 
 
@@ -238,7 +239,7 @@ def test_a_warm_start_that_blows_up_is_one_line(tmp_path):
     ("change", "message"),
     (
         ("--config.policy.width=32", "shape"),
-        ("--config.objective.name=dapo", "slots/ref"),
+        ("--config.objective.name=dapo", "references/ref"),
         ("--config.seed=1", "config.seed is 1, but the run .* has seed 0"),
     ),
 )

@@ -13,10 +13,10 @@ from experiments import noise_study
 from jaxpo.batch import Rollouts
 from jaxpo.objectives import make
 from jaxpo.race import race as racing
-from jaxpo.race.pairs import in_units, race_preferences
-from jaxpo.race.race import make_update, select, start_state
-from jaxpo.race.seeds import ByProtocol, one, protocol_of
-from jaxpo.race.setup import Rules, build_arena, draws, survey
+from jaxpo.race.contenders import select
+from jaxpo.race.rules import Rules, in_units, resolved_by
+from jaxpo.race.seeds import InTurn, one, race_preferences
+from jaxpo.race.setup import draws, set_up, survey
 
 TINY = dict(
     task="toy(digits=2, train_size=40, test_size=10)",
@@ -33,6 +33,11 @@ TINY = dict(
 )
 
 
+def resolved(rules, name, **hyperparameters):
+    """The run of an objective by the rules."""
+    return resolved_by(rules, name, make(name, **hyperparameters), survey(rules).questions.width)
+
+
 def test_who_races_on_pairs_and_who_does_not():
     rules = Rules(**TINY)
     racing, left_out = select("all", rules, 5)
@@ -40,12 +45,12 @@ def test_who_races_on_pairs_and_who_does_not():
     assert labels >= {"grpo", "dpo", "ipo", "rdpo", "simpo", "orpo", "cpo", "slic_hinge", "rpo", "rso", "kto"}
     assert labels >= {"online_ipo", "nash_md", "nash_ema", "ipo_md", "sppo", "inpo"}  # by the verifier as a judge
     assert labels >= {"seppo", "hypo"}  # pairs, and samples of the policy or of its past
-    assert "trains a score head" in left_out["bradley_terry_rm"]
+    assert "trains a judge of answers" in left_out["bradley_terry_rm"]
     assert "a race has pairs" in left_out["srpo"] and "a race has pairs" in left_out["rationale_dpo"]
     assert "config.steps must be a multiple of 8" in left_out["nash_mp"]
     with pytest.raises(ValueError, match="5 rows of an iteration are not 1 minibatches of units of 2 rows"):
         in_units(Rules(**{**TINY, "prompts": 5, "responses": 1, "minibatches": 1}), 2)
-    with pytest.raises(ValueError, match="flipped is a share"):
+    with pytest.raises(ValueError, match="flipped must be a number in"):
         Rules(flipped=1.5)
 
 
@@ -63,24 +68,25 @@ def test_another_protocol_is_named_with_its_arguments(protocol, message):
     with pytest.raises(ValueError, match=message):
         select(f'{name}(protocol="{protocol}")', Rules(**TINY), 5)
     [contender], _ = select("""dpo(protocol="judged(pairs='adjacent')")""", Rules(**TINY), 5)
-    assert contender.objective.protocol.options == {"pairs": "adjacent"}
+    assert contender.resolved.objective.protocol.options == {"pairs": "adjacent"}
 
 
 def test_as_many_rows_in_pairs_of_which_a_share_is_labelled_wrong():
     rules = Rules(**TINY)
     paired = in_units(rules, 2)
     assert paired.prompts * paired.responses == rules.prompts * rules.responses and paired.responses == 2
-    where = survey(rules)
+    course = survey(rules)
+    questions = course.questions
 
     def units(name: str, share: float) -> Rollouts:
-        data = race_preferences(make(name), where, replace(rules, flipped=share))
+        data = race_preferences(resolved(rules, name), course, replace(rules, flipped=share))
         return data.units(range(len(data.train)), (0, 0))
 
     clean, noisy = (units("dpo", share) for share in (0.0, 0.25))
     assert clean.layout == ("chosen", "rejected") and clean.shared_prompt == 2
     chosen, rejected = clean.unit(clean.completions).swapaxes(0, 1)
-    texts = [where.tokenizer.decode(row[m > 0].tolist()) for row, m in zip(chosen, clean.mask[::2], strict=True)]
-    scored = where.task.score([where.task.train[i] for i in range(len(texts))], texts)
+    texts = [questions.tokenizer.decode(row[m > 0].tolist()) for row, m in zip(chosen, clean.mask[::2], strict=True)]
+    scored = questions.task.score([questions.task.train[i] for i in range(len(texts))], texts)
     assert all(s.correct for s in scored)
     exchanged = (noisy.unit(noisy.completions)[:, 0] == rejected).all(1) & (chosen != rejected).any(1)
     assert exchanged.sum() == round(0.25 * len(texts)) > 5
@@ -134,37 +140,44 @@ def test_protocols_that_move_the_weights_do_so_in_a_race():
 
 
 ONE_SEED = Rules(**{**TINY, "seeds": 1, "warm_start": 0, "learning_rate": 0.1})
-arena_of = functools.cache(build_arena)
+setup_of = functools.cache(set_up)
+
+
+def raced(name, **hyperparameters):
+    """One seed of an objective, and what is drawn for its first iteration."""
+    run = resolved(ONE_SEED, name, **hyperparameters)
+    shape = replace(ONE_SEED, prompts=run.config.rollout.prompts, responses=run.rows_per_prompt)
+    return InTurn(run, setup_of(ONE_SEED), ONE_SEED), draws(shape, 40, 0)
 
 
 def test_half_steps_start_where_the_whole_step_does():
     """EGPO in a race: the second iteration of two samples with the half step, and steps from before it."""
-    rules = ONE_SEED
-    objective, arena = make("egpo"), arena_of(rules)
-    protocol = protocol_of(objective)
-    state = start_state(objective, arena, rules)
-    gather = ByProtocol(objective, protocol, arena, rules, state)
-    first, _ = gather.collect(state, None)
-    half = first.replace(params=jax.tree.map(lambda x: x + 1, first.params))
-    assert gather.after(half, None, None) is not None
-    second, batch = gather.collect(half, None)
-    chex.assert_trees_all_equal(second.params, state.params)
+    seeds, drawn = raced("egpo")
+    start = jax.device_get(seeds.params)
+    seeds.iterate(drawn)
+    half = jax.device_get(seeds.params)
+    assert not np.array_equal(half["embedding"], start["embedding"])
+    batch = seeds._gather(0)
+    chex.assert_trees_all_equal(jax.device_get(seeds.params), start)
     assert not np.allclose(batch.logp_beh, 0)
 
 
 @pytest.mark.slow
 def test_an_average_of_weights_moves_with_every_optimizer_step():
-    rules = ONE_SEED
-    objective, arena = make("nash_ema", b=0.5), arena_of(rules)
-    state = start_state(objective, arena, rules)
-    gather = ByProtocol(objective, protocol_of(objective), arena, rules, state)
-    state, batch = gather.collect(state, None)
-    after, _, path = make_update(objective, arena, rules, gather.watchful)(state, batch, draws(rules, 40, 0).rows)
-    gather.after(after, batch, path)
-    first, last = (jax.tree.map(lambda x, i=i: x[0, i], path) for i in range(2))
-    expected = jax.tree.map(lambda a, b, c: a / 4 + b / 4 + c / 2, one(state.params, 0), first, last)
-    chex.assert_trees_all_close(gather.runs[0].slots["ema"], expected, atol=1e-6)
-    chex.assert_trees_all_close(one(after.params, 0), last)
+    (seeds, drawn), path = raced("nash_ema", b=0.5), []
+    start, update = jax.device_get(seeds.params), seeds.all.update
+
+    def watched(*args, **options):
+        out = update(*args, **options)
+        path.append(jax.device_get(out[0].params))
+        return out
+
+    seeds.all = seeds.all._replace(update=watched)
+    seeds.iterate(drawn)
+    first, last = (one(params, 0) for params in path)
+    expected = jax.tree.map(lambda a, b, c: a / 4 + b / 4 + c / 2, one(start, 0), first, last)
+    chex.assert_trees_all_close(seeds.runs[0].references["ema"], expected, atol=1e-6)
+    chex.assert_trees_all_close(one(seeds.params, 0), last)
 
 
 @pytest.mark.slow

@@ -7,9 +7,10 @@ import optax
 import pytest
 
 from jaxpo.batch import Rollouts, TokenStats
+from jaxpo.learning.optimizers import by_label, labels
 from jaxpo.learning.step import accumulate, optimizer_step, score
 from jaxpo.metrics import results
-from jaxpo.objectives import Term, from_terms, linearized, make
+from jaxpo.objectives import Asks, Term, from_terms, linearized, make
 from jaxpo.objectives.grammar.base import Hooks, Unit
 
 B, T = 8, 3
@@ -117,6 +118,74 @@ def test_one_weighted_token_is_enough():
     step, *start = make_step(remembering())
     params, _, _, metrics = step(*start, rollouts(mask=jnp.zeros((B, T)).at[5, 2].set(1)))
     assert metrics["step/empty"] == 0 and bits(params) != bits(start[0])
+
+
+# ---- optimizers by label
+
+BOTH = {"w": PARAMS["w"], "heads": {"value": {"bias": jnp.float32(0.3)}, "score": {"bias": jnp.float32(0.1)}}}
+
+
+def with_value(params, batch):
+    value = batch.per_row["x"] * params["w"] + params["heads"]["value"]["bias"]
+    return TokenStats(logp=batch.per_row["x"] * params["w"], value=value)
+
+
+def policy_and_critic(policy=1.0, critic=1.0):
+    """A policy's and a critic's term whose tokens have these weights."""
+
+    def square(stats, batch, state):
+        return jnp.square(stats.value)
+
+    of_policy = Term("nll", nll, tokens=lambda batch, state: policy * batch.mask)
+    of_critic = Term(
+        "value",
+        square,
+        tokens=lambda batch, state: critic * batch.mask,
+        asks=Asks(wants=frozenset({"value"})),
+        trains="critic",
+    )
+    return from_terms([of_policy, of_critic])
+
+
+def step_of_both(objective, params=BOTH, opt_state=None):
+    optimizer = by_label({"policy": optax.adamw(0.1), "critic": optax.adam(0.01)})
+    opt_state = optimizer.init(params) if opt_state is None else opt_state
+    batch, state = objective.prepare(rollouts(), objective.init())
+    return optimizer_step(objective, with_value, optimizer, params, opt_state, state, batch)
+
+
+def of_label(tree, label):
+    return [x for x, own in zip(jax.tree.leaves(tree), jax.tree.leaves(labels(tree)), strict=True) if own == label]
+
+
+def test_the_value_head_is_the_critics():
+    assert labels(BOTH) == {"w": "policy", "heads": {"value": {"bias": "critic"}, "score": {"bias": "policy"}}}
+
+
+def test_each_label_has_its_own_optimizer():
+    params, _, _, _ = step_of_both(policy_and_critic())
+    moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), params, BOTH)
+    np.testing.assert_allclose(moved["heads"]["value"]["bias"], 0.01, rtol=1e-3)  # Adam's first step is its rate
+    assert moved["w"] > 0.09
+
+
+@pytest.mark.parametrize(("idle", "weights"), (("critic", dict(critic=0.0)), ("policy", dict(policy=0.0))))
+def test_a_label_without_weight_keeps_its_parameters_and_its_optimizers_state(idle, weights):
+    params, opt_state, _, _ = step_of_both(policy_and_critic())  # so that moments and weight decay would move them
+    again, later, state, metrics = step_of_both(policy_and_critic(**weights), params, opt_state)
+    busy = {"critic": "policy", "policy": "critic"}[idle]
+    assert bits(of_label(again, idle)) == bits(of_label(params, idle))
+    assert bits(of_label(again, busy)) != bits(of_label(params, busy))
+    inner = [x.inner_states for x in (opt_state, later)]
+    for label, same in ((idle, True), (busy, False)):
+        before, after = (bits(x[label].inner_state.inner_state) for x in inner)
+        assert (before == after) is same
+    assert metrics["step/empty"] == 0 and int(state.step) == 1
+
+
+def test_a_step_in_which_no_label_has_weight_is_empty():
+    params, opt_state, _, metrics = step_of_both(policy_and_critic(policy=0.0, critic=0.0))
+    assert bits(params) == bits(BOTH) and metrics["step/empty"] == 1
 
 
 def test_gradients_of_bfloat16_parameters_are_added_in_float32():

@@ -18,7 +18,13 @@ def cells(path: Path) -> list[dict]:
 
 
 def test_there_are_notebooks():
-    assert [p.stem for p in NOTEBOOKS] == ["1_prototype_a_loss", "2_landscape", "4_plan_a_pod_run", "5_nash"]
+    assert [p.stem for p in NOTEBOOKS] == [
+        "1_prototype_a_loss",
+        "2_landscape",
+        "3_a_training_loop",
+        "4_plan_a_pod_run",
+        "5_nash",
+    ]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -3,12 +3,10 @@
 import jaxpo
 from jaxpo.registry import entry
 
-RENAMED = {"answers": "preference_multi", "credit": "value_baseline"}  # modules named otherwise than their family
-
 
 def family(name: str) -> str:
     module = entry(name).factory.__module__.removeprefix("jaxpo.objectives.").split(".")[0]
-    return RENAMED.get(module, module)
+    return module
 
 
 def registered(of: str) -> set[str]:

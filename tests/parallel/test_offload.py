@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxpo.batch import Rollouts
-from jaxpo.config import checks
+from jaxpo.config.resolve import resolve
 from jaxpo.parallel import make_mesh, offload
 from jaxpo.plan import trace
 from jaxpo.plan.plan import memory_of, shard_bytes
@@ -59,10 +59,7 @@ def test_where_there_is_nothing_to_offload(changes, message):
     if config.lora.rank:
         config.policy = type(config)(dict(name="pretrained", path="nowhere"))
     with pytest.raises(ValueError, match=message):
-        workspace.config_lib.fill(config)
-        checks._check_offload(
-            config, workspace.config_lib.objective_of(config), workspace.config_lib.protocol_of(config)
-        )
+        resolve(config, 1)
 
 
 @pytest.mark.slow
@@ -87,12 +84,12 @@ def test_it_scores_as_the_policy_that_it_is_a_copy_of():
     with tiny.quick(devices=4):
         run = workspace.setup(tiny.config(sizes | OFFLOADED), report=lambda message: None)
         params = run.init_params(jax.random.key(0))
-        held = run.companion(params)
+        held = run.reference(params)
         assert all(offload.is_on_host(x) for x in jax.tree.leaves(held))
-        tokens = np.arange(32 * (run.train.tokens.shape[1] + 3), dtype=np.int32).reshape(32, -1) % 4
+        tokens = np.arange(32 * (run.questions.train.tokens.shape[1] + 3), dtype=np.int32).reshape(32, -1) % 4
         batch = run.put(Rollouts(tokens=tokens, mask=np.ones((32, 3), np.float32), shared_prompt=4))
         np.testing.assert_array_equal(run.score(held, batch).logp, run.score(params, batch).logp)
-        assert run.score.compilations == 2
+        assert run.programs.score_old.compilations == 2
 
 
 def test_the_plan_counts_its_bytes_to_the_host():
@@ -103,10 +100,13 @@ def test_the_plan_counts_its_bytes_to_the_host():
     mesh = make_mesh(dict(data=1, fsdp=2, tensor=2), jax.devices()[:4])
     memory, steps = {}, {}
     for name, changes in dict(kept={}, offloaded=OFFLOADED).items():
-        config = tiny.config({"mesh.fsdp": 2, "mesh.tensor": 2, **changes})
-        of_run = trace.trace_run(config, mesh, trace.data_of(config))
+        run = resolve(tiny.config({"mesh.fsdp": 2, "mesh.tensor": 2, **changes}), 4)
+        of_run = trace.trace_run(run, mesh, trace.data_of(run))
         steps[name] = {step.name: step.times for step in of_run.steps}
-        memory[name] = memory_of(of_run.steps[-1], of_run, config, mesh, Stats), shard_bytes(of_run.state, host=True)
+        memory[name] = (
+            memory_of(of_run.steps[-1], of_run, run.config, mesh, Stats),
+            shard_bytes(of_run.state, host=True),
+        )
     assert steps["kept"] == {"rollout": 1, "scoring": 2, "update": 4}
     assert steps["offloaded"] == {"rollout": 1, "reference": 1, "scoring": 1, "update": 4}
     (kept, none), (offloaded, held) = memory["kept"], memory["offloaded"]

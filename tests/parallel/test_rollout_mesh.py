@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as Spec
 
-from jaxpo.config.checks import validate
+from jaxpo.config.resolve import resolve
 from jaxpo.parallel import lay_out, make_mesh, moved_bytes, reshaped, shardings
 from jaxpo.parallel.sharding import spec_of
 from jaxpo.policy.stats import token_stats
-from jaxpo.runs.gatherer import as_scored
+from jaxpo.protocols.rows import as_scored
 from jaxpo.runs.workspace import setup
 from tests.runs import tiny
 
@@ -36,8 +36,8 @@ def test_another_mesh_samples_the_same(dtype):
     options = {"policy.dtype": dtype, "rollout.scan_layers": True}
     plain, moved = (setup(tiny.config({**FSDP, **options, **other})) for other in ({}, TENSOR))
     params = plain.init_params(jax.random.key(0))
-    assert plain.sampler_params(params) is params and moved.compiled == ()
-    there = moved.sampler_params(params)
+    assert plain.programs.sampler_params(params) is params and moved.programs.compiled == ()
+    there = moved.programs.sampler_params(params)
     assert there["blocks"]["wq"].sharding.spec == Spec(None, "fsdp", "tensor")
     assert dict(there["blocks"]["wq"].sharding.mesh.shape) == dict(moved.mesh.shape) | dict(data=2, fsdp=2, tensor=2)
     assert {x.dtype.name for x in jax.tree.leaves(there)} == {"float32", dtype}  # norms stay as they are
@@ -119,4 +119,4 @@ def test_sizes():
 )
 def test_what_does_not_divide(changes, message):
     with pytest.raises(ValueError, match=message):
-        validate(tiny.config({**FSDP, **changes}), 8)
+        resolve(tiny.config({**FSDP, **changes}), 8)

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from experiments import plan as program
+from jaxpo.config.resolve import resolve
 from jaxpo.parallel import make_mesh
 from jaxpo.plan import operations, search, topology, trace
 from jaxpo.plan.plan import Plan, StepPlan, memory_of, plan_step, refusal, shard_bytes
@@ -114,8 +115,8 @@ Total hbm usage >= 30.46G:
         (["--topology=v5e:2x3"], "unknown shape of a v5e slice '2x3': did you mean '2x4'"),
         (["--topology=v7:2x2"], "unknown chip of --topology 'v7'"),
         (["--topolgy=v5e:2x4"], "unknown flag '--topolgy': did you mean '--topology'"),
-        (["--topology=v5e:2x4", "--price=-1"], "--price=-1 must not be negative"),
-        (["--topology=v5e:2x4", "--search=-2"], "--search=-2 must not be negative"),
+        (["--topology=v5e:2x4", "--price=-1"], "--price must be a number of at least 0, not -1"),
+        (["--topology=v5e:2x4", "--search=-2"], "--search must be a whole number of at least 0, not -2"),
         (["--topology=v5e:2x4", "--json=/nowhere/plan.json"], "--json=/nowhere/plan.json: there is no such folder"),
     ],
 )
@@ -151,11 +152,9 @@ def test_a_config_that_cannot_be_spread_fails_before_anything_is_compiled(monkey
 
 @pytest.fixture(scope="module")
 def run():
-    config, mesh = (
-        tiny.config({"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}),
-        make_mesh(dict(data=2, fsdp=2, tensor=2)),
-    )
-    return config, mesh, trace.trace_run(config, mesh, trace.data_of(config))
+    resolved = resolve(tiny.config({"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}), 8)
+    mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
+    return resolved.config, mesh, trace.trace_run(resolved, mesh, trace.data_of(resolved))
 
 
 def test_steps_are_those_of_an_iteration(run):
@@ -169,6 +168,25 @@ def test_steps_are_those_of_an_iteration(run):
 
 
 PAIRS = {"objective": {"name": "dpo"}, "data": {"name": "task", "flipped": 0.0}, "training.microbatches": 2}
+
+
+@pytest.mark.parametrize(
+    ("objective", "held"),
+    (
+        ({"name": "simpo", "beta": 2.0}, set()),  # a beta, and no reference
+        ({"name": "dpo", "beta": 0.1, "reference_free": True}, set()),
+        ({"name": "dpo", "beta": 0.1}, {"ref"}),
+        ({"name": "ipo", "tau": 0.1}, {"ref"}),  # a reference, and no beta
+    ),
+    ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else "",
+)
+def test_references_are_those_that_the_objective_needs(objective, held):
+    resolved = resolve(tiny.config(PAIRS | {"objective": objective}), 1)
+    mesh = make_mesh(dict(data=1), jax.devices()[:1])
+    of_run = trace.trace_run(resolved, mesh, trace.data_of(resolved))
+    assert set(resolved.references) == held == set(of_run.state) - {"params", "opt_state"}
+
+
 PREFERENCES = {
     "pairs from data": ({}, ["scoring", "update"]),
     "a reward model": (
@@ -182,8 +200,8 @@ PREFERENCES = {
 @pytest.mark.parametrize("kind", PREFERENCES)
 def test_runs_on_preferences(kind):
     changes, steps = PREFERENCES[kind]
-    config, mesh = tiny.config(PAIRS | changes), make_mesh({"data": 1}, jax.devices()[:1])
-    run = trace.trace_run(config, mesh, trace.data_of(config))
+    resolved, mesh = resolve(tiny.config(PAIRS | changes), 1), make_mesh({"data": 1}, jax.devices()[:1])
+    config, run = resolved.config, trace.trace_run(resolved, mesh, trace.data_of(resolved))
     assert [step.name for step in run.steps] == steps
     batch = run.steps[-1].arguments[1]
     assert batch.rows == 2 * config.rollout.prompts and batch.layout == ("chosen", "rejected")
@@ -202,10 +220,10 @@ OF_ROWS = {  # rows a prompt, numbers and weights of tokens
 def test_what_rows_of_preferences_bear(name):
     changes, rows, fields = OF_ROWS[name]
     changes = PAIRS | {"objective": {"name": name}, "sampling.max_new_tokens": 8} | changes
-    config, mesh = tiny.config(changes), make_mesh({"data": 1}, jax.devices()[:1])
-    update = trace.trace_run(config, mesh, trace.data_of(config)).steps[-1]
+    resolved, mesh = resolve(tiny.config(changes), 1), make_mesh({"data": 1}, jax.devices()[:1])
+    update = trace.trace_run(resolved, mesh, trace.data_of(resolved)).steps[-1]
     batch = update.arguments[1]
-    assert batch.rows == rows * config.rollout.prompts
+    assert batch.rows == rows * resolved.config.rollout.prompts == resolved.rows
     assert fields.items() <= {k: x.shape[1:] for k, x in {**batch.per_row, **batch.per_token}.items()}.items()
     assert operations.count(update.trace().jaxpr) > 0
 
@@ -245,13 +263,14 @@ def test_meshes():
 
 def test_ranking_keeps_to_what_divides_and_prefers_what_fits():
     config = tiny.config()
-    order = search.ranked(config, V5E, trace.data_of(config))
+    data = trace.data_of(search.unplaced(config))
+    order = search.ranked(config, V5E, data)
     assert order and all(m["mesh.tensor"] <= 2 for m, _ in order)  # two heads
     assert all(m["mesh.data"] * m["mesh.fsdp"] * m["mesh.tensor"] == 8 for m, _ in order)
     seconds = [guess.seconds for _, guess in order]
     assert seconds == sorted(seconds) and all(guess.bytes < V5E.chip.hbm for _, guess in order)
     crowded = V5E._replace(chip=V5E.chip._replace(hbm=order[0][1].bytes * 0.999))
-    assert search.ranked(config, crowded, trace.data_of(config))[0][0] != order[0][0]
+    assert search.ranked(config, crowded, data)[0][0] != order[0][0]
 
 
 def test_proposals_stop_at_the_first_that_fits(monkeypatch):

@@ -246,15 +246,15 @@ def test_a_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     }
     with tiny.quick():
         whole = tiny.run(tiny.config(changes), tmp_path / "whole")
-        iterate = loop.iterate
+        iteration = loop.timed_iteration
 
-        def terminated(stage, gatherer, run, key, order):
+        def terminated(session, run):
             if run.iteration == 2:
                 signal.raise_signal(signal.SIGTERM)
-            return iterate(stage, gatherer, run, key, order)
+            return iteration(session, run)
 
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "iterate", terminated)
+            patch.setattr(loop, "timed_iteration", terminated)
             assert tiny.run(tiny.config(changes), tmp_path / "parts").result.iteration == 3
         rest = tiny.run(tiny.config(changes), tmp_path / "parts", resume=True)
     assert "AGAIN" not in whole.printed + rest.printed

@@ -7,11 +7,16 @@ import numpy as np
 import pytest
 
 from experiments.race import folder, main
+from jaxpo.calls import parse_calls
 from jaxpo.objectives import make
+from jaxpo.objectives.grammar.base import Gathering
 from jaxpo.race import race as racing
-from jaxpo.race.race import fill, interval, race, select
-from jaxpo.race.seeds import protocol_of, shape
-from jaxpo.race.setup import Rules, draws, parse_calls
+from jaxpo.race.contenders import fill, select
+from jaxpo.race.race import race
+from jaxpo.race.results import interval
+from jaxpo.race.rules import Rules, check_fit, resolved_by
+from jaxpo.race.seeds import only_samples
+from jaxpo.race.setup import draws
 
 TINY = dict(
     seeds=2,
@@ -29,10 +34,10 @@ FLAGS = [f"--{name}={value}" for name, value in TINY.items()]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_arena():
+def one_setup():
     """Sampler and warm start are compiled once for the tests that race by the same rules."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(racing, "build_arena", functools.cache(racing.build_arena))
+        patch.setattr(racing, "set_up", functools.cache(racing.set_up))
         yield
 
 
@@ -102,14 +107,18 @@ def test_rewards_by_a_verifier_on_the_host(capsys):
 
 
 def test_as_many_completions_in_the_shape_that_a_protocol_accepts():
-    rules = Rules(**TINY)
-    single, dapo = make("spo_single_stream"), make("dapo")
-    alone = shape(single, protocol_of(single), rules)
-    assert (alone.prompts, alone.responses) == (16, 1)
-    assert shape(dapo, protocol_of(dapo), rules) == rules
-    assert protocol_of(make("grpo")) is protocol_of(make("ppo_outer_loop")) is None  # plain sampling
+
+    def run(name, **changes):
+        return resolved_by(Rules(**TINY), name, make(name)._replace(**changes), 4)
+
+    def shape(name):
+        rollout = run(name).config.rollout
+        return rollout.prompts, rollout.responses
+
+    assert shape("spo_single_stream") == (16, 1) and shape("dapo") == (4, 4)
+    assert only_samples(run("grpo")) and only_samples(run("ppo_outer_loop")) and not only_samples(run("dapo"))
     with pytest.raises(ValueError, match="'replay' trains on earlier batches"):
-        protocol_of(make("r2vpo")._replace(protocol="replay"))
+        check_fit(run("r2vpo", protocol=Gathering("replay")))
 
 
 @pytest.mark.slow
@@ -153,11 +162,11 @@ def test_intervals():
         (["--objectives=grop"], "did you mean 'grpo'"),
         (["--objectives=grpo,grpo"], "'grpo' is given twice"),
         (["--objectives=grpo(eps_hi=0.3)"], "eps_high"),
-        (["--objectives=grpo(0.3)"], "arguments are given by name"),
+        (["--objectives=grpo(0.3)"], "with every option named"),
         (["--objectives=import os"], "is no list like"),
         (["--objectives=sft"], "none can race"),
         (["--sedes=3"], "did you mean '--seeds'"),
-        (["--seeds=0"], "seeds must be at least 1"),
+        (["--seeds=0"], "seeds must be a whole number of at least 1, not 0"),
         (["--minibatches=5"], "minibatches 5 does not divide prompts 16"),
         (["--task=toy(digit=3)"], "digits"),
         (["--task=toi"], "toy"),

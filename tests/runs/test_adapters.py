@@ -9,15 +9,18 @@ from ml_collections import ConfigDict
 from experiments.export import export_run
 from jaxpo import registry
 from jaxpo.batch import Rollouts
-from jaxpo.config.checks import validate
-from jaxpo.objectives.grammar.base import Term, from_terms
+from jaxpo.config.resolve import resolve
+from jaxpo.objectives.grammar.base import Term, asks_of, from_terms
 from jaxpo.parallel import make_mesh
 from jaxpo.plan.trace import data_of, trace_run
 from jaxpo.policy import hf, lora
 from jaxpo.policy.stats import token_stats
 from jaxpo.primitives import aggregation
-from jaxpo.runs import loop
-from jaxpo.runs.restore import first_params, open_finished
+from jaxpo.protocols.gatherer import Watch
+from jaxpo.runs.gatherer import make_gatherer, make_stage
+from jaxpo.runs.loop import Session, keys_of
+from jaxpo.runs.restore import checkpoint_of, first_params, open_finished
+from jaxpo.runs.train import begin
 from jaxpo.runs.workspace import setup
 from jaxpo.storage.checkpoint import restore_params
 from tests.policy import tiny_gguf
@@ -49,7 +52,7 @@ def regressed():
         return batch.get("logp_ref") - stats.logp
 
     terms = [Term("value", error, aggregation.token_mean), Term("policy", gain, aggregation.token_mean)]
-    return from_terms(terms, wants=("logp", "value"), needs=("logp_ref", "value_old"))
+    return from_terms(terms, asks=asks_of("logp_ref", "value_old", wants=("logp", "value")))
 
 
 def config(model, **changes):
@@ -105,9 +108,9 @@ def test_a_mesh_trains_the_same_adapters(finished, model, tmp_path):
 
 
 def test_the_reference_is_the_base_and_no_second_copy(finished):
-    """The companion ``ref`` is the adapters of the start, whose product is zero."""
-    arrays = loop.checkpoint_of(reference_run(finished), 0)[0]
-    ref = arrays["slots"]["ref"]
+    """The reference ``ref`` is the adapters of the start, whose product is zero."""
+    arrays = checkpoint_of(reference_run(finished), 0)[0]
+    ref = arrays["references"]["ref"]
     assert jax.tree.map(jnp.shape, ref) == jax.tree.map(jnp.shape, finished.result.params)
     workspace = finished.result.workspace
     batch = some_batch(workspace)
@@ -119,8 +122,9 @@ def test_the_reference_is_the_base_and_no_second_copy(finished):
 
 def reference_run(finished):
     workspace = finished.result.workspace
-    session = loop.Session(workspace, workspace.protocol, None, loop.keys_of(0), loop.Clock(), {}, None, None)
-    return loop.begin(session, {}, print)
+    watch = Watch()
+    gatherer, stage = make_gatherer(workspace, watch), make_stage(workspace, watch)
+    return begin(Session(workspace, gatherer, stage, keys_of(0), None, None), {})
 
 
 def some_batch(workspace):
@@ -148,14 +152,14 @@ def test_what_is_exported_is_merged(finished, tmp_path):
 )
 def test_what_is_refused(model, changes, message):
     with pytest.raises(ValueError, match=message):
-        validate(config(model, **changes), 1)
+        resolve(config(model, **changes), 1)
 
 
 def test_a_plan_counts_the_frozen_weights(model):
     """The steps of a run with adapters, traced from shapes: the base is an argument of each."""
-    filled = validate(config(model), 1)
-    mesh = make_mesh(filled.mesh, jax.devices()[:1])
-    planned = trace_run(filled, mesh, data_of(filled))
+    resolved = resolve(config(model), 1)
+    mesh = make_mesh(resolved.config.mesh, jax.devices()[:1])
+    planned = trace_run(resolved, mesh, data_of(resolved))
     sizes = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in planned.state.items()}
     assert sizes["base"] > sizes["params"] == sizes["ref"]
     for step in planned.steps:
@@ -165,7 +169,7 @@ def test_a_plan_counts_the_frozen_weights(model):
 
 def test_adapters_need_weights_to_lie_beside():
     with pytest.raises(ValueError, match="config.lora.rank 2 trains adapters beside frozen weights"):
-        validate(tiny.config({"lora.rank": 2}), 1)
+        resolve(tiny.config({"lora.rank": 2}), 1)
 
 
 def test_an_objective_that_wants_a_value_gets_a_head(finished, model, tmp_path):

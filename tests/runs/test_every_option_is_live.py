@@ -14,13 +14,12 @@ from jaxpo.batch import Rollouts
 from jaxpo.config import checks
 from jaxpo.config.fields import default
 from jaxpo.config.fill import fill
-from jaxpo.config.resolve import sampling_of
+from jaxpo.config.resolve import resolve
 from jaxpo.learning.programs import optimizer_of
 from jaxpo.learning.state import TrainState
 from jaxpo.parallel import AXES
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.runs.gatherer import prompt_order
-from jaxpo.runs.warm_start import demonstrations
 from jaxpo.runs.workspace import setup
 from tests.runs import tiny
 
@@ -39,7 +38,7 @@ def leaves(block, path=""):
 def sources():
     """Everything that may read a config, without what lists the fields and what only checks them."""
     files = [file for folder in ("jaxpo", "experiments") for file in (tiny.ROOT / folder).rglob("*.py")]
-    passive = [inspect.getsource(f) for f in (default, checks.validate, checks._check_division)]
+    passive = [inspect.getsource(f) for f in (default, checks.check_fields, checks._check_division)]
     return functools.reduce(lambda text, f: text.replace(f, ""), passive, "\n".join(f.read_text() for f in files))
 
 
@@ -111,7 +110,7 @@ def test_every_field_of_sampling_reaches_the_sampler():
     for name, value in SAMPLING.items():
         options = setup(tiny.config({f"sampling.{name}": value})).sampling
         assert options.stop_table is not None if name == "stop" else getattr(options, name) == value
-    assert sampling_of(tiny.config(), eos_ids=(3, 4)).eos_ids == (3, 4)
+    assert resolve(tiny.config(), 1).sampling((3, 4)).eos_ids == (3, 4)
 
 
 @pytest.mark.parametrize("field", AXES)
@@ -130,11 +129,12 @@ def test_a_protocols_fields_reach_it():
 def data_of(config):
     """What a run trains and evaluates on, as far as it is settled before anything is computed."""
     w = setup(config)
-    order = prompt_order(config.seed, 0, config.rollout.prompts, len(w.train))
-    shown = demonstrations(w, np.arange(len(w.train)), config.warm_start.drop_last)
-    scores = w.task.score(w.test.examples[:2], [w.test.examples[0].answer, w.test.examples[1].answer[:1]])
+    train, test = w.questions.train, w.questions.test
+    order = prompt_order(config.seed, 0, config.rollout.prompts, len(train))
+    shown = w.questions.demonstrations(np.arange(len(train)), config.warm_start.drop_last, config.seed)
+    scores = w.task.score(test.examples[:2], [test.examples[0].answer, test.examples[1].answer[:1]])
     return (
-        [x.tolist() for x in (order, w.train.tokens, w.test.tokens, shown.tokens, shown.mask)],
+        [x.tolist() for x in (order, train.tokens, test.tokens, shown.tokens, shown.mask)],
         scores,
         w.tokenizer.vocab_size,
     )
@@ -181,7 +181,7 @@ def update_of(config):
     params = jax.eval_shape(w.init_params, jax.random.key(0))
     state = TrainState(params, jax.eval_shape(optimizer_of(config, w.objective).init, params), w.objective.init())
     batch, _ = jax.eval_shape(w.objective.prepare, batch, state.objective)
-    return w.step.lower(state, batch, np.arange(n // config.training.minibatches), fresh=False).as_text()
+    return w.programs.update.lower(state, batch, np.arange(n // config.training.minibatches), fresh=False).as_text()
 
 
 UPDATE = {

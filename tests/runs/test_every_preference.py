@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from jaxpo.config.resolve import objective_of, protocol_name
+from jaxpo.config.fill import fill, objective_of, protocol_name
 from jaxpo.fields import JUDGED, PAIR
 from jaxpo.learning.needs import form_of, is_reward_model
 from jaxpo.objectives import make
 from jaxpo.registry import entry, names
 from tests.runs import tiny
 
-MODULES = ("preference", "answers", "nash", "reward_models")
+MODULES = ("preference", "preference_multi", "nash", "reward_models")
 ALL = [name for name in names() if entry(name).factory.__module__ in [f"jaxpo.objectives.{m}" for m in MODULES]]
 OFFLINE = [name for name in ALL if form_of(make(name), 2)]
 # What a judge can say of the policy's own answers: pairs of them, labels, and how often each beats the others.
@@ -21,7 +21,7 @@ ONLINE = [
     for name in ALL
     if not is_reward_model(make(name))
     and (make(name).unit.layout == PAIR or make(name).asks.needs & {"pref_opp", "label"})
-    and make(name).protocol != "seppo"
+    and make(name).protocol.name != "seppo"
 ]
 OPTIONS = {
     "srpo": {"data.draft_prompt": "{prompt}{draft}"},
@@ -109,7 +109,7 @@ def from_file(path, name):
     make_row = edited if form.kind == "edited" else traced if form.segments else pair
     (path / "data.jsonl").write_text("\n".join(json.dumps(make_row(i)) for i in range(16)))
     file = {"data": {"name": "jsonl", "path": str(path / "data.jsonl"), "test_size": 3}}
-    config = tiny.config({**BASE, **file, "objective": {"name": name}})
+    config = fill(tiny.config({**BASE, **file, "objective": {"name": name}}))
     if protocol_name(config, objective_of(config)) not in ("preference_data", "seppo"):
         file["protocol"] = {"name": "preference_data"}
     done = trained(path, name, **file)

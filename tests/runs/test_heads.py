@@ -12,6 +12,7 @@ from experiments.export import export_run
 from jaxpo import registry
 from jaxpo.learning.state import Run
 from jaxpo.objectives import Term, from_terms
+from jaxpo.objectives.grammar.base import asks_of
 from jaxpo.policy import hf
 from jaxpo.primitives import aggregation
 from jaxpo.runs.restore import checkpoint_of, checkpoints_of, open_finished, restore
@@ -30,7 +31,7 @@ RUNS = {
 def critic():
     """Its values learn the rewards."""
     term = Term("value", lambda stats, batch, state: (stats.value - batch.reward[:, None]) ** 2, aggregation.token_mean)
-    return from_terms([term], wants=("logp", "value"), needs=("reward",))
+    return from_terms([term], asks=asks_of("reward", wants=("logp", "value")))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -68,7 +69,7 @@ def test_they_are_saved_and_restored(saved):
     assert np.asarray(again.state.opt_state[0].mu["heads"][name]["weight"]).shape == heads[name]["weight"].shape
     without_data, params, step = open_finished(str(path), examples=False)
     tiny.assert_same_params(params, run.state.params)
-    assert step == 0 and without_data.preferences is None and len(without_data.train) == 1
+    assert step == 0 and without_data.preferences is None and len(without_data.questions.train) == 1
 
 
 def test_an_export_has_no_value_head_and_there_is_none_of_a_reward_model(saved, tmp_path, capsys):

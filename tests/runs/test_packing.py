@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxpo.batch import Rollouts
-from jaxpo.config.checks import validate
+from jaxpo.config.resolve import resolve
 from jaxpo.learning.programs import packed
 from jaxpo.parallel import make_mesh
 from jaxpo.plan import trace
@@ -23,11 +23,11 @@ def test_a_step_on_a_mesh_is_that_of_rows_one_by_one_in_fewer_bytes():
     length[[3, 17]] = 32
     out, temporaries = {}, {}
     for packs in (False, True):
-        config = tiny.config(MESH | SMALL | {"training.packing": packs, "objective.beta": 0.1})
-        of_run = trace.trace_run(config, mesh, trace.data_of(config))
+        run = resolve(tiny.config(MESH | SMALL | {"training.packing": packs, "objective.beta": 0.1}), 4)
+        of_run = trace.trace_run(run, mesh, trace.data_of(run))
         update = of_run.steps[-1]
         state, batch = tiny.update_arguments(update, mesh, length)
-        plan = packed(config, mesh, batch, 2)
+        plan = packed(run.config, mesh, batch, 2)
         assert bool(plan) == packs and (not packs or plan["bins"] <= 4)
         rows = np.arange(32, dtype=np.int32)
         traced = update.function.lower(state, batch, rows, fresh=False, **plan).compile()
@@ -48,15 +48,15 @@ def test_a_step_on_a_mesh_is_that_of_rows_one_by_one_in_fewer_bytes():
 
 
 def test_a_plan_counts_the_longest_completions():
-    config, mesh = tiny.config(SMALL | {"training.packing": True}), make_mesh(dict(data=1), jax.devices()[:1])
-    steps = trace.trace_run(config, mesh, trace.data_of(config)).steps
+    run, mesh = resolve(tiny.config(SMALL | {"training.packing": True}), 1), make_mesh(dict(data=1), jax.devices()[:1])
+    steps = trace.trace_run(run, mesh, trace.data_of(run)).steps
     assert [s.options.get("bins") for s in steps] == [None, 16, 16]
 
 
 def test_a_row_alone_is_refused():
     config = tiny.config(SMALL | {"training.packing": True, "training.microbatches": 32})
     with pytest.raises(ValueError, match="config.training.packing has no effect: each device has one row"):
-        validate(config, 1)
+        resolve(config, 1)
 
 
 @pytest.mark.slow

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from experiments import train_preference
-from jaxpo.config.checks import validate
 from jaxpo.config.command_line import parse
-from jaxpo.config.resolve import objective_of, protocol_name
-from jaxpo.runs import loop
+from jaxpo.config.resolve import resolve
+from jaxpo.runs import loop, train
 from jaxpo.runs.evaluation.pairs import START, tables
 from jaxpo.runs.restore import checkpoints_of, restore
 from jaxpo.runs.workspace import setup
@@ -103,7 +102,7 @@ def test_resuming_goes_on_in_the_same_epoch(dpo, tmp_path):
 
 
 def test_two_minibatches_are_two_steps_on_other_pairs(dpo):
-    steps = 4 * dpo.result.workspace.optimizer_steps()
+    steps = 4 * dpo.result.workspace.resolved.optimizer_steps
     assert int(dpo.result.workspace.objective.init().step) == 0 and steps == 8
 
 
@@ -127,7 +126,7 @@ def test_files_without_a_task(tmp_path):
     online = setup(
         tiny.config(QUICK | files | by)
     )  # the judge says what the objective asks: the prompts alone are read
-    assert online.preferences is None and len(online.train) == 9
+    assert online.preferences is None and len(online.questions.train) == 9
     with pytest.raises(ValueError, match="data are 'pair' rows, and this objective needs the fields truth"):
         setup(tiny.config(QUICK | files | {"objective": {"name": "opa_dpo"}, "protocol": {"name": "preference_data"}}))
     with pytest.raises(ValueError, match="has no 'win'"):
@@ -143,7 +142,7 @@ REFUSED = [
     (DPO | {"data": {"name": "task", "draft_prompt": "{draft}"}}, "draft_prompt has no effect"),
     ({"objective": {"name": "kto"}, "rollout.prompts": 1, "training.minibatches": 1}, "prompts must be at least 2"),
     ({"objective": {"name": "rationale_dpo"}}, "which a judge does not make"),
-    ({"objective": {"name": "dno"}, "protocol": {"name": "dno_prct"}}, "is a grade from 1 to 6"),
+    ({"objective": {"name": "dno", "variant": "prct"}, "protocol": {"name": "dno_prct"}}, "is a grade from 1 to 6"),
     (DPO | {"training.microbatches": 8}, "would cut units of 2 rows"),
     (DPO | {"soup.of": ("a",)}, "config.soup.of"),
     (DPO | {"sampling.max_new_tokens": 2}, "sampling.max_new_tokens, the limit, is 2"),
@@ -172,14 +171,14 @@ def test_the_alphabet_is_that_of_the_prompts_that_hold_answers_too():
 def test_soup_asks_for_the_runs_that_it_is_made_of():
     workspace = setup(tiny.config(QUICK | DPO | {"soup.of": ("absent", "absent")}))
     with pytest.raises(ValueError, match="'absent' is no run directory"):
-        loop.check_start(workspace)
+        train.check_start(workspace)
 
 
 def test_the_best_checkpoint_is_judged_by_what_there_is():
     best = {"checkpoint.every": 2, "checkpoint.keep_best": "eval/accuracy"}
-    loop.check_start(setup(tiny.config(QUICK | DPO | best)))
+    train.check_start(setup(tiny.config(QUICK | DPO | best)))
     with pytest.raises(ValueError, match="no held-out pairs"):
-        loop.check_start(setup(tiny.config(QUICK | best | {"objective": {"name": "reinforce"}})))
+        train.check_start(setup(tiny.config(QUICK | best | {"objective": {"name": "reinforce"}})))
 
 
 def test_the_command_refuses_objectives_of_single_answers(capsys):
@@ -236,7 +235,7 @@ def other(tmp_path_factory):
 
 
 def watched(path, changes):
-    """A run, and the states and slots that it had where it was saved."""
+    """A run, and the states and references that it had where it was saved."""
     seen, checkpoint_of = [], loop.checkpoint_of
 
     def recorded(run, seed):
@@ -244,13 +243,14 @@ def watched(path, changes):
         return checkpoint_of(run, seed)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "checkpoint_of", recorded)
+        for module in (train, loop):
+            patch.setattr(module, "checkpoint_of", recorded)
         return run(path, changes), seen
 
 
-def parts(slot, held):
-    """The policies that a slot holds."""
-    return list(held.values()) if slot == "pool" else [held["params"]] if slot == "center" else [held]
+def parts(name, held):
+    """The policies that a reference holds."""
+    return list(held.values()) if name == "pool" else [held["params"]] if name == "center" else [held]
 
 
 def lie_as(a, b):
@@ -262,7 +262,7 @@ def lie_as(a, b):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ON_MESHES)
 def test_a_mesh_does_not_change_the_result(name, tmp_path, dpo, other):
-    """Eight devices against one: the metrics, and every companion, which lies on the mesh as the policy does."""
+    """Eight devices against one: the metrics, and every reference, which lies on the mesh as the policy does."""
     changes = {"task.partial_credit": True, **ON_MESHES[name]}
     if name == "salsa":
         changes |= {"soup.of": (str(dpo.path), str(other.path)), "soup.alpha": 0.25}
@@ -274,13 +274,13 @@ def test_a_mesh_does_not_change_the_result(name, tmp_path, dpo, other):
         for line in (a, b):
             line.pop("preference/accuracy", None)  # at the start margins are 0 up to rounding, and so is their sign
         assert b == pytest.approx(a, abs=1e-4, rel=1e-4), a["step"]
-    first, *more = [part for slot, held in on_mesh[0][1].items() if slot != "soup" for part in parts(slot, held)] or [0]
+    first, *more = [part for of, held in on_mesh[0][1].items() if of != "soup" for part in parts(of, held)] or [0]
     assert all(x is y for part in more for x, y in zip(*map(jax.tree.leaves, (part, first)), strict=True))
-    for (_, alone), (state, slots) in zip(states, on_mesh, strict=True):
-        for slot, held in slots.items():
-            assert all(lie_as(part, state.params) for part in parts(slot, held)), slot
-            assert slot != "center" or lie_as(held["opt_state"], state.opt_state)
-            jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), alone[slot], held)
+    for (_, alone), (state, references) in zip(states, on_mesh, strict=True):
+        for of, held in references.items():
+            assert all(lie_as(part, state.params) for part in parts(of, held)), of
+            assert of != "center" or lie_as(held["opt_state"], state.opt_state)
+            jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), alone[of], held)
 
 
 def test_the_start_is_kept_in_the_checkpoint(dpo):
@@ -293,7 +293,6 @@ def test_the_start_is_kept_in_the_checkpoint(dpo):
     "name", ("dpo_reasoning_gym", "online_dpo_reasoning_gym", "nash_md_reasoning_gym", "reward_reasoning_gym")
 )
 def test_the_configs_that_are_offered_can_run(name):
-    config, _ = parse([f"--config={tiny.ROOT / 'configs' / name}.py"])
-    validate(config, 1)
+    run = resolve(parse([f"--config={tiny.ROOT / 'configs' / name}.py"])[0], 1)
     expected = {"dpo": "preference_data", "online": "judged", "nash": "nash_md", "reward": "preference_data"}
-    assert protocol_name(config, objective_of(config)) == expected[name.split("_")[0]]
+    assert run.protocol_name == expected[name.split("_")[0]]

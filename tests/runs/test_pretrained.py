@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from experiments import export, train_rl
 from jaxpo.config.fill import fill
-from jaxpo.config.resolve import transformer_of
+from jaxpo.config.resolved import transformer_of
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.hf import export as write_model
 from jaxpo.policy.hf import read_config

@@ -42,24 +42,24 @@ def resumed(finished, tmp_path_factory):
         parts[name] = part
         parts["lines"][name] = [tiny.untimed(directory / file) for file in ("metrics.jsonl", "samples.jsonl")]
 
-    save, iterate = Checkpoints.save, loop.iterate
+    save, iteration = Checkpoints.save, loop.timed_iteration
 
     def crash(self, step, *args):
         if step == 2:
             raise OSError("no space left on device")
         save(self, step, *args)
 
-    def terminated(session, run, key):
+    def terminated(session, run):
         if run.iteration == 2:
             signal.raise_signal(signal.SIGTERM)
-        return iterate(session, run, key)
+        return iteration(session, run)
 
     with patch.context() as p, pytest.raises(OSError, match="no space left"):
         p.setattr(Checkpoints, "save", crash)
         tiny.run(tiny.config(), directory)
     note("crashed", None)
     with patch.context() as p:
-        p.setattr(loop, "iterate", terminated)
+        p.setattr(loop, "timed_iteration", terminated)
         note("terminated", tiny.run(tiny.config(), directory, resume=True))
     note("ended", tiny.run(tiny.config(), directory, resume=True))
     note("again", tiny.run(tiny.config(), directory, resume=True))
@@ -68,7 +68,7 @@ def resumed(finished, tmp_path_factory):
 
 def test_parameters_optimizer_and_objective_are_the_same_bit_for_bit(finished, resumed):
     tiny.assert_same_params(resumed["ended"].result.params, finished.result.params)
-    for name in ("params", "opt_state", "objective", "slots"):
+    for name in ("params", "opt_state", "objective", "references"):
         ours, position = restore_params(resumed["ended"].path / "checkpoints", name=name)
         theirs, expected = restore_params(finished.path / "checkpoints", name=name)
         tiny.assert_same_params(ours, theirs)
@@ -124,14 +124,14 @@ def test_resume_starts_afresh_where_there_is_no_run(finished, tmp_path, exists):
 
 def test_sigterm_while_steps_are_skipped_loses_nothing(finished, tmp_path, monkeypatch):
     """What the run says it has saved is there."""
-    iterate = loop.iterate
+    iteration = loop.timed_iteration
 
     def terminated(*args):
-        run, metrics = iterate(*args)
+        run, metrics = iteration(*args)
         signal.raise_signal(signal.SIGTERM)
         return run, metrics | {"step/nonfinite": 1.0}
 
-    monkeypatch.setattr(loop, "iterate", terminated)
+    monkeypatch.setattr(loop, "timed_iteration", terminated)
     run = tiny.run(tiny.warm(finished, {"objective": {"name": "reinforce"}, "steps": 3}), tmp_path / "run")
     assert "stopped by SIGTERM after iteration 1, saved" in run.printed
     assert finished_steps(run.path / "checkpoints")[-1] == 1
@@ -262,7 +262,7 @@ def test_a_run_killed_20_times_ends_as_if_it_had_not_been(tmp_path):
     assert caught_in["any"] >= 7 and caught_in["writing"] >= 2, caught_in
     printed = end(start(killed, cache, "--resume"))
     assert "resumed at iteration" in printed
-    for name in ("params", "opt_state", "objective", "slots"):
+    for name in ("params", "opt_state", "objective", "references"):
         ours, position = restore_params(killed / "checkpoints", name=name)
         theirs, expected = restore_params(whole / "checkpoints", name=name)
         tiny.assert_same_params(ours, theirs)

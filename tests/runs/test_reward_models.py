@@ -9,7 +9,7 @@ import pytest
 from experiments import score_pairs
 from jaxpo.learning.needs import is_reward_model
 from jaxpo.objectives import make
-from jaxpo.runs import loop
+from jaxpo.runs import train
 from jaxpo.runs.evaluation.rewards import calibration
 from jaxpo.runs.judges import judge as judges
 from jaxpo.runs.restore import load_params, open_finished
@@ -156,7 +156,7 @@ def test_a_policys_run_is_no_judge(monkeypatch):
 def test_it_learns_from_data_alone():
     alone = setup(tiny.config(BRADLEY_TERRY | {"data": {"name": None}}), report=lambda _: None)
     with pytest.raises(ValueError, match="config.data.name is None: 'bradley_terry_rm' trains a reward model"):
-        loop.check_start(alone)
+        train.check_start(alone)
 
 
 def test_what_a_judge_cannot_be_is_said_before_anything_is_compiled(reward_model):

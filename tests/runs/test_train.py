@@ -13,7 +13,9 @@ import pytest
 from jaxpo import registry
 from jaxpo.learning.needs import references_of
 from jaxpo.objectives import make
+from jaxpo.objectives.grammar.base import asks_of
 from jaxpo.parallel import AXES
+from jaxpo.protocols.protocol import NothingLeft
 from jaxpo.registry import names
 from jaxpo.runs import loop, restore
 from jaxpo.runs.gatherer import prompt_order
@@ -318,13 +320,13 @@ def test_steps_that_are_not_finite_are_skipped_and_stop_the_run(finished, tmp_pa
 
 def test_patience_counts_steps_in_a_row(finished, tmp_path, monkeypatch):
     """One of two optimizer steps of every iteration is skipped: never two in a row for certain."""
-    iterate = loop.iterate
+    iteration = loop.timed_iteration
 
     def half_skipped(*args):
-        run, metrics = iterate(*args)
+        run, metrics = iteration(*args)
         return run, metrics | {"step/nonfinite": 1.0}
 
-    monkeypatch.setattr(loop, "iterate", half_skipped)
+    monkeypatch.setattr(loop, "timed_iteration", half_skipped)
     config = {"objective": {"name": "reinforce"}, "training.epochs": 2, "steps": 4, "nonfinite_patience": 3}
     assert tiny.run(tiny.warm(finished, config), tmp_path / "run").result.iteration == 4
 
@@ -355,7 +357,7 @@ def test_dynamic_sampling_says_when_nothing_is_left(finished, tmp_path):
         finished, {"init_from": None, "objective": {"name": "dapo"}, "protocol": {"name": None, "max_batches": 1}}
     )
     with pytest.raises(
-        loop.NothingLeft,
+        NothingLeft,
         match=r"iteration 0: .*found \d of 8 groups.* in 1 batches.*config.protocol.max_batches.*checkpoints/0",
     ):
         tiny.run(config, tmp_path / "run")
@@ -364,7 +366,7 @@ def test_dynamic_sampling_says_when_nothing_is_left(finished, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     (
-        ({"objective": {"name": "mine"}}, "the objective needs logp_teacher; the training loop provides .*logp_ref"),
+        ({"objective": {"name": "mine"}}, "the objective needs logp_tutor .*; the training loop provides .*logp_ref"),
         ({"rollout.prompt_width": 1}, "config.rollout.prompt_width 1 is shorter than every training prompt"),
         (
             {"rollout.prompts": 7, "training.minibatches": 2},
@@ -381,7 +383,7 @@ def test_dynamic_sampling_says_when_nothing_is_left(finished, tmp_path):
     ),
 )
 def test_bad_configs_fail_before_anything_is_compiled_or_written(tmp_path, objective, change, message):
-    objective(lambda: make("reinforce")._replace(needs=frozenset({"reward", "logp_teacher"})))
+    objective(lambda: make("reinforce")._replace(asks=asks_of("reward", "logp_tutor")))
     with pytest.raises(ValueError, match=message) as error:
         tiny.run(tiny.config(change), tmp_path / "run")
     assert "\n" not in str(error.value)
@@ -391,6 +393,19 @@ def test_bad_configs_fail_before_anything_is_compiled_or_written(tmp_path, objec
 def test_a_used_directory_is_refused(finished):
     with pytest.raises(FileExistsError, match="is not empty; continue its run with --resume"):
         tiny.run(tiny.config(), finished.path)
+
+
+def test_one_start_builds_the_objective_once(finished, tmp_path, monkeypatch):
+    built, entry = [], registry.entry("grpo")
+
+    @functools.wraps(entry.factory)
+    def counted(*args, **hyperparameters):
+        built.append(hyperparameters)
+        return entry.factory(*args, **hyperparameters)
+
+    monkeypatch.setitem(registry._TABLE, ("objective", "grpo"), entry._replace(factory=counted))
+    tiny.run(tiny.warm(finished), tmp_path / "run")
+    assert len(built) == 1 and built[0]["beta"] == 0.04
 
 
 # ---- profile, signals -----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What an objective is (`Objective`), and how one is composed of terms.
+"""Defines `Objective`, and composes one of terms (`from_terms`).
 
 A loss is ``sum_k coef_k sum(weight_k * value_k)``: ``weigh`` fixes every weight once on the whole optimizer batch,
 ``loss`` only multiplies and adds. Losses of any split into slices therefore add up to the loss, exactly, whatever the
@@ -41,7 +41,7 @@ class State:
 
 
 class Asks(NamedTuple):
-    """What an objective, a term or a part asks for.
+    """Data that an objective, a term or a part asks for.
 
     needs: fields that the batch must have.
     wants: statistics of the policy under gradient.
@@ -81,7 +81,7 @@ def asks_of(*needs: str, wants: tuple[str, ...] = (), peeks: tuple[str, ...] = (
 
 
 class Hooks(NamedTuple):
-    """What an objective, a term or a part does beside its value.
+    """Functions that an objective, a term or a part runs beside its value.
 
     memory: its entries of ``State.memory`` at the start.
     prepare: (batch, state) -> (batch, state), once per rollout batch.
@@ -160,7 +160,7 @@ class Gathering(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """What is minimized: pure, jittable, vmappable functions.
+    """A loss to minimize, as pure, jittable, vmappable functions.
 
     init: () -> the state at the start.
     prepare: (batch, state) -> (batch, state), once per rollout batch, without gradient.
@@ -173,6 +173,10 @@ class Objective(NamedTuple):
     made_of: its parts by kind, where it is composed of parts.
     trains: for each term (and each array in ``Rollouts.weights``) the label of the parameters that it moves; a term
       that is not named moves the "policy".
+    beta: strength of the KL regularization, where a loss of pairs has one: an answer's implied reward is ``beta
+      sum_t (logp - logp_ref)``. None = the loss implies no such reward.
+    wins: (stats of K answers to one prompt) -> [K, K], the probability that the answer of a row beats that of a column,
+      if the objective trains a model of preferences without scores.
     """
 
     init: Callable[[], State]
@@ -185,6 +189,8 @@ class Objective(NamedTuple):
     protocol: Gathering = Gathering()
     made_of: Mapping[str, tuple[str, ...]] = NONE
     trains: Mapping[str, str] = NONE
+    beta: float | Array | None = None
+    wins: Callable[[TokenStats], Array] | None = None
 
 
 class Term(NamedTuple):
@@ -244,7 +250,7 @@ def linearized(term: Term, f: Callable[[Array], Array]) -> Term:
 
 
 class Plan(NamedTuple):
-    """What `from_terms` was given, checked and merged."""
+    """The arguments of `from_terms`, checked and merged."""
 
     terms: tuple[Term, ...]
     asks: Asks

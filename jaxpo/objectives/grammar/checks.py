@@ -34,9 +34,7 @@ def check_range(name: str, x: Array, allowed: tuple[float, float], batch: Rollou
     inside = np.isfinite(numbers) & (numbers >= low) & (numbers <= high)
     bad = np.argwhere(~inside & counted.reshape(*counted.shape, *[1] * (numbers.ndim - rows)))
     if len(bad):
-        value = numbers[tuple(bad[0])]
+        value, row = numbers[tuple(bad[0])], bad[0][rows - 1]
         if not np.isfinite(value):
-            raise ValueError(f"the {name} of row {bad[0][rows - 1]} is {value:g}: it must be a finite number")
-        raise ValueError(
-            f"a {name} of {value:g} is outside [{low:g}, {high:g}], {why}; it is in row {bad[0][rows - 1]}"
-        )
+            raise ValueError(f"the {name} of row {row} is {value:g}: it must be a finite number")
+        raise ValueError(f"a {name} of {value:g} is outside [{low:g}, {high:g}], {why}; it is in row {row}")

@@ -1,8 +1,12 @@
 """The kinds of part that a policy gradient is made of, and `reads`, which makes a part of a primitive.
 
-Every part has ``fn`` (its docstring says the arguments), ``asks``, ``hooks``, ``per`` (whether it has one value a
-"token" or a "row"; None = it does not matter, or is not known) and ``id``, its name in the registry. What is left are
-fields of its kind alone.
+Every part has five fields; the docstring of its kind describes the others.
+
+fn: computes it; the docstring of its kind gives the arguments.
+asks: data that it asks for.
+hooks: functions that it runs beside.
+per: whether it has one value a "token" or a "row"; None = it does not matter, or is not known.
+id: its name in the registry.
 """
 
 import inspect
@@ -23,7 +27,7 @@ KernelOptions = Callable[[Rollouts], Mapping[str, Any]]
 
 
 class Advantage(NamedTuple):
-    """What an answer is worth. ``fn(batch, state) -> [B] or [B, T]``; rows of count 0 are no members of its groups.
+    """The worth of an answer. ``fn(batch, state) -> [B] or [B, T]``; rows of count 0 are no members of its groups.
 
     current: (adv, stats, batch, state) -> adv, of one that follows the current policy, row by row (detached).
     tokens: (batch, state) -> [B, T] shares of tokens that stay in the denominators of the policy term.
@@ -39,7 +43,7 @@ class Advantage(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """How far the policy has moved. ``fn(stats, batch) -> log-ratio`` [B, T], or [B] when ``per`` is "row".
+    """The distance that the policy has moved. ``fn(stats, batch) -> log-ratio`` [B, T], or [B] when ``per`` is "row".
 
     kernel: batch -> options with which `jaxpo.kernels.policy_surrogate` computes the same; None = it cannot.
     """
@@ -56,7 +60,7 @@ OfSurrogate = Callable[[Array, Array, TokenStats, Rollouts, State], Array]
 
 
 class Surrogate(NamedTuple):
-    """What is differentiated. ``fn(log_ratio, adv, stats, batch, state) -> value`` of the shape of the log-ratio.
+    """The loss of a token or a row. ``fn(log_ratio, adv, stats, batch, state) -> value`` of the shape of the log-ratio.
 
     clipped: of ``fn``'s arguments -> the tokens (or rows) that lose their gradient.
     kernel: batch -> options with which `jaxpo.kernels.policy_surrogate` computes the same; None = it cannot.
@@ -96,7 +100,7 @@ class Regularizer(NamedTuple):
 
 
 class Filter(NamedTuple):
-    """Which rows are trained on. ``fn(batch, state) -> [B]`` share of each row to keep; 0 leaves every denominator.
+    """A choice of rows to train on. ``fn(batch, state) -> [B]`` share of each row to keep; 0 leaves every denominator.
 
     sees_advantage: it comes after the advantage (``batch.adv``), which is not computed anew; ``fn`` may then give
       shares of tokens [B, T] (``per`` "token"), which leave the denominators of the policy term.

@@ -37,7 +37,8 @@ Rows = Callable[[Rollouts, State], Array]
 class Parts(NamedTuple):
     """The parts of one policy gradient, sorted by when they act.
 
-    filters: before the advantage. selections: filters that see it.
+    filters: choose rows before the advantage.
+    selections: filters that see the advantage.
     rows: members of the policy term and of the advantage's statistics; None = all.
     """
 

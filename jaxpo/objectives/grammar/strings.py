@@ -4,6 +4,7 @@ import ast
 from typing import Any
 
 from jaxpo.arguments import Whole
+from jaxpo.calls import call_of
 from jaxpo.objectives.grammar.base import Objective
 from jaxpo.objectives.grammar.parts import Part
 from jaxpo.objectives.grammar.policy_gradient import policy_gradient
@@ -103,15 +104,11 @@ def _number(node: ast.expr, text: str) -> float:
 def _build(kind: str, node: ast.expr, facts: tuple[int | None, int | None]) -> Any:
     """The part that ``name`` or ``name(option=literal, ...)`` asks for; options that follow the run are taken from
     it."""
-    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-    if not isinstance(call.func, ast.Name) or call.args or any(k.arg is None for k in call.keywords):
-        raise ValueError(f"{kind} {ast.unparse(node)!r}: write a name, or name(option=value) with every option named")
-    name = call.func.id
-    row = entry(name, kind)
     try:
-        given = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+        name, given = call_of(node)
     except ValueError as error:
-        raise ValueError(f"{kind} {ast.unparse(node)!r}: options are plain values") from error
+        raise ValueError(f"{kind} {error}") from error
+    row = entry(name, kind)
     given = {**row.of_run(*facts, given), **given}
     check_arguments(f"{kind} {name!r}", given, row.parameters)
     return aggregation_of(name, **given) if kind == "aggregation" else make(name, kind, **given)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxpo.arguments import AboveOne, NonNegative, Positive, PositiveOrInfinite, Share, Threshold, unused, when
+from jaxpo.arguments import AboveOne, NonNegative, Positive, PositiveOrInfinite, Share, Threshold, when
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.fields import role_id
 from jaxpo.objectives.grammar.base import Hooks, State, per_token
@@ -14,8 +14,6 @@ from jaxpo.objectives.grammar.parts import Surrogate, asks_of, reads
 from jaxpo.primitives import ratios, selection, surrogates, token_advantages
 from jaxpo.primitives.numerics import promote
 from jaxpo.registry import register
-
-__all__ = ["unused"]  # for jaxpo.protocols.segments, until it takes it from jaxpo.arguments
 
 PEEK = asks_of(peeks=("logp",))
 
@@ -70,8 +68,8 @@ def shaped_probability(gamma: Positive | None = 0.1) -> Surrogate:
 def by_role(own: Surrogate, **others: Surrogate) -> Surrogate:
     """Another surrogate for the rows of some roles: ``by_role(clipped(), expert=shaped_probability())``.
 
-    Rows of a role that is not named take ``own``; it sees a log-ratio of 0 at the others. What is clipped is reported
-    of its rows alone.
+    Rows of a role that is not named take ``own``, which sees a log-ratio of 0 at the other rows; only its rows are
+    reported as clipped.
 
     Raises:
       ValueError: a role that does not exist, no role at all, or surrogates of tokens and of rows together."""

@@ -81,8 +81,9 @@ def held_out(workspace: Workspace, run: Run) -> dict[str, float]:
     ``eval/accuracy``, ``eval/margin``: of the objective's own margin. ``eval/logp_<role>``, ``eval/drift_<role>``: mean
     log-prob of the answers, and its change. ``eval/reward_accuracy``: share of pairs whose chosen answer has gained
     more; ``eval/ranking_accuracy``: share whose chosen answer is more likely; ``eval/idealized_accuracy``: the share
-    that the optimum of DPO with the objective's beta would rank right (arXiv:2405.19534). ``eval/kl``: mean of
-    ``logp - logp_ref`` over whole answers of the policy's own, if there is a reference.
+    that the optimum of DPO with the objective's beta would rank right (arXiv:2405.19534), if it has one
+    (`Objective.beta`). ``eval/kl``: mean of ``logp - logp_ref`` over whole answers of the policy's own, if there is a
+    reference.
     """
     out = measured(workspace, run) if measurable(workspace) else {}
     return out | ranked(workspace, run) | implicit_kl(workspace, run) if START in run.tables else out
@@ -121,14 +122,14 @@ def ranked(workspace: Workspace, run: Run) -> dict[str, float]:
     now, start, layout = sums(workspace, run.state.params), run.tables[START], workspace.preferences.form.layout
     w, l = (layout.index(role) for role in PAIR)  # noqa: E741
     pref_prob = [entry[w].numbers.get("pref_prob", LABELS_ONLY) for entry in workspace.preferences.test]
-    hyperparameters = workspace.config.objective
-    beta = hyperparameters.get("beta") or hyperparameters.get("tau") or hyperparameters.get("eta") or 0.1
     values = {
         "ranking_accuracy": diagnostics.ranking_accuracy(now[:, w], now[:, l]),
         "reward_accuracy": diagnostics.reward_accuracy(now[:, w] - start[:, w], now[:, l] - start[:, l]),
-        "idealized_accuracy": diagnostics.idealized_accuracy(start[:, w], start[:, l], np.asarray(pref_prob), beta),
         "difficulty": diagnostics.difficulty(start[:, w], start[:, l]),
     }
+    if (beta := workspace.objective.beta) is not None:
+        ideal = diagnostics.idealized_accuracy(start[:, w], start[:, l], np.asarray(pref_prob), beta)
+        values["idealized_accuracy"] = ideal
     for role, at in zip(PAIR, (w, l), strict=True):
         values |= {f"logp_{role}": now[:, at], f"drift_{role}": now[:, at] - start[:, at]}
     return {f"eval/{name}": float(np.mean(np.asarray(x))) for name, x in values.items()}

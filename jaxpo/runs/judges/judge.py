@@ -9,16 +9,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from jaxpo.batch import Rollouts, TokenStats, from_sequences, pad
 from jaxpo.config.resolved import made
 from jaxpo.learning.needs import JUDGING, is_reward_model
 from jaxpo.parallel.distributed import to_host
 from jaxpo.policy.transformer import Params
-from jaxpo.primitives import preference_data, preferences
+from jaxpo.primitives import preference_data
 from jaxpo.protocols.gatherer import Verdict
 from jaxpo.registry import make, register
 from jaxpo.runs.judges import follow_ups
@@ -232,7 +230,8 @@ def of_stats(workspace: Workspace, stats: TokenStats, shape: tuple[int, int], sc
         score = np.asarray(stats.score, np.float64).reshape(shape)
         score = 1 / (1 + np.exp(-score)) if "label" in workspace.objective.asks.needs else score
         return of_scores(score, 1.0 if scale is None else scale)
-    return of_wins(np.asarray(preferred(stats, shape, workspace.config.objective)))
+    by_prompt = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), stats)
+    return of_wins(np.asarray(jax.vmap(workspace.objective.wins)(by_prompt)))
 
 
 def rows_of(workspace: Workspace, examples: Sequence[Example], answers: Answers) -> Rollouts:
@@ -248,13 +247,3 @@ def rows_of(workspace: Workspace, examples: Sequence[Example], answers: Answers)
     prompts = [q for q, row in zip(questions, answers, strict=True) for _ in row]
     p, t = (-(-max(map(len, x)) // STEP) * STEP for x in (prompts, texts))
     return from_sequences(prompts, texts, prompt_width=p, width=t, pad_id=tokenizer.pad_id)
-
-
-def preferred(stats: TokenStats, shape: tuple[int, int], hyperparameters: object) -> Array:
-    """[G, K, K] ``sig(s/tau)`` of the preference scores of all pairs of embeddings."""
-    v = stats.embed.reshape(*shape, -1)
-    v = preferences.unit_length(v) if hyperparameters.normalize else v
-    k = v.shape[-1] // 2
-    gate = stats.gate.reshape(*shape, -1)[:, :, None] if hyperparameters.gate else None
-    scale = jnp.ones(k) if gate is None else k * jax.nn.softmax(gate)
-    return jax.nn.sigmoid(preferences.skew_score(v[:, :, None], v[:, None, :], scale) / hyperparameters.tau)

@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxpo.arguments import Whole, check
 from jaxpo.fields import EDITS
 from jaxpo.registry import check_arguments, unknown
-from jaxpo.tasks.base import Task, check_sizes, locate
+from jaxpo.tasks.base import Task, locate
 from jaxpo.tasks.preferences.records import BadRow, Prompt, Row, row_of
 
 BAD = ("error", "drop")
@@ -218,10 +219,8 @@ def from_records(
 ) -> PreferenceSet:
     """A preference set of records with where they are from: rows to train on, and perhaps rows that are held out."""
     sieve, kind, parts = Sieve(bad), None, []
-    if test_size is not None:
-        if len(sources) > 1:
-            raise ValueError("give held-out rows or test_size, not both")
-        check_sizes(test_size=test_size)
+    if check("test_size", test_size, Whole | None) is not None and len(sources) > 1:
+        raise ValueError("give held-out rows or test_size, not both")
     for source in sources:
         rows: list[Row] = []
         for where, record in source:

@@ -3,8 +3,9 @@
 import random
 from collections.abc import Iterator, Sequence
 
+from jaxpo.arguments import Share, Whole, check
 from jaxpo.fields import PAIR
-from jaxpo.tasks.base import Example, Task, check_sizes
+from jaxpo.tasks.base import Example, Task
 from jaxpo.tasks.preferences.records import Answer, Row
 from jaxpo.tasks.preferences.sets import PreferenceSet, Sieve, finish, templates
 
@@ -39,11 +40,9 @@ def verified_pairs(
     """
     if task.demonstrate is None:
         raise ValueError(f"task {task.name} has no answers to prefer")
-    if isinstance(flipped, bool) or not isinstance(flipped, int | float) or not 0 <= flipped <= 1:
-        raise ValueError(f"flipped is a share of pairs in [0, 1], not {flipped!r}")
-    for name, number in (("size", size), ("test_size", test_size)):
-        if number is not None:
-            check_sizes(**{name: number})
+    check("flipped", flipped, Share)
+    check("size", size, Whole | None)
+    check("test_size", test_size, Whole | None)
     train = pairs(task, task.train[:size], seed, "train")
     test = pairs(task, task.test[:test_size], seed, "test")
     wrong = set(random.Random(f"{seed}:flipped").sample(range(len(train)), round(flipped * len(train))))

@@ -13,7 +13,7 @@ PLAIN = [
     ("gtpo", dict(entropy_threshold=5.0, adv_eps=1e-2)),
     ("hapo", dict(max_len=5, buffer=3)),
     ("hapo", dict(max_len=5, buffer=3, sign="official", rho=0.5, redistribution=0.4, clip_strength=0.7)),
-    ("hapo", dict(max_len=5, buffer=3, penalty=0.0, guard=1.2, dual_clip=2.0, singleton="raw", adv_eps=0.1)),
+    ("hapo", dict(penalty=0.0, guard=1.2, dual_clip=2.0, singleton="raw", adv_eps=0.1)),
     ("kl_cov", {}),
     ("kl_cov", dict(ratio=0.1, coef=0.5, adv_eps=1e-3, singleton="raw", log_ratio_clip=5.0)),
     ("lp_reg", dict(rho=0.2)),

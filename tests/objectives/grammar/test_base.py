@@ -8,9 +8,9 @@ import pytest
 from jaxpo.batch import MissingField, Rollouts, TokenStats, complete
 from jaxpo.learning.step import accumulate, score
 from jaxpo.metrics import results
-from jaxpo.objectives import Term, evaluate, from_terms, linearized, make, policy_gradient, preference
+from jaxpo.objectives import Hooks, Term, asks_of, evaluate, from_terms, linearized, make, policy_gradient, preference
 from jaxpo.objectives.grammar.base import is_off
-from jaxpo.objectives.grammar.parts import Part
+from jaxpo.objectives.grammar.parts import Advantage, Filter, Shaping
 from jaxpo.primitives import aggregation
 
 B, T = 8, 5
@@ -130,8 +130,8 @@ def test_from_terms_refuses_a_value_of_the_other_kind(term, message):
 
 
 def test_from_terms_takes_a_coef_that_is_a_function_of_the_state_and_gives_it_a_gradient():
-    term = Term("nll", nll, coef=lambda state: state.memory * (state.iteration + 2))
-    scheduled = from_terms([term], memory=jnp.float32(3))
+    term = Term("nll", nll, coef=lambda state: state.memory["mu"] * (state.iteration + 2))
+    scheduled = from_terms([term], hooks=Hooks(memory={"mu": jnp.float32(3)}))
     plain = evaluate(from_terms([Term("nll", nll)]), lambda _: TokenStats(logp=LOGP), rollouts())[0]
     assert_close(evaluate(scheduled, lambda _: TokenStats(logp=LOGP), rollouts())[0], 6 * plain)
 
@@ -162,7 +162,7 @@ def test_is_off_is_a_python_zero(coef, off):
 
 def test_grpo_with_beta_of_a_python_zero_has_neither_the_term_nor_its_need():
     with_kl, without = make("grpo"), make("grpo", beta=0)
-    assert "logp_ref" in with_kl.needs and "logp_ref" not in without.needs
+    assert "logp_ref" in with_kl.asks.needs and "logp_ref" not in without.asks.needs
     bare = rollouts(logp_ref=None)
     assert "loss/kl_ref" not in value_and_grad(without, bare)[2]
     with pytest.raises(MissingField, match="no 'logp_ref'"):
@@ -248,7 +248,7 @@ def test_from_terms_lets_weigh_see_the_peek():
     def bounded(stats, batch, state):
         return -jnp.minimum(stats.logp, batch.per_row["bound"][:, None])
 
-    objective = from_terms([Term("nll", bounded)], weigh=bound, peeks=["logp"])
+    objective = from_terms([Term("nll", bounded)], asks=asks_of(peeks=("logp",)), hooks=Hooks(weigh=bound))
     highest = jnp.max(jnp.where(MASK > 0, LOGP, -jnp.inf)) - 1
     value, grad, _ = value_and_grad(objective, rollouts())
     assert_close(value, jnp.sum(-jnp.minimum(LOGP, highest) * MASK) / MASK.sum())
@@ -300,7 +300,9 @@ def test_evaluate_goes_on_from_a_state():
 
 
 def test_evaluate_asks_for_what_is_needed_by_name():
-    with pytest.raises(MissingField, match="the batch has no 'group', which this objective needs; it has: .*mask"):
+    with pytest.raises(
+        MissingField, match="the batch has no 'group', which this objective needs: .*The batch has: .*mask"
+    ):
         evaluate(make("grpo", beta=0), lambda _: TokenStats(logp=LOGP), Rollouts(mask=MASK))
 
 
@@ -319,12 +321,12 @@ def test_policy_gradient_filters_before_it_shapes_and_takes_advantages_after():
         return batch.reward
 
     objective = policy_gradient(
-        advantage=Part(advantage, frozenset({"reward"})),
+        advantage=Advantage(advantage, asks_of("reward")),
         ratio=make("token", "ratio"),
         surrogate=make("log_prob", "surrogate"),
         aggregate=aggregation.seq_mean,
-        filters=[Part(keep)],
-        shaping=[Part(lambda b, s: b.reward * 10), Part(lambda b, s: b.reward + 1)],
+        filters=[Filter(keep)],
+        shaping=[Shaping(lambda b, s: b.reward * 10), Shaping(lambda b, s: b.reward + 1)],
     )
     batch, _ = objective.prepare(rollouts(), objective.init())
     np.testing.assert_array_equal(seen[0], np.arange(B))
@@ -347,7 +349,7 @@ def test_a_row_that_does_not_count_cannot_poison_the_gradient(name, field):
 
 def test_policy_gradient_of_a_ratio_per_sequence_refuses_an_advantage_per_token():
     objective = policy_gradient(
-        advantage=Part(lambda batch, state: jnp.ones((B, T))),
+        advantage=Advantage(lambda batch, state: jnp.ones((B, T))),
         ratio=make("sequence", "ratio"),
         surrogate=make("clipped", "surrogate"),
         aggregate=aggregation.seq_mean,
@@ -387,6 +389,15 @@ def test_preference_is_dpo(reference, normalize):
     assert 0 <= float(report["preference/accuracy"]) <= 1
 
 
+def test_preference_states_its_beta():
+    """Where an answer's implied reward is ``beta sum_t (logp - logp_ref)``."""
+    assert preference(log_sigmoid_loss, beta=0.4).beta == 0.4
+    for other in (dict(beta=None), dict(reference=None), dict(reference="prev"), dict(normalize_length=True)):
+        assert preference(log_sigmoid_loss, **{"beta": 0.4, **other}).beta is None
+    plain, one = preference(log_sigmoid_loss), preference(log_sigmoid_loss, beta=1.0)
+    assert_close(value_and_grad(plain, pairs())[:2], value_and_grad(one, pairs())[:2])
+
+
 def test_preference_metrics_are_told_apart_by_role():
     report = value_and_grad(preference(log_sigmoid_loss, beta=0.4), pairs())[2]
     row = (LOGP * MASK).sum(-1)
@@ -397,7 +408,7 @@ def test_preference_refuses_another_layout():
     objective = preference(log_sigmoid_loss, beta=0.4)
     with pytest.raises(ValueError, match=r"Rollouts.layout is \(\); .*needs units of rows \('chosen', 'rejected'\)"):
         value_and_grad(objective, rollouts(role=jnp.zeros(B, jnp.int32)))
-    with pytest.raises(ValueError, match="Rollouts.layout is .*'rejected', 'chosen'"):
+    with pytest.raises(ValueError, match="Rollouts.layout .*'rejected', 'chosen'"):
         value_and_grad(objective, pairs().replace(layout=PAIR[::-1]))
 
 
@@ -412,16 +423,16 @@ def test_preference_asks_for_roles():
 
 def test_from_terms_counts_iterations_and_steps():
     def count(state, batch, report):
-        return state.replace(memory=state.memory + 1)
+        return state.replace(memory={"seen": state.memory["seen"] + 1})
 
-    objective = from_terms([Term("nll", nll)], update=count, memory=jnp.int32(0))
+    objective = from_terms([Term("nll", nll)], hooks=Hooks(memory={"seen": jnp.int32(0)}, update=count))
     state = objective.init()
     assert (int(state.iteration), int(state.step)) == (-1, 0)
     for i in range(2):
         batch, state = objective.prepare(rollouts(), state)
         for _ in range(3):
             state = objective.update(state, batch, {})
-        assert (int(state.iteration), int(state.step), int(state.memory)) == (i, 3 * (i + 1), 3 * (i + 1))
+        assert (int(state.iteration), int(state.step), int(state.memory["seen"])) == (i, 3 * (i + 1), 3 * (i + 1))
 
 
 def test_from_terms_completes_the_batch_in_prepare():

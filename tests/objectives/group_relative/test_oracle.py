@@ -25,7 +25,7 @@ BY_CASE = [
     ("dr_grpo", dict(L_const=WIDTH)),
     ("dr_grpo", dict(L_const=32, eps_low=0.1, eps_high=0.3, singleton="raw", log_ratio_clip=5.0)),
     ("dapo", dict(max_len=5, buffer=3)),
-    ("dapo", dict(max_len=5, buffer=3, penalty=0.0)),
+    ("dapo", dict(penalty=0.0)),
     ("dapo", dict(max_len=4, buffer=4, penalty=0.5, dual_clip=10.0, singleton="raw", eps_high=0.4, log_ratio_clip=5.0)),
 ]
 PLAIN = [

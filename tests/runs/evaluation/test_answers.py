@@ -11,9 +11,10 @@ from ml_collections import ConfigDict
 
 from jaxpo.batch import Rollouts
 from jaxpo.parallel import make_mesh
+from jaxpo.protocols.gatherer import Prompts
 from jaxpo.rollout import SamplingOptions
 from jaxpo.runs.evaluation import answers
-from jaxpo.runs.workspace import Prompts
+from jaxpo.runs.questions import Questions
 from jaxpo.tasks import Example, Score
 
 
@@ -64,12 +65,19 @@ def test_an_interval_of_equal_values_is_not_certainty():
         assert abs(interval[others] - value) > 0.1
 
 
-# ---- on a policy that repeats the prompt ----------------------------------------------------------------------------
+# ---- on a policy that numbers its answers ----------------------------------------------------------------------------
+
+
+class Numbered(Questions):
+    """Completions read as "prompt response"."""
+
+    def texts(self, rollouts):
+        return [f"{i} {j}" for i, j in np.asarray(rollouts.tokens)]
 
 
 @pytest.fixture
 def workspace():
-    """13 prompts "0".."12" of one token; the policy repeats the prompt, response j of prompt i is right when j < i % 5.
+    """13 prompts "0".."12" of one token; response j of prompt i is the token j, and right when j < i % 5.
     ``calls``: what was asked of the sampler and of the verifier."""
     calls, mesh = (
         types.SimpleNamespace(options=[], rows=[], scored=[]),
@@ -79,11 +87,8 @@ def workspace():
     def generate(params, tokens, length, key, options, responses):
         calls.options.append(options)
         calls.rows.append(len(tokens))
-        tokens, truncated = np.repeat(tokens, responses, 0), np.tile(np.arange(responses), len(tokens))
-        return Rollouts(tokens=np.concatenate([tokens, tokens], 1), mask=np.ones(tokens.shape), truncated=truncated)
-
-    def texts(rollouts):
-        return [f"{i} {j}" for i, j in zip(np.asarray(rollouts.tokens)[:, 0], rollouts.truncated, strict=True)]
+        prompts, response = np.repeat(tokens, responses, 0), np.tile(np.arange(responses), len(tokens))
+        return Rollouts(tokens=np.concatenate([prompts, response[:, None]], 1), mask=np.ones(prompts.shape))
 
     def score(examples, texts):
         calls.scored += zip([e.index for e in examples], texts, strict=True)
@@ -93,14 +98,14 @@ def workspace():
         return [Score(float(r), r, None if i else "broken verifier") for r, (i, _) in zip(right, pairs, strict=True)]
 
     config = ConfigDict(dict(rollout=dict(prompts=4, responses=2, mesh={})))
+    task = types.SimpleNamespace(score=score)
     return types.SimpleNamespace(
-        sampler_params=lambda params: params,
+        programs=types.SimpleNamespace(generate=generate, sampler_params=lambda params: params),
         config=config,
         mesh=mesh,
-        generate=generate,
         put=lambda x: x,
-        texts=texts,
-        task=types.SimpleNamespace(score=score),
+        questions=Numbered(task, None, None, None, 1),
+        task=task,
         sampling=SamplingOptions(1, temperature=0.7, top_k=3, top_p=0.9, min_p=0.1),
         calls=calls,
     )

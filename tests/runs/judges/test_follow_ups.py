@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpo.runs.judges import follow_ups, judge
+from jaxpo.registry import make
+from jaxpo.runs.judges import follow_ups
 from jaxpo.runs.workspace import setup
 from tests.runs import tiny
 
@@ -49,10 +50,11 @@ def test_the_reward_is_a_mean_of_means(scored):
 def test_it_is_a_judge(scored, tmp_path):
     workspace, scorer, _ = scored
     (tmp_path / "f.json").write_text(json.dumps(FILE))
-    own = {"judge": {"name": "follow_ups", "path": "somewhere", "file": str(tmp_path / "f.json"), "between": "="}}
-    of_run = setup(tiny.config({"objective": {"name": "kto"}, "evaluation.pass_at": (), **own}))
+    own = {"path": "somewhere", "file": str(tmp_path / "f.json"), "between": "="}
+    changes = {"objective": {"name": "kto"}, "evaluation.pass_at": (), "judge": {"name": "follow_ups", **own}}
+    of_run = setup(tiny.config(changes))
     examples, answers = workspace.task.test[:1], [["12", "3", "0"]]
-    verdict = judge.opinion_of(of_run)(examples, answers)
+    verdict = make("follow_ups", "judge", **own)(of_run)(examples, answers)
     np.testing.assert_allclose(verdict.scores, scorer(FILE)(examples, answers), atol=1e-6)
     assert verdict.wins[0, 0, 1] == (verdict.scores[0, 0] > verdict.scores[0, 1])
 
