@@ -67,6 +67,11 @@ class Compared(NamedTuple):
 Statistic = Callable[[Array, Array], Array] | Compared
 
 
+def compared(derived: Mapping[str, Statistic], wants: Collection[str]) -> set[str]:
+    """Names of the models that the statistics in ``wants`` compare the policy with."""
+    return {f.other for name, f in derived.items() if name in wants and isinstance(f, Compared)}
+
+
 def from_logits(statistic: Statistic, logits: Array, tokens: Array, others: Mapping[str, Array]) -> Array:
     """[n]: a statistic of logits [n, V] and tokens [n]; ``others``: logits [n, V'] of other models by name."""
     if not isinstance(statistic, Compared):

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from jaxpo.batch import MissingField, Rollouts
+from jaxpo.batch import MissingField, Rollouts, compared
 from jaxpo.fields import EDITS, GIVEN, LOOP, PAIR, VECTORS, WEIGHTS, missing
 from jaxpo.learning.references import SCORED
 from jaxpo.objectives import Objective, State
-from jaxpo.policy import heads, stats
+from jaxpo.policy import heads
 from jaxpo.registry import unknown
 
 JUDGING = frozenset({"score", "embed", "gate"})  # what a reward or preference model says of a whole answer
@@ -86,7 +86,7 @@ def compared_of(objective: Objective) -> frozenset[str]:
     Raises:
       ValueError: a name that is no reference of its own model."""
     asks, models = objective.asks, [name for name, reference in SCORED.items() if reference.model]
-    named = stats.compared(asks.derived, asks.wants | asks.peeks | derived_needs(objective))
+    named = compared(asks.derived, asks.wants | asks.peeks | derived_needs(objective))
     if wrong := sorted(named.difference(models)):
         raise ValueError(f"a statistic of two models: {unknown('other model', wrong[0], models)}")
     return frozenset(named)
@@ -94,10 +94,8 @@ def compared_of(objective: Objective) -> frozenset[str]:
 
 def models_of(objective: Objective) -> list[str]:
     """The references of the objective that are models of their own, not copies of the policy."""
-    compared = compared_of(objective)
-    return [
-        name for name, r in SCORED.items() if r.model and (name in compared or f"logp_{name}" in objective.asks.needs)
-    ]
+    known = compared_of(objective)
+    return [name for name, r in SCORED.items() if r.model and (name in known or f"logp_{name}" in objective.asks.needs)]
 
 
 def must_score(objective: Objective, batch: Rollouts, state: State) -> bool:

@@ -13,7 +13,7 @@ from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxpo.batch import Rollouts, TokenStats, take
+from jaxpo.batch import Rollouts, TokenStats, compared, take
 from jaxpo.learning.compiled import Compiled
 from jaxpo.learning.needs import JUDGING, compared_of, derived_needs
 from jaxpo.learning.optimizers import by_label, make_optimizer
@@ -221,7 +221,7 @@ def asked_of_old(objective: Objective, batch: Rollouts) -> frozenset[str]:
     not scored, as where a protocol asks for log-probs alone."""
 
     def there(name: str) -> bool:
-        return all(stats.hidden_field(n) in batch.per_token for n in stats.compared(objective.asks.derived, [name]))
+        return all(stats.hidden_field(n) in batch.per_token for n in compared(objective.asks.derived, [name]))
 
     return frozenset(filter(there, derived_needs(objective)))
 

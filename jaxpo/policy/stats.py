@@ -1,7 +1,7 @@
 """What the policy says of a batch: hidden states of the completion positions, reduced to `TokenStats`."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from jaxpo.batch import Compared, Rollouts, Statistic, TokenStats, from_logits
+from jaxpo.batch import Rollouts, Statistic, TokenStats, compared, from_logits
 from jaxpo.kernels import token_logprob
 from jaxpo.parallel import POSITIONS, ROWS, batch_shards, by_row, by_token, constrain
 from jaxpo.policy import heads
@@ -43,11 +43,6 @@ def head_of(other: Other) -> Other:
 def hidden_field(name: str) -> str:
     """The field of a batch, in ``per_token``, that holds the hidden states [B, T, D'] of the model ``name``."""
     return f"hidden_{name}"
-
-
-def compared(derived: Mapping[str, Statistic], wants: Collection[str]) -> set[str]:
-    """Names of the models that the statistics in ``wants`` compare the policy with."""
-    return {f.other for name, f in derived.items() if name in wants and isinstance(f, Compared)}
 
 
 def completion_hidden(
