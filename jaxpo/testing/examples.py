@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxpo.batch import Rollouts, TokenStats, complete
+from jaxpo.batch import Compared, Rollouts, TokenStats, complete, from_logits
 from jaxpo.fields import FIELDS, role_id
 from jaxpo.objectives import Objective
 
@@ -106,6 +106,12 @@ def allowed(objective: Objective, reward: Array) -> Array:
     return low + (high - low) / (1 + np.exp(-np.asarray(reward)))
 
 
+def others_logits(before: Array) -> Array:
+    """[..., V]: what a frozen model beside the policy says of a token, given the one before it."""
+    table = np.random.default_rng(2).normal(size=(VOCABULARY, VOCABULARY))
+    return jnp.asarray(3 * table, jnp.float32)[before]
+
+
 def bigram(objective: Objective, wants: frozenset[str], params: dict[str, Array], batch: Rollouts) -> TokenStats:
     """A policy of two small tables: logits of a token given the one before it. Gives the statistics in ``wants``, also
     those that the objective derives from logits."""
@@ -122,6 +128,7 @@ def bigram(objective: Objective, wants: frozenset[str], params: dict[str, Array]
         "embed": jnp.sum(logits * (batch.mask > 0)[..., None], 1)[:, :4],
         "gate": logits[:, 0, :2],
     }
-    flat = logits.reshape(-1, VOCABULARY), batch.completions.reshape(-1)
-    derived = {n: f(*flat).reshape(batch.mask.shape) for n, f in objective.asks.derived.items() if n in wants}
+    flat, asked = (logits.reshape(-1, VOCABULARY), batch.completions.reshape(-1)), objective.asks.derived
+    others = {f.other: others_logits(before).reshape(flat[0].shape) for f in asked.values() if isinstance(f, Compared)}
+    derived = {n: from_logits(f, *flat, others).reshape(batch.mask.shape) for n, f in asked.items() if n in wants}
     return TokenStats(**{name: said[name] for name in wants - set(derived)}, derived=derived)
