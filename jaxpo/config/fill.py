@@ -73,7 +73,9 @@ def fill_block(config: ConfigDict, path: str) -> None:
         if field not in own and field not in parameters and not variadic:
             raise ValueError(unknown(f"field of config.{path} ({block.name})", field, [*own, *parameters]))
     row = registry.entry(block.name) if path == "objective" else None
-    of_run = row.of_run(config.sampling.max_new_tokens, config.steps) if row else {}
+    of_run = (
+        row.of_run(config.sampling.max_new_tokens, config.steps, arguments_of(block, row.parameters)) if row else {}
+    )
     for name, parameter in parameters.items():
         if name in of_run and block.get(name) is None:
             block[name] = of_run[name]

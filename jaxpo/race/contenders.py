@@ -26,7 +26,7 @@ class Contender(NamedTuple):
 
 def fill(name: str, given: Mapping[str, Any], steps: int, max_new_tokens: int) -> dict[str, Any]:
     """``given``, and the hyperparameters that are a share of a run's budget."""
-    return {**registry.entry(name).of_run(max_new_tokens, steps), **given}
+    return {**registry.entry(name).of_run(max_new_tokens, steps, given), **given}
 
 
 def with_protocol(protocol: str | None, objective: Objective) -> Objective:

@@ -150,7 +150,7 @@ def case(objective: Subject, batch: Rollouts | None = None, /, **hyperparameters
     row = next((r for r in rows if objective in (r.id, r.factory)), None)
     name, factory = (row.id, row.factory) if row else (objective.__name__, objective)
     if row:
-        hyperparameters = {**row.of_run(WIDTH, 10), **hyperparameters}
+        hyperparameters = {**row.of_run(WIDTH, 10, hyperparameters), **hyperparameters}
     registry.check_arguments(f"objective {name!r}", hyperparameters, inspect.signature(factory).parameters)
     built = factory(**hyperparameters)
     batch = example(built) if batch is None else complete(batch)

@@ -116,7 +116,7 @@ def samplers(monkeypatch):
         said.append(value(who.params(run)))
         return types.SimpleNamespace(shared_prompt=2)
 
-    monkeypatch.setattr("jaxpo.protocols.judged.sampled", sampled)
+    monkeypatch.setattr("jaxpo.protocols.comparisons.sampled", sampled)
     monkeypatch.setattr("jaxpo.protocols.judged.arranged", lambda *args: "batch")
     return said
 
