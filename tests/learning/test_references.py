@@ -117,7 +117,7 @@ def samplers(monkeypatch):
         return types.SimpleNamespace(shared_prompt=2)
 
     monkeypatch.setattr("jaxpo.protocols.comparisons.sampled", sampled)
-    monkeypatch.setattr("jaxpo.protocols.judged.arranged", lambda *args: "batch")
+    monkeypatch.setattr("jaxpo.protocols.comparisons.arranged", lambda *args: "batch")
     return said
 
 
