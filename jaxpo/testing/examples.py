@@ -1,4 +1,4 @@
-"""The example batch that contracts are checked on, and a policy of two tables that says something of it."""
+"""The example batch for checking contracts, and a small policy of two tables to score it."""
 
 import jax
 import jax.numpy as jnp
@@ -10,20 +10,20 @@ from jaxpo.fields import role_id
 from jaxpo.objectives import Objective
 
 VOCABULARY, PROMPT, WIDTH, GROUP = 7, 3, 6, 4
-ROWS = 48  # of units of 1, 2, 3, 4 or 6 rows: operations on arrays of one shape are compiled once for all objectives
+ROWS = 48  # for units of 1, 2, 3, 4 or 6 rows: with one shape, operations compile once for all objectives
 
 
 def example(objective: Objective) -> Rollouts:
     """A small batch with every field the objective may read: groups of 4 (or units), holes in the mask, no ties.
 
     Raises:
-      ValueError: the objective needs a field that is no field of `Rollouts`; bring a batch that has it.
+      ValueError: the objective needs a field that this function does not know; give `check` a batch that has it.
     """
     rng, unit = np.random.default_rng(0), max(len(objective.unit.layout), 1)
     b = ROWS if ROWS % unit == 0 else 8 * unit
     lengths = np.resize([WIDTH, 3, 5, 1, 4, 6, 2], b)
     mask = (np.arange(WIDTH) < lengths[:, None]).astype(np.float32)
-    mask[::3, 1] = 0  # a hole: a token that the policy did not write
+    mask[::3, 1] = 0  # a hole: a token that the policy did not sample
 
     def logp() -> np.ndarray:
         return rng.normal(-2, 0.5, (b, WIDTH)).astype(np.float32)
@@ -60,7 +60,7 @@ def example(objective: Objective) -> Rollouts:
         value_old=logp(),
         layout=objective.unit.layout,
     )
-    # The first row, which `count_is_multiplicity` doubles, is at the end of its group's order.
+    # The first row, which `count_is_multiplicity` doubles, comes last when its group is sorted by entropy.
     batch.entropy_old[:] *= np.resize([0.1, 1, 0.4, 0.7], b)[:, None]
     batch = jax.tree.map(jnp.asarray, batch)
     slots = {n.removeprefix("logp_") for n in objective.asks.needs if n.startswith("logp_")} - {"old", "beh"}
@@ -87,7 +87,7 @@ def example(objective: Objective) -> Rollouts:
 
 
 def preference_extras(b: int) -> dict[str, np.ndarray]:
-    """What preference objectives ask for besides: win rates, labels, scores, weights and kinds of tokens."""
+    """The other fields that preference objectives need: win rates, labels, scores, token weights and segments."""
     rng = np.random.default_rng(2)
     return {
         "label": np.resize([1, 0, 0, 1, 0, 1], b),
@@ -114,12 +114,12 @@ def parameters() -> dict[str, Array]:
     """Parameters of the policy `bigram`."""
     rng = np.random.default_rng(1)
     shapes = {"table": (VOCABULARY, VOCABULARY), "head": (VOCABULARY,)}
-    scale = {"table": 6, "head": 1}  # some tokens are all but certain and some all but impossible
+    scale = {"table": 6, "head": 1}  # some tokens are almost certain, and some almost impossible
     return {name: jnp.asarray(scale[name] * rng.normal(size=x), jnp.float32) for name, x in shapes.items()}
 
 
 def allowed(objective: Objective, reward: Array) -> Array:
-    """The rewards, squeezed in their order into the range that the objective is defined for."""
+    """Squash the rewards into the range that the objective allows; their order stays the same."""
     if objective.asks.rewards is None:
         return reward
     low, high = objective.asks.rewards
@@ -127,8 +127,10 @@ def allowed(objective: Objective, reward: Array) -> Array:
 
 
 def bigram(objective: Objective, wants: frozenset[str], params: dict[str, Array], batch: Rollouts) -> TokenStats:
-    """A policy of two small tables: logits of a token given the one before it. Gives the statistics in ``wants``, also
-    those that the objective derives from logits."""
+    """A policy of two small tables: the previous token gives the logits of the next.
+
+    It returns the statistics in ``wants``, with those that the objective derives from logits.
+    """
     before = batch.tokens[:, batch.prompt_width - 1 : -1]
     logits = params["table"][before]
     logps = jax.nn.log_softmax(logits)
