@@ -117,8 +117,8 @@ def regex(completion: str, answer: str, *, pattern: str | None = None, extract: 
 def mathematical(completion: str, answer: str, *, extract: str = "text") -> float:
     r"""1 if math-verify finds the completion's expression equal to the answer's; needs the extra ``[math]``.
 
-    With ``extract="text"`` math-verify looks for the expression in the completion by its own rules, and the
-    last one is lenient (``12\pi`` without ``$`` reads as 12). Prefer ``boxed`` if the model can be told to box.
+    With ``extract="text"`` math-verify looks for the expression in the completion by its own rules, and the last
+    one is lenient (``12\pi`` without ``$`` reads as 12). Prefer ``boxed`` if the model can be told to box.
 
     It can hang: tasks run it in worker processes, so its own time-outs, which work in a main thread only, are off.
 

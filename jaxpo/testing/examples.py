@@ -1,12 +1,14 @@
 """The example batch for checking contracts, and a small policy of two tables to score it."""
 
+from collections.abc import Collection
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from jaxpo.batch import Rollouts, TokenStats, complete
-from jaxpo.fields import role_id
+from jaxpo.fields import FIELDS, role_id
 from jaxpo.objectives import Objective
 
 VOCABULARY, PROMPT, WIDTH, GROUP = 7, 3, 6, 4
@@ -17,7 +19,7 @@ def example(objective: Objective) -> Rollouts:
     """A small batch with every field the objective may read: groups of 4 (or units), holes in the mask, no ties.
 
     Raises:
-      ValueError: the objective needs a field that this function does not know; give `check` a batch that has it.
+      ValueError: the objective needs a field that is not in `jaxpo.fields.FIELDS`; give `check` a batch that has it.
     """
     rng, unit = np.random.default_rng(0), max(len(objective.unit.layout), 1)
     b = ROWS if ROWS % unit == 0 else 8 * unit
@@ -28,17 +30,7 @@ def example(objective: Objective) -> Rollouts:
     def logp() -> np.ndarray:
         return rng.normal(-2, 0.5, (b, WIDTH)).astype(np.float32)
 
-    per_row = {
-        "rewards_multi": rng.uniform(size=(b, 3)),
-        "tracker_value": rng.uniform(size=b),
-        "edge_adv": rng.normal(size=b),
-        "mc_value": rng.uniform(size=(b, WIDTH)),
-    }
-    per_row |= preference_extras(b)
-    known = {"logp", *Rollouts.__dataclass_fields__, *per_row}
-    strange = sorted(n for n in objective.asks.needs if n not in known and not n.startswith("logp_"))
-    if strange:
-        raise ValueError(f"no example of {strange[0]!r}, which this objective needs: give check a batch that has it")
+    asked = drawn(objective.asks.needs, b)
     group = np.arange(b, dtype=np.int32) // (GROUP if unit == 1 else unit)
     roles = [
         role_id(r)
@@ -70,8 +62,7 @@ def example(objective: Objective) -> Rollouts:
         return x + jnp.asarray(rng.normal(0, scale, x.shape), jnp.float32)
 
     old = near(said, 0.3)  # some ratios are clipped and some are not
-    asked = {n: jnp.asarray(x, jnp.float32) for n, x in per_row.items() if n in objective.asks.needs}
-    per_token = {n: x for n, x in asked.items() if x.shape == batch.mask.shape}
+    per_token = {n: x for n, x in asked.items() if FIELDS[n].home == "per_token"}
     return complete(
         batch.replace(
             logp_old=old,
@@ -86,28 +77,18 @@ def example(objective: Objective) -> Rollouts:
     )
 
 
-def preference_extras(b: int) -> dict[str, np.ndarray]:
-    """The other fields that preference objectives need: win rates, labels, scores, token weights and segments."""
-    rng = np.random.default_rng(2)
-    return {
-        "label": np.resize([1, 0, 0, 1, 0, 1], b),
-        **{name: rng.uniform(size=b) for name in ("win", "pref_prob", "pref_opp")},
-        **{name: rng.normal(size=b) for name in ("rm", "pref_score", "margin")},
-        **{name: rng.normal(size=(b, 3)) for name in ("cand_scores", "adapter_logits", "obj_scores")},
-        "rm_scores": rng.normal(size=(b, 2)),
-        **{name: rng.uniform(0.5, 3, (b, WIDTH)) for name in ("severity", "relevance")},
-        "segment": rng.integers(0, 4, (b, WIDTH)),
-        **{name: rng.normal(size=(b, 2)) for name in ("pos_ll", "neg_ll")},
-        **{name: rng.normal(size=b) for name in ("rel_query", "rel_answer")},
-        "open_ended": np.resize([1, 0, 0], b),
-        "num_words": rng.integers(1, 9, b),
-        "num_tri": np.resize([4, 0, 6], b),
-        "uniq_tri": np.resize([3, 0, 5], b),
-        "likert": rng.integers(1, 6, b),
-        "choice": rng.integers(-1, 3, b),
-        "satisfies": rng.integers(0, 2, (b, 3)),
-        "cost": rng.uniform(1, 3, (b, 3)),
-    }
+def drawn(needs: Collection[str], rows: int) -> dict[str, Array]:
+    """Draw examples of the needed fields that are not attributes of `Rollouts`, as `jaxpo.fields.FIELDS` says.
+
+    Raises:
+      ValueError: a needed field is not in that table.
+    """
+    own = {"logp", *Rollouts.__dataclass_fields__}
+    names = sorted(n for n in needs if n not in own and not n.startswith("logp_"))
+    if strange := [n for n in names if n not in FIELDS]:
+        raise ValueError(f"no example of {strange[0]!r}, which this objective needs: give check a batch that has it")
+    examples = {n: FIELDS[n].example(np.random.default_rng(2 + i), rows, WIDTH) for i, n in enumerate(names)}
+    return {n: jnp.asarray(x, jnp.float32) for n, x in examples.items()}
 
 
 def parameters() -> dict[str, Array]:
