@@ -243,7 +243,7 @@ def fastest(config: ConfigDict, where: Topology, *, compile_most: int, say: Say)
     order = ranked(config, where, data)
     if not order:
         raise ValueError(
-            f"no mesh of {where.size} chips divides the config: make config.rollout.prompts a multiple of more of them"
+            f"no mesh of {where.size} chips divides the config: make config.rollout.prompts divisible by more chips"
         )
     plans = []
     for changes, guess in order[:compile_most]:

@@ -127,7 +127,7 @@ def encoded(resolved: Resolved, data: PreferenceSet, tokenizer: Tokenizer) -> Pr
     most = max(map(len, [*train, *test]))
     if form.kind == "scored" and most > form.size:
         raise ValueError(
-            f"{data.name} has up to {most} scored answers a prompt: set config.rollout.responses to {most}, not "
+            f"{data.name} has up to {most} scored answers for a prompt: set config.rollout.responses to {most}, not "
             f"{form.size}"
         )
     width = widths([*train, *test])[0]

@@ -56,7 +56,7 @@ def jsonl(
         raise ValueError(unknown(f"argument of jsonl with reward {reward!r}", name, [*own, *option_names(reward)]))
     judge = make_reward(reward, **reward_options)
     if (test_path is None) == (test_size is None):
-        raise ValueError("give test_path or test_size, one of the two, to say which items are held out")
+        raise ValueError("give exactly one of test_path and test_size, to say which items are held out")
     fields = [f for f in (question_field, answer_field, demonstration_field) if f is not None]
     if test_path is not None:
         if seed:

@@ -38,7 +38,7 @@ def read(file: str) -> FollowUps:
     except ValueError as error:
         raise ValueError(f"config.judge.file {file}: not JSON: {error}") from error
     if not isinstance(found, Mapping) or not found:
-        raise ValueError(f"config.judge.file {file}: categories with positive and negative follow-ups are expected")
+        raise ValueError(f"config.judge.file {file} must hold categories with positive and negative follow-ups")
     for category, signs in found.items():
         for sign in SIGNS:
             texts = signs.get(sign) if isinstance(signs, Mapping) else None

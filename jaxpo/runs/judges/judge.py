@@ -114,7 +114,10 @@ def what_comes_next(path: str, file: str, between: str = "\n", scale: float | No
 
 
 def of_scores(scores: np.ndarray, scale: float | None) -> Verdict:
-    """The verdict of scores: ``P(i beats j) = sigmoid(scale (s_i - s_j))``; without a scale the higher score wins."""
+    """The verdict of scores: ``P(i beats j) = sigmoid(scale (s_i - s_j))``.
+
+    Without a scale the higher score wins, and equal scores give 1/2.
+    """
     scores = np.asarray(scores, np.float64)
     if not np.isfinite(scores).all():
         raise ValueError("the judge's scores are not finite")
@@ -124,7 +127,10 @@ def of_scores(scores: np.ndarray, scale: float | None) -> Verdict:
 
 
 def of_wins(wins: np.ndarray) -> Verdict:
-    """The verdict of win probabilities; an answer's score is its mean over the prompt's answers, itself too (SPPO)."""
+    """The verdict of win probabilities.
+
+    An answer's score is its mean win probability against all answers to its prompt, itself included (SPPO).
+    """
     wins = np.asarray(wins, np.float64)
     if not ((wins >= 0) & (wins <= 1)).all():
         raise ValueError("the judge's win probabilities must lie in [0, 1]")
@@ -218,7 +224,7 @@ def by_models(
         workspace, params, _ = open_finished(adapter, examples=False)
         if workspace.objective.asks.wants & JUDGING != {"gate"}:
             raise ValueError(
-                f"config.judge.adapter {adapter!r} is no run of preference_orchestrator: it has no such gate"
+                f"config.judge.adapter {adapter!r} is not a run of preference_orchestrator: it lacks the gate"
             )
         if workspace.config.heads.gate != len(paths):
             raise ValueError(

@@ -69,8 +69,8 @@ def as_kind(rows: Sequence[Row], have: str, want: str) -> list[Row]:
         return list(rows)
     if have == "label":
         raise ValueError(
-            f"the data are labelled answers, and this objective needs {want!r} rows: choose kto, or another objective "
-            "of labels, or data with " + " and ".join(KINDS[want])
+            f"the data are labelled answers, and this objective needs {want!r} rows: choose an objective of "
+            "labels, such as kto, or data with " + " and ".join(KINDS[want])
         )
     if want == "edited":
         raise ValueError(f"the data are {have!r} rows, and this objective needs the fields {', '.join(KINDS[want])}")
@@ -207,7 +207,7 @@ def token_weights(answer: Answer, name: str, ids: Sequence[int], pieces: Sequenc
     lengths = np.array([len(pieces[i]) for i in ids])
     ahead = int(lengths.sum()) - len(text.encode())  # bytes that the tokenizer puts before a text
     if ahead < 0 or b"".join(pieces[i] for i in ids)[ahead:] != text.encode():
-        raise BadRow("not_encodable", f"the tokens of {text!r:.60} do not spell it: its spans cannot be found in them")
+        raise BadRow("not_encodable", f"the tokens of {text!r:.60} do not decode to it, so its spans cannot be found")
     ends = np.cumsum(lengths) - ahead
     for start, end, weight in spans:
         first, last = len(text[:start].encode()), len(text[:end].encode())
@@ -227,15 +227,14 @@ def check_known(
         found = len(tokens.numbers[name])
         if found != sizes[name]:
             raise BadRow(
-                "wrong_size",
-                f"{found} {name} of the {tokens.role} answer; config.heads.gate, their number, is {sizes[name]}",
+                "wrong_size", f"the {tokens.role} answer has {found} {name}, but config.heads.gate is {sizes[name]}"
             )
     for what, ids, limit, field in (
         ("prompt", tokens.prompt, prompt_width, "rollout.prompt_width"),
         ("answer", tokens.answer, width, "sampling.max_new_tokens"),
     ):
         if limit is not None and len(ids) > limit:
-            raise BadRow(f"{what}_too_long", f"the {what} has {len(ids)} tokens; {field}, the limit, is {limit}")
+            raise BadRow(f"{what}_too_long", f"the {what} has {len(ids)} tokens; the limit {field} is {limit}")
 
 
 def with_trace(tokenizer: Tokenizer, text: str, trace: Trace = ()) -> tuple[list[int], list[int]]:
@@ -327,7 +326,7 @@ def units(
         ]
     size = unit_size(entries) if size is None else size
     if unit_size(entries) > size:
-        raise ValueError(f"a unit of {unit_size(entries)} answers does not fit into {size} rows")
+        raise ValueError(f"an entry of {unit_size(entries)} answers does not fit into a unit of {size} rows")
     whole = [[*e, *[e[-1]._replace(answer=[], numbers={}, segment=())] * (size - len(e))] for e in entries]
     rows, n = [t for unit in whole for t in unit], len(entries)
     shared = size if all(t.prompt == unit[0].prompt for unit in whole for t in unit) else 1
@@ -369,7 +368,9 @@ def in_layout(entry: Sequence[Tokens], layout: Sequence[str]) -> list[Tokens]:
     for role in layout:
         found = [t for t in left if t.role == role]
         if not found:
-            raise ValueError(f"no answer {role!r} for layout {tuple(layout)}: {[t.role for t in entry]}")
+            raise ValueError(
+                f"layout {tuple(layout)} needs an answer {role!r}; the entry has {[t.role for t in entry]}"
+            )
         left.remove(found[0])
         out.append(found[0])
     return out

@@ -107,7 +107,7 @@ def row_of(record: Any, fields: Mapping[str, str], kind: str | None = None) -> R
     record = {**record, **{ours: record[theirs] for ours, theirs in fields.items() if theirs in record}}
     own = kind_of(record)
     if kind is not None and own != kind:
-        raise BadRow("another_kind", f"the rows before have the fields of a {kind!r} row, this one of a {own!r} row")
+        raise BadRow("another_kind", f"this row has the fields of a {own!r} row, but earlier rows are {kind!r} rows")
     absent = [f for f in KINDS[own] if record.get(f) is None]
     if absent:
         raise BadRow("missing_field", f"field {absent[0]!r} is missing: {unknown('field', absent[0], record)}")
@@ -202,7 +202,9 @@ def with_prompt(record: Mapping[str, Any]) -> Mapping[str, Any]:
     while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
         same += 1
     if not same:
-        raise BadRow("missing_field", "field 'prompt' is missing, and chosen and rejected do not begin alike")
+        raise BadRow(
+            "missing_field", "field 'prompt' is missing, and chosen and rejected begin with different messages"
+        )
     return {**record, "prompt": chosen[:same], "chosen": chosen[same:], "rejected": rejected[same:]}
 
 

@@ -114,7 +114,7 @@ def build(config: Mapping[str, Any], task: Task | None) -> PreferenceSet:
     if "task" not in inspect.signature(factory).parameters:
         return factory(**arguments)
     if task is None:
-        raise ValueError("config.data.name is 'task', but config.task.name names none to make pairs of")
+        raise ValueError("config.data.name is 'task', but config.task.name names no task to make pairs from")
     return factory(task, **arguments)
 
 
@@ -198,7 +198,7 @@ def datasets(
       FileNotFoundError: no such folder.
     """
     if not Path(path).is_dir():
-        raise FileNotFoundError(f"{path} is no folder of a data set")
+        raise FileNotFoundError(f"{path} is not a folder with a data set")
     try:
         library = importlib.import_module("datasets")
     except ModuleNotFoundError:
