@@ -108,8 +108,8 @@ def worlds_of(program: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def log_model_count_ratio(a_w: Array, a_l: Array, program: str) -> Array:
-    """``rho = log(sum_top / sum_bottom)`` over the weights of a program's worlds (arXiv:2412.17696). A world's weight is
-    the product of ``p`` (T) or ``1 - p`` (F) of both answers. Log-probs are clamped to at most -1e-9."""
+    """``rho = log(sum_top / sum_bottom)`` over the weights of a program's worlds (arXiv:2412.17696). The weight of a
+    world is the product of ``p`` (T) or ``1 - p`` (F) of both answers. Log-probs are clamped to at most -1e-9."""
     a_w, a_l = (jnp.minimum(promote(a), HIGHEST) for a in (a_w, a_l))
     w, l = ({"T": a, "F": log1mexp(a)} for a in (a_w, a_l))  # noqa: E741
     top, bottom = ([w[world[0]] + l[world[1]] for world in side] for side in worlds_of(program))
