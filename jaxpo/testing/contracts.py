@@ -178,8 +178,10 @@ def _accepted(case: Case, names: list[str], now: Mapping[str, Any]) -> dict[str,
         tries = (0.5, 2.0) if now[name] is None else (now[name] * 1.25 if now[name] else 0.1,)
         for value in tries:
             try:
-                case.factory(**{**case.hyperparameters, **changed, name: float(value)})
+                built = case.factory(**{**case.hyperparameters, **changed, name: float(value)})
             except ValueError:
+                continue
+            if built.asks.rewards != case.objective.asks.rewards:  # the example's rewards may be out of the new range
                 continue
             changed[name] = float(value)
             break
