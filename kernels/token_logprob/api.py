@@ -294,7 +294,7 @@ def check_values(targets: Array, vocab_mask: Array | None, v: int) -> None:
     """Raise ``ValueError`` for concrete targets outside [0, v), and for a concrete mask without an entry."""
     seen = concrete(targets)
     if seen is not None and seen.size and (seen.min() < 0 or seen.max() >= v):
-        raise ValueError(f"token_logprob: targets must be in [0, {v}), and range from {seen.min()} to {seen.max()}")
+        raise ValueError(f"token_logprob: targets must be in [0, {v}), but range from {seen.min()} to {seen.max()}")
     seen = None if vocab_mask is None else concrete(vocab_mask)
     if seen is not None and not seen.any():
         raise ValueError("token_logprob: vocab_mask has no entry that is True")
