@@ -36,16 +36,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def plan(config, *, topology: str, price: float, json: str, search: int, propose: bool):
     """Print the plan of a config for a slice; the numbers too, where ``json`` names a file. Returns what was
     printed last: the plan that fits, if one was found."""
+    from jaxpo.arguments import Count, NonNegative, check
     from jaxpo.plan import plan as plans
     from jaxpo.plan import search as searches
     from jaxpo.plan import topology as topologies
 
     if not topology:
         raise ValueError("--topology=CHIP:SHAPE is required, e.g. v5e:2x4")
-    if price < 0:
-        raise ValueError(f"--price={price:g} must not be negative")
-    if search < 0:
-        raise ValueError(f"--search={search} must not be negative")
+    check("--price", price, NonNegative)
+    check("--search", search, Count)
     if json and not Path(json).absolute().parent.is_dir():
         raise ValueError(f"--json={json}: there is no such folder")
     where = topologies.parse(topology)

@@ -7,6 +7,8 @@ an effect; `jaxpo.registry.register` checks both whenever the factory is called:
     def grpo(eps: Positive = 0.2, scale: Literal["group", "batch", "none"] = "group", adv_eps: NonNegative = 1e-6):
         ...
 
+Elsewhere `check_record` checks the fields of a record by their annotations, and `check` one value.
+
 Arrays pass, traced or not: a hyperparameter may be an argument of a compiled function. This module imports nothing of
 jaxpo, and no jax.
 """
@@ -53,9 +55,10 @@ class Domain(NamedTuple):
         """The domain in words."""
         noun = "whole number" if self.whole else "number"
         if self.high < math.inf:
-            return f"a {noun} in {self.ends[0]}{self.low:g}, {self.high:g}{self.ends[1]}"
+            low, high = (int(x) if self.whole else f"{x:g}" for x in (self.low, self.high))
+            return f"a {noun} in {self.ends[0]}{low}, {high}{self.ends[1]}"
         if self.low == -math.inf:
-            return f"a {noun}" if self.infinite else f"a finite {noun}"
+            return f"a {noun}" if self.infinite or self.whole else f"a finite {noun}"
         if self.ends[0] == "(":
             return f"a positive {noun}" if self.low == 0 else f"a {noun} above {self.low:g}"
         return f"a {noun} of at least {self.low:g}"
@@ -94,16 +97,6 @@ def number(name: str, value: Any, domain: Domain = FINITE) -> Any:
 def positive(name: str, value: Any) -> Any:
     """``value``, if it is a positive number; ``ValueError`` naming it otherwise."""
     return number(name, value, Domain(0, ends="(]"))
-
-
-def share(name: str, value: Any, ends: str = "[]") -> Any:
-    """``value``, if it is in [0, 1] (without the ends that ``ends`` leaves open); ``ValueError`` otherwise."""
-    return number(name, value, Domain(0, 1, ends))
-
-
-def whole(name: str, value: Any, least: int = 1) -> Any:
-    """``value``, if it is a whole number of at least ``least``; ``ValueError`` naming it otherwise."""
-    return number(name, value, Domain(least, whole=True))
 
 
 def choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
@@ -242,14 +235,19 @@ def says(annotation: Any) -> str:
         elif _is_function(one):
             words.append("a function")
         elif typing.get_origin(one) is tuple:
-            words.append("a tuple")
-        else:
+            inner = says(typing.get_args(one)[0])
+            words.append(f"a tuple (each {inner})" if inner else "a tuple")
+        elif not _is_array_type(one):
             return ""
     return " or ".join(words)
 
 
 def _is_function(annotation: Any) -> bool:
     return collections.abc.Callable in (annotation, typing.get_origin(annotation))
+
+
+def _is_array_type(annotation: Any) -> bool:
+    return isinstance(annotation, type) and hasattr(annotation, "dtype")
 
 
 def allows(annotation: Any, value: Any) -> bool:
@@ -269,7 +267,28 @@ def _allows(annotation: Any, value: Any) -> bool:
     if typing.get_origin(annotation) is tuple:
         inner = typing.get_args(annotation)[:1]
         return isinstance(value, tuple | list) and all(allows(inner[0], x) for x in value if inner)
-    return True
+    return not _is_array_type(annotation)  # arrays have passed before
+
+
+def check(name: str, value: Any, annotation: Any) -> Any:
+    """``value``, if the annotation (``Share``, ``Whole | None``, ``tuple[Whole, ...]``) allows it.
+
+    Raises:
+      ValueError: it does not; the message has the name, what is allowed, and the value."""
+    if not allows(annotation, value):
+        raise ValueError(f"{name} must be {says(annotation)}, not {value!r}")
+    return value
+
+
+def check_record(record: Any, prefix: str = "") -> None:
+    """`check` every field of a dataclass or NamedTuple against its annotation; messages call it ``prefix`` + field."""
+    for name, annotation in _fields_of(type(record)).items():
+        check(f"{prefix}{name}", getattr(record, name), annotation)
+
+
+@functools.cache
+def _fields_of(record: type) -> Mapping[str, Any]:
+    return typing.get_type_hints(record, include_extras=True)
 
 
 def checked(
@@ -304,8 +323,7 @@ def checked(
         bound.apply_defaults()
         given = bound.arguments
         for option, annotation in domains.items():
-            if not allows(annotation, given[option]):
-                raise ValueError(f"{name}: {option} must be {says(annotation)}, not {given[option]!r}")
+            check(f"{name}: {option}", given[option], annotation)
         for option, setting in settings.items():
             check_effect(f"{name}: ", option, signature.parameters[option].default, setting, given)
         return returns(factory(*args, **kwargs))

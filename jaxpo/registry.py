@@ -218,7 +218,8 @@ def entry(name: str, kind: str = "objective") -> Entry:
         raise ValueError(unknown(kind, name, names(kind)))
     if (kind, name) not in _TABLE:
         module, function = _LATER[kind, name].split(":")
-        _TABLE[kind, name] = Entry(kind, name, getattr(importlib.import_module(module), function), "", {})
+        factory = getattr(importlib.import_module(module), function)
+        _TABLE.setdefault((kind, name), Entry(kind, name, factory, "", {}))  # the import may have registered it
     return _TABLE[kind, name]
 
 

@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +19,17 @@ from jaxpo.arguments import (
     NonNegative,
     Positive,
     PositiveOrInfinite,
+    PositiveShare,
     Share,
     Whole,
+    check,
+    check_record,
     choice,
     number,
     other_than,
     positive,
-    share,
     unused,
     when,
-    whole,
 )
 from jaxpo.objectives.parts import surrogates
 
@@ -65,14 +66,35 @@ def test_one_message_each():
     for call, message in (
         (lambda: positive("tau", 0), "tau must be a positive number, not 0"),
         (lambda: positive("tau", None), "tau must be a positive number, not None"),
-        (lambda: share("mixture", 2), r"mixture must be a number in \[0, 1\], not 2"),
-        (lambda: share("keep", 0, "(]"), r"keep must be a number in \(0, 1\], not 0"),
-        (lambda: whole("n", 2.5), "n must be a whole number of at least 1, not 2.5"),
+        (lambda: check("mixture", 2, Share), r"mixture must be a number in \[0, 1\], not 2"),
+        (lambda: check("keep", 0, PositiveShare), r"keep must be a number in \(0, 1\], not 0"),
+        (lambda: check("n", 2.5, Whole | None), "n must be a whole number of at least 1 or None, not 2.5"),
+        (lambda: check("top_p", "1", Share | jax.Array), r"top_p must be a number in \[0, 1\], not '1'"),
+        (lambda: check("k", (1, 0), tuple[Whole, ...]), r"k must be a tuple \(each .* of at least 1\), not \(1, 0\)"),
         (lambda: choice("form", "x", ("a", "b")), "form must be one of a, b, not 'x'"),
         (lambda: unused("U", 3, 10, False, "form='paper'"), "U has no effect here; it belongs to form='paper'"),
     ):
         with pytest.raises(ValueError, match=f"^{message}$"):
             call()
+
+
+class Sizes(NamedTuple):
+    n: Whole
+    scale: Positive | jax.Array = 1.0
+    name: str | None = None
+    anything: object = None
+
+
+def test_records():
+    check_record(Sizes(3, jnp.zeros(())))  # arrays pass, and what states no domain
+    check_record(Sizes(3, anything=-1))
+    for record, message in (
+        (Sizes(0), "sizes.n must be a whole number of at least 1, not 0"),
+        (Sizes(1, 0.0), "sizes.scale must be a positive number, not 0.0"),
+        (Sizes(1, name=2), "sizes.name must be a string or None, not 2"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            check_record(record, "sizes.")
     assert positive("tau", jnp.zeros(())) == 0  # arrays pass
     unused("U", 10, 10, False, "")
     unused("U", jnp.ones(()), 10, False, "")
@@ -103,7 +125,7 @@ def test_a_factory_checks_its_arguments():
         (dict(penalty=math.nan), "thing: penalty must be a finite number, not nan"),
         (dict(max_len=0), "thing: max_len must be a whole number of at least 1 or None, not 0"),
         (dict(rule="b"), "thing: rule must be one of a or a function, not 'b'"),
-        (dict(weights=(1.0, math.inf)), r"thing: weights must be a tuple, not \(1.0, inf\)"),
+        (dict(weights=(1.0, math.inf)), r"thing: weights must be a tuple .*, not \(1.0, inf\)"),
         (dict(flag=2), "thing: flag must be True or False, not 2"),
         (
             dict(scale="none", adv_eps=0.1),
@@ -153,7 +175,7 @@ ONE_AND_MORE = Annotated[float, Domain(1)]
 def test_plain_types_of_annotations():
     assert arguments.plain(ONE_AND_MORE) is float and arguments.plain(AboveOne | None) == float | None
     assert arguments.plain(PositiveOrInfinite) is float and arguments.plain(int) is int
-    assert arguments.says(int | None) == "a finite whole number or None"
+    assert arguments.says(int | None) == "a whole number or None"
 
 
 # ---- what used to be accepted ---------------------------------------------------------------------

@@ -54,7 +54,11 @@ OTHER = {
     ("bnpo", "max"): 2.0,
     ("bnpo", "min"): -1.0,
     ("dcpo_distribution", "H0"): 0.05,
-    ("dcpo_distribution", "threshold"): 0.5,
+    ("dcpo_distribution", "threshold"): -0.5,
+    ("gspo", "log_ratio_clip"): 0.01,
+    ("gspo_token", "log_ratio_clip"): 0.01,
+    ("sequence", "log_ratio_clip"): 0.01,
+    ("grpo", "clip"): 0.3,
     ("group_normalized", "clip"): 0.3,
     ("gtpo", "entropy_threshold"): 0.1,
     ("rejection", "low"): 0.01,
@@ -245,8 +249,9 @@ def quick():
 
 FEW = ("grpo", "dapo", "rec", "dpo")
 CASES = [
-    pytest.param(kind, name, option, marks=() if kind == "objective" and name in FEW else pytest.mark.slow)
+    pytest.param(kind, name, option, marks=() if kind == "objective" and name in FEW else pytest.mark.contracts)
     for kind, name, option in options()
+    if (name, option) not in QUIET
 ]
 
 
@@ -273,7 +278,7 @@ def test_options_declared_dead_are_refused_in_every_form(kind, name):
                     entry(name, kind).factory(**{**filled(kind, name, form), **other})
 
 
-@pytest.mark.slow
+@pytest.mark.contracts
 @pytest.mark.filterwarnings("ignore:gspo_token with agg")
 @pytest.mark.parametrize(("kind", "name"), entries())
 def test_numbers_are_live_in_every_form(kind, name):

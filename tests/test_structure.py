@@ -73,3 +73,30 @@ def test_records_have_few_fields():
         if fields > WIDE:
             wide[f"{module}.{node.name}"] = fields
     assert len(wide) <= 3, wide
+
+
+def reads_of_hyperparameters(tree: ast.AST) -> list[str]:
+    """What code reads of ``config.objective`` besides its name: hyperparameters, or all of it."""
+    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    blocks = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and node.attr == "objective"
+        and isinstance(node.ctx, ast.Load)
+        and ast.unparse(node.value).split(".")[-1] == "config"
+    ]
+    return [ast.unparse(parents[x]) for x in blocks if getattr(parents[x], "attr", None) != "name"]
+
+
+def test_hyperparameters_are_read_by_objectives_alone():
+    """Whoever else wants to know something asks the `Objective`, which says it whatever its hyperparameters are
+    called."""
+    read = {module: reads_of_hyperparameters(ast.parse(path.read_text())) for path, module in sources("jaxpo")}
+    assert [module for module, found in read.items() if found] == ["jaxpo.config.fill"]  # it makes the objective
+
+
+def test_a_read_of_a_hyperparameter_is_found():
+    for code in ("of.config.objective.beta", "f(config.objective)", "config.objective.get('tau')"):
+        assert reads_of_hyperparameters(ast.parse(code))
+    assert not reads_of_hyperparameters(ast.parse("config.objective = name(config.objective.name, run.objective.asks)"))

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from ml_collections import ConfigDict
 
+from jaxpo.arguments import Count, Positive, Share, Whole, check
 from jaxpo.config.blocks import block_of
 from jaxpo.config.fields import default
 from jaxpo.config.resolved import Resolved
@@ -24,7 +25,13 @@ WHOLE = (
     *("warm_start.batch", "warm_start.microbatches"),
     *("sampling.max_new_tokens", "nonfinite_patience"),
 )
-COUNTS = ("steps", "warm_start.steps", "seed", "logging.samples")
+DOMAINS = {
+    **dict.fromkeys(WHOLE, Whole),
+    **dict.fromkeys(("steps", "warm_start.steps", "seed", "logging.samples", "lora.rank"), Count),
+    **dict.fromkeys(("policy_temperature", "lora.alpha"), Positive),
+    **dict.fromkeys(("warm_start.drop_last", "soup.alpha"), Share),
+    "evaluation.pass_at": tuple[Whole, ...],
+}
 
 
 def check_fields(config: ConfigDict) -> None:
@@ -33,31 +40,15 @@ def check_fields(config: ConfigDict) -> None:
     Raises:
       ValueError: naming the field and its value.
     """
-    for path in WHOLE:
-        value = block_of(config, path)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"config.{path} must be a whole number of at least 1, not {value!r}")
-    for path in COUNTS:
-        if block_of(config, path) < 0:
-            raise ValueError(f"config.{path} must not be negative, not {block_of(config, path)}")
-    if not config.policy_temperature > 0:
-        raise ValueError(f"config.policy_temperature must be positive, not {config.policy_temperature}")
-    if any(k < 1 for k in config.evaluation.pass_at):
-        raise ValueError(f"config.evaluation.pass_at holds k of at least 1, not {config.evaluation.pass_at}")
-    if config.sampling.temperature != 1 and not isinstance(config.sampling.temperature, int | float):
-        raise ValueError(f"config.sampling.temperature must be a number, not {config.sampling.temperature!r}")
-    if not 0 <= config.warm_start.drop_last <= 1:
-        raise ValueError(f"config.warm_start.drop_last is a share in [0, 1], not {config.warm_start.drop_last}")
+    for path, domain in DOMAINS.items():
+        check(f"config.{path}", block_of(config, path), domain)
     if config.evaluation.pass_at and max(config.evaluation.pass_at) > config.evaluation.samples:
         raise ValueError(
             f"config.evaluation.pass_at asks for pass@{max(config.evaluation.pass_at)}, which takes at least as many "
             f"samples; config.evaluation.samples is {config.evaluation.samples}"
         )
-    if len(config.soup.of) not in (0, 2) or not 0 <= config.soup.alpha <= 1:
-        raise ValueError(
-            f"config.soup.of names two run directories and config.soup.alpha the share in [0, 1] of the first, not "
-            f"{tuple(config.soup.of)} and {config.soup.alpha}"
-        )
+    if len(config.soup.of) not in (0, 2):
+        raise ValueError(f"config.soup.of must name two run directories, or none, not {tuple(config.soup.of)}")
 
 
 def check_resolved(resolved: Resolved, policy: TransformerConfig, devices: int) -> None:
@@ -71,6 +62,7 @@ def check_resolved(resolved: Resolved, policy: TransformerConfig, devices: int) 
     _check_optimizers(resolved)
     _check_division(resolved, policy, devices)
     _check_offload(resolved)
+    _check_models(resolved)
     _check_checkpoint(config)
     _check_judge(resolved)
     if objective.unit.layout and resolved.protocol.facts.rows is None:
@@ -126,8 +118,6 @@ def _check_lora(config: ConfigDict, policy: TransformerConfig) -> None:
             f"config.lora.rank {config.lora.rank} trains adapters beside frozen weights: set config.policy.name to "
             "pretrained, or the rank to 0"
         )
-    if not config.lora.alpha > 0:
-        raise ValueError(f"config.lora.alpha must be positive, not {config.lora.alpha}")
 
 
 def _check_offload(resolved: Resolved) -> None:
@@ -149,6 +139,20 @@ def _check_offload(resolved: Resolved) -> None:
             "config.training.offload_reference has no effect with config.lora.rank: the reference is the frozen "
             "weights themselves; set it to False"
         )
+
+
+def _check_models(resolved: Resolved) -> None:
+    """A model beside the policy has a path exactly where the objective needs it."""
+    config, name = resolved.config, resolved.config.objective.name
+    for model, path in config.references.items():
+        needed = model in resolved.models
+        if path is not None and not needed:
+            raise ValueError(f"config.references.{model} has no effect: objective {name!r} needs no logp_{model}")
+        if path is None and needed:
+            raise ValueError(
+                f"config.references.{model} is None, but objective {name!r} needs the model: set it to a model folder, "
+                "a GGUF file or a run directory"
+            )
 
 
 def _check_checkpoint(config: ConfigDict) -> None:
@@ -211,11 +215,11 @@ def _check_division(resolved: Resolved, policy: TransformerConfig, devices: int)
             f"choose one of {_divisors(prompts // minibatches)}"
         )
     sampling = reshaped_sizes(config.rollout.mesh)
-    _check_mesh("mesh", mesh, policy)
+    check_mesh("mesh", mesh, policy)
     _check_rows("mesh", mesh, prompts, ROWS if sampling else TOKENS)
     if sampling:
         other = dict(zip(AXES, mesh_shape(sampling, devices, "rollout.mesh"), strict=True))
-        _check_mesh("rollout.mesh", other, policy)
+        check_mesh("rollout.mesh", other, policy)
         _check_rows("rollout.mesh", other, prompts, TOKENS)
 
 
@@ -231,21 +235,23 @@ def _check_rows(field: str, mesh: Mapping[str, int], prompts: int, axes: Sequenc
         )
 
 
-def _check_mesh(field: str, mesh: Mapping[str, int], policy: TransformerConfig) -> None:
+def check_mesh(field: str, mesh: Mapping[str, int], policy: TransformerConfig, of: str = "config.policy") -> None:
+    """That the axes of a mesh divide the sizes of a model; ``of``: what messages call it.
+
+    Raises:
+      ValueError: naming both."""
     for size in ("heads", "kv_heads", "mlp_width"):
         if getattr(policy, size) % mesh["tensor"]:
             raise ValueError(
-                f"config.{field}.tensor {mesh['tensor']} does not divide config.policy.{size} {getattr(policy, size)}"
+                f"config.{field}.tensor {mesh['tensor']} does not divide {of}.{size} {getattr(policy, size)}"
             )
     if policy.width % mesh["fsdp"]:
-        raise ValueError(f"config.{field}.fsdp {mesh['fsdp']} does not divide config.policy.width {policy.width}")
+        raise ValueError(f"config.{field}.fsdp {mesh['fsdp']} does not divide {of}.width {policy.width}")
     if mesh["expert"] > 1 and policy.experts is None:
-        raise ValueError(
-            f"config.{field}.expert {mesh['expert']} has no effect: config.policy has no experts; set it to 1"
-        )
+        raise ValueError(f"config.{field}.expert {mesh['expert']} has no effect: {of} has no experts; set it to 1")
     if mesh["expert"] > 1 and policy.experts % mesh["expert"]:
         raise ValueError(
-            f"config.{field}.expert {mesh['expert']} does not divide config.policy.experts {policy.experts}: choose "
+            f"config.{field}.expert {mesh['expert']} does not divide {of}.experts {policy.experts}: choose "
             f"one of {_divisors(policy.experts)}"
         )
 

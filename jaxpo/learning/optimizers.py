@@ -1,4 +1,4 @@
-"""optax by name: an optimizer, a schedule and gradient clipping from a config; one optimizer for each label."""
+"""Build optax optimizers from a config: optimizer, schedule and gradient clipping, one optimizer for each label."""
 
 import inspect
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ import jax
 import optax
 from jax import Array
 
+from jaxpo.arguments import Count, Positive, Share, check, checked
 from jaxpo.registry import check_arguments, unknown
 
 OPTIMIZERS = tuple(
@@ -33,19 +34,19 @@ OPTIMIZERS = tuple(
 )
 
 
-def constant(peak: float, steps: int, warmup_steps: int = 0) -> optax.Schedule:
+def constant(peak: float, steps: int, warmup_steps: Count = 0) -> optax.Schedule:
     """Linear warm-up from 0 over ``warmup_steps``, then constant."""
     return optax.warmup_constant_schedule(0.0, peak, warmup_steps) if warmup_steps else optax.constant_schedule(peak)
 
 
-def cosine(peak: float, steps: int, warmup_steps: int = 0, end_share: float = 0.1) -> optax.Schedule:
+def cosine(peak: float, steps: int, warmup_steps: Count = 0, end_share: Share = 0.1) -> optax.Schedule:
     """Linear warm-up, then half a cosine down to ``end_share * peak`` at the last step."""
     return optax.warmup_cosine_decay_schedule(
         0.0 if warmup_steps else peak, peak, warmup_steps, max(steps, warmup_steps + 1), end_share * peak
     )
 
 
-def linear(peak: float, steps: int, warmup_steps: int = 0, end_share: float = 0.0) -> optax.Schedule:
+def linear(peak: float, steps: int, warmup_steps: Count = 0, end_share: Share = 0.0) -> optax.Schedule:
     """Linear warm-up, then a line down to ``end_share * peak`` at the last step."""
     down = optax.linear_schedule(peak, end_share * peak, max(steps - warmup_steps, 1))
     return (
@@ -55,7 +56,7 @@ def linear(peak: float, steps: int, warmup_steps: int = 0, end_share: float = 0.
     )
 
 
-SCHEDULES = {f.__name__: f for f in (constant, cosine, linear)}
+SCHEDULES = {f.__name__: checked(f, f"schedule {f.__name__}") for f in (constant, cosine, linear)}
 
 
 def optimizer_arguments(name: str) -> Mapping[str, inspect.Parameter]:
@@ -63,7 +64,7 @@ def optimizer_arguments(name: str) -> Mapping[str, inspect.Parameter]:
     if name not in OPTIMIZERS:
         raise ValueError(unknown("optimizer", name, OPTIMIZERS))
     parameters = inspect.signature(getattr(optax, name)).parameters
-    # What no config can hold (adafactor's dtype) keeps optax's default.
+    # An argument that no config can hold (adafactor's dtype) keeps optax's default.
     plain = (bool, int, float, str, type(None))
     return {
         k: p
@@ -80,22 +81,27 @@ def schedule_arguments(name: str) -> Mapping[str, inspect.Parameter]:
 
 
 def make_schedule(config: Mapping[str, Any], peak: float, steps: int) -> optax.Schedule:
-    """``config``: ``name`` and arguments of one of ``SCHEDULES``; ``steps`` optimizer steps in the whole run."""
+    """Build a schedule.
+
+    Args:
+      config: ``name`` and arguments of one of ``SCHEDULES``.
+      peak: the highest learning rate.
+      steps: optimizer steps in the whole run.
+    """
     arguments = {k: v for k, v in config.items() if k != "name"}
     check_arguments(f"schedule {config['name']!r}", arguments, schedule_arguments(config["name"]))
-    if arguments.get("warmup_steps", 0) < 0:
-        raise ValueError(f"schedule.warmup_steps must not be negative, not {arguments['warmup_steps']}")
-    if not 0 <= arguments.get("end_share", 0) <= 1:
-        raise ValueError(f"schedule.end_share is a share in [0, 1], not {arguments['end_share']}")
     return SCHEDULES[config["name"]](peak, steps, **arguments)
 
 
 def by_label(rules: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformationExtraArgs:
-    """Each parameter under the rule of its label (`labels`). ``update`` takes ``active``, label -> bool: a label that
-    is not active keeps its parameters and the state of its rule.
+    """Update each parameter by the rule of its label (`labels`).
+
+    ``update`` takes ``active``, label -> bool: parameters with an inactive label do not change, and neither does the
+    state of their rule.
 
     Args:
-      rules: by label. A single one, "policy", is returned as it is: it moves every parameter, and ignores ``active``.
+      rules: label -> rule. A single rule "policy" is returned as it is: it updates every parameter, and ignores
+        ``active``.
     """
     if set(rules) == {"policy"}:
         return optax.with_extra_args_support(rules["policy"])
@@ -111,7 +117,7 @@ def _is_active(label: str, step: Array, active: Mapping[str, Array], **_: Any) -
 
 
 def labels(params: Any) -> Any:
-    """The label of each parameter: "critic" in the value head, "policy" elsewhere."""
+    """The label of each parameter: "critic" in the value head, "policy" in all else."""
 
     def label(path: tuple[Any, ...], _: Any) -> str:
         names = [getattr(key, "key", None) for key in path[:2]]
@@ -127,13 +133,11 @@ def make_optimizer(config: Mapping[str, Any], steps: int, field: str = "optimize
       config: ``name``, ``learning_rate``, ``clip_norm`` (None = off), ``schedule`` and any argument of the optax
         optimizer.
       steps: optimizer steps in the whole run.
-      field: of the run's config, for messages.
+      field: its field in the run's config, for messages.
     """
     own = {k: v for k, v in config.items() if k not in ("name", "learning_rate", "clip_norm", "schedule")}
     check_arguments(f"{field} {config['name']!r}", own, optimizer_arguments(config["name"]))
-    if config["learning_rate"] is None or not config["learning_rate"] > 0:
-        raise ValueError(f"{field}.learning_rate must be positive, not {config['learning_rate']}")
-    if config["clip_norm"] is not None and not config["clip_norm"] > 0:
-        raise ValueError(f"{field}.clip_norm must be positive or None, not {config['clip_norm']}")
+    check(f"{field}.learning_rate", config["learning_rate"], Positive)
+    check(f"{field}.clip_norm", config["clip_norm"], Positive | None)
     rule = getattr(optax, config["name"])(make_schedule(config["schedule"], config["learning_rate"], steps), **own)
     return rule if config["clip_norm"] is None else optax.chain(optax.clip_by_global_norm(config["clip_norm"]), rule)

@@ -39,7 +39,7 @@ def soft_ipo(tau: float, form: str, protocol: Gathering) -> Objective:
             return preferences.soft_squared(h, p, tau)
         return preferences.soft_expanded(h, units.logp("chosen") - units.logp("rejected"), p, tau)
 
-    return preference(link, asks=asks_of("pref_prob"), protocol=protocol)
+    return preference(link, asks=asks_of("pref_prob"), protocol=protocol)._replace(beta=tau)
 
 
 @register(source="IPO-MD, arXiv:2403.08635")
@@ -145,7 +145,8 @@ def egpo(beta: Positive = 0.1, normalize: bool = True) -> Objective:
     def link(u: Array, units: Units) -> Array:
         return preferences.squared(u, (units.get("win", "chosen") - units.get("win", "rejected")) / beta)
 
-    return preference(link, normalize_length=normalize, asks=asks_of("win"), protocol=Gathering("egpo"))
+    objective = preference(link, normalize_length=normalize, asks=asks_of("win"), protocol=Gathering("egpo"))
+    return objective if normalize else objective._replace(beta=beta)
 
 
 @register(source="INPO, arXiv:2407.00617")

@@ -40,7 +40,8 @@ def ipo(tau: Positive = 0.1, normalize: bool = True) -> Objective:
 
     Args:
       normalize: False: ``u = D_w - D_l``, as the paper's equation reads; True is what its results were made with."""
-    return preference(lambda u, units: preferences.squared(u, 1 / (2 * tau)), normalize_length=normalize)
+    objective = preference(lambda u, units: preferences.squared(u, 1 / (2 * tau)), normalize_length=normalize)
+    return objective if normalize else objective._replace(beta=tau)
 
 
 @register(source="SLiC-HF, arXiv:2305.10425", when={"target": when(lam=NONZERO)})

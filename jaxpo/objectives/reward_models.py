@@ -67,19 +67,25 @@ def gpm_rm(tau: Positive = 0.1, gate: bool = True, normalize: bool = True) -> Ob
     Args:
       gate: False: lambda = 1. normalize: embeddings of unit length."""
 
-    def score(units: Units) -> Array:
-        v, u = (units.of(units.stats.embed, role) for role in PAIR)
-        if normalize:
-            v, u = preferences.unit_length(v), preferences.unit_length(u)
+    def score(v: Array, u: Array, logits: Array | None) -> Array:
+        v, u = (preferences.unit_length(x) if normalize else x for x in (v, u))
         k = v.shape[-1] // 2
-        scale = k * jax.nn.softmax(units.of(units.stats.gate, "chosen")) if gate else jnp.ones(k)
-        return preferences.skew_score(v, u, scale)
+        return preferences.skew_score(v, u, k * jax.nn.softmax(logits) if gate else jnp.ones(k))
 
-    return ranker(
-        [unit_term("preference", lambda units, state: preferences.logistic(score(units) / tau))],
-        score,
+    def of_pairs(units: Units) -> Array:
+        v, u = (units.of(units.stats.embed, role) for role in PAIR)
+        return score(v, u, units.of(units.stats.gate, "chosen") if gate else None)
+
+    def wins(stats: TokenStats) -> Array:
+        v = stats.embed
+        return jax.nn.sigmoid(score(v[:, None], v[None], stats.gate[:, None] if gate else None) / tau)
+
+    objective = ranker(
+        [unit_term("preference", lambda units, state: preferences.logistic(of_pairs(units) / tau))],
+        of_pairs,
         asks_of(wants=("embed", "gate") if gate else ("embed",)),
     )
+    return objective._replace(wins=wins)
 
 
 THEMIS_WHEN = {

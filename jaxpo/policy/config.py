@@ -7,6 +7,7 @@ from functools import cache, partial
 import jax
 import numpy as np
 
+from jaxpo.arguments import NonNegative, Positive, Whole, check_record
 from jaxpo.registry import unknown
 
 # What is stored of a block for the backward pass: everything, the products with parameters, or only the block's input.
@@ -59,31 +60,31 @@ class TransformerConfig:
       ValueError: a size out of range, or fields that contradict each other; the field is named.
     """
 
-    vocab_size: int
-    width: int = 64
-    layers: int = 3
-    heads: int = 4
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    mlp_width: int | None = None
+    vocab_size: Whole
+    width: Whole = 64
+    layers: Whole = 3
+    heads: Whole = 4
+    kv_heads: Whole | None = None
+    head_dim: Whole | None = None
+    mlp_width: Whole | None = None
     tied: bool = True
-    rope_theta: float = 10_000.0
+    rope_theta: Positive = 10_000.0
     rope_scaling: tuple[str | float, ...] = ()
-    norm_eps: float = 1e-6
+    norm_eps: NonNegative = 1e-6
     qkv_bias: bool = False
     qk_norm: bool = False
     norm_plus_one: bool = False
     post_norms: bool = False
     embedding_scaled: bool = False
     activation: str = "silu"
-    query_scalar: float | None = None
-    attention_softcap: float | None = None
-    final_softcap: float | None = None
-    window: int | None = None
+    query_scalar: Positive | None = None
+    attention_softcap: Positive | None = None
+    final_softcap: Positive | None = None
+    window: Whole | None = None
     local_layers: tuple[int, ...] | None = None
-    local_rope_theta: float | None = None
-    experts: int | None = None
-    experts_per_token: int | None = None
+    local_rope_theta: Positive | None = None
+    experts: Whole | None = None
+    experts_per_token: Whole | None = None
     norm_topk: bool = False
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -109,15 +110,7 @@ class TransformerConfig:
 
 
 def _check_sizes(c: TransformerConfig) -> None:
-    for field in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width"):
-        if getattr(c, field) < 1:
-            raise ValueError(f"policy.{field} must be at least 1, not {getattr(c, field)}")
-    for field in ("window", "experts", "experts_per_token"):
-        if getattr(c, field) is not None and getattr(c, field) < 1:
-            raise ValueError(f"policy.{field} must be at least 1, or None, not {getattr(c, field)}")
-    for field in ("query_scalar", "attention_softcap", "final_softcap", "local_rope_theta"):
-        if getattr(c, field) is not None and not getattr(c, field) > 0:
-            raise ValueError(f"policy.{field} must be positive, or None, not {getattr(c, field)}")
+    check_record(c, "policy.")
     if c.heads % c.kv_heads:
         raise ValueError(f"policy.kv_heads {c.kv_heads} does not divide policy.heads {c.heads}")
     if c.head_dim % 2:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxpo import arguments
 from jaxpo.registry import unknown
 
 Params = Any
@@ -45,8 +46,7 @@ def product(x: Array, weight: Array | Adapted, axes: int = 1) -> Array:
 
 def check(rank: int, targets: Sequence[str], *, experts: bool = False) -> None:
     """Raise ``ValueError`` for a rank below 1, no targets, an unknown target, or the MLP of a mixture of experts."""
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"lora.rank must be a whole number of at least 1, not {rank!r}")
+    arguments.check("lora.rank", rank, arguments.Whole)
     if not targets:
         raise ValueError(f"lora.targets is empty: name some of {', '.join(TARGETS)}")
     for name in targets:

@@ -188,7 +188,7 @@ def packed_attend(config: TransformerConfig, packed: Packed, mesh: Mesh | None =
 
 def packed_hidden(
     model: Model, params: Params, batch: Rollouts, bins: int, mesh: Mesh | None = None
-) -> tuple[Array, Array, Callable[[Array], Array], Callable[[int], Array]]:
+) -> tuple[Array, Array, Callable[[Array], Array], Callable[[Array], Array], Callable[[int], Array]]:
     """Run the blocks on a packed batch.
 
     Args:
@@ -197,8 +197,8 @@ def packed_hidden(
 
     Returns:
       The final hidden states [n, D] that predict the tokens of the bins, and these tokens [n]; a function that lays out
-      numbers [n] as [B, T]; a function that gives the states [B, D] after each row's prompt (of 0) or after its last
-      token (of 1).
+      arrays [n, ...] as [B, T, ...]; a function that lays those into the bins again (0 where there is no token); a
+      function that gives the states [B, D] after each row's prompt (of 0) or after its last token (of 1).
 
     Raises:
       ValueError: as in `pack`.
@@ -216,12 +216,18 @@ def packed_hidden(
     hidden = model.final(params, taken(x, packed.before)).reshape(-1, x.shape[-1])
 
     def as_rows(x: Array) -> Array:
-        return taken(x.reshape(lanes, -1), packed.slots).reshape(batch.rows, batch.width)
+        x = taken(x.reshape(lanes, -1, *x.shape[1:]), packed.slots)
+        return x.reshape(batch.rows, batch.width, *x.shape[2:])
+
+    def as_bins(x: Array) -> Array:
+        x, n = x.reshape(lanes, -1, *x.shape[2:]), packed.before.shape[1]
+        laid = jax.vmap(lambda x, to: jnp.zeros((n, *x.shape[1:]), x.dtype).at[to].set(x, mode="drop"))
+        return laid(x, packed.slots).reshape(-1, *x.shape[2:])
 
     def ends(which: int) -> Array:
         return model.final(params, taken(x, packed.ends[:, which])).reshape(batch.rows, -1)
 
-    return hidden, packed.tokens[:, -packed.before.shape[1] :].reshape(-1), as_rows, ends
+    return hidden, packed.tokens[:, -packed.before.shape[1] :].reshape(-1), as_rows, as_bins, ends
 
 
 def with_plan(batch: Rollouts, plan: Array | None) -> Rollouts:

@@ -1,16 +1,17 @@
 """What every objective of a race gets alike."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict, config_dict
 
+from jaxpo.arguments import Count, Positive, Share, Whole, check_record
 from jaxpo.config.fields import default
 from jaxpo.config.resolve import resolve
 from jaxpo.config.resolved import Resolved
 from jaxpo.fields import JUDGED, PAIR
-from jaxpo.learning.needs import Form, is_reward_model
+from jaxpo.learning.needs import Form, form_of, is_reward_model, models_of
 from jaxpo.objectives import Objective, make
 from jaxpo.protocols.preference_data import rows as rows_of_unit
 
@@ -32,33 +33,25 @@ class Rules:
     """
 
     task: str = "toy"
-    seeds: int = 5
-    steps: int = 60
-    prompts: int = 16
-    responses: int = 8
-    epochs: int = 1
-    minibatches: int = 4
-    learning_rate: float = 3e-4
-    evaluations: int = 12
-    warm_start: int = 120
-    warm_batch: int = 64
-    drop_last: float = 0.6
-    warm_learning_rate: float = 3e-3
-    max_new_tokens: int = 0
-    width: int = 32
-    layers: int = 2
-    flipped: float = 0.0
+    seeds: Whole = 5
+    steps: Whole = 60
+    prompts: Whole = 16
+    responses: Whole = 8
+    epochs: Whole = 1
+    minibatches: Whole = 4
+    learning_rate: Positive = 3e-4
+    evaluations: Whole = 12
+    warm_start: Count = 120
+    warm_batch: Whole = 64
+    drop_last: Share = 0.6
+    warm_learning_rate: Positive = 3e-3
+    max_new_tokens: Count = 0
+    width: Whole = 32
+    layers: Whole = 2
+    flipped: Share = 0.0
 
     def __post_init__(self):
-        for f in fields(self):
-            low = 0 if f.name in ("warm_start", "max_new_tokens") else 1
-            if f.type is int and getattr(self, f.name) < low:
-                raise ValueError(f"{f.name} must be at least {low}, not {getattr(self, f.name)}")
-            if f.name.endswith("learning_rate") and not getattr(self, f.name) > 0:
-                raise ValueError(f"{f.name} must be positive, not {getattr(self, f.name)}")
-        for name in ("drop_last", "flipped"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a share in [0, 1], not {getattr(self, name)}")
+        check_record(self)
         if self.prompts % self.minibatches:
             raise ValueError(f"minibatches {self.minibatches} does not divide prompts {self.prompts}")
 
@@ -97,6 +90,8 @@ def resolved_by(rules: Rules, label: str, objective: Objective, max_new_tokens: 
     """
     if is_reward_model(objective):
         raise ValueError("trains a judge of answers, and a race compares policies by their own answers")
+    if models := models_of(objective):
+        raise ValueError(f"needs the model {', '.join(models)} beside the policy, and a race has none")
 
     def attempt(rules: Rules, **changes: Any) -> Resolved:
         config = config_of(rules, label, max_new_tokens)
@@ -104,6 +99,7 @@ def resolved_by(rules: Rules, label: str, objective: Objective, max_new_tokens: 
         return resolve(config, 1, objective=objective)
 
     if reads_data(objective):
+        check_pairs(objective, form_of(objective, rules.responses))
         return attempt(in_units(rules, rows_of_unit(objective, rules.responses)), data=dict(name="task"))
     alone = replace(rules, prompts=rules.prompts * rules.responses, responses=1)
     try:
@@ -143,10 +139,8 @@ def check_fit(resolved: Resolved) -> None:
         raise ValueError(f"protocol {resolved.protocol_name!r} trains on earlier batches; a race has only fresh ones")
     if protocol.facts.rows is None and not objective.asks.needs & {"reward", "correct", "edge_adv"}:
         raise ValueError("does not ask for rewards: it would imitate its own completions")
-    if foreign := [f"logp_{name}" for name in resolved.references if name in ("soup", "teacher")]:
-        raise ValueError(f"needs {', '.join(foreign)}, log-probs of a model that a race does not have")
-    if reads_data(objective):
-        check_pairs(objective, resolved.form)
+    if "soup" in resolved.references:
+        raise ValueError("needs logp_soup, log-probs of a model that a race does not have")
 
 
 def check_pairs(objective: Objective, form: Form | None) -> None:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from jaxpo.arguments import Positive, PositiveShare, Share, Whole, check_record, is_array
 from jaxpo.primitives.numerics import promote
 from jaxpo.primitives.token_advantages import entropy_position
 
@@ -52,13 +53,13 @@ class SamplingOptions:
         ends the completion.
     """
 
-    max_new_tokens: int = struct.field(pytree_node=False)
+    max_new_tokens: Whole = struct.field(pytree_node=False)
     eos_ids: tuple[int, ...] = struct.field(pytree_node=False, default=())
     greedy: bool = struct.field(pytree_node=False, default=False)
-    top_k: int | None = struct.field(pytree_node=False, default=None)
-    temperature: float | Array = 1.0
-    top_p: float | Array | None = None
-    min_p: float | Array | None = None
+    top_k: Whole | None = struct.field(pytree_node=False, default=None)
+    temperature: Positive | Array = 1.0
+    top_p: PositiveShare | Array | None = None
+    min_p: Share | Array | None = None
     adaptive: EntropyTemperature | None = None
     stop_table: Array | None = None
 
@@ -77,23 +78,8 @@ def validate(options: SamplingOptions) -> SamplingOptions:
       ValueError: names the field; also for a setting that greedy decoding would ignore.
     """
 
-    def number(x: object) -> bool:
-        return isinstance(x, int | float)
-
-    if options.max_new_tokens < 1:
-        raise ValueError(f"sampling.max_new_tokens must be at least 1, not {options.max_new_tokens}")
-    if number(options.temperature) and not options.temperature > 0:
-        raise ValueError(
-            f"sampling.temperature must be positive, not {options.temperature}; for the most probable token "
-            "set greedy=True"
-        )
-    if options.top_k is not None and (not isinstance(options.top_k, int) or options.top_k < 1):
-        raise ValueError(f"sampling.top_k must be a whole number of at least 1, not {options.top_k}")
-    if number(options.top_p) and not 0 < options.top_p <= 1:
-        raise ValueError(f"sampling.top_p must be in (0, 1], not {options.top_p}")
-    if number(options.min_p) and not 0 <= options.min_p <= 1:
-        raise ValueError(f"sampling.min_p must be in [0, 1], not {options.min_p}")
-    unit = number(options.temperature) and options.temperature == 1
+    check_record(options, "sampling.")
+    unit = not is_array(options.temperature) and options.temperature == 1
     if options.adaptive is not None and (options.greedy or not unit):
         raise ValueError(
             "sampling.adaptive sets the temperature of each token: it excludes greedy and temperature != 1"

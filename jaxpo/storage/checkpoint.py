@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from jaxpo.arguments import Whole, check
 from jaxpo.registry import unknown
 from jaxpo.storage import manifest
 from jaxpo.storage.manifest import DamagedCheckpoint, Tree, describe, is_key, is_stored, named_leaves
@@ -62,8 +63,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str, keep: int = 3, *, best: str | None = None, config: str = ""):
-        if keep < 1:
-            raise ValueError(f"keep must be at least 1 checkpoint, not {keep}")
+        check("keep", keep, Whole)
         self.directory, self.keep, self.best, self.config = epath.Path(directory).absolute(), keep, best, config
         self.directory.mkdir(parents=True, exist_ok=True)
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())

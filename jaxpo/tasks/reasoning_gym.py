@@ -5,20 +5,21 @@ import functools
 import inspect
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from jaxpo.registry import unknown
-from jaxpo.tasks.base import Example, Score, Task, check_sizes, split, verdict
+from jaxpo.arguments import Domain, Positive, Whole
+from jaxpo.registry import register, unknown
+from jaxpo.tasks.base import Example, Score, Task, split, verdict
 from jaxpo.tasks.rewards import extract_answer, present
 from jaxpo.tasks.workers import runner
 
-# Verifiers that pay for anything: to train on them is to train on nothing.
+# Datasets whose verifiers reward wrong answers: training on them teaches nothing.
 REFUSED = {
     "game_of_life_halting": "its verifier gives full credit to any completion",
     "puzzle24": "its verifier ignores which numbers are used",
 }
-# Verifiers that evaluate the completion (eval, sympy, Fraction("1e999999999")): they can hang, so they run in worker
-# processes.
+# Datasets whose verifiers evaluate the completion (eval, sympy, Fraction("1e999999999")). They can hang, so they run in
+# worker processes.
 EVALUATES = frozenset(
     {
         "binary_matrix",
@@ -33,23 +34,26 @@ EVALUATES = frozenset(
     }
 )
 
-# An item's seed is `seed + index`. Every run seed owns a block of consecutive item seeds, half for testing, half for
+# An item's seed is `seed + index`. Every run seed owns a block of consecutive item seeds: half for testing, half for
 # training.
 HALF = 1_000_000
 SEEDS = 2**32 // (2 * HALF)  # some datasets seed numpy, which takes 32 bits
+Size = Annotated[int, Domain(1, HALF, whole=True)]
+Seed = Annotated[int, Domain(0, SEEDS - 1, whole=True)]
 
 
+@register("task")
 def reasoning_gym(
     dataset: str,
-    train_size: int,
-    test_size: int,
-    seed: int,
+    train_size: Size,
+    test_size: Size,
+    seed: Seed,
     partial_credit: bool = False,
     extract: str = "text",
     prompt_field: str | None = None,
     prompt: str = "{}",
-    timeout: float | None = None,
-    workers: int | None = None,
+    timeout: Positive | None = None,
+    workers: Whole | None = None,
     **dataset_config: Any,
 ) -> Task:
     """A task from a dataset of reasoning_gym: ``reasoning_gym("spell_backward", 4000, 200, seed=0, max_word_len=6)``.
@@ -59,26 +63,26 @@ def reasoning_gym(
 
     Args:
       dataset: its name in reasoning_gym.
-      train_size, test_size: items to generate, at most 1,000,000 each.
-      seed: two seeds have no item seed in common, nor have training and testing.
-      partial_credit: pay what the verifier says; otherwise 1 for its full score and 0 for less. Off by default,
-        because some verifiers' partial credit grows with padding.
+      train_size, test_size: items to generate, at most 1,000,000 each: more would share item seeds.
+      seed: different seeds share no item seed, and neither do training and testing.
+      partial_credit: the reward is the verifier's score; otherwise it is 1 for the full score and 0 for less. Off by
+        default, because some verifiers' partial credit grows with padding.
       extract: where the completion has its answer (``rewards.EXTRACT``); ``text`` is all of it, stripped.
-      prompt_field: metadata of the item that is asked in place of the whole question ("word"): a policy trained from
-        scratch has no use for the instructions, which are the same in every item. None = the question.
-      prompt: what is asked, with ``{}`` for the question or field: "What is {}? Answer with the number only."
+      prompt_field: field of the item's metadata to ask instead of the whole question, such as "word": a policy trained
+        from scratch cannot use the instructions, which are the same in every item. None = the question.
+      prompt: template of the prompt, with ``{}`` for the question or field: "What is {}? Answer with the number only."
       timeout, workers: seconds for one verdict and number of worker processes. Verifiers that evaluate the completion
         run in workers with 5 s by default; the others run in this process unless one of the two is given.
       **dataset_config: fields of the dataset's own config.
 
     Raises:
       ValueError: unknown dataset, field or ``extract`` (with the nearest), a value the dataset refuses, sizes or a seed
-        out of range, or a dataset whose verifier is worthless; before anything is built. Also if no training item is
-        left.
+        out of range, or a dataset whose verifier is worthless (all raised before anything is built); or no training
+        item is left.
     """
     from reasoning_gym.factory import DATASETS, create_dataset
 
-    _check(dataset, train_size, test_size, seed, dataset_config, DATASETS)
+    _check(dataset, dataset_config, DATASETS)
     if prompt.count("{}") != 1:
         raise ValueError(f"task.prompt must hold {{}} once, where the question goes, not {prompt!r}")
     extract_answer("", extract)
@@ -118,9 +122,7 @@ def _prompt(item: Mapping[str, Any], field: str | None) -> str:
     return str(item["metadata"][field])
 
 
-def _check(
-    dataset: str, train_size: int, test_size: int, seed: int, config: dict[str, Any], datasets: dict[str, tuple]
-) -> None:
+def _check(dataset: str, config: dict[str, Any], datasets: dict[str, tuple]) -> None:
     if dataset not in datasets:
         raise ValueError(unknown("reasoning_gym dataset", dataset, datasets))
     if dataset in REFUSED:
@@ -132,12 +134,6 @@ def _check(
         if name not in fields:
             own = inspect.signature(reasoning_gym).parameters.keys() - {"dataset_config"}
             raise ValueError(unknown(f"argument of reasoning_gym dataset {dataset!r}", name, fields | own))
-    check_sizes(train_size=train_size, test_size=test_size)
-    for name, size in (("train_size", train_size), ("test_size", test_size)):
-        if size > HALF:
-            raise ValueError(f"{name} must be at most {HALF}, got {size}: training and testing would share item seeds")
-    if not isinstance(seed, int) or not 0 <= seed < SEEDS:
-        raise ValueError(f"seed must be an integer in [0, {SEEDS}), got {seed!r}")
 
 
 def _verify(dataset: str, config: bytes, extract: str, entry: dict[str, Any], completion: str) -> float:
@@ -148,7 +144,7 @@ def _verify(dataset: str, config: bytes, extract: str, entry: dict[str, Any], co
 
 @functools.lru_cache(maxsize=8)
 def _source(dataset: str, config: bytes) -> Any:
-    """The dataset that verifies. Made from its name where it is needed, because some datasets cannot be pickled."""
+    """The dataset that verifies. Each process builds it from its name, because some datasets cannot be pickled."""
     from reasoning_gym.factory import create_dataset
 
     return create_dataset(dataset, size=1, seed=0, **pickle.loads(config))

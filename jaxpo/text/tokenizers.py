@@ -12,8 +12,9 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
+from jaxpo.arguments import Domain, check
 from jaxpo.registry import register, unknown
 from jaxpo.text import gguf
 
@@ -121,14 +122,15 @@ class CharTokenizer(_Symbols):
         return {"kind": "characters", "alphabet": self.alphabet, "separator": self.separator}
 
 
+Base = Annotated[int, Domain(2, 36, whole=True)]
+
+
 class IntegerTokenizer(_Symbols):
     """One token for each digit of a base up to 36: id 0 is both pad and end of sequence, 1 is the separator ``=``, and
     ``2 + d`` is digit d."""
 
-    def __init__(self, base: int):
-        if not 2 <= base <= 36:
-            raise ValueError(f"base must be in [2, 36], got {base!r}")
-        self.base = base
+    def __init__(self, base: Base):
+        self.base = check("base", base, Base)
         digits = (string.digits + string.ascii_lowercase)[:base]
         super().__init__("=" + digits, first=1, pad_id=0, eos_id=0, separator="=")
 
@@ -191,6 +193,13 @@ class PretrainedTokenizer:
                 table[i] = added[i].encode() if i in added else to_bytes(token)
         return table
 
+    def token_names(self) -> list[str]:
+        """For every id what the vocabulary calls it; "" for special ones."""
+        names = [""] * self.vocab_size
+        for token, i in self._tokenizer.get_vocab().items():
+            names[i] = "" if i in self._special else token
+        return names
+
     def render(self, question: Question) -> str:
         if self.chat_template:
             messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
@@ -214,6 +223,17 @@ class PretrainedTokenizer:
             "chat_template": self.chat_template,
             "eos": [t.convert_ids_to_tokens(i) for i in self.eos_ids],
         }
+
+
+def first_difference(a: Tokenizer, b: Tokenizer) -> int | None:
+    """The first id that two tokenizers give to different tokens; None = they have the same tokens. Special tokens have
+    no text, so their names may differ, and one tokenizer may have more of them."""
+    both = all(isinstance(t, PretrainedTokenizer) for t in (a, b))
+    ours, theirs = (t.token_names() if both else t.token_bytes() for t in (a, b))
+    common = min(len(ours), len(theirs))
+    differs = [i for i, (x, y) in enumerate(zip(ours, theirs, strict=False)) if x and y and x != y]
+    more = [common + i for i, x in enumerate((*ours[common:], *theirs[common:])) if x]
+    return min([*differs, *more], default=None)
 
 
 # ---- tokenizers by name: functions of the options that return (texts of the run) -> Tokenizer

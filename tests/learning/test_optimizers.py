@@ -88,8 +88,8 @@ def test_arguments_of_names():
             config(schedule={"name": "constant", "end_share": 0.1}),
             "unknown hyperparameter of schedule 'constant' 'end_share'",
         ),
-        (config(learning_rate=0.0), "optimizer.learning_rate must be positive, not 0.0"),
-        (config(learning_rate=float("nan")), "optimizer.learning_rate must be positive, not nan"),
+        (config(learning_rate=0.0), "optimizer.learning_rate must be a positive number, not 0.0"),
+        (config(learning_rate=float("nan")), "optimizer.learning_rate must be a positive number, not nan"),
         (config(clip_norm=0.0), "optimizer.clip_norm"),  # every update would be 0
         (config(clip_norm=-1.0), "optimizer.clip_norm"),  # every update would go uphill
         (config(schedule={"name": "linear", "warmup_steps": -3}), "warmup_steps"),

@@ -115,8 +115,8 @@ Total hbm usage >= 30.46G:
         (["--topology=v5e:2x3"], "unknown shape of a v5e slice '2x3': did you mean '2x4'"),
         (["--topology=v7:2x2"], "unknown chip of --topology 'v7'"),
         (["--topolgy=v5e:2x4"], "unknown flag '--topolgy': did you mean '--topology'"),
-        (["--topology=v5e:2x4", "--price=-1"], "--price=-1 must not be negative"),
-        (["--topology=v5e:2x4", "--search=-2"], "--search=-2 must not be negative"),
+        (["--topology=v5e:2x4", "--price=-1"], "--price must be a number of at least 0, not -1"),
+        (["--topology=v5e:2x4", "--search=-2"], "--search must be a whole number of at least 0, not -2"),
         (["--topology=v5e:2x4", "--json=/nowhere/plan.json"], "--json=/nowhere/plan.json: there is no such folder"),
     ],
 )
@@ -168,6 +168,25 @@ def test_steps_are_those_of_an_iteration(run):
 
 
 PAIRS = {"objective": {"name": "dpo"}, "data": {"name": "task", "flipped": 0.0}, "training.microbatches": 2}
+
+
+@pytest.mark.parametrize(
+    ("objective", "held"),
+    (
+        ({"name": "simpo", "beta": 2.0}, set()),  # a beta, and no reference
+        ({"name": "dpo", "beta": 0.1, "reference_free": True}, set()),
+        ({"name": "dpo", "beta": 0.1}, {"ref"}),
+        ({"name": "ipo", "tau": 0.1}, {"ref"}),  # a reference, and no beta
+    ),
+    ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else "",
+)
+def test_references_are_those_that_the_objective_needs(objective, held):
+    resolved = resolve(tiny.config(PAIRS | {"objective": objective}), 1)
+    mesh = make_mesh(dict(data=1), jax.devices()[:1])
+    of_run = trace.trace_run(resolved, mesh, trace.data_of(resolved))
+    assert set(resolved.references) == held == set(of_run.state) - {"params", "opt_state"}
+
+
 PREFERENCES = {
     "pairs from data": ({}, ["scoring", "update"]),
     "a reward model": (

@@ -166,7 +166,7 @@ def test_intervals():
         (["--objectives=import os"], "is no list like"),
         (["--objectives=sft"], "none can race"),
         (["--sedes=3"], "did you mean '--seeds'"),
-        (["--seeds=0"], "seeds must be at least 1"),
+        (["--seeds=0"], "seeds must be a whole number of at least 1, not 0"),
         (["--minibatches=5"], "minibatches 5 does not divide prompts 16"),
         (["--task=toy(digit=3)"], "digits"),
         (["--task=toi"], "toy"),

@@ -110,7 +110,7 @@ def test_keeps_the_last_ones(tmp_path):
     checkpoints.discard_after(10)
     assert checkpoints.steps() == [10] and {path.name for path in tmp_path.iterdir()} == {"10"}
     checkpoints.close()
-    with pytest.raises(ValueError, match="keep must be at least 1 checkpoint, not 0"):
+    with pytest.raises(ValueError, match="keep must be a whole number of at least 1, not 0"):
         Checkpoints(tmp_path, keep=0)
 
 

@@ -31,8 +31,14 @@ def test_build_makes_the_named_task():
             {"name": "reasoning_gym", "dataset": "gcd", "seed": 0, "test_size": 1},
             "task 'reasoning_gym' needs train_size",
         ),
-        ({"name": "toy", "train_size": 0, "test_size": 1, "seed": 0}, "train_size must be a positive integer, got 0"),
-        ({"name": "toy", "train_size": 5, "test_size": True, "seed": 0}, "test_size must be a positive integer"),
+        (
+            {"name": "toy", "train_size": 0, "test_size": 1, "seed": 0},
+            "train_size must be a whole number of at least 1, not 0",
+        ),
+        (
+            {"name": "toy", "train_size": 5, "test_size": True, "seed": 0},
+            "test_size must be a whole number of at least 1, not True",
+        ),
     ],
 )
 def test_a_wrong_config_is_an_error_that_names_the_field(config, message):
@@ -91,7 +97,7 @@ def test_imperfect_drops_the_last_letter_of_its_share_and_repeats_itself():
     assert [len(t) for t in texts[:12]] == [6, 6, 5, 5, 6, 6, 6, 6, 5, 5, 6, 5]
     assert texts != [imperfect(lambda e: e.answer, 0.6, seed=2)(e) for e in tests]
     assert all(imperfect(lambda e: e.answer, 0.0)(e) == "answer" for e in tests[:50])
-    with pytest.raises(ValueError, match="drop_last is a share"):
+    with pytest.raises(ValueError, match="drop_last must be a number in"):
         imperfect(lambda e: e.answer, drop_last=60)
 
 

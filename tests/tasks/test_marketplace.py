@@ -64,7 +64,7 @@ def test_honest_answers_are_correct_and_questions_differ():
 
 BAD = [
     (dict(hindsight="later"), "hindsight"),
-    (dict(options=9), "from 2 to 8"),
+    (dict(options=9), r"in \[2, 8\]"),
     (dict(hidden=1.5), r"in \[0, 1\]"),
     (dict(test_size=0), "test_size"),
 ]

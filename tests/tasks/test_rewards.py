@@ -138,11 +138,11 @@ def test_math_that_hangs_is_a_counted_error():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: make_reward("exat"), "unknown reward 'exat': did you mean 'exact'"),
+        (lambda: make_reward("exat"), "unknown verifier 'exat': did you mean 'exact'"),
         (lambda: make_reward("exact", ignorecase=True), "'ignorecase': did you mean 'ignore_case'"),
         (lambda: make_reward("exact", extract="boxd"), "unknown extract 'boxd': did you mean 'boxed'"),
         (lambda: make_reward("regex", pattern="("), "pattern '\\(' is not a regular expression"),
-        (lambda: make_reward("numeric", tolerance=-1), "tolerance must not be negative"),
+        (lambda: make_reward("numeric", tolerance=-1), "tolerance must be a number of at least 0, not -1"),
     ],
 )
 def test_wrong_names_and_options_are_errors(call, message):

@@ -92,11 +92,11 @@ def test_errors():
     game = ReverseDigits()
     with pytest.raises(ValueError, match="3 completion tokens cannot hold 3 digits and the end"):
         game.reward(encoded(game, ["123"]), jnp.zeros((1, 3), int), jnp.ones((1, 3)))
-    with pytest.raises(ValueError, match="digits must be a positive integer"):
+    with pytest.raises(ValueError, match="digits must be a whole number of at least 1, not 0"):
         ReverseDigits(digits=0)
-    with pytest.raises(ValueError, match="digits=30 of base 10 are more prompts than can be numbered"):
+    with pytest.raises(ValueError, match="digits=30 of base 10 give more prompts than can be numbered"):
         toy(5, 5, seed=0, digits=30)
-    with pytest.raises(ValueError, match="base must be in"):
+    with pytest.raises(ValueError, match="base must be a whole number in"):
         ReverseDigits(base=1)
 
 

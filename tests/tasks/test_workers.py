@@ -143,9 +143,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_function_that_workers_cannot_load_is_refused():
     with pytest.raises(ValueError, match="cannot be sent to a worker"):
         WorkerPool(lambda: 0)
-    with pytest.raises(ValueError, match="workers must be a positive integer, got 0"):
+    with pytest.raises(ValueError, match="workers must be a whole number of at least 1, not 0"):
         WorkerPool(eval, workers=0)
-    with pytest.raises(ValueError, match="timeout must be a positive number"):
+    with pytest.raises(ValueError, match="timeout must be a positive number, not 0"):
         WorkerPool(eval, timeout=0)
     program = "def f(x): pass\nfrom jaxpo.tasks.workers import WorkerPool\nWorkerPool(f)"
     done = subprocess.run(

@@ -58,7 +58,7 @@ def test_integers():
     assert tokenizer.encode(tokenizer.render("307")) == [5, 2, 9, 1]
     assert tokenizer.decode([5, 2, 9, 0, 0]) == "307"
     assert from_json(tokenizer.to_json()).encode("90") == [11, 2]
-    with pytest.raises(ValueError, match=r"base must be in \[2, 36\]"):
+    with pytest.raises(ValueError, match=r"base must be a whole number in \[2, 36\], not"):
         IntegerTokenizer(37)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
 
-from jaxpo.batch import Rollouts, TokenStats, complete, validate_stats
+from jaxpo.batch import Rollouts, Statistic, TokenStats, complete, validate_stats
 from jaxpo.fields import SHARES, role_id
 from jaxpo.metrics import Metrics, Sum
 from jaxpo.objectives.grammar.checks import check_range, check_rewards
@@ -25,7 +25,6 @@ from jaxpo.primitives.numerics import promote, ratio_or_zero
 __all__ = ["check_range", "check_rewards", "per_token", "standard_metrics"]  # besides what is defined here
 
 Policy = Callable[[Rollouts], TokenStats]
-Statistic = Callable[[Array, Array], Array]  # (logits [N, V] at the policy's temperature, tokens [N]) -> [N]
 NONE: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -49,6 +48,7 @@ class Asks(NamedTuple):
     peeks: statistics of the current policy on the whole optimizer batch, without gradient, for ``weigh``.
     derived: statistics that the policy computes from its logits slice by slice, by name; ``wants``, ``peeks`` or (of
       the old policy, as ``logp_<name>``) ``needs`` may name them: nothing of the size of the vocabulary is ever stored.
+      A `jaxpo.batch.Compared` also reads the logits of another model.
     rewards: the range in which rewards must lie; None = any number.
     """
 
@@ -173,6 +173,10 @@ class Objective(NamedTuple):
     made_of: its parts by kind, where it is composed of parts.
     trains: for each term (and each array in ``Rollouts.weights``) the label of the parameters that it moves; a term
       that is not named moves the "policy".
+    beta: strength of the KL regularization, where a loss of pairs has one: an answer's implied reward is ``beta
+      sum_t (logp - logp_ref)``. None = the loss implies no such reward.
+    wins: (stats of K answers to one prompt) -> [K, K], the probability that the answer of a row beats that of a column,
+      if the objective trains a model of preferences without scores.
     """
 
     init: Callable[[], State]
@@ -185,6 +189,8 @@ class Objective(NamedTuple):
     protocol: Gathering = Gathering()
     made_of: Mapping[str, tuple[str, ...]] = NONE
     trains: Mapping[str, str] = NONE
+    beta: float | Array | None = None
+    wins: Callable[[TokenStats], Array] | None = None
 
 
 class Term(NamedTuple):

@@ -132,7 +132,7 @@ def unit_objective(
 def preference(
     link: Callable[[Array, Units], Array],
     *,
-    beta: float | Array = 1.0,
+    beta: float | Array | None = None,
     reference: Reference = "ref",
     normalize_length: bool = False,
     layout: tuple[str, ...] = PAIR,
@@ -147,6 +147,8 @@ def preference(
     ``s = sum_t (logp - logp_<reference>)`` of a row, or its mean over tokens with ``normalize_length``.
 
     Args:
+      beta: strength of the KL regularization, also the objective's `Objective.beta` where ``s`` is ``sum_t (logp -
+        logp_ref)``; None = the margin is ``s_chosen - s_rejected``.
       link: ``(margin [N], units) -> loss [N]``, e.g. ``-log_sigmoid`` for DPO (arXiv:2305.18290, eq. 7).
       reference: a name, a blend of names by their shares, or None: log-probs as they are.
       layout: roles of a unit's rows; must hold "chosen" and "rejected".
@@ -157,8 +159,9 @@ def preference(
         w, l = (units.log_ratio(role, reference) for role in PAIR)  # noqa: E741
         if normalize_length:
             w, l = (s / units.length(role) for s, role in zip((w, l), PAIR, strict=True))  # noqa: E741
-        return beta * (w - l)
+        return w - l if beta is None else beta * (w - l)
 
     main = unit_term("preference", lambda units, state: link(margin(units), units), rows=rows)
     asks = asks.merged(asks_of(*fields_of(reference)))
-    return unit_objective([main, *terms], margin=margin, layout=layout, asks=asks, hooks=hooks, protocol=protocol)
+    objective = unit_objective([main, *terms], margin=margin, layout=layout, asks=asks, hooks=hooks, protocol=protocol)
+    return objective._replace(beta=beta if reference == "ref" and not normalize_length else None)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxpo.arguments import AboveOne, NonNegative, Positive, PositiveOrInfinite, Share, Threshold, unused, when
+from jaxpo.arguments import AboveOne, NonNegative, Positive, PositiveOrInfinite, Share, Threshold, when
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.fields import role_id
 from jaxpo.objectives.grammar.base import Hooks, State, per_token
@@ -14,8 +14,6 @@ from jaxpo.objectives.grammar.parts import Surrogate, asks_of, reads
 from jaxpo.primitives import ratios, selection, surrogates, token_advantages
 from jaxpo.primitives.numerics import promote
 from jaxpo.registry import register
-
-__all__ = ["unused"]  # for jaxpo.protocols.segments, until it takes it from jaxpo.arguments
 
 PEEK = asks_of(peeks=("logp",))
 

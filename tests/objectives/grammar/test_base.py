@@ -389,6 +389,15 @@ def test_preference_is_dpo(reference, normalize):
     assert 0 <= float(report["preference/accuracy"]) <= 1
 
 
+def test_preference_states_its_beta():
+    """Where an answer's implied reward is ``beta sum_t (logp - logp_ref)``."""
+    assert preference(log_sigmoid_loss, beta=0.4).beta == 0.4
+    for other in (dict(beta=None), dict(reference=None), dict(reference="prev"), dict(normalize_length=True)):
+        assert preference(log_sigmoid_loss, **{"beta": 0.4, **other}).beta is None
+    plain, one = preference(log_sigmoid_loss), preference(log_sigmoid_loss, beta=1.0)
+    assert_close(value_and_grad(plain, pairs())[:2], value_and_grad(one, pairs())[:2])
+
+
 def test_preference_metrics_are_told_apart_by_role():
     report = value_and_grad(preference(log_sigmoid_loss, beta=0.4), pairs())[2]
     row = (LOGP * MASK).sum(-1)

@@ -5,6 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from jaxpo import make
+from jaxpo.batch import TokenStats
 from tests.oracles.preference_cases import GROUPS, LOG2, PAIRS, N, close, evaluate, loss, swapped, with_extra
 
 
@@ -54,6 +56,16 @@ def test_gpm_rm_ranks_in_circles():
     batch = replace(PAIRS, extra={**PAIRS.extra, "embed": circle})
     only = [replace(batch, count=np.repeat(np.arange(N) == i, 2).astype(float)) for i in range(3)]
     assert max(loss("gpm_rm", pair, ("embed",), gate=False) for pair in only) < 0.01  # no scalar score can do that
+
+
+@pytest.mark.parametrize("options", (dict(), dict(tau=0.7, gate=False), dict(normalize=False)), ids=str)
+def test_gpm_rm_wins_are_what_its_loss_says_of_a_pair(options):
+    embed, gate = PAIRS.extra["embed"], np.repeat(PAIRS.extra["gate"][:1], 2 * N, 0)  # of one prompt
+    wins = np.asarray(make("gpm_rm", **options).wins(TokenStats(embed=embed, gate=gate)))
+    close(wins + wins.T, 1, rtol=1e-5)
+    batch = replace(PAIRS, extra={**PAIRS.extra, "embed": embed, "gate": gate})
+    heads = HEADS if options.get("gate", True) else ("embed",)
+    close(loss("gpm_rm", batch, heads, **options), -np.log(np.diag(wins, 1)[::2]).mean(), rtol=1e-5)
 
 
 def test_themis_without_trace_is_half_bradley_terry():
