@@ -1,5 +1,5 @@
-"""Kernels, imported as ``jaxpo.kernels``: each a folder with the function (api), a naive reference and one file per
-implementation."""
+"""Kernels, imported as ``jaxpo.kernels``. Each has a folder with the public function (api), a naive reference and one
+file per implementation."""
 
 from jaxpo.kernels.policy_surrogate.api import policy_surrogate
 from jaxpo.kernels.token_logprob.api import TokenLogProb, token_logprob, token_logprob_grad

@@ -1,4 +1,4 @@
-"""The chip sheet, and for which devices a program is being traced."""
+"""A table of chips, and the devices that a program is being traced for."""
 
 from typing import NamedTuple
 
@@ -8,11 +8,14 @@ MIB = 2**20
 
 
 class Chip(NamedTuple):
-    """One JAX device, which on v5p is a pair of cores, in the numbers that its maker publishes.
+    """The published numbers of one JAX device, which on v5p is a pair of cores.
 
-    vmem: bytes of a core; hbm: bytes that the compiler grants a program; flops: bfloat16 operations per second;
-    bandwidth: bytes per second between HBM and the cores; ici: bytes per second that a chip sends to its neighbors,
-    over all links together (half of the published figure, which counts both directions).
+    vmem: bytes of VMEM of a core.
+    hbm: bytes of HBM that the compiler allows a program.
+    flops: bfloat16 operations per second.
+    bandwidth: bytes per second between HBM and the cores.
+    ici: bytes per second that a chip sends to its neighbors, over all links together (half of the published figure,
+      which counts both directions).
 
     Sources: cloud.google.com/tpu/docs/v5e, /v5p and /v6e; vmem and hbm: libtpu, which keeps 256 MiB for itself.
     """
@@ -27,7 +30,7 @@ class Chip(NamedTuple):
 
     @property
     def flops_per_byte(self) -> float:
-        """Operations that take as long as moving a byte."""
+        """The number of operations that take as long as moving one byte."""
         return self.flops / self.bandwidth
 
 
@@ -42,14 +45,14 @@ CHIPS = {
 
 
 def target_platform() -> str:
-    """The platform of the mesh that is being traced for (inside ``shard_map`` or ``jax.set_mesh``, also of devices that
-    are not attached), else of the default backend: "cpu", "gpu" or "tpu"."""
+    """The platform that is being traced for: "cpu", "gpu" or "tpu". Inside ``shard_map`` or ``jax.set_mesh`` it is the
+    platform of the mesh (whose devices need not be attached), elsewhere that of the default backend."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def on_one_device() -> bool:
-    """Whether what is traced runs on one device: there is only one, or this is the inside of a ``shard_map``."""
+    """Whether the traced code runs on one device: there is only one, or the code is inside a ``shard_map``."""
     around = jax.sharding.get_abstract_mesh()
     if not around.axis_names:
         return jax.device_count() == 1

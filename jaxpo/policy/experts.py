@@ -59,18 +59,18 @@ def of_experts(
     """[N, D] sum of the outputs of the experts whose matrices are given; the first of them is expert ``first``."""
     (n, k), count, dtype = chosen.shape, w_in.shape[0], x.dtype
     expert = chosen.reshape(-1) - first
-    some = count < config.experts
-    if some:  # the rows of the other experts come last, in a run that is multiplied with no matrix
+    elsewhere = count < config.experts
+    if elsewhere:  # the rows of the other experts come last, in a run that is multiplied with no matrix
         expert = jnp.where((expert >= 0) & (expert < count), expert, count)
     order = jnp.argsort(expert)
     sizes = jnp.bincount(expert, length=count + 1)[:count]
 
-    def own(rows: Array) -> Array:  # a grouped product leaves rows of no group undefined
-        return jnp.where((jnp.arange(n * k) < sizes.sum())[:, None], rows, 0) if some else rows
+    def defined(rows: Array) -> Array:  # a grouped product leaves rows of no group undefined
+        return jnp.where((jnp.arange(n * k) < sizes.sum())[:, None], rows, 0) if elsewhere else rows
 
     w_in, w_down = w_in.astype(dtype).reshape(count, w_in.shape[1], -1), w_down.astype(dtype)
-    gate, up = jnp.split(own(jax.lax.ragged_dot(own(x[order // k]), w_in, sizes)), 2, -1)
-    out = own(jax.lax.ragged_dot(ACTIVATIONS[config.activation](gate) * up, w_down, sizes))
+    gate, up = jnp.split(defined(jax.lax.ragged_dot(defined(x[order // k]), w_in, sizes)), 2, -1)
+    out = defined(jax.lax.ragged_dot(ACTIVATIONS[config.activation](gate) * up, w_down, sizes))
     out = out * weight.reshape(-1)[order, None].astype(dtype)
     return jnp.zeros_like(x).at[order // k].add(out)
 

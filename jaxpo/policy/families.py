@@ -213,10 +213,14 @@ def _same(a: TransformerConfig, b: TransformerConfig) -> bool:
 
 
 class Slot(NamedTuple):
-    """A tensor of a file, and its place in the parameters.
+    """A tensor of a file, and its place in the parameters: ``tensor ==
+    params[path][index].transpose(axes).reshape(shape)``.
 
-    ``tensor == params[path][index].transpose(axes).reshape(shape)``: each axis of the tensor is one of the ``groups``
-    of axes of ``params[path][index]``, whose sizes are ``ours``.
+    name: the name of the tensor in the file.
+    path: the keys of the array in the parameters.
+    index: the part of that array.
+    groups: for each axis of the tensor, the axes of ``params[path][index]`` that it is made of.
+    ours: the shape of ``params[path][index]``.
     """
 
     name: str

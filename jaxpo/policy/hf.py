@@ -61,7 +61,7 @@ class Source(Protocol):
 
 
 class Place(NamedTuple):
-    """Where a tensor lies: ``shape`` numbers of ``dtype`` from byte ``offset`` of ``file``."""
+    """The place of a tensor in a file: ``shape`` numbers of ``dtype`` from byte ``offset`` of ``file``."""
 
     file: Path
     offset: int

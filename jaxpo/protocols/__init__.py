@@ -1,4 +1,4 @@
-"""How data is gathered: host-side hooks around the compiled functions (`jaxpo.protocols.protocol.Protocol`)."""
+"""Protocols gather the data: host-side hooks around the compiled functions (`jaxpo.protocols.protocol.Protocol`)."""
 
 from jaxpo.protocols import (  # noqa: F401 (their registrations)
     dno,

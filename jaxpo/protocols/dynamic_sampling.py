@@ -77,8 +77,8 @@ def entropy_temperature(
         absent = [name for name in SIGNAL if name not in state.memory]
         if absent:
             raise ValueError(
-                f"protocol 'hapo' reads {', '.join(absent)} from the memory of the objective hapo, and this objective "
-                "has no such memory: set config.objective.name to hapo, or config.protocol.name to dapo"
+                f"protocol 'hapo' reads {', '.join(absent)} from the objective's memory, which only the objective hapo "
+                "fills: set config.objective.name to hapo, or config.protocol.name to dapo"
             )
         # Host numbers, so that the compiled program does not depend on where the state lives.
         numbers = {name: np.float32(state.memory[name]) for name in SIGNAL}

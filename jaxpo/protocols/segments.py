@@ -178,12 +178,12 @@ def grow(
         above = np.flatnonzero(levels[-1].cut & (levels[-1].paths.stop < gather.width))
         if not len(above):
             break
-        from_ = levels[-1].paths.take(above)
-        left = gather.width - from_.stop
+        open_paths = levels[-1].paths.take(above)
+        left = gather.width - open_paths.stop
         budget = left if depth == len(branching) - 1 else np.minimum(left, segment)
-        paths, sampled = from_.go_on(run, gather, budget, jax.random.fold_in(key, depth), children)
+        paths, sampled = open_paths.go_on(run, gather, budget, jax.random.fold_in(key, depth), children)
         cut = np.asarray(sampled.truncated) > 0
-        start, parent = np.repeat(from_.stop, children), np.repeat(above, children)
+        start, parent = np.repeat(open_paths.stop, children), np.repeat(above, children)
         levels.append(Level(paths, start, parent, cut, children, sampled))
     return levels
 
@@ -225,10 +225,10 @@ def rows_of(
     for level in levels[1:]:
         tree_of.append(tree_of[-1][level.parent])
     owner, gain = np.concatenate(tree_of), np.concatenate(adv)
-    telling = np.flatnonzero(gain)
+    nonzero = np.flatnonzero(gain)
     rows, used = np.zeros((len(questions), max_edges), np.int64), np.zeros((len(questions), max_edges), bool)
     for q in range(len(questions)):
-        edges = rng.permutation(telling[owner[telling] == q])[:max_edges]
+        edges = rng.permutation(nonzero[owner[nonzero] == q])[:max_edges]
         rows[q] = np.flatnonzero(owner == q)[0]  # an unused row repeats some edge, and does not count
         rows[q, : len(edges)], used[q, : len(edges)] = edges, True
     rows, used = rows.reshape(-1), used.reshape(-1)
@@ -257,4 +257,4 @@ def rows_of(
         per_token={name: of_rows(lambda level, n=name: level.sampled.per_token[n]) for name in extra},
         edge_adv=np.where(used, gain[rows], 0).astype(np.float32),
     )
-    return batch, int(used.sum()), len(telling)
+    return batch, int(used.sum()), len(nonzero)

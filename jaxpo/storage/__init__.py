@@ -1,1 +1,1 @@
-"""What a run leaves behind: checkpoints with a manifest, the run directory, pictures."""
+"""The files of a run: checkpoints with a manifest, the run directory, plots."""

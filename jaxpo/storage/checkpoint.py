@@ -1,10 +1,11 @@
 """Checkpoints of a whole training state by orbax: written in the background, restored bit for bit on any mesh.
 
-A checkpoint is a directory named after its step: the arrays of a pytree under flat names ("params/head/w"), sharded
-(tensorstore, OCDBT), and the manifest (`jaxpo.storage.manifest`), which is written last. Without a manifest that fits,
-bit for bit, a directory is no checkpoint; the one before it is taken, and it is said which, why and what instead.
+A checkpoint is a directory named after its step. It holds the arrays of a pytree under flat names ("params/head/w"),
+sharded (tensorstore, OCDBT), and the manifest (`jaxpo.storage.manifest`), which is written last. If the manifest does
+not match the files bit for bit, the checkpoint is damaged: the one before it is restored, and a warning says which
+checkpoint is damaged, why, and which is taken instead.
 
-With several processes (``jax.distributed``) all of them have to make every call, on a directory that all of them see.
+With several processes (``jax.distributed``) every process has to make every call, on a directory that all of them see.
 """
 
 import json
@@ -26,15 +27,21 @@ from jaxpo.registry import unknown
 from jaxpo.storage import manifest
 from jaxpo.storage.manifest import DamagedCheckpoint, Tree, describe, is_key, is_stored, named_leaves
 
-_TMP, _DAMAGED = ".orbax-checkpoint-tmp", ".damaged"  # endings of directories that are no checkpoints
+_TMP, _DAMAGED = ".orbax-checkpoint-tmp", ".damaged"  # suffixes of directories that are not checkpoints
 
 # Orbax logs dozens of lines a save through absl's logger; its warnings and errors still come through.
 logging.getLogger("absl").addFilter(lambda line: line.levelno >= logging.WARNING or "/orbax/" not in line.pathname)
 
 
 class Restored(NamedTuple):
-    """A checkpoint that was read. manifest: all that it says of itself (metrics, config, leaves, ...). passed: later
-    steps that are damaged."""
+    """A checkpoint that was read.
+
+    tree: the restored pytree.
+    position: what else a resumed run has to know.
+    step: the step of the checkpoint.
+    manifest: its whole manifest (metrics, config, leaves, ...).
+    passed: later steps that are damaged.
+    """
 
     tree: Tree
     position: dict[str, Any]
@@ -47,10 +54,11 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-      directory: where they are kept, made if it is missing; a local path or one that etils.epath writes (gs://...).
-      keep: how many finished ones stay; the oldest go first. ``save``, ``wait`` and ``close`` prune, so there can be
-        one more for a while.
-      best: name of a metric; the checkpoint with the highest value (the later one of two) stays besides those.
+      directory: where they are kept, created if it is missing; a local path or one that etils.epath can write
+        (gs://...).
+      keep: how many finished checkpoints stay; the oldest are deleted first. ``save``, ``wait`` and ``close`` delete
+        them, so there can be one more for a while.
+      best: name of a metric. The checkpoint with its highest value stays too (of equal ones, the later).
       config: hash of the run's config, kept in the manifests.
     """
 
@@ -67,24 +75,25 @@ class Checkpoints:
         return finished_steps(self.directory)
 
     def latest(self) -> int | None:
-        """The last finished step, None if there is none."""
+        """The last finished step; None if there is none."""
         return max(self.steps(), default=None)
 
     def save(
         self, step: int, tree: Tree, position: Mapping[str, Any], metrics: Mapping[str, float] | None = None
     ) -> None:
-        """Copy ``tree`` to the host and write it in the background; a save still under way is waited for first.
+        """Copy ``tree`` to the host and write it in the background. If an earlier save is still being written, wait for
+        it first.
 
         Args:
-          step: names the checkpoint; a checkpoint of this step, whole or torn, is replaced.
+          step: names the checkpoint; an older checkpoint of this step, whole or half written, is replaced.
           tree: pytree of arrays, PRNG keys (typed or raw) and Python scalars. It may be donated once this returns.
-          position: what else a resumed run has to know, JSON-able.
-          metrics: by which ``best`` is chosen; a checkpoint without that metric is not among them.
+          position: what else a resumed run has to know, as JSON values.
+          metrics: ``best`` is chosen by these; a checkpoint without that metric is never the best.
 
         Raises:
-          ValueError: ``step`` is before the latest checkpoint's; see ``discard_after``.
-          TypeError: a leaf, or something in ``position``, that cannot be saved.
-          OSError: the one under way could not be written.
+          ValueError: ``step`` is before the latest checkpoint; see ``discard_after``.
+          TypeError: a leaf, or a value in ``position``, cannot be saved.
+          OSError: the earlier save could not be written.
         """
         self.wait()
         if (latest := self.latest()) is not None and step < latest:
@@ -105,25 +114,25 @@ class Checkpoints:
         try:
             json.dumps(content)
         except TypeError as error:
-            raise TypeError(f"position: {error}; it has to be JSON-able") from None
+            raise TypeError(f"position: {error}; it must hold only JSON values") from None
         folder = self.directory / str(step)
-        self._delete(folder)  # a torn one, or one to be replaced
-        _together(f"checkpoint {step}")  # no process starts before that is done
+        self._delete(folder)  # a half-written checkpoint, or one to be replaced
+        _together(f"checkpoint {step}")  # no process starts to write before it is deleted
         if arrays:  # orbax refuses an empty item
             self._orbax.save(folder, args=ocp.args.Composite(arrays=ocp.args.PyTreeSave(arrays)))
         self._pending = self._thread.submit(self._publish, folder, content)
 
     def _publish(self, folder: epath.Path, content: dict[str, Any]) -> None:
-        self._orbax.wait_until_finished()  # until the files of all processes are there
+        self._orbax.wait_until_finished()  # the files of all processes are written
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             manifest.write(folder, {**content, "files": manifest.sizes(folder)})
 
     def wait(self) -> None:
-        """Return once nothing is being written any more, and remove what need not stay.
+        """Wait until nothing is being written any more, then delete old checkpoints.
 
         Raises:
-          OSError: the checkpoint under way could not be written (a full disk, say).
+          OSError: a checkpoint could not be written (for example, the disk is full).
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -143,7 +152,7 @@ class Checkpoints:
         steps = self.steps()
         for step in set(steps[: -self.keep]) - {self._best(steps)}:
             self._delete(self.directory / str(step))
-        for left in self.directory.iterdir():  # of a killed process: nothing is under way
+        for left in self.directory.iterdir():  # left by a killed process, as nothing is being written now
             if left.name.endswith(_TMP) or (left.name.isdecimal() and not _is_finished(left)):
                 self._delete(left)
 
@@ -152,12 +161,12 @@ class Checkpoints:
         for step in steps if self.best else ():
             try:
                 values[step] = manifest.read(self.directory / str(step))["metrics"][self.best]
-            except (DamagedCheckpoint, KeyError):  # it cannot be the best of those that can be judged
+            except (DamagedCheckpoint, KeyError):  # without a readable metric it cannot be the best
                 continue
         return max(values, key=lambda step: (values[step], step), default=None)
 
     def discard_after(self, step: int) -> None:
-        """Delete the checkpoints of later steps: a run that goes on from ``step`` leaves that continuation behind."""
+        """Delete the checkpoints of later steps, when a run continues from ``step``."""
         self.wait()
         for later in self.steps():
             if later > step:
@@ -176,12 +185,12 @@ class Checkpoints:
         _together("damaged ones set aside")
 
     def restore(self, template: Tree, step: int | None = None) -> tuple[Tree, dict[str, Any]]:
-        """The tree and position of a checkpoint (the latest whole one): see the function `restore`."""
+        """The tree and position of the checkpoint ``step`` (None = the latest whole one): see `restore` below."""
         self.wait()
         return restore(self.directory, template, step)[:2]
 
     def close(self) -> None:
-        """Wait for the last save and release the threads, whether or not it could be written."""
+        """Wait for the last save, and release the threads even if it could not be written."""
         try:
             self.wait()
         finally:
@@ -195,25 +204,27 @@ class Checkpoints:
 
 
 def finished_steps(directory: str) -> list[int]:
-    """Ascending steps of the finished checkpoints in ``directory``; what a kill left half written is none."""
+    """Ascending steps of the finished checkpoints in ``directory``, without those that a kill left half written."""
     return [step for step in _steps(epath.Path(directory)) if _is_finished(epath.Path(directory) / str(step))]
 
 
 def restore(
     directory: str, template: Tree, step: int | None = None, *, report: Callable[[str], None] | None = None
 ) -> Restored:
-    """A checkpoint in the structure of ``template`` and on its devices, verified: every bit is as it was saved.
+    """Restore a checkpoint in the structure of ``template`` and on its devices, and verify that every bit is as it was
+    saved.
 
     Args:
-      template: pytree of arrays or jax.ShapeDtypeStruct. A leaf with a sharding is restored with it, whatever mesh
-        it was saved from; one without (or an uncommitted array) comes back uncommitted. NumPy arrays come back as
-        NumPy arrays, Python scalars as such.
-      step: which one; None = the latest that is whole. Damaged ones that are passed over are told to ``report``
-        (standard error of the first process by default), with the reason and what is taken instead.
+      template: pytree of arrays or jax.ShapeDtypeStruct. A leaf with a sharding is restored with that sharding, from
+        whatever mesh it was saved. A leaf without one (or an uncommitted array) comes back uncommitted. NumPy arrays
+        come back as NumPy arrays, Python scalars as Python scalars.
+      step: which checkpoint; None = the latest whole one.
+      report: called with a line for each damaged checkpoint that is passed over: the reason, and which checkpoint is
+        taken instead. By default the first process prints it to standard error.
 
     Raises:
       FileNotFoundError: there is no such finished checkpoint, or none that is whole.
-      DamagedCheckpoint: the ``step`` that is asked for is not whole.
+      DamagedCheckpoint: the given ``step`` is not whole.
       ValueError: a leaf is missing, left over, or of another shape or dtype than in the template (it is named).
     """
     wanted = named_leaves(template)
@@ -237,22 +248,22 @@ def restore_params(
     shardings: Tree = None,
     without: Collection[tuple[str, ...]] = (),
 ) -> tuple[dict, dict[str, Any]]:
-    """The parameters of a checkpoint without a template: for evaluation.
+    """Restore the parameters of a checkpoint without a template, for evaluation.
 
     Args:
-      directory: of the run's checkpoints.
-      step: which one; as of `restore`.
+      directory: the directory of the run's checkpoints.
+      step: which checkpoint; None = the latest whole one.
       name: the entry of the saved tree to read; nothing else is read.
-      shardings: of its leaves, in a tree like it; None = on the default device.
-      without: beginnings of paths of leaves that are not read, ``("params", "heads", "score")``.
+      shardings: a tree with the sharding of each leaf; None = on the default device.
+      without: leaves whose path begins with one of these are not read, such as ``("params", "heads", "score")``.
 
     Returns:
       A nested dict of arrays (lists come back as dicts with integer keys) and the position.
 
     Raises:
-      FileNotFoundError, DamagedCheckpoint: as of `restore`.
+      FileNotFoundError, DamagedCheckpoint: as in `restore`.
       KeyError: the saved tree has no entry ``name``.
-      ValueError: the leaves of ``shardings`` are not those of the checkpoint (one is named).
+      ValueError: ``shardings`` and the checkpoint have different leaves (one is named).
     """
     placed = {f"{name}/{key}": x for key, (_, x) in named_leaves(shardings).items()}
 
@@ -265,7 +276,7 @@ def restore_params(
             entries = {str(leaf["path"][0]) for leaf in content["leaves"].values() if leaf["path"]}
             raise KeyError(f"checkpoint {folder}: {unknown('entry', name, entries)}")
         if wrong := sorted(placed.keys() ^ leaves.keys()) if placed else []:
-            raise ValueError(f"checkpoint {folder} is of another model: only one of the two has {wrong[0]}")
+            raise ValueError(f"checkpoint {folder} belongs to another model: only one of the two has {wrong[0]}")
         templates = {key: manifest.template_of(leaf, placed.get(key)) for key, leaf in leaves.items()}
         return _read(folder, leaves, templates), content
 
@@ -280,10 +291,10 @@ def restore_params(
 
 
 def saved_paths(directory: str, step: int | None = None) -> set[tuple[str, ...]]:
-    """The paths of the leaves that a checkpoint holds, as ``("params", "heads", "score", "weight")``.
+    """The paths of the leaves in a checkpoint, such as ``("params", "heads", "score", "weight")``.
 
     Raises:
-      FileNotFoundError, DamagedCheckpoint: as of `restore`."""
+      FileNotFoundError, DamagedCheckpoint: as in `restore`."""
 
     def load(folder: epath.Path) -> set[tuple[str, ...]]:
         content = _agreed(lambda: manifest.read(folder))
@@ -308,7 +319,7 @@ def _is_finished(folder: epath.Path) -> bool:
 def _first_whole(
     directory: epath.Path, step: int | None, load: Callable[[epath.Path], Any], report: Callable[[str], None] | None
 ) -> tuple[Any, list[int]]:
-    """``load`` of the step, or of the last one that is whole, and the steps after it."""
+    """``load`` of the step, or of the last whole checkpoint; and the damaged steps after it."""
     if step is not None:
         if step not in _steps(directory):
             finished = finished_steps(directory)
@@ -341,11 +352,11 @@ def _together(what: str) -> None:
 
 
 def _agreed(read: Callable[[], Any]) -> Any:
-    """``read()``, unless it fails in any process: then it fails in all of them."""
+    """``read()``. If it fails in any process, all of them raise ``DamagedCheckpoint``."""
     found, error = None, None
     try:
         found = read()
-    except Exception as failure:  # whatever a decoder makes of bits that are not its own
+    except Exception as failure:  # damaged bits can raise anything in a decoder
         error = failure
     failed = error is not None
     if jax.process_count() > 1:
@@ -361,22 +372,22 @@ def _one_line(error: BaseException) -> str:
 
 def _to_orbax(leaf: Any) -> Any:
     if not isinstance(leaf, jax.Array):
-        return np.array(leaf)  # a copy: the caller may write into its own
+        return np.array(leaf)  # a copy: the caller may change its array
     if is_key(leaf):
         leaf = jax.random.key_data(leaf)
-    # What every process has a copy of (an optimizer's step count) is no distributed array to orbax.
+    # Orbax does not take an array that every process has a copy of (an optimizer's step count) as a distributed one.
     return np.asarray(leaf) if jax.process_count() > 1 and leaf.is_fully_addressable else leaf
 
 
 def _read(folder: epath.Path, saved: Mapping[str, Mapping], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """{name: leaf} of the ``wanted`` templates, each with the shape, dtype and checksum that ``saved`` says."""
+    """Read {name: leaf} for the ``wanted`` templates, and check shape, dtype and checksum against ``saved``."""
     stored = {name: leaf for name, leaf in wanted.items() if is_stored(saved[name])}
     arrays: dict[str, Any] = {}
     if stored:
         how = {name: _restore_args(leaf) for name, leaf in stored.items()}
         items = {name: 0 for name in stored}
         args = ocp.args.PyTreeRestore(item=items, restore_args=how, partial_restore=True)
-        # Not through a Checkpointer: its barriers would wait for a process that could not read.
+        # Not with a Checkpointer: its barriers would wait forever for a process that could not read.
         arrays = _agreed(lambda: ocp.PyTreeCheckpointHandler().restore(folder / "arrays", args=args))
     for name, checksum in manifest.checksums(arrays).items():
         if checksum != saved[name]["checksum"]:

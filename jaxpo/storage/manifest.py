@@ -1,15 +1,15 @@
-"""The manifest of a checkpoint: what every leaf is and what its bits sum up to. Written last, it makes the checkpoint.
+"""The manifest of a checkpoint: shape, dtype and checksum of every leaf. Written last, it finishes the checkpoint.
 
-Orbax alone takes an empty directory for a checkpoint, restores a flipped bit as it is and casts dtypes without a word.
-``manifest.json`` notices: shape, dtype and checksum of every leaf, the size of every file, a hash of the config, and a
-hash of itself.
+Orbax alone accepts an empty directory as a checkpoint, restores a flipped bit as it is, and casts dtypes silently.
+``manifest.json`` detects this. It holds shape, dtype and checksum of every leaf, the size of every file, a hash of the
+config, and a hash of itself.
 
-The checksum of a leaf is a sum over its elements: with x_i the bits of element i (in row-major order of the whole
-array), ``sum_i mix(x_i + c1 * i) mod 2^32`` and a second one of another mix, where mix is a bijection of 32 bits (the
-finalizer of MurmurHash3). A sum does not depend on who adds what: every device adds up its own shard in the compiled
-function, the shards' sums are added across devices and hosts, and any mesh gives the same number, without a copy to the
-host. A change of one element is always noticed, as the mix is one to one; changes of several with a chance of
-1 - 2^-64. (Positions count modulo 2^32.)
+The checksum of a leaf is a sum over its elements. With x_i the bits of element i (in row-major order of the whole
+array), it is ``sum_i mix(x_i + c1 * i) mod 2^32`` and a second such sum with another mix, where mix is a bijection of
+32 bits (the finalizer of MurmurHash3). The order of a sum does not matter: every device adds up its own shard in the
+compiled function, and these sums are added across devices and hosts. So any mesh gives the same number, without a copy
+to the host. A change of one element is always detected, since the mix is one to one; changes of several elements are
+detected with probability 1 - 2^-64. (Positions count modulo 2^32.)
 """
 
 import hashlib
@@ -31,14 +31,14 @@ from jaxpo.registry import unknown
 
 Tree = Any
 NAME = "manifest.json"
-SCALARS = {kind.__name__: kind for kind in (bool, int, float, str)}  # leaves that live in the manifest itself
-KEY = "key "  # dtype of a typed key: this and its kind
-# What may differ between a run and its continuation without a word: where it computes and what it reports.
+SCALARS = {kind.__name__: kind for kind in (bool, int, float, str)}  # leaves that are stored in the manifest itself
+KEY = "key "  # the dtype of a typed PRNG key is this, followed by its implementation
+# Config fields that may change when a run is resumed: where it computes and what it reports.
 WHERE = ("mesh", "checkpoint", "logging", "evaluation", "compilation_cache")
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that is not whole, or whose bits are not those that were saved."""
+    """A checkpoint is not whole, or its bits have changed since it was saved."""
 
 
 # ---- leaves: names and descriptions
@@ -53,7 +53,7 @@ def _key(entry: Any) -> str | int:
 
 
 def keys_of_path(path: tuple) -> list[str | int]:
-    """The path of a leaf as JSON holds it."""
+    """The path of a leaf as JSON values."""
     return [_key(entry) for entry in path]
 
 
@@ -61,7 +61,7 @@ def named_leaves(tree: Tree) -> dict[str, tuple[tuple, Any]]:
     """{name ("params/head/w"): (key path, leaf)} in the order of jax.tree.leaves.
 
     Raises:
-      ValueError: two leaves have one name.
+      ValueError: two leaves have the same name.
     """
     named: dict[str, tuple[tuple, Any]] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
@@ -86,7 +86,7 @@ def _dtype_name(x: Any) -> str:
 
 
 def describe(name: str, leaf: Any) -> dict[str, Any]:
-    """Shape and dtype of a leaf as the manifest has them; the value too if it is a Python scalar.
+    """Shape and dtype of a leaf in the form of the manifest, and the value of a Python scalar.
 
     Raises:
       TypeError: it is neither an array nor a scalar.
@@ -102,12 +102,12 @@ def describe(name: str, leaf: Any) -> dict[str, Any]:
 
 
 def is_stored(leaf: Mapping[str, Any]) -> bool:
-    """Whether files hold the leaf: not Python scalars, and not arrays of size zero, which orbax refuses."""
+    """Whether the leaf is in the files: Python scalars are not, nor are arrays of size zero, which orbax refuses."""
     return "value" not in leaf and math.prod(leaf["shape"]) > 0
 
 
 def template_of(leaf: Mapping[str, Any], sharding: jax.sharding.Sharding | None = None) -> Any:
-    """What the manifest says of a leaf as a `jax.ShapeDtypeStruct`; a Python scalar as itself."""
+    """A `jax.ShapeDtypeStruct` for a leaf of the manifest; for a Python scalar, the scalar itself."""
     if "value" in leaf:
         return leaf["value"]
     if leaf["dtype"].startswith(KEY):
@@ -118,7 +118,7 @@ def template_of(leaf: Mapping[str, Any], sharding: jax.sharding.Sharding | None 
 
 
 def compare(where: Any, saved: Mapping[str, Mapping], wanted: Mapping[str, Mapping]) -> None:
-    """That a checkpoint's leaves are those of a template.
+    """Check that a checkpoint has the leaves of a template.
 
     Raises:
       ValueError: a leaf is missing, left over, or of another shape or dtype (it is named).
@@ -168,16 +168,16 @@ def _sums(x: Array) -> tuple[Array, Array]:
 
 
 def checksums(arrays: Mapping[str, Any]) -> dict[str, str]:
-    """{name: 16 hexadecimal digits} of arrays, sharded over any mesh (of several hosts too) or NumPy's.
+    """{name: 16 hexadecimal digits} for NumPy arrays, or arrays sharded over any mesh, also of several hosts.
 
-    With several processes each of them makes the call, and all get the same.
+    With several processes every process has to make the call, and all get the same result.
     """
     sums = {}
     for name, x in arrays.items():
         if not isinstance(x, jax.Array):  # jax would cast 64 bits away
             x = np.ascontiguousarray(x).reshape(np.shape(x))
             x = x[..., None].view(np.uint32) if x.dtype.itemsize == 8 else x
-        # One after the other: on CPUs, programs that communicate between processes must not overtake each other.
+        # One after the other: on CPUs, programs that communicate between processes must run in the same order.
         sums[name] = "".join(f"{int(part):08x}" for part in jax.device_get(_sums(x)))
     return sums
 
@@ -186,12 +186,12 @@ def checksums(arrays: Mapping[str, Any]) -> dict[str, str]:
 
 
 def config_hash(config: ConfigDict) -> str:
-    """A hash of everything in a config but `WHERE`."""
+    """A hash of a config without the fields in `WHERE`."""
     return _hash({k: v for k, v in config.to_dict().items() if k not in WHERE})
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "config") -> list[str]:
-    """``config.a.b: 1 -> 2`` for every field in which two configs differ, `WHERE` apart."""
+    """``config.a.b: 1 -> 2`` for every field in which two configs differ, except those in `WHERE`."""
     out = []
     for k in sorted({*old, *new}):
         a, b = old.get(k), new.get(k)
@@ -216,7 +216,7 @@ def _hash(content: Any) -> str:
 
 
 def sizes(folder: epath.Path) -> dict[str, int]:
-    """{path below ``folder``: bytes} of its files; the manifest is none of them."""
+    """{path below ``folder``: bytes} of its files, without the manifest."""
 
     def below(place: epath.Path) -> Iterator[epath.Path]:
         for path in place.iterdir():  # epath refuses "**"
@@ -227,9 +227,9 @@ def sizes(folder: epath.Path) -> dict[str, int]:
 
 
 def write(folder: epath.Path, content: Mapping[str, Any]) -> None:
-    """Make ``folder`` a checkpoint: the manifest is there whole, and on the disk, or not at all."""
+    """Write the manifest, which makes ``folder`` a checkpoint. A kill never leaves a part of it."""
     text = _json({**content, "sha256": _hash(content)})
-    if "://" in str(folder):  # an object is published when its upload is complete
+    if "://" in str(folder):  # an object store shows an object only when its upload is complete
         (folder / NAME).write_text(text)
         return
     temporary = folder / f"{NAME}.tmp"
@@ -238,17 +238,17 @@ def write(folder: epath.Path, content: Mapping[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(folder / NAME)
-    for directory in (folder, folder.parent):  # their entries too
+    for directory in (folder, folder.parent):  # flush the directory entries too
         descriptor = os.open(directory, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
 
 
 def read(folder: epath.Path) -> dict[str, Any]:
-    """The manifest in ``folder``.
+    """Read the manifest in ``folder``, and check it and the sizes of the files.
 
     Raises:
-      DamagedCheckpoint: there is none, it is not as it was written, or files are missing or of another size.
+      DamagedCheckpoint: there is no manifest, it has changed, or files are missing or of another size.
     """
     if not (folder / NAME).exists():
         raise DamagedCheckpoint(f"no {NAME}: it was never finished")

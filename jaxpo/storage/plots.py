@@ -1,7 +1,7 @@
-"""The curves of one run or several, as small multiples in a PNG.
+"""Plot the curves of one run or several, as small multiples in a PNG.
 
-Drawn with matplotlib's Figure objects and the Agg canvas only: no pyplot, hence no global state, no display and nothing
-that a notebook or another thread could notice.
+Only matplotlib's Figure objects and the Agg canvas are used, not pyplot. So there is no global state and no display,
+and notebooks and other threads are not affected.
 """
 
 import os
@@ -23,8 +23,10 @@ from jaxpo.storage.rundir import write_atomically
 class Panel(NamedTuple):
     """One small plot.
 
-    ``keys``: the metric, or several of which the first that has data in some run is drawn. ``scale``: "linear"; "log",
-    if the values span more than a decade; "typical", which cuts off rare large values, as of steps that compile.
+    title: title of the plot.
+    keys: names of metrics; the first one that has data in some run is drawn.
+    scale: "linear"; "log", which is logarithmic if the values span more than a decade; "typical", which cuts off rare
+      large values, such as the time of steps that compile.
     """
 
     title: str
@@ -51,24 +53,25 @@ DEFAULT = (
 )
 COLORS = ("#2a6fbb", "#d1603d", "#3d9a6b", "#8a5fb0", "#c79a1e", "#4aa3b5", "#b0477e", "#6b6b6b")
 INK, PALE = "#2b2b2b", "#8c8c8c"
-MARKED, DRAWN = 40, 1500  # fewer points are marked, more are binned
+MARKED, DRAWN = 40, 1500  # curves with fewer points get markers, curves with more points are binned
 
 
 def plot_curves(
     runs: Mapping[str, Mapping[str, np.ndarray]], path: str | os.PathLike, keys: Sequence[Panel | str] = DEFAULT
 ) -> None:
-    """Draw the metrics of one run or several into a PNG, which is replaced at once.
+    """Draw the metrics of one run or several into a PNG. An existing PNG is replaced at once.
 
-    A metric with many points is drawn faint, with a smoothed line over it; one with few (an evaluation) is drawn with
-    markers. Where ``<key>_lo`` and ``<key>_hi`` are there too, a band shows them. Panels without data are left out.
+    A metric with many points is drawn faint with a smoothed line over it; one with few points (an evaluation) is drawn
+    with markers. If the metrics ``<key>_lo`` and ``<key>_hi`` exist, a band shows them. Panels without data are left
+    out.
 
     Args:
       runs: label → columns as ``read_metrics`` returns them, [n] each, with "step".
-      path: of the PNG.
+      path: the path of the PNG.
       keys: panels, or names of metrics.
 
     Raises:
-      ValueError: no run, or a run without "step".
+      ValueError: there is no run, or a run has no "step".
     """
     if not runs:
         raise ValueError("runs: there is nothing to draw")
@@ -93,11 +96,12 @@ def plot_curves(
 
 
 def plot_reliability(bins: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """How often a model is right (height of a bar) where it is so sure (its place), in bins of confidence; the thinner
-    bar is the share of all. On the diagonal it is calibrated.
+    """Draw a reliability diagram: a bar for each bin of confidence, whose height is the accuracy in that bin. A thinner
+    bar shows the share of pairs in the bin. A calibrated model lies on the diagonal.
 
     Args:
-      bins: confidence, accuracy and share by bin. path: of the PNG, which is replaced at once."""
+      bins: confidence, accuracy and share by bin, and the number of pairs.
+      path: the path of the PNG, which is replaced at once."""
     figure = Figure(figsize=(3.6, 3.4), dpi=110, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axes, width = figure.subplots(), 0.5 / len(bins["share"])
@@ -115,7 +119,7 @@ def plot_reliability(bins: Mapping[str, Any], path: str | os.PathLike) -> None:
 
 
 def smooth(values: np.ndarray, width: float) -> np.ndarray:
-    """Gaussian average over neighbors, ``width`` of them to a standard deviation, fewer at the ends. [n] → [n]."""
+    """Gaussian average over neighbors [n] → [n]; ``width`` is the standard deviation in points. Fewer at the ends."""
     reach = min(int(3 * width), len(values) - 1)
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
     weight = np.convolve(np.ones(len(values)), kernel)[reach : reach + len(values)]
@@ -134,7 +138,8 @@ def _first_with_data(panel: Panel, runs: Mapping[str, Mapping[str, np.ndarray]])
 
 
 def _figure(panels: int, labels: Sequence[str]) -> tuple[Figure, list[Axes]]:
-    """An empty grid, row by row, under a legend of the labels. The margins are fixed: computing them draws it twice."""
+    """An empty grid, row by row, under a legend of the labels. The margins are fixed, as computing them would draw the
+    figure twice."""
     columns = min(3, max(1, panels))
     rows = -(-panels // columns) or 1
     top = 0.38 + 0.24 * -(-len(labels) // columns)  # inches
@@ -166,7 +171,7 @@ def _draw(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, log: bo
     if len(steps) < MARKED:
         axes.plot(steps, values, color=color, linewidth=1.6, marker="o", markersize=3.5, markeredgewidth=0)
         return
-    bins = np.arange(0, len(steps), -(-len(steps) // DRAWN))  # thousands of points: their means in bins
+    bins = np.arange(0, len(steps), -(-len(steps) // DRAWN))  # draw thousands of points as means over bins
     count = np.diff(bins, append=len(steps))
     means = np.add.reduceat(np.log(values) if log else values, bins) / count
     line = smooth(means, max(2.0, len(means) / 50))

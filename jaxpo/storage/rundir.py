@@ -1,13 +1,13 @@
-"""What a run leaves behind, and what it shows while it goes on.
+"""The directory of a run, and the progress that it shows.
 
-    config.json     as resolved when it started
+    config.json     the config as resolved when the run started
     metrics.jsonl   a JSON object a step: {"step": 3, "time": 12.5, "loss": ...}
     samples.jsonl   decoded samples: {"step": 3, ...}
     events.*        the metrics for TensorBoard, if asked for
     curves.png      drawn from metrics.jsonl by jaxpo.storage.plots
-    checkpoints/    by jaxpo.storage.checkpoint
+    checkpoints/    written by jaxpo.storage.checkpoint
 
-With several processes only the first one makes a ``RunDirectory``; the others hold `Elsewhere`.
+With several processes only the first one makes a `RunDirectory`; the others have an `Elsewhere`.
 """
 
 import importlib
@@ -28,23 +28,23 @@ from rich.table import Table
 from tqdm import tqdm
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-RESERVED = ("step", "time", "nonfinite")  # fields of a metrics line that are no metrics
+RESERVED = ("step", "time", "nonfinite")  # fields of a metrics line that are not metrics
 
 
 class RunDirectory:
-    """Writes the files of one run; a line is in its file when the call returns.
+    """Writes the files of one run. A line is in its file when the call returns.
 
     Args:
-      workdir: made if it is missing.
+      workdir: the directory, created if it is missing.
       tensorboard: write TensorBoard events too.
       wandb: arguments of ``wandb.init`` (project, name, ...) to log there too, or None. A resumed run continues there.
       resume_step: the step of the checkpoint that the run continues from. Lines of later steps, and a line that a kill
-        has torn, are removed, so that each step is there once.
+        left incomplete, are removed, so that each step occurs once.
 
     Raises:
       FileExistsError: the directory is not empty and ``resume_step`` is None.
-      FileNotFoundError: ``resume_step`` is given and there is no directory to resume.
-      ModuleNotFoundError: tensorboardX or wandb is asked for and not installed.
+      FileNotFoundError: ``resume_step`` is given, but there is no directory to resume.
+      ModuleNotFoundError: tensorboardX or wandb is asked for, but not installed.
     """
 
     def __init__(
@@ -77,12 +77,13 @@ class RunDirectory:
         """Append the metrics of a step.
 
         Args:
-          step: the optimizer step or iteration they belong to.
+          step: the optimizer step or iteration that they belong to.
           metrics: name → a number or a 0-d array. NaN and infinities become null, and their names are listed under
-            "nonfinite". "time" is added: seconds that the run has been going, without the breaks between resumes.
+            "nonfinite". "time" is added: seconds that the run has taken, without the breaks between resumes.
 
         Raises:
-          TypeError: a value that is no single number. ValueError: one of the names in ``RESERVED``.
+          TypeError: a value is not a single number.
+          ValueError: a name is in ``RESERVED``.
         """
         values = {name: _number(name, value) for name, value in metrics.items()}
         if taken := [name for name in RESERVED if name in values]:
@@ -97,12 +98,12 @@ class RunDirectory:
             self._wandb.log(values, step=int(step))
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append decoded samples, a line each: the step and what the row has (prompt, completion, reward, ...)."""
+        """Append decoded samples, a line each: the step and the fields of the row (prompt, completion, reward, ...)."""
         for row in rows:
             self._samples.write(_json_line({"step": int(step), **row}))
 
     def save_json(self, name: str, obj: Any) -> None:
-        """Write ``obj`` to the file ``name``: the old content or the new one is there, never a part of it."""
+        """Write ``obj`` to the file ``name``. The file always has the old content or the new one, never a part."""
         text = json.dumps(obj, indent=2, default=_plain)
         write_atomically(self.path / name, lambda file: file.write(text.encode()))
 
@@ -117,7 +118,7 @@ class RunDirectory:
 
 
 class Elsewhere:
-    """What takes the place of a `RunDirectory` in a process that writes nothing."""
+    """Stands in for a `RunDirectory` in a process that writes nothing."""
 
     def __init__(self, workdir: str | os.PathLike):
         self.path = Path(workdir)
@@ -136,8 +137,8 @@ def read_metrics(workdir: str | os.PathLike) -> dict[str, np.ndarray]:
     """The metrics of a run as columns.
 
     Returns:
-      {name: float64[n]} and "step" (int64[n]), a row for every step that was written; nan where a step lacks the metric
-      or it was not finite. Lines of the same step are merged, the later one wins.
+      {name: float64[n]} and "step" (int64[n]), with an entry for every step that was written; nan if a step lacks the
+      metric or its value was not finite. Lines of the same step are merged; the later one wins.
 
     Raises:
       FileNotFoundError: there is no metrics.jsonl in ``workdir``.
@@ -156,12 +157,12 @@ def read_metrics(workdir: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it: readers see the old file or the new one."""
+    """Let ``write`` fill a temporary file next to ``path``, then rename it: readers see the old or the new file."""
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             write(file)
-        os.chmod(temporary, 0o644)  # mkstemp's files are for the owner only
+        os.chmod(temporary, 0o644)  # only the owner may read a file of mkstemp
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
@@ -169,16 +170,16 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
 
 class Progress:
-    """A live progress bar with chosen metrics and the time left; a context manager.
+    """A live progress bar with chosen metrics and the time left. Use it as a context manager.
 
-    Where ``file`` is no terminal (a log file, a test) it prints a plain line every ``every`` steps instead.
+    If ``file`` is not a terminal (a log file, a test), it prints a plain line every ``every`` steps instead.
 
     Args:
       total: steps of the whole run.
-      initial: steps done before, by the run that is resumed.
-      metrics: label → name of the metric it shows, or several names of which the first that a step has is shown.
+      initial: steps that were done before the run was resumed.
+      metrics: label → name of a metric, or several names; the first one that a step has is shown.
       every: steps between plain lines.
-      file: where to; standard error by default.
+      file: where it is shown; None = standard error.
     """
 
     METRICS: Mapping[str, str | tuple[str, ...]] = {
@@ -224,7 +225,7 @@ class Progress:
         self.close()
 
     def update(self, metrics: Mapping[str, float], steps: int = 1) -> None:
-        """``steps`` more are done; show the chosen ones of ``metrics`` (those not among them keep their last value)."""
+        """Advance by ``steps`` and show the chosen ``metrics``; a metric that is missing keeps its last value."""
         before, self.step = self.step, self.step + steps
         for label, names in self._names.items():
             if present := [name for name in names if name in metrics]:
@@ -247,7 +248,7 @@ class Progress:
             print(text, file=self._file, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Stop updating the bar; it stays on the screen."""
         if self._bar is not None:
             self._bar.close()
 
@@ -255,16 +256,16 @@ class Progress:
 def closing_table(
     title: str, rows: Sequence[Sequence[str]], *, columns: Sequence[str] = (), file: IO[str] | None = None
 ) -> None:
-    """Print a table of text: what the run came to (accuracy before and after, pass@k, where the time went).
+    """Print a table with the results of the run (accuracy before and after, pass@k, where the time went).
 
     Args:
-      title: above the table.
-      rows: cells of each row, all of the same number; the first is its name.
+      title: printed above the table.
+      rows: cells of each row, the same number in every row; the first cell is the name of the row.
       columns: headings, as many as a row has cells; none by default.
-      file: where to; standard output by default.
+      file: where it is printed; None = standard output.
 
     Raises:
-      ValueError: rows, or the headings, of different lengths.
+      ValueError: rows and headings have different lengths.
     """
     width = len(columns) or len(rows[0])
     if wrong := [row for row in rows if len(row) != width]:
@@ -287,7 +288,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON does not know: arrays and NumPy scalars, paths."""
+    """Convert values that JSON does not know: arrays, NumPy scalars and paths."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, os.PathLike):
@@ -296,7 +297,7 @@ def _plain(value: Any) -> Any:
 
 
 def _json_line(fields: Mapping[str, Any]) -> str:
-    """One line of strict JSON; fields that are NaN or infinite are null and listed under "nonfinite"."""
+    """One line of strict JSON. Fields that are NaN or infinite become null and are listed under "nonfinite"."""
     fields = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in fields.items()}
     lost = [name for name, value in fields.items() if isinstance(value, float) and not math.isfinite(value)]
     fields |= dict.fromkeys(lost) | ({"nonfinite": lost} if lost else {})
@@ -304,7 +305,7 @@ def _json_line(fields: Mapping[str, Any]) -> str:
 
 
 def _lines(path: Path) -> Iterator[dict]:
-    """The objects of a JSON-lines file. The last line may be torn (by a kill, or under way); any other is an error."""
+    """The objects of a JSON-lines file. Only the last line may be incomplete (after a kill, or while it is written)."""
     if not path.exists():
         return
     lines = path.read_bytes().splitlines()
@@ -344,7 +345,7 @@ def _import(module: str, extra: str) -> ModuleType:
 
 
 def _start_wandb(module: ModuleType, run: RunDirectory, options: Mapping[str, Any]) -> Any:
-    kept = run.path / "wandb.json"  # the id by which a resumed run finds its own
+    kept = run.path / "wandb.json"  # holds the id, so that a resumed run continues there
     known = json.loads(kept.read_text()) if kept.exists() else {}
     started = module.init(dir=str(run.path), resume="allow", **{**known, **options})
     run.save_json(kept.name, {"id": started.id})

@@ -1,1 +1,1 @@
-"""The policy-gradient loss of token ratios, its metrics and its gradient from one pass over the tokens."""
+"""The policy-gradient loss of token ratios, its metrics and its gradient, from one pass over the tokens."""

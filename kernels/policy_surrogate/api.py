@@ -1,4 +1,4 @@
-"""`policy_surrogate`: the one entry point; implementations are chosen by name."""
+"""`policy_surrogate`: the public function, which chooses an implementation by name."""
 
 import importlib
 from functools import partial
@@ -34,28 +34,29 @@ def policy_surrogate(
     impl: Impl = "auto",
     interpret: bool = False,
 ) -> Sums:
-    """``policy = sum weight L(r, A)``, ``kl = sum kl_weight k(logp - logp_ref)`` and the sums that metrics are made of,
+    """Compute ``policy = sum weight L(r, A)``, ``kl = sum kl_weight k(logp - logp_ref)`` and the sums for the metrics,
     with ``r = exp(clip(logp - logp_old, -log_ratio_clip, log_ratio_clip))``.
 
-    The derivatives of both in logp are made in the same pass; it reads and writes each array once, as one XLA fusion
-    does, and claims no more. Differentiable in logp for any cotangents of policy and kl; everything else is constant.
+    The same pass computes the derivatives of both in logp. It reads and writes each array once, as one XLA fusion does,
+    and promises no more. Differentiable in logp for any cotangents of policy and kl; everything else is constant.
 
     Args:
-      logp, logp_old: [B, T]. adv: [B, T] or [B].
-      weight: [B, T], of the loss, 0 where masked. count: [B, T], of the metrics. Where all weights are 0 the other
-        arrays may hold anything.
+      logp, logp_old: [B, T].
+      adv: [B, T] or [B].
+      weight: [B, T] weights of the loss, 0 where masked.
+      count: [B, T] weights of the metrics. Where all weights are 0 the other arrays may hold anything.
       low, high: ratio bounds, scalars or [B, T].
       form: "clipped" ``-min(r A, clip(r, low, high) A)``, or "detached" ``-sg(clip(r, low, high) A) logp``.
-      dual: c > 1 bounds the "clipped" objective of A < 0 below by ``c A``; None = off.
-      kl: "k1", "k2" or "k3" of logp_ref [B, T] with kl_weight [B, T]; None without.
-      impl: "xla", "pallas_tpu", "pallas_gpu", "reference" (naive), or "auto" (`best`). interpret: run Pallas
-        interpreted.
+      dual: c > 1; where A < 0 the "clipped" objective does not fall below ``c A``. None = off.
+      kl: estimator "k1", "k2" or "k3", which needs logp_ref [B, T] and kl_weight [B, T]; None = no KL.
+      impl: "xla", "pallas_tpu", "pallas_gpu", "reference" (naive), or "auto" (`best`).
+      interpret: run Pallas kernels interpreted.
 
     Returns:
       `Sums`, [] each, float32 at least.
 
     Raises:
-      ValueError: shapes that do not fit, an unknown name, or an option that is out of range or without effect.
+      ValueError: shapes do not fit, a name is unknown, or an option is out of range or has no effect.
     """
     for name, value, known in (
         ("form", form, FORMS),
@@ -86,13 +87,13 @@ BY_PLATFORM = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 
 
 def best(dtype: Any) -> str:
-    """The implementation that "auto" takes: the Pallas form of an accelerator, but "xla" for float64, and for arrays
-    that the compiler spreads over several devices, which it cannot do with a kernel outside a ``shard_map``."""
+    """The implementation that "auto" takes: the Pallas form on an accelerator. But "xla" for float64, and for arrays
+    that the compiler spreads over several devices: it cannot spread a kernel outside a ``shard_map``."""
     return BY_PLATFORM.get(target_platform(), "xla") if on_one_device() and dtype != jnp.float64 else "xla"
 
 
 def tokens_of(logp: Array, logp_old: Array, adv: Array, *others: Any) -> Tokens:
-    """The arrays, float32 at least, with two axes; all but logp constant."""
+    """The arrays, in float32 at least and with two axes. All except logp are constant."""
     if logp.ndim != 2:
         raise ValueError(f"policy_surrogate takes logp [B, T], not {logp.shape}")
     adv = adv[:, None] if adv.ndim == 1 else adv
@@ -114,7 +115,7 @@ def tokens_of(logp: Array, logp_old: Array, adv: Array, *others: Any) -> Tokens:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def evaluate(name: str, settings: Settings, logp: Array, rest: Tokens) -> Sums:
-    """The sums by the implementation ``name``, with the derivative that it made."""
+    """The sums from the implementation ``name``, which also computes the derivative."""
     return forward(name, settings, logp, rest)[0]
 
 
@@ -125,7 +126,7 @@ def forward(name: str, settings: Settings, logp: Array, rest: Tokens) -> tuple[S
 
 
 def backward(name: str, settings: Settings, residuals: Any, g: Sums) -> tuple[Array, Tokens]:
-    """Sums by count are metrics, and have no gradient."""
+    """The cotangent of logp. The sums over ``count`` are metrics, and have no gradient."""
     dpolicy, dkl, rest = residuals
     slope = g.policy * dpolicy
     return slope if dkl is None else slope + g.kl * dkl, jax.tree.map(jnp.zeros_like, rest)

@@ -1,4 +1,4 @@
-"""What the implementations share: the arrays, and the arithmetic of one token with its derivative."""
+"""Shared by the implementations: the arrays, and the arithmetic of one token with its derivative."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,7 +16,14 @@ KL_CLIP = 20.0  # k3 takes no larger differences, so that its exponential stays 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """form: of `FORMS`. dual: bound c > 1 of the dual clip, or None. kl: of `KL`, or None. See `policy_surrogate`."""
+    """The static options of `policy_surrogate`.
+
+    form: one of `FORMS`.
+    dual: bound c > 1 of the dual clip, or None.
+    log_ratio_clip: bound of log-ratios.
+    kl: one of `KL`, or None.
+    interpret: run Pallas kernels interpreted.
+    """
 
     form: str
     dual: float | None
@@ -26,7 +33,7 @@ class Settings:
 
 
 class Tokens(NamedTuple):
-    """[B, T] each, or with an axis of 1 that is broadcast; float32 at least."""
+    """The arrays of a call: [B, T] each, or with an axis of size 1 that is broadcast; float32 at least."""
 
     logp: Any
     logp_old: Any
@@ -40,9 +47,17 @@ class Tokens(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over all tokens, []. policy, kl: of the losses by ``weight`` and ``kl_weight`` (kl: None without one).
-    The others by ``count``: tokens; clipped, those that lose their gradient; ratio ``r``; surrogate ``r A``; kl_old and
-    kl_ref, k3 of logp_old and of logp_ref (None without one)."""
+    """Sums over all tokens, [] each.
+
+    policy: the loss, weighted by ``weight``.
+    kl: the KL penalty, weighted by ``kl_weight``; None without one.
+    tokens: the sum of ``count``, which weighs the following sums too.
+    clipped: tokens that lose their gradient.
+    ratio: ``r``.
+    surrogate: ``r A``.
+    kl_old: k3 of logp_old.
+    kl_ref: k3 of logp_ref; None without a KL penalty.
+    """
 
     policy: Any
     kl: Any
@@ -55,12 +70,17 @@ class Sums(NamedTuple):
 
 
 def named(settings: Settings) -> list[str]:
-    """The fields of `Sums` that there are, in order."""
+    """The fields of `Sums` that are not None, in order."""
     return [name for name in Sums._fields if settings.kl or name not in ("kl", "kl_ref")]
 
 
 class Outcome(NamedTuple):
-    """What one pass gives: the sums, and [B, T] d policy/d logp and d kl/d logp (None without one)."""
+    """The result of one pass.
+
+    sums: the sums.
+    dpolicy: [B, T] d policy/d logp.
+    dkl: [B, T] d kl/d logp; None without a KL penalty.
+    """
 
     sums: Sums
     dpolicy: Any
@@ -72,7 +92,7 @@ Implementation = Callable[[Settings, Tokens], Outcome]
 
 
 def expm1(x: Array) -> Array:
-    """``exp(x) - 1`` without cancellation, of what TPUs have instructions for. Exact to a few ulp for |x| <= 20."""
+    """``exp(x) - 1`` without cancellation, from operations that TPUs have. Exact to a few ulp for |x| <= 20."""
     t = jnp.tanh(x / 2)
     return jnp.where(jnp.abs(x) < 1, 2 * t / (1 - t), jnp.exp(x) - 1)
 
@@ -80,9 +100,9 @@ def expm1(x: Array) -> Array:
 def token(settings: Settings, x: Tokens, expm1: Callable[[Array], Array] = expm1) -> tuple[Sums, Array, Array | None]:
     """The terms of `Sums` [B, T], and the derivatives of policy and kl in logp.
 
-    With ``r = exp(clip(logp - logp_old, -C, C))``: "clipped" is ``-min(r A, clip(r, low, high) A)``, of which dual
-    takes the smaller with ``-dual A`` where A < 0; "detached" is ``-sg(clip(r, low, high) A) logp``. Positions that
-    neither weight, kl_weight nor count name are 0, whatever they hold.
+    With ``r = exp(clip(logp - logp_old, -C, C))``: "clipped" is ``-min(r A, clip(r, low, high) A)``, and with ``dual``
+    at most ``-dual A`` where A < 0; "detached" is ``-sg(clip(r, low, high) A) logp``. Where weight, kl_weight and count
+    are all 0 the results are 0, whatever the other arrays hold.
     """
     live = (x.weight != 0) | (x.count != 0)
     live = live if x.kl_weight is None else live | (x.kl_weight != 0)
@@ -112,7 +132,7 @@ def token(settings: Settings, x: Tokens, expm1: Callable[[Array], Array] = expm1
 
 
 def kl_and_slope(estimator: str, d: Array, expm1: Callable[[Array], Array]) -> tuple[Array, Array]:
-    """Of ``d = logp - logp_ref``: k1 = d, k2 = d^2/2, k3 = exp(-d) + d - 1 of d within ±20; and their derivatives."""
+    """k1 = d, k2 = d^2/2 or k3 = exp(-d) + d - 1 (d clipped to ±20) of ``d = logp - logp_ref``, and its derivative."""
     if estimator == "k1":
         return d, jnp.ones_like(d)
     if estimator == "k2":

@@ -1,7 +1,7 @@
-"""GPU form (Pallas, Triton): a program for each block of rows and tokens writes its gradients and its partial sums.
+"""GPU form (Pallas, Triton): one program for each block of rows and tokens writes its gradients and partial sums.
 
-Each array is read once. A fusion of XLA's does about the same (its reductions and its gradients may be two kernels,
-and read twice what the caches do not hold). It has been lowered and compiled for GPUs, not yet run on one.
+Each array is read once. An XLA fusion does about the same (its reductions and its gradients may be two kernels, which
+read twice what the caches do not hold). This form has been lowered and compiled for GPUs, but not yet run on one.
 """
 
 from functools import partial
@@ -25,7 +25,7 @@ def one_pass(settings: Settings, tokens: Tokens) -> Outcome:
     grid = tuple(pl.cdiv(size, step) for size, step in zip(shape, block, strict=True))
 
     def spec(x: Any) -> pl.BlockSpec:
-        """Of an array of ``shape`` or with axes of 1."""
+        """The blocks of an array of ``shape``, or of one with axes of size 1."""
         moves = [size > 1 for size in x.shape]
         lengths = tuple(step if m else 1 for step, m in zip(block, moves, strict=True))
         return pl.BlockSpec(lengths, lambda i, j: (i * moves[0], j * moves[1]))
@@ -40,7 +40,7 @@ def one_pass(settings: Settings, tokens: Tokens) -> Outcome:
         in_specs=[jax.tree.map(spec, tokens)],
         out_specs=[jax.tree.map(lambda x: one if x is partial_sums else whole, out)],
         out_shape=[out],
-        # These parameters are what makes it a Triton kernel: the default on GPUs is Mosaic, which takes other programs.
+        # These parameters make it a Triton kernel: the default on GPUs is Mosaic, which takes other programs.
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=settings.interpret,
         name="policy_surrogate",
@@ -49,14 +49,15 @@ def one_pass(settings: Settings, tokens: Tokens) -> Outcome:
 
 
 def kernel(settings: Settings, shape: tuple[int, int], refs: Tokens, out: Outcome) -> None:
-    """Of one block; what lies beyond the arrays' end is read as zero, which counts nothing."""
+    """Compute one block. Entries beyond the end of the arrays are read as zero, and add nothing."""
     inside = []
     for axis, length in enumerate(out.dpolicy.shape):
         ids = pl.program_id(axis) * length + jnp.arange(length, dtype=jnp.int32)
         inside.append(jnp.expand_dims(ids < shape[axis], 1 - axis))
 
     def mask(ref: Any) -> Any:
-        """An axis of 1 is broadcast, or has as many blocks as elements."""
+        """The mask of entries inside the array. An axis of size 1 needs none: it is broadcast, or has one block for
+        each element."""
         masks = [jnp.broadcast_to(m, ref.shape) for m, size in zip(inside, ref.shape, strict=True) if size > 1]
         return masks[0] & masks[-1] if masks else None
 

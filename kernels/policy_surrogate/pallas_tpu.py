@@ -1,4 +1,4 @@
-"""TPU form (Pallas, Mosaic): blocks of rows and tokens; each writes its gradients and its own partial sums."""
+"""TPU form (Pallas, Mosaic): each block of rows and tokens writes its gradients and its own partial sums."""
 
 import functools
 from typing import Any
@@ -10,8 +10,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxpo.kernels.policy_surrogate.core import Outcome, Settings, Sums, Tokens, named, token
 
-BLOCK = 128, 512  # rows, tokens: 256 KiB an array, a dozen of which with their copies on the way are far below VMEM
-TILE = 8, 128  # the smallest block that can be written: a block's sums are its first entries
+BLOCK = 128, 512  # rows, tokens: 256 KiB an array; a dozen arrays, each held twice, are far below VMEM
+TILE = 8, 128  # the smallest block that can be written; its first entries are a block's sums
 
 
 def one_pass(settings: Settings, tokens: Tokens) -> Outcome:
@@ -21,7 +21,7 @@ def one_pass(settings: Settings, tokens: Tokens) -> Outcome:
     grid = tuple(pl.cdiv(size, length) for size, length in zip(shape, block, strict=True))
 
     def spec(x: Any) -> pl.BlockSpec:
-        """Of an array of ``shape`` or with axes of 1."""
+        """The blocks of an array of ``shape``, or of one with axes of size 1."""
         moves = [size > 1 for size in x.shape]
         lengths = tuple(length if m else 1 for length, m in zip(block, moves, strict=True))
         return pl.BlockSpec(lengths, lambda i, j: (i * moves[0], j * moves[1]))
@@ -52,7 +52,7 @@ def one_pass(settings: Settings, tokens: Tokens) -> Outcome:
 
 
 def kernel(settings: Settings, shape: tuple[int, int], refs: Tokens, partial: Any, *slopes: Any) -> None:
-    """Of one block; what lies beyond the arrays' end counts nothing."""
+    """Compute one block. Entries beyond the end of the arrays add nothing."""
     block = slopes[0].shape
     x = Tokens(*(None if ref is None else ref[...] for ref in refs))
     inside = jnp.ones(block, bool)

@@ -1,4 +1,4 @@
-"""The naive form, for tests and for reading: the losses as they are written, their derivative left to JAX."""
+"""The naive form, for tests and for reading: the losses as in the formulas, with JAX's own derivative."""
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -7,7 +7,7 @@ from jaxpo.kernels.policy_surrogate.core import KL_CLIP, Settings, Sums, Tokens
 
 
 def policy_surrogate(settings: Settings, x: Tokens) -> Sums:
-    """`Sums`, differentiable in logp. Masked positions have to be finite."""
+    """`Sums`, differentiable in logp. Masked positions must be finite."""
     bound = settings.log_ratio_clip
     r = jnp.exp(jnp.clip(x.logp - x.logp_old, -bound, bound))
     bounded = jnp.clip(r, x.low, x.high)

@@ -1,4 +1,4 @@
-"""Portable form: plain arithmetic, which XLA makes one fusion of."""
+"""Portable form: plain arithmetic, which XLA compiles to one fusion."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""`token_logprob`: the one entry point; implementations are chosen by name."""
+"""`token_logprob`: the public function, which chooses an implementation by name."""
 
 import dataclasses
 import difflib
@@ -34,7 +34,7 @@ BY_PLATFORM = {"tpu": "pallas_tpu"}  # what "auto" tries before xla; on GPUs pal
 
 
 class LogProbGradients(NamedTuple):
-    """Of ``sum_n g_logp_n logp_n``: hidden [N, D], unembed [D, V] and bias [V]; None = not computed."""
+    """Gradients of ``sum_n g_logp_n logp_n`` in hidden [N, D], unembed [D, V] and bias [V]; None = not computed."""
 
     hidden: Array
     unembed: Array | None
@@ -62,8 +62,8 @@ def token_logprob(
     grad_filter_eps: float = 0.0,
     interpret: bool = False,
 ) -> TokenLogProb:
-    """Statistics of ``softmax(z / temperature)``, ``z = cap(hidden @ unembed + bias)``, without the logits [N, V] in
-    memory; ``cap(x) = softcap * tanh(x / softcap)``.
+    """Compute statistics of ``softmax(z / temperature)``, ``z = cap(hidden @ unembed + bias)``, without the logits
+    [N, V] in memory; ``cap(x) = softcap * tanh(x / softcap)``.
 
     ======================  ================================================================  ====================
     want                    field of the result, [N]                                          dz of its cotangent g
@@ -79,32 +79,36 @@ def token_logprob(
                             of the pair ``kl_to``
     ======================  ================================================================  ====================
 
-    (dz is in units of the tempered logits.) Differentiable in hidden, unembed and bias; the logits are recomputed in
-    the backward pass, 8 N D V operations in all. Only what is differentiated is computed: with
-    ``jax.lax.stop_gradient(unembed)``, or without asking for its gradient, 6 N D V; and 4 N D V if besides "logp" (and
-    "top1") nothing is wanted, since then one pass gives the statistics and dlogp_n/dhidden_n.
+    (dz is in units of the tempered logits.) Differentiable in hidden, unembed and bias. The backward pass recomputes
+    the logits: 8 N D V operations in all. Only the gradients that are asked for are computed. Without the gradient of
+    unembed, for example with ``jax.lax.stop_gradient(unembed)``, it takes 6 N D V operations; 4 N D V if only "logp"
+    (and "top1") are wanted, since then one pass gives the statistics and dlogp_n/dhidden_n.
 
     Args:
-      hidden: [N, D] float. unembed: [D, V] float. bias: [V], finite. targets: [N] int in [0, V). A target outside, or
-        one that ``vocab_mask`` excludes, has logp -inf and no gradient; concrete targets outside are refused.
-      temperature, second_temperature: positive scalars. softcap: positive, or None for none.
+      hidden: [N, D] float.
+      unembed: [D, V] float.
+      targets: [N] int in [0, V). A target outside, or one that ``vocab_mask`` excludes, has logp -inf and no gradient;
+        concrete targets outside are refused.
+      bias: [V], finite.
+      temperature, second_temperature: positive scalars; the second is needed for "logp_at_temperature".
+      softcap: positive, or None = no softcap.
       vocab_mask: [V] bool, False = the entry has probability 0. At least one entry must be True.
-      want: what to compute; the other fields of the result are None.
-      second_temperature: with "logp_at_temperature". kl_to: with "kl_to", (hidden' [N, D'], unembed' [D', V]) and
-        perhaps a bias [V]: a constant, under the same softcap, vocab_mask and temperature.
-      impl: "xla" (blocks in plain XLA), "pallas_tpu", "pallas_gpu", "reference" (naive, makes the logits), or "auto":
-        on TPUs the Pallas form where it takes this problem, else "xla" (the reason is logged).
+      want: the statistics to compute; the other fields of the result are None.
+      kl_to: needed for "kl_to": (hidden' [N, D'], unembed' [D', V]), or with a bias [V] as third. It is a constant,
+        under the same softcap, vocab_mask and temperature.
+      impl: "xla" (blocks in plain XLA), "pallas_tpu", "pallas_gpu", "reference" (naive, computes all logits), or
+        "auto": on TPUs the Pallas form if it takes this problem, else "xla" (the reason is logged).
       block_sizes: (tokens, entries of the vocabulary) whose logits are held at a time; None = chosen by platform.
-      mesh: spread the vocabulary over its axis "tensor" and the tokens over its others (see `sharded`).
-      grad_filter_eps: blocks whose largest |dz| is below it may be left out of the gradients (pallas_tpu only).
-      interpret: run Pallas kernels interpreted, to test them where there is no such chip.
+      mesh: spread the vocabulary over its axis "tensor" and the tokens over its other axes (see `sharded`).
+      grad_filter_eps: blocks whose largest |dz| is below this may be left out of the gradients (pallas_tpu only).
+      interpret: run Pallas kernels interpreted, to test them without such a chip.
 
     Returns:
       `TokenLogProb`; maxima, sums and logits are float32 whatever the inputs are (float64 for float64).
 
     Raises:
-      ValueError: shapes that do not fit, an option out of range or without effect, concrete targets out of range, or
-        an implementation that is unknown or does not take this problem.
+      ValueError: shapes do not fit, an option is out of range or has no effect, concrete targets are out of range, or
+        the implementation is unknown or does not take this problem.
     """
     problem = problem_of(hidden, unembed, targets, bias, temperature, vocab_mask, want, second_temperature, kl_to)
     tokens, vocab = (None, None) if block_sizes is None else block_sizes
@@ -148,22 +152,23 @@ def token_logprob_grad(
     frozen: bool = False,
     block_tokens: int | None = None,
 ) -> tuple[TokenLogProb, LogProbGradients]:
-    """The statistics ``want``, and the gradients of ``sum_n g_logp_n logp_n``, from one pass over the logits.
+    """Compute the statistics ``want`` and the gradients of ``sum_n g_logp_n logp_n`` in one pass over the logits.
 
-    For a cotangent that is known before the pass, as in a first on-policy step, where
-    ``d loss / d logp = -A / normalizer``: 6 N D V operations where `token_logprob` and its derivative take 8. All of
-    the vocabulary is held for ``block_tokens`` tokens at a time. With ``frozen``, unembed and bias are constants: only
-    the gradient in hidden is computed, 4 N D V operations.
+    Use it if the cotangent is known before the pass, as in a first on-policy step, where
+    ``d loss / d logp = -A / normalizer``. It takes 6 N D V operations, where `token_logprob` and its derivative take 8
+    N D V. The logits of ``block_tokens`` tokens over the whole vocabulary are held at a time.
 
     Args:
-      g_logp: [N] float, the cotangent of logp; the others are zero. Other arguments as of `token_logprob`; "kl_to"
-        and "logp_at_temperature" are not wanted here.
+      g_logp: [N] float, the cotangent of logp; the other cotangents are zero.
+      frozen: unembed and bias are constants: only the gradient in hidden is computed, 4 N D V operations.
+      block_tokens: tokens whose logits are held at a time; None = chosen by platform.
+      Others as in `token_logprob`; ``want`` must not hold "kl_to" and "logp_at_temperature".
 
     Returns:
-      `TokenLogProb`, and the gradients, of the dtypes of their arrays.
+      `TokenLogProb`, and the gradients in the dtypes of their arrays.
 
     Raises:
-      ValueError: as `token_logprob`.
+      ValueError: as in `token_logprob`.
     """
     for name in ("logp_at_temperature", "kl_to"):
         if name in want:
@@ -184,21 +189,21 @@ def token_logprob_grad(
 
 
 def positive(name: str, value: Any) -> None:
-    """Refuse a concrete number that is not positive."""
+    """Raise ``ValueError`` for a concrete number that is not positive."""
     if isinstance(value, int | float) and not value > 0:
         raise ValueError(f"token_logprob: {name} must be positive, not {value}")
 
 
 def nearest(what: str, name: str, choices: Sequence[str]) -> str:
-    """The message for a ``name`` that is none of the ``choices``."""
+    """The error message for a ``name`` that is not among the ``choices``."""
     near = difflib.get_close_matches(name, choices, 1)
     hint = f": did you mean {near[0]!r}?" if near else ";"
     return f"unknown {what} {name!r} of token_logprob{hint} known: {', '.join(choices)}"
 
 
 def choose(impl: str, statics: Statics, problem: Problem, *, one_device: bool = True) -> Implementation:
-    """The implementation called ``impl``; for "auto", the best of this platform that takes the problem. On arrays that
-    the compiler spreads over several devices that is xla: it cannot do so with a kernel outside a ``shard_map``."""
+    """The implementation called ``impl``; for "auto", the best one on this platform that takes the problem. If the
+    compiler spreads the arrays over several devices that is xla: it cannot spread a kernel outside a ``shard_map``."""
     if impl not in IMPLS:
         raise ValueError(nearest("implementation", impl, IMPLS))
     name = BY_PLATFORM.get(target_platform(), "xla") if impl == "auto" else impl
@@ -226,7 +231,7 @@ def problem_of(
     second_temperature: float | Array | None,
     kl_to: Sequence[Array] | None,
 ) -> Problem:
-    """The arrays of a call, checked."""
+    """Check the arrays of a call, and return them as a `Problem`."""
     check_shapes(hidden, unembed, targets, bias, vocab_mask)
     if isinstance(want, str):
         raise ValueError(f"token_logprob: want must be a sequence of names such as ({want!r},), not a string")
@@ -248,7 +253,7 @@ def problem_of(
     dtype = accumulator(jnp.promote_types(hidden.dtype, unembed.dtype))
     return Problem(
         hidden=hidden,
-        # Rows of the vocabulary are contiguous in [V, D]; for a tied head this transpose undoes the caller's.
+        # Rows of the vocabulary are contiguous in [V, D]; for a tied head this transpose cancels the caller's.
         table=unembed.T,
         targets=targets,
         bias=None if bias is None else jnp.asarray(bias),
@@ -260,7 +265,7 @@ def problem_of(
 
 
 def check_shapes(hidden: Array, unembed: Array, targets: Array, bias: Array | None, vocab_mask: Array | None) -> None:
-    """Refuse arrays that do not fit together."""
+    """Raise ``ValueError`` for arrays that do not fit together."""
     if hidden.ndim != 2 or unembed.ndim != 2 or targets.ndim != 1:
         raise ValueError(
             f"token_logprob takes hidden [N, D], unembed [D, V], targets [N], not {hidden.shape}, "
@@ -279,17 +284,17 @@ def check_shapes(hidden: Array, unembed: Array, targets: Array, bias: Array | No
 
 
 def concrete(x: Any) -> np.ndarray | None:
-    """The numbers of ``x``, or None where they cannot be looked at: traced, or on devices of other hosts."""
+    """The numbers of ``x``, or None if they are not available: traced, or on devices of other hosts."""
     if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
         return None
     return np.asarray(x)
 
 
 def check_values(targets: Array, vocab_mask: Array | None, v: int) -> None:
-    """Refuse concrete targets outside [0, v) and a concrete mask without an entry."""
+    """Raise ``ValueError`` for concrete targets outside [0, v), and for a concrete mask without an entry."""
     seen = concrete(targets)
     if seen is not None and seen.size and (seen.min() < 0 or seen.max() >= v):
-        raise ValueError(f"token_logprob: targets must be in [0, {v}), and range from {seen.min()} to {seen.max()}")
+        raise ValueError(f"token_logprob: targets must be in [0, {v}), but range from {seen.min()} to {seen.max()}")
     seen = None if vocab_mask is None else concrete(vocab_mask)
     if seen is not None and not seen.any():
         raise ValueError("token_logprob: vocab_mask has no entry that is True")

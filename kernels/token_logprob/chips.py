@@ -1,4 +1,4 @@
-"""The blocks of logits that fit a TPU chip."""
+"""Sizes of the blocks of logits that fit a TPU chip."""
 
 import itertools
 import math
@@ -15,7 +15,11 @@ Kernel = Literal["forward", "dhidden", "dtable"]
 
 
 class Blocks(NamedTuple):
-    """Size of a tile of logits, and of the part of D that is multiplied at a time."""
+    """Sizes of a tile of logits.
+
+    tokens, vocab: the tile.
+    depth: the part of D that is multiplied at a time.
+    """
 
     tokens: int
     vocab: int
@@ -23,9 +27,9 @@ class Blocks(NamedTuple):
 
 
 def current_chip() -> Chip:
-    """The chip of the mesh that is being traced for (inside ``shard_map`` or ``jax.set_mesh``, also of a topology that
-    is not attached), else of the default backend. Where that is no TPU (interpreted kernels), the chip with the least
-    VMEM: its blocks fit every other.
+    """The chip that is being traced for. Inside ``shard_map`` or ``jax.set_mesh`` it is the chip of the mesh (whose
+    devices need not be attached), elsewhere that of the default backend. If that is not a TPU (interpreted kernels), it
+    is the chip with the least VMEM, whose blocks fit every other chip.
 
     Raises:
       ValueError: a TPU that is not in `CHIPS`.
@@ -41,12 +45,15 @@ def current_chip() -> Chip:
 
 
 def vmem_bytes(kernel: Kernel, blocks: Blocks, d: int, itemsize: int, d_q: int = 0) -> int:
-    """VMEM that a kernel needs, estimated. Blocks that the grid moves are there twice: one is computed with while the
-    other one is on its way. ``itemsize``: bytes of an element of hidden and table. ``d_q``: hidden size of the pair
-    of ``kl_to``, which goes in one part; 0 for none."""
+    """An estimate of the VMEM that a kernel needs. Blocks that the grid moves are held twice: the kernel computes with
+    one while the other is being copied.
+
+    Args:
+      itemsize: bytes of an element of hidden and table.
+      d_q: hidden size of the pair of ``kl_to``, which is not cut into parts; 0 = no pair."""
     tokens, vocab, depth = blocks
     moving = 2 * itemsize * (depth + d_q) * (tokens + vocab)
-    logits = (4 if d_q == 0 else 6) * 4 * tokens * vocab  # the float32 product, and what is made of it
+    logits = (4 if d_q == 0 else 6) * 4 * tokens * vocab  # the float32 product, and values computed from it
     gradient = {"forward": 0, "dhidden": 2 * 4 * tokens * d, "dtable": (4 + 2 * itemsize) * vocab * d}[kernel]
     rows = 3 * 2 * 4 * LANES * tokens  # a column [tokens, 1] takes whole vectors of 128 lanes
     return moving + logits + gradient + rows
@@ -65,13 +72,16 @@ def plan(
 ) -> Blocks:
     """The largest blocks whose estimate is at most three quarters of the chip's VMEM.
 
-    The operand of the inner blocks (the table; for dtable, hidden) is read once for every outer block, which therefore
-    has to be at least `Chip.flops_per_byte` long, or the products wait for memory; `outer_block` is aimed at. A longer
-    inner block would save only steps of the grid, and makes the compiler slow. D is cut, into multiples of 128 that
-    divide it, where blocks of that size would not fit. ``tokens``, ``vocab``: sizes that are given, not chosen.
+    The operand of the inner blocks (the table; for dtable, hidden) is read once for every outer block. So an outer
+    block must be at least `Chip.flops_per_byte` long, or the products wait for memory; the aim is `outer_block`. A
+    longer inner block would only save steps of the grid, and slows down the compiler. If blocks of that size do not
+    fit, D is cut into parts: multiples of 128 that divide it.
+
+    Args:
+      tokens, vocab: sizes that the caller gives; None = chosen here.
 
     Raises:
-      ValueError: a given size that is no multiple of the tile's, or nothing that fits.
+      ValueError: a given size is not a multiple of the tile's, or no blocks fit.
     """
     for name, given, multiple, whole in (("tokens", tokens, SUBLANES, n), ("vocab", vocab, LANES, v)):
         if given is not None and given < whole and given % multiple:
@@ -97,7 +107,7 @@ def outer_block(chip: Chip) -> int:
 
 
 def _even(n: int, block: int, multiple: int) -> int:
-    """A block at most as large that cuts ``n`` into as many, but even, pieces."""
+    """A block of at most this size that cuts ``n`` into the same number of pieces, of nearly equal size."""
     if n <= block:
         return max(n, 1)
     return -(-n // -(-n // block) // multiple) * multiple

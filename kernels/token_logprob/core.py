@@ -1,15 +1,15 @@
-"""The interface of the implementations, and the one derivative they share.
+"""The interface of the implementations, and the derivative that they share.
 
-An implementation is a pair of functions over blocks of logits (`Implementation`); it never sees a cotangent of an
-output and never finishes a statistic:
+An implementation is a pair of functions over blocks of logits (`Implementation`). It never sees the cotangent of an
+output, and never finishes a statistic:
 
 - ``forward(statics, problem) -> Sums``: per row, a maximum and sums over the vocabulary that can be merged (over
   blocks, over shards);
 - ``backward(statics, problem, rows) -> Gradients``: gradients of hidden, table and bias from per-row coefficients of
   ``dz`` (`Rows`), with the logits recomputed.
 
-What is asked for is made of the sums by `finish`, the coefficients of the cotangents by `coefficients`; `evaluate` ties
-them together with one custom derivative. With N tokens, D features, V entries of the vocabulary (or of a shard):
+`finish` computes the statistics from the sums, and `coefficients` computes the coefficients from the cotangents;
+`evaluate` connects them with one custom derivative. With N tokens, D features, V entries of the vocabulary (or shard):
 
     x = hidden @ table.T + bias          [N, V]
     z = softcap * tanh(x / softcap)      (x without a softcap), and MASKED where vocab_mask is False
@@ -34,10 +34,10 @@ WANTS = ("logp", "entropy", "logsumexp", "top1", "sum_p2", "logp_at_temperature"
 
 
 class TokenLogProb(NamedTuple):
-    """[N] each, float32 at least; None where it was not asked for.
+    """The statistics, [N] each, float32 at least; None if it was not asked for.
 
-    logp, entropy, logsumexp, sum_p2 and top1_logp are of ``p``; logp_at_temperature is of ``p2``; kl is ``KL(p || q)``.
-    top1_id (int32, the first of equals) and top1_logp have no gradient.
+    logp, entropy, logsumexp, sum_p2 and top1_logp belong to ``p``, logp_at_temperature to ``p2``; kl is ``KL(p || q)``.
+    top1_id (int32, of equal entries the first) and top1_logp have no gradient.
     """
 
     logp: Array | None = None
@@ -59,11 +59,11 @@ class Other(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """The arrays of a call. Of a shard: its rows of the vocabulary, and targets counted from its first row."""
+    """The arrays of a call. In a shard: its rows of the vocabulary, and targets counted from its first row."""
 
     hidden: Array  # [N, D]
     table: Array  # [V, D]: a row for each entry of the vocabulary
-    targets: Array  # [N] int32; outside [0, V) nothing is hit
+    targets: Array  # [N] int32; a target outside [0, V) matches no entry
     bias: Array | None  # [V], added before the softcap
     vocab_mask: Array | None  # [V] bool
     temperature: Array  # [] of `accumulator`
@@ -74,12 +74,15 @@ class Problem(NamedTuple):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Statics:
-    """What a compiled program depends on besides shapes.
+    """The static options of a compiled program.
 
-    want: of ``WANTS``. block_tokens, block_vocab: None = the implementation chooses. grads: of "hidden", "table",
-    "bias": what `backward` has to compute (the rest is None); ``grads`` is filled in by `evaluate`, from what is being
-    differentiated. grad_filter_eps: blocks whose largest |dz| is below it may be skipped in the backward pass (0 =
-    none). interpret: run Pallas kernels interpreted.
+    want: some of ``WANTS``.
+    softcap: bound of the logits; None = no softcap.
+    block_tokens, block_vocab: sizes of a block; None = the implementation chooses.
+    grads: the gradients that `backward` computes, some of "hidden", "table", "bias" (the others are None). `evaluate`
+      fills this in from what is being differentiated.
+    grad_filter_eps: blocks whose largest |dz| is below this may be skipped in the backward pass (0 = none).
+    interpret: run Pallas kernels interpreted.
     """
 
     want: frozenset[str] = frozenset({"logp", "entropy"})
@@ -92,7 +95,8 @@ class Statics:
 
 
 class Sums(NamedTuple):
-    """Per row [N]; None where `needed_sums` does not name it. ``m`` is in units of z, before any temperature."""
+    """Maxima and sums over the vocabulary, [N] each; None if `needed_sums` does not name it. ``m`` is in units of z,
+    before any temperature."""
 
     m: Array  # max_v z
     target: Array  # z of the target; -inf if it is not here (merged by maximum)
@@ -107,13 +111,13 @@ class Sums(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Coefficients [N] of the derivative in z, with 1 / temperature in them; None = no such term:
+    """Coefficients [N] of the derivative in z, which include 1 / temperature; None = no such term:
 
         dz_v = hit 1[v = target] + p_v (one + log_p log p_v + p p_v + log_ratio (log p_v - log q_v)) - second p2_v
         log p = z / T - lse,   log p2 = z / T2 - lse_second,   log q = z' / T - lse_q
 
     and ``dx = dz (1 - tanh(x / softcap)^2)``, ``dhidden = dx @ table``, ``dtable = dx.T @ hidden``,
-    ``dbias = sum_n dx``. At masked entries p = q = 0 and no target hits (its ``hit`` is 0).
+    ``dbias = sum_n dx``. At masked entries p = q = 0, and a masked target has ``hit`` = 0.
     """
 
     lse: Array
@@ -128,8 +132,12 @@ class Rows(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """None where ``statics.grads`` does not name it. hidden: [N, D] of `accumulator` (a shard's part is still to be
-    summed); table: [V, D] and bias: [V], of any float dtype."""
+    """The gradients; None if ``statics.grads`` does not name it.
+
+    hidden: [N, D] in the dtype of `accumulator` (the parts of the shards are not summed yet).
+    table: [V, D] in any float dtype.
+    bias: [V] in any float dtype.
+    """
 
     hidden: Array | None
     table: Array | None
@@ -137,11 +145,12 @@ class Gradients(NamedTuple):
 
 
 class Implementation(NamedTuple):
-    """See the head of this file. Functions of a module, so that equal implementations hash alike.
+    """The functions of an implementation; see the docstring of this file. They are functions of a module, so that equal
+    implementations have equal hashes.
 
-    why_not: the reason why this problem cannot be computed by it (shapes and dtypes only), or None.
+    why_not: the reason why it cannot compute this problem (from shapes and dtypes only), or None.
     one_pass: ``(statics, problem, g_logp)`` -> the statistics, and the gradients ``statics.grads`` of
-      ``sum_n g_logp_n logp_n``, from the same logits. None = there is none.
+      ``sum_n g_logp_n logp_n``, from the same logits. None = not available.
     """
 
     name: str
@@ -157,14 +166,14 @@ def accumulator(dtype: Any) -> Any:
 
 
 def needed_sums(want: frozenset[str]) -> frozenset[str]:
-    """The optional fields of `Sums` that ``want`` is made of."""
+    """The optional fields of `Sums` that ``want`` needs."""
     fields = {"entropy": "sz", "sum_p2": "sp2", "logp_at_temperature": "s2", "top1": "id"}
     kl = {"m_q", "s_q", "sd"} if "kl_to" in want else set()
     return frozenset({field for name, field in fields.items() if name in want} | kl)
 
 
 class Finished(NamedTuple):
-    """What the backward pass keeps of the sums, [N] each."""
+    """The values that the backward pass keeps of the sums, [N] each."""
 
     lse: Array
     entropy: Array | None
@@ -176,7 +185,7 @@ class Finished(NamedTuple):
 
 
 def finish(problem: Problem, sums: Sums, want: frozenset[str]) -> tuple[TokenLogProb, Finished]:
-    """The statistics asked for, and what their derivative needs."""
+    """Compute the statistics ``want`` from the sums, and the values that their derivative needs."""
     t, log_s = problem.temperature, jnp.log(sums.s)
     lse, hits = sums.m / t + log_s, sums.target > MASKED / 2
     target = jnp.where(hits, sums.target - sums.m, -jnp.inf)
@@ -203,7 +212,7 @@ def finish(problem: Problem, sums: Sums, want: frozenset[str]) -> tuple[TokenLog
 
 
 def coefficients(problem: Problem, done: Finished, g: TokenLogProb) -> Rows:
-    """`Rows` of the cotangents ``g``, where None is zero. A target that hits nothing has logp -inf and no gradient."""
+    """`Rows` from the cotangents ``g``, where None is zero. A target that matches no entry has no gradient."""
     zero = jnp.zeros_like(done.lse)
     t, logp = problem.temperature, zero if g.logp is None else jnp.where(done.hits, g.logp, 0)
     hit, one = logp / t, -logp
@@ -226,19 +235,19 @@ def coefficients(problem: Problem, done: Finished, g: TokenLogProb) -> Rows:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def evaluate(implementation: Implementation, statics: Statics, problem: Problem) -> TokenLogProb:
-    """The statistics asked for, differentiable in hidden, table and bias.
+    """The statistics ``statics.want``, differentiable in hidden, table and bias.
 
-    Only the gradients that somebody asks for are computed: under ``jax.lax.stop_gradient`` of the table, or when it is
-    not differentiated, the backward pass has no product for it. The same holds for cotangents that are not there. If
-    logp is all that can be differentiated, and hidden all that is, dlogp_n/dhidden_n [N, D] is stored in place of a
-    second look at the logits: dhidden is that times the cotangent.
+    Only the gradients that are asked for are computed: with ``jax.lax.stop_gradient`` of the table, or if the table is
+    not differentiated, the backward pass has no product for it. Outputs without a cotangent cost nothing either. If
+    only logp can be differentiated, and only in hidden, dlogp_n/dhidden_n [N, D] is stored and the logits are not
+    computed again: dhidden is the stored array times the cotangent.
     """
     return finish(problem, implementation.forward(statics, problem), statics.want)[0]
 
 
 def perturbed_of(statics: Statics, problem: Any) -> tuple[Statics, Problem]:
-    """What is being differentiated, as ``statics.grads``, and the plain arrays, from those that a forward rule with
-    symbolic zeros is called with."""
+    """Split the arguments of a forward rule with symbolic zeros: ``statics`` with ``grads`` set to the arrays that are
+    differentiated, and the plain arrays."""
     names = ("hidden", "table", "bias")
     grads = frozenset(name for name in names if getattr(getattr(problem, name), "perturbed", False))
     problem = jax.tree.map(lambda x: x.value, problem, is_leaf=lambda x: hasattr(x, "perturbed"))
@@ -267,7 +276,7 @@ def _backward(implementation: Implementation, _: Statics, residuals: Any, g: Any
         x = getattr(grads, name)
         return None if x is None else x.astype(getattr(problem, name).dtype)
 
-    # A temperature is a setting, not a parameter: its gradient is not defined here, and zero would be a lie.
+    # A temperature is a setting, not a parameter. Its gradient is not computed, so it is NaN: zero would be wrong.
     nan = jnp.full_like(problem.temperature, jnp.nan)
     second = None if problem.second_temperature is None else nan
     return (Problem(like("hidden"), like("table"), None, like("bias"), None, nan, second, None),)

@@ -1,7 +1,7 @@
-"""The kernels of `pallas_gpu`: one program makes one tile of logits in registers, and writes what is made of it.
+"""The kernels of `pallas_gpu`: one program computes one tile of logits in registers, and writes its sums or its dx.
 
-Everything that Triton holds has powers of two as its axes. The last tiles may be ragged: what lies beyond an array's
-end is read as zero and not written, and the logits of columns beyond the vocabulary's end are BEYOND.
+All axes of arrays in Triton are powers of two. The last tiles may be ragged: entries beyond the end of an array are
+read as zero and not written, and logits of columns beyond the end of the vocabulary are BEYOND.
 """
 
 import functools
@@ -17,11 +17,11 @@ from jax.experimental.pallas import triton as plgpu
 from jaxpo.kernels.token_logprob.core import MASKED, Problem, Sums
 from jaxpo.kernels.token_logprob.xla import Columns, Tokens, block_dx
 
-BEYOND = 2 * MASKED  # so far below MASKED that it counts nothing beside it
-LEAST = 16  # rows or columns that a product takes
-DEPTH_BYTES = 128  # of a row of hidden and table that are read at a time
-# Blocks of tokens that stay in the L2 cache (16 MiB at D = 4096) while the blocks of the vocabulary pass: of those that
-# run at the same time, every block of the table is read by 16, and every block of hidden by 8.
+BEYOND = 2 * MASKED  # so far below MASKED that its exponential is 0 next to it
+LEAST = 16  # fewest rows or columns of a product
+DEPTH_BYTES = 128  # bytes of a row of hidden and table that are read at a time
+# Blocks of tokens that stay in the L2 cache (16 MiB at D = 4096) while the blocks of the vocabulary pass. Of the
+# programs that run at the same time, 16 read the same block of the table, and 8 the same block of hidden.
 GROUP = 16
 
 
@@ -40,7 +40,7 @@ class Tiles(NamedTuple):
         return pl.cdiv(self.n, self.tokens), pl.cdiv(self.v, self.vocab)
 
     def place(self, program: Any) -> tuple[Any, Any]:
-        """The block of tokens and that of the vocabulary of a program: group by group, the tokens innermost."""
+        """The block of tokens and the block of the vocabulary of a program: group by group, tokens innermost."""
         tokens, vocab = self.grid
         program, group = jnp.int32(program), jnp.int32(GROUP * vocab)
         first = jax.lax.div(program, group) * GROUP
@@ -49,13 +49,15 @@ class Tiles(NamedTuple):
 
 
 def depth_of(d: int, dtype: Any) -> int:
-    """Features that are read at a time, of ``d``."""
+    """The number of features, of ``d``, that are read at a time."""
     return min(DEPTH_BYTES // jnp.dtype(dtype).itemsize, max(LEAST, pl.next_power_of_2(d)))
 
 
 def product(hidden: Any, table: Any, token_inside: Array | None, inside: Array | None) -> Array:
-    """hidden @ table.T of a tile, float32, from references [tokens, D] and [vocab, D]; what is inside the arrays (None:
-    all of it). float32 inputs are not rounded."""
+    """hidden @ table.T of a tile, float32, from references [tokens, D] and [vocab, D]. float32 inputs are not rounded.
+
+    Args:
+      token_inside, inside: [tokens] and [vocab] bool, the rows inside the arrays; None = all of them."""
     d, dtype = hidden.shape[1], hidden.dtype
     depth = depth_of(d, dtype)
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
@@ -77,8 +79,15 @@ def product(hidden: Any, table: Any, token_inside: Array | None, inside: Array |
 
 
 class Tile(NamedTuple):
-    """Logits of a tile [tokens, vocab]: z, dz/dx (None = 1) and z' of ``kl_to`` (None without). first: the entry of the
-    vocabulary that it begins with. token_inside [tokens], inside [vocab]: what of it is inside the arrays."""
+    """Logits of a tile [tokens, vocab].
+
+    z: the logits.
+    slope: dz/dx; None = 1.
+    z_q: z' of ``kl_to``; None without it.
+    first: the first entry of the vocabulary in the tile.
+    token_inside: [tokens] bool, the tokens inside the arrays.
+    inside: [vocab] bool, the entries inside the arrays.
+    """
 
     z: Array
     slope: Array | None
@@ -113,17 +122,17 @@ def tile_of(tiles: Tiles, tokens: Tokens, columns: Columns) -> Tile:
 
 
 def column(ref: Any, inside: Array) -> Array:
-    """Values of the vocabulary, [1, vocab]."""
+    """Load values of the vocabulary, [1, vocab]."""
     return plgpu.load(ref, mask=inside, other=ref.dtype.type(0))[None, :]
 
 
 def store(ref: Any, value: Array, mask: Array) -> None:
-    """Where there is something."""
+    """Write ``value`` where the mask is True."""
     plgpu.store(ref, value.astype(ref.dtype), mask=jnp.broadcast_to(mask, value.shape))
 
 
 def forward(tiles: Tiles, scalars: Any, tokens: Tokens, columns: Columns, out: Sums) -> None:
-    """``out`` [tokens] each: the `Sums` of the tile. ``scalars``: 1 / T, 1 / T2."""
+    """Write the `Sums` of the tile to ``out``, [tokens] each. ``scalars``: 1 / T, 1 / T2."""
     tile = tile_of(tiles, tokens, columns)
     z, z_q, t = tile.z, tile.z_q, scalars[0]
     m = jnp.max(z, 1)
@@ -148,10 +157,10 @@ def forward(tiles: Tiles, scalars: Any, tokens: Tokens, columns: Columns, out: S
 
 
 def dx(tiles: Tiles, scalars: Any, tokens: Tokens, columns: Columns, out: Any, dbias: Any = None) -> None:
-    """``out`` [tokens, vocab]: dx of the tile, see `Rows`. ``dbias`` [vocab], where it is wanted: its sum."""
+    """Write dx of the tile (see `Rows`) to ``out`` [tokens, vocab], and its sum to ``dbias`` [vocab], if given."""
     tile = tile_of(tiles, tokens, columns)
     t = scalars[0]
-    # Logits in units of the temperature are those of a problem whose temperature is 1.
+    # Logits divided by the temperature are the logits of a problem with temperature 1.
     unit = Problem(None, None, None, None, None, 1.0, t / scalars[1], None)
     rows = jax.tree.map(lambda ref: plgpu.load(ref, mask=tile.token_inside, other=0.0), tokens.rows)
     targets = plgpu.load(tokens.targets, mask=tile.token_inside, other=-1)

@@ -1,9 +1,9 @@
-"""A loss of the statistics with its gradients, from one pass over the logits.
+"""A loss of the statistics and its gradients, from one pass over the logits.
 
-`token_logprob` and its derivative make the logits twice, since in between the loss has to be known: 8 N D V operations.
-A loss that is a sum over slices of the tokens can be had slice by slice: while the logits of a slice, with the whole
-vocabulary, are there, its statistics, the loss of the slice, the cotangents and both gradients are made of them:
-6 N D V operations, 4 N D V with a frozen table.
+`token_logprob` and its derivative compute the logits twice, since the loss has to be known in between: 8 N D V
+operations. If the loss is a sum over slices of the tokens, it can be computed slice by slice. The logits of a slice
+over the whole vocabulary are computed once; from them come its statistics, its loss, the cotangents and both gradients.
+This takes 6 N D V operations, 4 N D V with a frozen table.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ from jaxpo.kernels.token_logprob.core import (
 )
 from jaxpo.kernels.token_logprob.xla import block_dx, block_sums, both_logits, products, split
 
-# (statistics of a slice, what else the loss reads of it) -> (its part of the loss [], anything)
+# (statistics of a slice, other data of the slice) -> (its part of the loss [], anything)
 SliceLoss = Callable[[TokenLogProb, Any], tuple[Array, Any]]
 
 
@@ -51,21 +51,23 @@ def token_logprob_loss(
 ) -> tuple[Array, Any]:
     """``sum_c loss(statistics of slice c, parts[c])`` over C slices of N / C consecutive tokens each.
 
-    Differentiable in hidden, unembed and bias: the gradients are made together with the value, and stored. The logits
-    [N / C, V] of one slice are held at a time.
+    Differentiable in hidden, unembed and bias: the gradients are computed together with the value, and stored. The
+    logits [N / C, V] of one slice are held at a time.
 
     Args:
-      loss: differentiated in the statistics; anything that it reads of ``parts``, or closes over, is constant.
-      parts: leaves [C, ...]. mesh: as of `token_logprob`; its token axes have to divide C. Only its axis "context", if
-        it has one, need not: each device along it has an equal part of every slice, and ``loss`` is given the
-        statistics of all parts, one behind the other.
-      Others as of `token_logprob`; "kl_to" cannot be wanted.
+      loss: differentiated in the statistics; everything that it reads from ``parts``, or closes over, is constant.
+      parts: other data of the slices, leaves [C, ...].
+      mesh: as in `token_logprob`; its token axes have to divide C, except the axis "context", if there is one. Each
+        device along that axis has an equal part of every slice, and ``loss`` gets the statistics of all parts, one
+        after the other.
+      Others as in `token_logprob`; ``want`` must not hold "kl_to".
 
     Returns:
-      The sum, and what else ``loss`` returned, stacked [C, ...].
+      The sum, and the second output of ``loss``, stacked [C, ...].
 
     Raises:
-      ValueError: as `token_logprob`; slices that do not divide the tokens, or not over the mesh.
+      ValueError: as in `token_logprob`; also if the slices do not divide the tokens, or the mesh does not divide the
+        slices.
     """
     if "kl_to" in want:
         raise ValueError("token_logprob_loss: 'kl_to' cannot be wanted; use token_logprob")
@@ -83,7 +85,7 @@ def token_logprob_loss(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def evaluate(loss: SliceLoss, mesh: Mesh | None, statics: Statics, problem: Problem, parts: Any) -> tuple[Array, Any]:
-    """The value alone: nothing is differentiated."""
+    """The value without gradients, when nothing is differentiated."""
     return run(loss, mesh, statics, problem, parts)[:2]
 
 
@@ -100,7 +102,7 @@ def _forward(loss: SliceLoss, mesh: Mesh | None, statics: Statics, problem: Any,
 def _backward(loss: SliceLoss, mesh: Mesh | None, statics: Statics, residuals: Any, g: Any) -> tuple[Problem, None]:
     grads, temperatures = residuals
     scaled = jax.tree.map(lambda x: (g[0] * x).astype(x.dtype), grads)
-    # As in `core.evaluate`: no gradient is defined for a temperature.
+    # As in `core.evaluate`: the gradient of a temperature is not computed.
     nan, second = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), temperatures)
     return Problem(scaled.hidden, scaled.table, None, scaled.bias, None, nan, second, None), None
 
@@ -111,7 +113,7 @@ evaluate.defvjp(_forward, _backward, symbolic_zeros=True)
 def run(
     loss: SliceLoss, mesh: Mesh | None, statics: Statics, problem: Problem, parts: Any
 ) -> tuple[Array, Any, Gradients]:
-    """The sum, what else there is of each slice, and the gradients that ``statics.grads`` names."""
+    """The sum, the second output of each slice, and the gradients that ``statics.grads`` names."""
     if mesh is None:
         return in_slices(loss, statics, problem, parts, lambda sums: sums)
     axes, v = sharded.row_axes(mesh), problem.table.shape[0]
@@ -138,8 +140,12 @@ def in_slices(
     merge: Callable[[Sums], Sums],
     along: str | None = None,
 ) -> tuple[Array, Any, Gradients]:
-    """One slice after the other. merge: completes sums over a part of the vocabulary. along: the axis of the mesh over
-    which each slice is cut; the loss of a slice is computed from all of it on each device."""
+    """Compute one slice after the other.
+
+    Args:
+      merge: completes sums over a part of the vocabulary.
+      along: the mesh axis that each slice is cut over; each device along it computes the loss of the whole slice. None
+        = slices are not cut."""
     need, dtype = needed_sums(statics.want), problem.temperature.dtype
     tokens, columns = split(problem)
     count = jax.tree.leaves(parts)[0].shape[0]
@@ -165,19 +171,19 @@ def in_slices(
 
 
 def gathered(stats: TokenLogProb, along: str | None) -> TokenLogProb:
-    """The statistics of a slice that is cut over a mesh axis."""
+    """The statistics of the whole slice, if slices are cut over the mesh axis ``along``."""
     return stats if along is None else jax.lax.all_gather(stats, along, tiled=True)
 
 
 def own_part(g: TokenLogProb, along: str | None) -> TokenLogProb:
-    """What of each array belongs to the statistics of this device."""
+    """The part of each array that belongs to this device."""
     if along is None:
         return g
     return jax.tree.map(lambda x: x.reshape(jax.lax.axis_size(along), -1)[jax.lax.axis_index(along)], g)
 
 
 def with_cotangents(loss: SliceLoss, stats: TokenLogProb, part: Any) -> tuple[Array, Any, TokenLogProb]:
-    """The loss of a slice, what else it returned, and its derivative in the statistics; top1 has none."""
+    """The loss of a slice, its second output, and its derivative in the statistics; top1 has no derivative."""
     top = dict(top1_id=stats.top1_id, top1_logp=stats.top1_logp)
 
     def of(x: TokenLogProb) -> tuple[Array, Any]:

@@ -1,21 +1,21 @@
-"""GPU form (Pallas, Triton): tiles of logits live in registers.
+"""GPU form (Pallas, Triton): tiles of logits stay in registers.
 
-- forward: a program for each tile of the logits writes the `Sums` of its tile, [blocks of the vocabulary, N] of a few
-  floats (40 MB each at N = 16384, V = 151936), which are merged afterwards. 2 N D V operations.
-- backward: for a chunk of the vocabulary, a kernel makes the logits of all tokens again and writes dx [N, chunk] in the
-  dtype of the table; the two products with it are cuBLAS's. 6 N D V operations, where kernels that write no dx, as on
-  TPUs, take 8. With all tokens in a chunk a block of dtable is finished when it is written; dhidden is added up.
+- forward: one program for each tile of the logits writes the `Sums` of its tile. They are a few floats [blocks of the
+  vocabulary, N] (40 MB each at N = 16384, V = 151936), which are merged afterwards. 2 N D V operations.
+- backward: for each chunk of the vocabulary, a kernel computes the logits of all tokens again and writes dx [N, chunk]
+  in the dtype of the table; cuBLAS computes the two products with it. 6 N D V operations; kernels that write no dx, as
+  on TPUs, take 8. Since a chunk has all tokens, a block of dtable is finished when it is written; dhidden is added up.
 
-Nothing here has been timed. The sizes are arithmetic, for an H100 (700 TFLOP/s in cuBLAS's bfloat16 products, 3 TB/s)
+Nothing here has been timed. The numbers are estimates for an H100 (700 TFLOP/s in cuBLAS's bfloat16 products, 3 TB/s)
 at N = 16384, D = 4096, V = 151936, where N D V is 10.2e12:
 
-- A tile of 128 x 256 is what the registers of a multiprocessor hold (128 sums in each of 256 threads). It takes 85
-  operations for each byte from the L2 cache, where 128 x 128 takes 64; three parts of 64 features on their way are 144
-  of 228 KiB of shared memory. Compiled for sm_90 by Triton 3.6 (XLA has its own), a step over D is four 64 x 256 x 16
-  tensor core instructions without a spill, and the rest of a program about 20 instructions an element: 8% more.
-- Forward: at the 550 to 620 TFLOP/s that such loops are known for, and with those 8%, 36 to 40 ms. `xla` needs 29 ms
-  for the product, and 10 ms to write float32 logits and to read them twice. Neither is expected to be faster by much;
-  this form holds 0.2 GB where `xla` holds 1.2 GB. "auto" takes `xla` until both have been timed.
+- A tile of 128 x 256 fills the registers of a multiprocessor (128 sums in each of 256 threads). It does 85 operations
+  for each byte from the L2 cache; a tile of 128 x 128 does 64. Three parts of 64 features on their way take 144 of 228
+  KiB of shared memory. Compiled for sm_90 by Triton 3.6 (XLA has its own), a step over D is four 64 x 256 x 16 tensor
+  core instructions without a spill; the rest of a program is about 20 instructions an element, 8% more.
+- Forward: such loops are known for 550 to 620 TFLOP/s; with those 8% this gives 36 to 40 ms. `xla` needs 29 ms for the
+  product, and 10 ms to write float32 logits and to read them twice. Neither is expected to be much faster; this form
+  holds 0.2 GB, `xla` holds 1.2 GB. "auto" takes `xla` until both have been timed.
 - Backward: 36 to 40 ms for the logits, 58 ms for the two products, 5 ms to write dx once and read it twice, 1 ms to add
   up dhidden. 1 GiB of dx is 30464 entries of the vocabulary at a time, five chunks; about 3.5 GB are alive besides the
   arguments, dtable (1.2 GB) included.
@@ -46,10 +46,10 @@ from jaxpo.kernels.token_logprob.core import (
 from jaxpo.kernels.token_logprob.gpu_kernels import LEAST, Tiles
 from jaxpo.kernels.token_logprob.xla import Columns, Tokens
 
-DX_BYTES = 2**30  # of dx at a time
+DX_BYTES = 2**30  # bytes of dx that are held at a time
 # Tokens and entries of the vocabulary in a tile, by dtype. float32 products do not use the tensor cores.
 BLOCKS = {"bfloat16": (128, 256), "float32": (64, 64)}
-MOST_LOGITS = 128 * 256  # that a program holds: more do not fit the registers
+MOST_LOGITS = 128 * 256  # logits that a program can hold: more do not fit the registers
 STAGES = 3  # parts of hidden and table on their way to shared memory
 
 
@@ -88,8 +88,8 @@ def forward(statics: Statics, problem: Problem) -> Sums:
 
 
 def merged(parts: Sums, problem: Problem) -> Sums:
-    """`Sums` [N] of those [blocks, N] of the blocks of the vocabulary, by pairs of neighbors: the first of equals stays
-    the first."""
+    """Merge the `Sums` [blocks, N] of the blocks of the vocabulary to [N], by pairs of neighbors: of equal entries the
+    first stays the first."""
     while (blocks := parts.m.shape[0]) > 1:
         even = blocks // 2 * 2
         pairs = (jax.tree.map(lambda x, i=i, n=even: x[i:n:2], parts) for i in (0, 1))
@@ -99,7 +99,7 @@ def merged(parts: Sums, problem: Problem) -> Sums:
 
 
 def backward(statics: Statics, problem: Problem, rows: Rows) -> Gradients:
-    """`Gradients` of a problem; see `Implementation`. hidden and bias are float32, table is of its dtype."""
+    """`Gradients` of a problem; see `Implementation`. hidden and bias are float32, table has the table's dtype."""
     tokens, columns = xla.split(problem, rows)
     n, dtype = problem.hidden.shape[0], problem.table.dtype
 
@@ -111,7 +111,7 @@ def backward(statics: Statics, problem: Problem, rows: Rows) -> Gradients:
             return shape, pl.BlockSpec((block_rows, tiles.vocab), tiles.place)
 
         outputs = [output(n, dtype, tiles.tokens)]
-        if "bias" in statics.grads:  # a sum for each block of tokens
+        if "bias" in statics.grads:  # one sum for each block of tokens
             outputs.append(output(tiles.grid[0], jnp.float32, None))
         part = tokens._replace(targets=tokens.targets - first)
         dx, *dbias = call(gpu_kernels.dx, tiles, statics, problem, part, block, outputs)
@@ -129,8 +129,8 @@ def backward(statics: Statics, problem: Problem, rows: Rows) -> Gradients:
 
 
 def one_pass(statics: Statics, problem: Problem, g_logp: Array) -> tuple[TokenLogProb, Gradients]:
-    """See `Implementation`. That of `xla`, which holds logits of the whole vocabulary for a block of tokens: dx of a
-    token has to wait for its sums, so its logits are kept, or made twice."""
+    """See `Implementation`. This is `xla.one_pass`, which holds the logits of a block of tokens over the whole
+    vocabulary: dx of a token needs the token's sums first, so its logits must be kept, or computed twice."""
     return xla.one_pass(dataclasses.replace(statics, block_tokens=None, block_vocab=None), problem, g_logp)
 
 
@@ -145,13 +145,13 @@ def dot(a: Array, b: Array, axis_a: int, axis_b: int, dtype: Any) -> Array:
 
 
 def power_of_two(size: int) -> int:
-    """Not below ``size``, and at least what a product takes."""
+    """The next power of two from ``size`` up, at least `LEAST`."""
     return max(LEAST, pl.next_power_of_2(size))
 
 
 def blocks_of(statics: Statics, problem: Problem) -> tuple[int, int]:
-    """Tokens and entries of the vocabulary of a tile: as given, or by the dtype, and no more than there are. With the
-    pair of ``kl_to`` the registers have to hold two tiles."""
+    """Tokens and entries of the vocabulary in a tile: as given, or chosen by the dtype and not larger than needed. With
+    the pair of ``kl_to`` the registers have to hold two tiles."""
     (n, _), (v, _) = problem.hidden.shape, problem.table.shape
     tokens, vocab = BLOCKS[problem.table.dtype.name]
     vocab = vocab if problem.other is None else vocab // 2
@@ -159,12 +159,12 @@ def blocks_of(statics: Statics, problem: Problem) -> tuple[int, int]:
 
 
 def logits_held(statics: Statics, problem: Problem) -> int:
-    """By a program: of the pair of ``kl_to`` too."""
+    """The number of logits that a program holds, with those of the pair of ``kl_to``."""
     return math.prod(blocks_of(statics, problem)) * (1 if problem.other is None else 2)
 
 
 def tiles_of(statics: Statics, problem: Problem, columns: Columns) -> Tiles:
-    """Of the logits of all tokens and a part of the vocabulary."""
+    """The tiles of the logits of all tokens and a part of the vocabulary."""
     return Tiles(problem.hidden.shape[0], columns.table.shape[0], *blocks_of(statics, problem), statics.softcap)
 
 
@@ -189,7 +189,10 @@ def call(
     columns: Columns,
     outputs: list[tuple[Any, pl.BlockSpec]],
 ) -> list[Any]:
-    """Run a kernel, one program a tile. outputs: shapes, and the block that a program writes of each."""
+    """Run a kernel, one program for each tile.
+
+    Args:
+      outputs: the shapes of each output, and the block that a program writes."""
 
     def spec(axis: int, x: Any) -> pl.BlockSpec:
         return pl.BlockSpec(
@@ -208,7 +211,7 @@ def call(
         in_specs=[pl.BlockSpec(), *(jax.tree.map(partial(spec, i), x) for i, x in enumerate((tokens, columns)))],
         out_specs=[jax.tree.map(lambda _, spec=spec: spec, shapes) for shapes, spec in outputs],
         out_shape=[shapes for shapes, _ in outputs],
-        # These parameters are what makes it a Triton kernel: the default on GPUs is Mosaic, which takes other programs.
+        # These parameters make it a Triton kernel: the default on GPUs is Mosaic, which takes other programs.
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=STAGES),
         interpret=statics.interpret,
         name=f"token_logprob_{kernel.__name__}",

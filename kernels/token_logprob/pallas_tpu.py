@@ -1,15 +1,15 @@
-"""TPU form (Pallas, Mosaic): tiles of logits live in VMEM and are never written to HBM.
+"""TPU form (Pallas, Mosaic): tiles of logits stay in VMEM and are never written to HBM.
 
-Three kernels (`tpu_kernels`), whose grids are (outer, inner, parts of D); the outer dimension is "parallel", and what
-belongs to an outer block stays in VMEM while the inner blocks pass:
+There are three kernels (`tpu_kernels`), with grids (outer, inner, parts of D). The outer dimension is "parallel", and
+the data of an outer block stay in VMEM while the inner blocks pass:
 
 - forward: tokens outer, vocabulary inner; the `Sums` of a block of tokens are kept in their output block;
 - dhidden: tokens outer, vocabulary inner; logits again, dx of the tile, ``dhidden += dx @ table``;
 - dtable: vocabulary outer, tokens inner; logits again, dx of the tile, ``dtable += dx.T @ hidden`` and its sum, dbias.
 
-2 N D V operations forward, 4 N D V for each of the gradients. The table is taken as [D, V], which is how
-`jaxpo.kernels.token_logprob` gets it: its transpose to [V, D] and the one here cancel, where a tied embedding is
-copied once. On a mesh of more than one device they have to be inside a ``shard_map``, as `sharded` puts them.
+2 N D V operations forward, 4 N D V for each gradient. The kernels take the table as [D, V], which is how
+`jaxpo.kernels.token_logprob` gets it: its transpose to [V, D] and the transpose here cancel (a tied embedding is copied
+once). On a mesh of several devices the kernels must be inside a ``shard_map``, where `sharded` puts them.
 """
 
 import functools
@@ -74,11 +74,12 @@ def forward(statics: Statics, problem: Problem) -> Sums:
 
 
 def backward(statics: Statics, problem: Problem, rows: Rows) -> Gradients:
-    """`Gradients` of a problem; see `Implementation`. ``hidden`` and ``bias`` are float32, ``table`` is of its dtype.
+    """`Gradients` of a problem; see `Implementation`. hidden and bias are float32, table has the table's dtype.
 
     With ``grad_filter_eps`` > 0 a tile whose largest ``|dx|`` is below it is left out of both products (its logits are
-    made, and dbias has it). An element of dhidden is then off by at most ``grad_filter_eps * sum_v |table[v, d]|``, one
-    of dtable by at most ``grad_filter_eps * sum_n |hidden[n, d]|``, the sums over the tiles that were left out.
+    still computed, and it still counts in dbias). An element of dhidden is then off by at most ``grad_filter_eps *
+    sum_v |table[v, d]|``, and one of dtable by at most ``grad_filter_eps * sum_n |hidden[n, d]|``, with sums over the
+    tiles that were left out.
     """
     values = {name: x.astype(jnp.float32) for name, x in rows._asdict().items() if x is not None}
     values["target"] = targets_of(problem).astype(jnp.float32)
@@ -112,7 +113,7 @@ def backward(statics: Statics, problem: Problem, rows: Rows) -> Gradients:
 
 
 def blocks_of(kernel: chips.Kernel, statics: Statics, problem: Problem) -> chips.Blocks:
-    """By the chip, or as given. Raises ValueError if nothing fits."""
+    """The blocks that fit the chip, or those that are given. Raises ``ValueError`` if nothing fits."""
     (n, d), (v, _) = problem.hidden.shape, problem.table.shape
     d_q = 0 if problem.other is None else problem.other.hidden.shape[1]
     given = statics.block_tokens, statics.block_vocab
@@ -120,7 +121,7 @@ def blocks_of(kernel: chips.Kernel, statics: Statics, problem: Problem) -> chips
 
 
 def tiles_of(kernel: chips.Kernel, statics: Statics, problem: Problem, rows: tuple[str, ...]) -> Tiles:
-    """What a kernel is built for."""
+    """The static description that a kernel is built for."""
     q_bias = problem.other is not None and problem.other.bias is not None
     return Tiles(
         kernel=kernel,
@@ -137,13 +138,13 @@ def tiles_of(kernel: chips.Kernel, statics: Statics, problem: Problem, rows: tup
 
 
 def targets_of(problem: Problem) -> Array:
-    """[N] int32; -1, which no column has, for those outside the vocabulary."""
+    """[N] int32 targets; those outside the vocabulary become -1, which matches no column."""
     t = problem.targets
     return jnp.where((t >= 0) & (t < problem.table.shape[0]), t, -1).astype(jnp.int32)
 
 
 def operands_of(tiles: Tiles, problem: Problem, rows: Array, with_q: bool) -> Operands:
-    """The inputs of a kernel. rows and columns are small, and get full blocks."""
+    """The inputs of a kernel. rows and columns are small, and are padded to full blocks."""
     tokens, vocab, _ = tiles.blocks
     second = problem.temperature if problem.second_temperature is None else problem.second_temperature
     mask, q = problem.vocab_mask, problem.other
@@ -193,8 +194,12 @@ def call(
     products: int,
     exponentials: int,
 ) -> list[Array]:
-    """Run a kernel. outputs: by what they are. products: of hidden and table's size; exponentials: of an element of the
-    logits (both for the estimate of cost that the compiler schedules by)."""
+    """Run a kernel.
+
+    Args:
+      outputs: shapes of the outputs by name: "rows", "hidden", "table", "bias".
+      products, exponentials: the number of products like hidden @ table, and of exponentials for each logit. The
+        compiler schedules by this estimate of the cost."""
     tokens, vocab, _ = tiles.blocks
     specs = {
         "rows": tiles.spec((tokens, len(tiles.rows)), "tokens", ""),
@@ -218,7 +223,7 @@ def call(
         scratch_shapes=scratch[tiles.kernel],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-            # All but a sixteenth of it; the default, 16 MiB, is too little for tiles that keep the chip busy.
+            # All but a sixteenth of VMEM; the default, 16 MiB, is too little for tiles that keep the chip busy.
             vmem_limit_bytes=chips.current_chip().vmem * 15 // 16,
         ),
         cost_estimate=pl.CostEstimate(
@@ -232,8 +237,8 @@ def call(
 
 
 def bytes_read(tiles: Tiles) -> int:
-    """Of hidden and table: the operand of the inner blocks is read once for every outer block; so is that of the outer
-    ones for every inner block if D is in parts."""
+    """Bytes of hidden and table that are read: the operand of the inner blocks once for every outer block. If D is in
+    parts, the operand of the outer blocks is also read once for every inner block."""
     outer, inner, _ = tiles.grid
     size = jnp.dtype(tiles.dtype).itemsize * tiles.d
     stays, moves = (tiles.v, tiles.n) if tiles.kernel == "dtable" else (tiles.n, tiles.v)

@@ -1,4 +1,4 @@
-"""Block sizes of the portable form, from a budget of bytes and the platform."""
+"""Block sizes of the portable form, from the platform's budget of bytes."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 # One block of logits. On a CPU it should stay in the caches; an accelerator wants few, large products.
 BLOCK_BYTES = {"cpu": 8 * 2**20, "gpu": 2**31, "tpu": 2**31}
-TOKENS_AT_ONCE = 2048, 8192  # on an accelerator, when there are so many
+TOKENS_AT_ONCE = 2048, 8192  # least and most tokens of a block on an accelerator (or all, if there are fewer)
 
 
 class Blocks(NamedTuple):
@@ -19,13 +19,13 @@ class Blocks(NamedTuple):
 def plan(platform: str, n: int, v: int, dtype: Any) -> Blocks:
     """Blocks for ``n`` tokens and a vocabulary of ``v``; ``dtype`` is that of the logits.
 
-    On a CPU all tokens and a few columns: the table is read once, and each block of its gradient is finished when it
-    is written. On an accelerator the whole vocabulary for 2048 to 8192 tokens: a loop over the vocabulary reads and
-    writes the statistics and dhidden once a block, which is what makes it slow there. Only where 2048 tokens do not
-    fit the budget is the vocabulary cut too.
+    On a CPU a block has all tokens and a few columns: the table is read once, and each block of its gradient is
+    finished when it is written. On an accelerator it has the whole vocabulary for 2048 to 8192 tokens: a loop over the
+    vocabulary would be slow, as each block reads and writes the statistics and dhidden. The vocabulary is cut too only
+    if 2048 tokens do not fit the budget.
 
     Raises:
-      ValueError: a platform that is not known.
+      ValueError: the platform is unknown.
     """
     if platform not in BLOCK_BYTES:
         raise ValueError(f"no block sizes for platform {platform!r}; known: {', '.join(BLOCK_BYTES)}")
@@ -36,16 +36,16 @@ def plan(platform: str, n: int, v: int, dtype: Any) -> Blocks:
     least, most = TOKENS_AT_ONCE
     tokens = min(n, max(least, min(most, entries // v)))
     chunks = -(-n // tokens)
-    # Equal chunks where there are some: a smaller last one is compiled a second time.
+    # Equal chunks if there are any: a smaller last chunk would be compiled separately.
     equal = (k for k in range(chunks, 2 * chunks) if n % k == 0 and n // k >= least)
     tokens = -(-n // next(equal, chunks))
     return Blocks(tokens, min(v, max(128, entries // tokens // 128 * 128)))
 
 
 def rows_of_whole_vocabulary(platform: str, n: int, v: int, dtype: Any) -> int:
-    """Tokens at a time where the whole vocabulary has to be there at once, whatever it costs.
+    """Tokens of a block that must hold the whole vocabulary, even if a few tokens exceed the budget.
 
-    Each chunk of tokens reads the whole table, so a CPU is given more bytes than for a block of columns.
+    Each block of tokens reads the whole table, so a CPU gets more bytes than for a block of columns.
     """
     least, times = (8, 4) if platform == "cpu" else (128, 1)
     rows = max(least, times * BLOCK_BYTES[platform] // (jnp.dtype(dtype).itemsize * max(v, 1)))
@@ -55,11 +55,12 @@ def rows_of_whole_vocabulary(platform: str, n: int, v: int, dtype: Any) -> int:
 def whole_vocabulary_slices(
     platform: str, rows: int, width: int, v: int, unit: int = 1, *, token_shards: int = 1, vocab_shards: int = 1
 ) -> int | None:
-    """The fewest equal slices of [rows, width] tokens, of whole units of rows, whose float32 logits over the vocabulary
-    of ``v`` fit the budget; a multiple of ``token_shards``, each device having its own.
+    """The fewest equal slices of [rows, width] tokens for which the float32 logits of a slice over the vocabulary of
+    ``v`` fit the budget. A slice has whole units of rows, and the number of slices is a multiple of ``token_shards``,
+    since each device has its own slices.
 
-    None = there are none, or the logits had better be made twice. So it is on a CPU, where a slice reads and writes the
-    whole table's gradient for few tokens, and nothing was gained.
+    None = there is no such number, or it is better to compute the logits twice. So it is on a CPU: a slice reads and
+    writes the whole table's gradient for few tokens, and this brought no gain.
     """
     if platform == "cpu":
         return None

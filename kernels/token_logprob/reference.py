@@ -1,4 +1,4 @@
-"""The naive form, for tests and for reading: makes the logits [N, V] and leaves the derivative to JAX."""
+"""The naive form, for tests and for reading: it computes the logits [N, V], with JAX's own derivative."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def token_logprob(statics: Statics, problem: Problem) -> TokenLogProb:
         chosen = jnp.take_along_axis(log_p, jnp.where(inside, targets, 0)[:, None], 1)[:, 0]
         return jnp.where(inside & (chosen > -jnp.inf), chosen, -jnp.inf)  # -inf has no gradient
 
-    def total(p: Array, x: Array) -> Array:  # 0 * inf is 0: masked entries
+    def total(p: Array, x: Array) -> Array:  # at masked entries 0 * inf counts as 0
         return jnp.sum(p * jnp.where(p > 0, x, 0), -1)
 
     z = logits(problem.hidden, problem.table, problem.bias)

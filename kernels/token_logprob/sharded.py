@@ -1,8 +1,8 @@
-"""Vocabulary spread over the mesh axis ``tensor``, tokens over all others.
+"""Implementations on a mesh: the vocabulary is spread over the axis ``tensor``, tokens over all other axes.
 
-Each device runs the forward pass of an implementation on its tokens and its rows of the vocabulary; the sums are merged
+Each device runs the forward pass of an implementation on its tokens and its rows of the vocabulary. The sums are merged
 by one maximum and one sum of a few floats a token. The backward pass gives each device its rows of the table's gradient
-(summed over the devices that hold other tokens) and a part of dhidden, which one sum of [N, D] completes.
+(summed over the devices that hold other tokens) and a part of dhidden, which a sum of [N, D] over devices completes.
 """
 
 import functools
@@ -18,8 +18,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxpo.kernels.token_logprob.core import Gradients, Implementation, Other, Problem, Rows, Statics, Sums
 
 VOCAB = "tensor"
-PARTS = "fsdp"  # of the parameters: their features lie over it
-POSITIONS = "context"  # if the mesh has it, positions of one row lie over it
+PARTS = "fsdp"  # the axis that the features of parameters are spread over
+POSITIONS = "context"  # the axis that the positions of a row are spread over, if the mesh has it
 
 
 def token_axes(mesh: Mesh) -> tuple[str, ...]:
@@ -28,12 +28,12 @@ def token_axes(mesh: Mesh) -> tuple[str, ...]:
 
 
 def row_axes(mesh: Mesh) -> tuple[str, ...]:
-    """Those of them that no row of tokens is cut over."""
+    """The token axes that whole rows are spread over: all except `POSITIONS`."""
     return tuple(axis for axis in token_axes(mesh) if axis != POSITIONS)
 
 
 def size_of(mesh: Mesh, axes: Sequence[str]) -> int:
-    """Over how many devices the axes spread something."""
+    """The number of devices along the axes together."""
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
@@ -55,12 +55,12 @@ def over(implementation: Implementation, mesh: Mesh) -> Implementation:
 
 
 def pad_to(x: Array | None, size: int) -> Array | None:
-    """``x`` with zeros after it, so that its leading axis has the given size."""
+    """``x`` padded with zeros at the end of its leading axis to the given size."""
     return None if x is None else jnp.pad(x, [(0, size - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
 
 
 def fitted(problem: Problem, mesh: Mesh) -> Problem:
-    """The problem with tokens and vocabulary padded to what the mesh divides; added entries are masked."""
+    """The problem with tokens and vocabulary padded to sizes that the mesh divides; added entries are masked."""
     (n, _), (v, _) = problem.hidden.shape, problem.table.shape
     tokens, shards = size_of(mesh, token_axes(mesh)), mesh.shape[VOCAB]
     n_to, v_to = -(-n // tokens) * tokens, -(-v // shards) * shards
@@ -96,7 +96,7 @@ def specs(problem: Problem, mesh: Mesh) -> Problem:
 
 
 def of_shard(problem: Problem) -> tuple[Problem, Array]:
-    """The problem with targets counted from the first row of this device's part of the vocabulary, and that row."""
+    """The problem with targets counted from the first row of this device's part of the vocabulary; and that row."""
     first = jax.lax.axis_index(VOCAB) * problem.table.shape[0]
     return problem._replace(targets=problem.targets - first.astype(problem.targets.dtype)), first
 
@@ -107,14 +107,14 @@ def spread(f: Any, mesh: Mesh, in_specs: Any, out_specs: Any) -> Any:
 
 
 def collect(names: Sequence[str], reduce: Any, sums: Sums) -> Sums:
-    """The fields of the sums in ``names``, reduced over the shards in one collective of [fields, N]."""
+    """Reduce the fields ``names`` of the sums over the shards, in one collective of [fields, N]."""
     names = [name for name in names if getattr(sums, name) is not None]
     reduced = reduce(jnp.stack([getattr(sums, name) for name in names]), VOCAB)
     return sums._replace(**dict(zip(names, reduced, strict=True)))
 
 
 def merged(sums: Sums, first: Array, problem: Problem) -> Sums:
-    """`Sums` of the whole vocabulary from those of the shards; the same on each."""
+    """Merge the `Sums` of the shards to those of the whole vocabulary, the same on every shard."""
     t, top = problem.temperature, collect(("m", "target", "m_q"), jax.lax.pmax, sums)
     shift = (sums.m - top.m) / t
     scale = jnp.exp(shift)
@@ -148,19 +148,19 @@ def forward(implementation: Implementation, mesh: Mesh, statics: Statics, proble
 
 
 def scatters(problem: Problem, mesh: Mesh) -> bool:
-    """Parameters are spread over "fsdp" too: each device is given only the features of its own part, where they
-    divide."""
+    """Whether the table's gradient is scattered over "fsdp", so that each device gets only the features of its own
+    part: if "fsdp" has several devices and divides the features."""
     return mesh.shape[PARTS] > 1 and problem.table.shape[1] % mesh.shape[PARTS] == 0
 
 
 def gradient_specs(problem: Problem, mesh: Mesh) -> Gradients:
-    """A `PartitionSpec` for each of what `summed` returns."""
+    """A `PartitionSpec` for each gradient that `summed` returns."""
     features = PARTS if scatters(problem, mesh) else None
     return Gradients(PartitionSpec(token_axes(mesh)), PartitionSpec(VOCAB, features), PartitionSpec(VOCAB))
 
 
 def summed(grads: Gradients, problem: Problem, mesh: Mesh) -> Gradients:
-    """The gradients of a shard's tokens and vocabulary, summed over the devices that hold the rest."""
+    """Sum the gradients of a shard's tokens and vocabulary over the devices that hold the other parts."""
     scatter, wide = scatters(problem, mesh), jax.tree.map(lambda x: x.astype(problem.temperature.dtype), grads)
     tokens = token_axes(mesh)
     hidden, bias = jax.lax.psum(wide.hidden, VOCAB), jax.lax.psum(wide.bias, tokens)

@@ -1,8 +1,8 @@
-"""The kernels of `pallas_tpu`: what is done with one tile of logits while it is in VMEM.
+"""The kernels of `pallas_tpu`: computations on one tile of logits while it is in VMEM.
 
-The last blocks of tokens and of the vocabulary may be ragged; what lies beyond an array's end is undefined, and may be
-NaN. Columns there have a ceiling of BEYOND, rows there are discarded with the output, and where a product sums over
-them the end of its operand is set to zero.
+The last blocks of tokens and of the vocabulary may be ragged. Entries beyond the end of an array are undefined, and may
+be NaN. Columns there have a ceiling of BEYOND, and rows there are not written to the output. Where a product sums over
+such rows or columns, the end of its operand is set to zero.
 """
 
 from typing import Any, NamedTuple
@@ -15,14 +15,23 @@ from jax.experimental import pallas as pl
 from jaxpo.kernels.token_logprob import chips
 from jaxpo.kernels.token_logprob.core import MASKED
 
-# z beyond the vocabulary's end, and the maximum of nothing: so far below MASKED that it counts nothing beside it.
+# z beyond the end of the vocabulary, and the maximum over no entries: far below MASKED, so that it adds nothing.
 BEYOND = 2 * MASKED
-MAX_VOCAB = 2**24  # ids travel with the sums, as float32
+MAX_VOCAB = 2**24  # ids are stored with the sums, as float32
 
 
 class Tiles(NamedTuple):
-    """What a kernel is built for. rows: names of the values per token, in order (`Sums` of the forward pass; `Rows` and
-    target of the others); columns: those of the values per entry of the vocabulary."""
+    """The static description that a kernel is built for: sizes, blocks and options.
+
+    kernel: "forward", "dhidden" or "dtable".
+    n, d, v: tokens, features, entries of the vocabulary.
+    blocks: sizes of the blocks.
+    dtype: dtype of hidden and table.
+    softcap: bound of the logits, or None.
+    rows: names of the values per token, in order: `Sums` in the forward pass, `Rows` and target in the others.
+    columns: names of the values per entry of the vocabulary, in order.
+    grad_filter_eps: tiles whose largest |dx| is below this are skipped; 0 = none.
+    """
 
     kernel: chips.Kernel
     n: int
@@ -37,13 +46,13 @@ class Tiles(NamedTuple):
 
     @property
     def parts(self) -> int:
-        """Parts of D."""
+        """The number of parts that D is cut into."""
         return self.d // self.blocks.depth
 
     @property
     def steps(self) -> int:
-        """Of the innermost dimension: over the parts of D for the logits, and over them again for a gradient; a D in
-        one part does both in one step."""
+        """Steps of the innermost dimension: over the parts of D for the logits, and over them again for a gradient. If
+        D is in one part, one step does both."""
         return self.parts if self.kernel == "forward" or self.parts == 1 else 2 * self.parts
 
     @property
@@ -53,16 +62,16 @@ class Tiles(NamedTuple):
         return (vocab, tokens, self.steps) if self.kernel == "dtable" else (tokens, vocab, self.steps)
 
     def part(self, step: Any) -> Any:
-        """The part of D of a step: to and fro, so that the one at the turn is not fetched again."""
+        """The part of D of a step: forth and back, so that the part at the turn is not fetched again."""
         return jnp.minimum(step, 2 * self.parts - 1 - step)
 
     def of_part(self, step: Any) -> Any:
-        """The indices of D in that part. Where there is one, a constant: the compiler must see where they begin."""
+        """The indices of D in that part; a constant if there is only one part, as the compiler must see its start."""
         depth = self.blocks.depth
         return slice(None) if self.parts == 1 else pl.ds(pl.multiple_of(self.part(step) * depth, depth), depth)
 
     def spec(self, shape: tuple[int, int], *of: str) -> pl.BlockSpec:
-        """Blocks of ``shape``; ``of`` names what each axis moves with: "tokens", "vocab", "depth" or "" (nothing)."""
+        """Blocks of ``shape``. ``of`` says what each axis moves with: "tokens", "vocab", "depth" or "" (nothing)."""
 
         def index(outer: Any, inner: Any, step: Any) -> tuple[Any, ...]:
             tokens, vocab = (inner, outer) if self.kernel == "dtable" else (outer, inner)
@@ -73,8 +82,15 @@ class Tiles(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """Inputs of every kernel. scalars [1, 2]: 1 / T, 1 / T2. rows [N, values per token]. columns [values per entry, V],
-    up to full blocks. hidden_q, table_q: the pair of ``kl_to``, where logits of it are needed."""
+    """The inputs of every kernel.
+
+    scalars: [1, 2] 1 / T, 1 / T2.
+    hidden: [N, D].
+    table: [D, V].
+    rows: [N, values per token], padded to full blocks.
+    columns: [values per entry, V], padded to full blocks.
+    hidden_q, table_q: the pair of ``kl_to``, if the kernel needs its logits; None otherwise.
+    """
 
     scalars: Any
     hidden: Any
@@ -96,7 +112,7 @@ def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
 
 
 def add_product(product: Any, step: Any, x: Operands) -> None:
-    """A part of hidden @ table, of the first step or in addition to those before it."""
+    """Compute a part of hidden @ table; the first step sets the product, later steps add to it."""
     value = dot(x.hidden[...], x.table[...], (1, 0))
 
     @pl.when(step == 0)
@@ -109,7 +125,7 @@ def add_product(product: Any, step: Any, x: Operands) -> None:
 
 
 def clear_end(ref: Any, axis: int, size: int, block: Any) -> None:
-    """Zeros beyond the end of an operand, whose axis has ``size`` elements; ``block`` is its position there."""
+    """Set an operand to zero beyond the end of an axis with ``size`` elements; ``block`` is its block on that axis."""
     length = ref.shape[axis]
     if size % length:
 
@@ -120,7 +136,7 @@ def clear_end(ref: Any, axis: int, size: int, block: Any) -> None:
 
 
 def logits(tiles: Tiles, product: Array, x: Operands, bias: str = "bias") -> tuple[Array, Array | None]:
-    """(z, dz/dx or None for 1) of a tile, from hidden @ table; ``bias`` names its column, if there is one."""
+    """(z, dz/dx) of a tile from hidden @ table; None = 1 for the latter. ``bias`` names its column, if there is one."""
     if bias in tiles.columns:
         i = tiles.columns.index(bias)
         product = product + x.columns[i : i + 1, :]
@@ -132,7 +148,7 @@ def logits(tiles: Tiles, product: Array, x: Operands, bias: str = "bias") -> tup
 
 
 def logits_q(tiles: Tiles, x: Operands) -> Array | None:
-    """z' of the pair ``kl_to``, whose D' is in one part."""
+    """z' of the pair ``kl_to``, whose features D' are not cut into parts; None without a pair."""
     return None if x.hidden_q is None else logits(tiles, dot(x.hidden_q[...], x.table_q[...], (1, 0)), x, "bias_q")[0]
 
 
@@ -146,7 +162,7 @@ def ids_of(tiles: Tiles, block: Any) -> Array:
 
 
 def forward(tiles: Tiles, x: Operands, out: Any, product: Any) -> None:
-    """``out`` [tokens, sums] collects while the vocabulary passes. ``x.rows``: targets [tokens, 1] int32."""
+    """Collect the sums in ``out`` [tokens, sums] while the vocabulary passes. ``x.rows``: targets [tokens, 1] int32."""
     block, step = pl.program_id(1), pl.program_id(2)
     add_product(product, step, x)
 
@@ -166,12 +182,12 @@ def forward(tiles: Tiles, x: Operands, out: Any, product: Any) -> None:
 
 
 def total(x: Array) -> Array:
-    """Over the vocabulary."""
+    """Sum over the vocabulary."""
     return jnp.sum(x, 1, keepdims=True)
 
 
 def merge(old: dict[str, Array], z: Array, z_q: Array | None, ids: Array, x: Operands) -> dict[str, Array]:
-    """`Sums`, [tokens, 1] each, with a tile of logits added."""
+    """Add a tile of logits to the `Sums`, [tokens, 1] each."""
     t, t2 = x.scalars[0, 0], x.scalars[0, 1]
     top = jnp.max(z, 1, keepdims=True)
     m = jnp.maximum(old["m"], top)
@@ -186,7 +202,7 @@ def merge(old: dict[str, Array], z: Array, z_q: Array | None, ids: Array, x: Ope
         new["sp2"] = scale * scale * old["sp2"] + total(e * e)
     if "s2" in old:
         new["s2"] = jnp.exp((old["m"] - m) * t2) * old["s2"] + total(jnp.exp((z - m) * t2))
-    if "id" in old:  # the first of equals: in the tile the smallest, later tiles only if they are larger
+    if "id" in old:  # of equal entries the first: the smallest id in the tile; a later tile counts only if it is larger
         first = jnp.min(jnp.where(z == top, ids, MAX_VOCAB), 1, keepdims=True)
         new["id"] = jnp.where(top > old["m"], first.astype(jnp.float32), old["id"])
     if "sd" in old:
@@ -201,7 +217,7 @@ def merge(old: dict[str, Array], z: Array, z_q: Array | None, ids: Array, x: Ope
 
 
 def gradient(tiles: Tiles, product: Array, x: Operands, block: Any) -> Array:
-    """dx of a tile, by `Rows`; tokens beyond the end have zeros there."""
+    """dx of a tile, by `Rows`; the coefficients of tokens beyond the end are zero."""
     z, slope = logits(tiles, product, x)
     t, row = x.scalars[0, 0], {name: x.rows[:, i : i + 1] for i, name in enumerate(tiles.rows)}
     log_p = z * t - row["lse"]
@@ -221,19 +237,19 @@ def gradient(tiles: Tiles, product: Array, x: Operands, block: Any) -> Array:
 
 
 def store(tiles: Tiles, value: Array, dx: Any, used: Any) -> None:
-    """``used[0]``: whether the tile is used for the gradients, which something that is not a number is."""
+    """Store dx, and in ``used[0]`` whether the tile is used for the gradients; a tile with a NaN is used."""
     dx[...] = value.astype(tiles.dtype)
     if tiles.grad_filter_eps:
         used[0] = jnp.logical_not(jnp.max(jnp.abs(value)) < tiles.grad_filter_eps).astype(jnp.int32)
 
 
 def is_used(tiles: Tiles, used: Any) -> Any:
-    """Set by `store`."""
+    """Whether the tile is used for the gradients, as `store` found."""
     return used[0] > 0 if tiles.grad_filter_eps else True
 
 
 def dhidden(tiles: Tiles, x: Operands, out: Any, product: Any, dx: Any, used: Any) -> None:
-    """``out`` [tokens, D] float32 collects while the vocabulary passes."""
+    """Add up dhidden in ``out`` [tokens, D] float32 while the vocabulary passes."""
     block, step = pl.program_id(1), pl.program_id(2)
     clear_end(x.table, 1, tiles.v, block)
 
@@ -255,7 +271,8 @@ def dhidden(tiles: Tiles, x: Operands, out: Any, product: Any, dx: Any, used: An
 
 
 def dtable(tiles: Tiles, x: Operands, out: Any, dbias: Any, product: Any, dx: Any, used: Any, sums: Any) -> None:
-    """``sums`` [D, vocab] and ``dbias`` [1, vocab], float32, collect while the tokens pass; ``out`` gets the sums."""
+    """Add up dtable in ``sums`` [D, vocab] and ``dbias`` [1, vocab], float32, while the tokens pass; then ``out`` gets
+    the sums."""
     vocab, block, step = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     clear_end(x.hidden, 0, tiles.n, block)
     if x.hidden_q is not None:

@@ -1,7 +1,7 @@
 """Portable form: loops over blocks of tokens and of the vocabulary, in plain XLA.
 
-At most one block of logits [block_tokens, block_vocab] is alive at a time (two with ``other``). `plan` says which of
-the two loops there is: tokens outermost on accelerators, all tokens at once on a CPU.
+At most one block of logits [block_tokens, block_vocab] is alive at a time (two with ``other``). `plan` chooses the
+blocks: a loop over tokens outermost on accelerators, all tokens at once on a CPU.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from jaxpo.kernels.token_logprob.plan import Blocks, plan, rows_of_whole_vocabul
 
 
 class Columns(NamedTuple):
-    """What belongs to the vocabulary, or to a block of it: leaves [V, ...]."""
+    """The arrays of the vocabulary, or of a block of it: leaves [V, ...]."""
 
     table: Array
     bias: Array | None
@@ -40,16 +40,16 @@ class Columns(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What belongs to the tokens, or to a block of them: leaves [N, ...]."""
+    """The arrays of the tokens, or of a block of them: leaves [N, ...]."""
 
     hidden: Array
     targets: Array
     hidden_q: Array | None
-    rows: Rows | None  # of the backward pass
+    rows: Rows | None  # in the backward pass
 
 
 def split(problem: Problem, rows: Rows | None = None) -> tuple[Tokens, Columns]:
-    """The arrays of the problem, by the axis that they are cut along."""
+    """Split the arrays of the problem by the axis that they are cut along."""
     q = problem.other
     hidden_q, table_q, bias_q = (None, None, None) if q is None else q
     return (
@@ -59,7 +59,7 @@ def split(problem: Problem, rows: Rows | None = None) -> tuple[Tokens, Columns]:
 
 
 def blocks_of(statics: Statics, problem: Problem) -> Blocks:
-    """The blocks asked for, and those of the plan where none are."""
+    """The block sizes that are given, or else those of the plan."""
     n, v = problem.hidden.shape[0], problem.table.shape[0]
     planned = plan(target_platform(), n, v, accumulator(problem.hidden.dtype))
     return Blocks(
@@ -168,7 +168,7 @@ def block_dx(
 
 
 def products(dx: Array, tokens: Tokens, columns: Columns, statics: Statics) -> Gradients:
-    """The gradients that ``dx`` [n, v] of a block gives, each of its accumulator."""
+    """The gradients from ``dx`` [n, v] of a block, in the dtype of dx."""
     dtype, grads = dx.dtype, statics.grads
     bias = dx.sum(0) if "bias" in grads else None
     dx = dx.astype(columns.table.dtype)
@@ -184,8 +184,8 @@ def products(dx: Array, tokens: Tokens, columns: Columns, statics: Statics) -> G
 
 
 def over_blocks(f: Callable[[Any, Any, Any], Any], carry: Any, arrays: Any, size: int) -> Any:
-    """``f(carry, block, start)`` for each block of ``size`` of the arrays' leading axis in turn; the last may be
-    smaller."""
+    """Call ``f(carry, block, start)`` for each block of ``size`` entries of the arrays' leading axis, in turn; the last
+    block may be smaller."""
     total = jax.tree.leaves(arrays)[0].shape[0]
     full = total // size * size
 
@@ -217,7 +217,7 @@ def add(whole: Any, part: Any, start: Any) -> Any:
 
 
 def zeros_of(statics: Statics, problem: Problem, hidden: Any, table: Any) -> Gradients:
-    """No gradient yet, of these dtypes."""
+    """Gradients of zero, in these dtypes."""
     dtypes = dict(hidden=hidden, table=table, bias=problem.temperature.dtype)
     return Gradients(
         *(
@@ -264,7 +264,7 @@ def backward(statics: Statics, problem: Problem, rows: Rows) -> Gradients:
 
 
 def one_pass(statics: Statics, problem: Problem, g_logp: Array) -> tuple[TokenLogProb, Gradients]:
-    """See `core.Implementation`. The whole vocabulary is held for a block of tokens at a time."""
+    """See `core.Implementation`. The logits of a block of tokens over the whole vocabulary are held at a time."""
     need, dtype = needed_sums(statics.want), problem.temperature.dtype
     tokens, columns = split(problem)
     (n, _), (v, _) = problem.hidden.shape, problem.table.shape
