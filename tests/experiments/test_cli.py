@@ -152,7 +152,7 @@ def test_a_run_whose_batch_does_not_divide_over_the_devices_can_be_opened(finish
         (["--run={run}", "--prompt=12x"], "character 'x' of '12x=' is not in the alphabet"),
         (["--run={run}", "--prompt=12", "--n=0"], "--n"),
         (["--run={run}", "--prompt=12", "--n=2", "--greedy"], "--n has no effect with --greedy"),
-        (["--run={run}", "--prompt=12", "--temperature=0"], "temperature must be positive"),
+        (["--run={run}", "--prompt=12", "--temperature=0"], "temperature must be a positive number"),
         (["--run={run}", "--prompt=12", "--temperature=0.5", "--greedy"], "temperature.* no effect"),
         (["--run={run}", "--prompt=12", "--step=1"], "has no checkpoint 1; it has: 2, 4"),
         (["--run={run}", "--promt=12"], "unknown flag '--promt'"),
