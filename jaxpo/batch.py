@@ -5,8 +5,8 @@ Absent is ``None``, never zeros. Masks come from lengths, never from token ids.
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,38 @@ class TokenStats:
     logits: Array | None = None
     topk: Any = None
     derived: dict[str, Array] = struct.field(default_factory=dict)
+
+
+class Compared(NamedTuple):
+    """A statistic of two models' logits (`Asks.derived`): the policy's, and a frozen other one's, which is constant.
+
+    fn: (the policy's logits [n, V], tokens [n], the other model's logits [n, V]) -> [n]. Both are divided by the
+      policy's temperature; V is the vocabulary rows that both have.
+    other: name of the model (`jaxpo.learning.references`).
+
+    ``Asks(wants={"kl"}, derived={"kl": Compared(full_kl)})`` is the full KL to the teacher.
+    """
+
+    fn: Callable[[Array, Array, Array], Array]
+    other: str = "teacher"
+
+
+# (logits [n, V] at the policy's temperature, tokens [n]) -> [n], or one of two models
+Statistic = Callable[[Array, Array], Array] | Compared
+
+
+def compared(derived: Mapping[str, Statistic], wants: Collection[str]) -> set[str]:
+    """Names of the models that the statistics in ``wants`` compare the policy with."""
+    return {f.other for name, f in derived.items() if name in wants and isinstance(f, Compared)}
+
+
+def from_logits(statistic: Statistic, logits: Array, tokens: Array, others: Mapping[str, Array]) -> Array:
+    """[n]: a statistic of logits [n, V] and tokens [n]; ``others``: logits [n, V'] of other models by name."""
+    if not isinstance(statistic, Compared):
+        return statistic(logits, tokens)
+    theirs = jax.lax.stop_gradient(others[statistic.other])
+    shared = min(logits.shape[-1], theirs.shape[-1])  # the tables of two models may be filled up by different numbers
+    return statistic.fn(logits[:, :shared], tokens, theirs[:, :shared])
 
 
 @struct.dataclass
@@ -318,7 +350,7 @@ def pad(
         batch = batch.replace(tokens=_grow(batch.tokens, 1, width - t))
     batch = _map_token_arrays(lambda x: _grow(x, 1, width - t), batch)
     if rows == b:
-        return batch
+        return validate(batch)
     count = jnp.ones(b, jnp.float32) if batch.count is None else batch.count
     unused = None if batch.group is None else jnp.max(batch.group) + 1 + jnp.arange(rows - b, dtype=batch.group.dtype)
     padded = jax.tree.map(lambda x: _grow(x, 0, rows - b), batch.replace(count=count))
@@ -357,7 +389,7 @@ def concatenate(batches: Sequence[Rollouts]) -> Rollouts:
         ]
     batches = [pad(b, width=width, prompt_width=prompt_width) for b in batches]
     shared = int(np.gcd.reduce([b.shared_prompt for b in batches]))
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *[b.replace(shared_prompt=shared) for b in batches])
+    return validate(jax.tree.map(lambda *x: jnp.concatenate(x), *[b.replace(shared_prompt=shared) for b in batches]))
 
 
 def from_sequences(

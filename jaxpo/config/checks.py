@@ -62,6 +62,7 @@ def check_resolved(resolved: Resolved, policy: TransformerConfig, devices: int) 
     _check_optimizers(resolved)
     _check_division(resolved, policy, devices)
     _check_offload(resolved)
+    _check_models(resolved)
     _check_checkpoint(config)
     _check_judge(resolved)
     if objective.unit.layout and resolved.protocol.facts.rows is None:
@@ -140,6 +141,20 @@ def _check_offload(resolved: Resolved) -> None:
         )
 
 
+def _check_models(resolved: Resolved) -> None:
+    """A model beside the policy has a path exactly where the objective needs it."""
+    config, name = resolved.config, resolved.config.objective.name
+    for model, path in config.references.items():
+        needed = model in resolved.models
+        if path is not None and not needed:
+            raise ValueError(f"config.references.{model} has no effect: objective {name!r} needs no logp_{model}")
+        if path is None and needed:
+            raise ValueError(
+                f"config.references.{model} is None, but objective {name!r} needs the model: set it to a model folder, "
+                "a GGUF file or a run directory"
+            )
+
+
 def _check_checkpoint(config: ConfigDict) -> None:
     best, judges = config.checkpoint.keep_best, ("eval/greedy", "eval/reward", "eval/accuracy")
     if best is not None and best not in judges:
@@ -200,11 +215,11 @@ def _check_division(resolved: Resolved, policy: TransformerConfig, devices: int)
             f"choose one of {_divisors(prompts // minibatches)}"
         )
     sampling = reshaped_sizes(config.rollout.mesh)
-    _check_mesh("mesh", mesh, policy)
+    check_mesh("mesh", mesh, policy)
     _check_rows("mesh", mesh, prompts, ROWS if sampling else TOKENS)
     if sampling:
         other = dict(zip(AXES, mesh_shape(sampling, devices, "rollout.mesh"), strict=True))
-        _check_mesh("rollout.mesh", other, policy)
+        check_mesh("rollout.mesh", other, policy)
         _check_rows("rollout.mesh", other, prompts, TOKENS)
 
 
@@ -220,21 +235,23 @@ def _check_rows(field: str, mesh: Mapping[str, int], prompts: int, axes: Sequenc
         )
 
 
-def _check_mesh(field: str, mesh: Mapping[str, int], policy: TransformerConfig) -> None:
+def check_mesh(field: str, mesh: Mapping[str, int], policy: TransformerConfig, of: str = "config.policy") -> None:
+    """That the axes of a mesh divide the sizes of a model; ``of``: what messages call it.
+
+    Raises:
+      ValueError: naming both."""
     for size in ("heads", "kv_heads", "mlp_width"):
         if getattr(policy, size) % mesh["tensor"]:
             raise ValueError(
-                f"config.{field}.tensor {mesh['tensor']} does not divide config.policy.{size} {getattr(policy, size)}"
+                f"config.{field}.tensor {mesh['tensor']} does not divide {of}.{size} {getattr(policy, size)}"
             )
     if policy.width % mesh["fsdp"]:
-        raise ValueError(f"config.{field}.fsdp {mesh['fsdp']} does not divide config.policy.width {policy.width}")
+        raise ValueError(f"config.{field}.fsdp {mesh['fsdp']} does not divide {of}.width {policy.width}")
     if mesh["expert"] > 1 and policy.experts is None:
-        raise ValueError(
-            f"config.{field}.expert {mesh['expert']} has no effect: config.policy has no experts; set it to 1"
-        )
+        raise ValueError(f"config.{field}.expert {mesh['expert']} has no effect: {of} has no experts; set it to 1")
     if mesh["expert"] > 1 and policy.experts % mesh["expert"]:
         raise ValueError(
-            f"config.{field}.expert {mesh['expert']} does not divide config.policy.experts {policy.experts}: choose "
+            f"config.{field}.expert {mesh['expert']} does not divide {of}.experts {policy.experts}: choose "
             f"one of {_divisors(policy.experts)}"
         )
 

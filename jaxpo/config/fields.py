@@ -45,6 +45,8 @@ def default() -> ConfigDict:
             soup=dict(
                 of=(), alpha=0.5
             ),  # two run directories; slot "soup" = alpha of the first, the rest of the second
+            # Models beside the policy, which stay as they are: a pretrained folder, a GGUF file, or a run directory.
+            references=dict(teacher=optional(str)),  # for objectives that need logp_teacher or compare with it
             objective=dict(name="grpo"),
             optimizer=_optimizer(1e-4),
             # Of the parameters that a term of the objective trains apart; name None = the same as config.optimizer.

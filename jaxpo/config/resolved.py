@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxpo.config.blocks import arguments_of
-from jaxpo.learning.needs import Form
+from jaxpo.learning.needs import Form, models_of
 from jaxpo.objectives import Objective
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.protocols.protocol import Protocol
@@ -39,6 +39,11 @@ class Resolved:
     heads: dict[str, tuple[int, ...]]
     form: Form | None
     rows_per_prompt: int
+
+    @property
+    def models(self) -> list[str]:
+        """Models beside the policy that the objective needs; none of them is a copy of it."""
+        return models_of(self.objective)
 
     @property
     def rows(self) -> int:

@@ -6,11 +6,12 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from jaxpo.batch import MissingField, Rollouts
+from jaxpo.batch import MissingField, Rollouts, compared
 from jaxpo.fields import EDITS, GIVEN, LOOP, PAIR, VECTORS, WEIGHTS, missing
 from jaxpo.learning.references import SCORED
 from jaxpo.objectives import Objective, State
 from jaxpo.policy import heads
+from jaxpo.registry import unknown
 
 JUDGING = frozenset({"score", "embed", "gate"})  # what a reward or preference model says of a whole answer
 EMBED = 8  # numbers of an embedding, unless config.heads.embed says otherwise
@@ -77,6 +78,24 @@ def references_of(objective: Objective, provides: Collection[str] = ()) -> list[
             f"{', '.join(sorted(provided))} and {', '.join(f'logp_{s}' for s in SCORED)}"
         )
     return wanted
+
+
+def compared_of(objective: Objective) -> frozenset[str]:
+    """The other models with which the objective's statistics compare the policy.
+
+    Raises:
+      ValueError: a name that is no reference of its own model."""
+    asks, models = objective.asks, [name for name, reference in SCORED.items() if reference.model]
+    named = compared(asks.derived, asks.wants | asks.peeks | derived_needs(objective))
+    if wrong := sorted(named.difference(models)):
+        raise ValueError(f"a statistic of two models: {unknown('other model', wrong[0], models)}")
+    return frozenset(named)
+
+
+def models_of(objective: Objective) -> list[str]:
+    """The references of the objective that are models of their own, not copies of the policy."""
+    known = compared_of(objective)
+    return [name for name, r in SCORED.items() if r.model and (name in known or f"logp_{name}" in objective.asks.needs)]
 
 
 def must_score(objective: Objective, batch: Rollouts, state: State) -> bool:

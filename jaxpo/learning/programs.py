@@ -1,7 +1,7 @@
 """The compiled functions of a run."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,9 +13,9 @@ from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxpo.batch import Rollouts, TokenStats, take
+from jaxpo.batch import Rollouts, TokenStats, compared, take
 from jaxpo.learning.compiled import Compiled
-from jaxpo.learning.needs import JUDGING, derived_needs
+from jaxpo.learning.needs import JUDGING, compared_of, derived_needs
 from jaxpo.learning.optimizers import by_label, make_optimizer
 from jaxpo.learning.state import TrainState
 from jaxpo.learning.step import Apply, Fused, accumulate, in_slices, optimizer_step, score
@@ -28,6 +28,7 @@ from jaxpo.parallel.offload import fetched
 from jaxpo.policy import packing, stats
 from jaxpo.policy.loss import policy_loss
 from jaxpo.policy.packing import SHARES, lanes_of, with_plan
+from jaxpo.policy.stats import Other
 from jaxpo.policy.transformer import Model, Params
 from jaxpo.primitives.numerics import promote, ratio_or_zero
 from jaxpo.rollout import SamplingOptions, generate
@@ -45,6 +46,7 @@ class Programs(NamedTuple):
     noise: (train state, batch, halves) -> numbers about the gradients of two half-batches.
     measure: (params, batch, objective state) -> the objective's metrics on all held-out units.
     score_heads: (params, batch) -> what the heads of a reward model say of its rows, without log-probs.
+    score_others: name -> (that model's params, batch[, plan, bins]) -> `TokenStats` of a model beside the policy.
     """
 
     reshard: Compiled | None
@@ -56,15 +58,29 @@ class Programs(NamedTuple):
     noise: Compiled
     measure: Compiled
     score_heads: Compiled
+    score_others: Mapping[str, Compiled]
 
     @property
     def compiled(self) -> tuple[Compiled, ...]:
         """The functions that were compiled."""
-        return tuple(f for f in self if f is not None and f.compilations)
+        own = [f for name, f in self._asdict().items() if f is not None and name != "score_others"]
+        return tuple(f for f in (*own, *self.score_others.values()) if f.compilations)
 
     def sampler_params(self, params: Params) -> Params:
         """The parameters as ``generate`` and ``complete`` take them."""
         return params if self.reshard is None else self.reshard(params)
+
+
+class Beside(NamedTuple):
+    """Frozen arrays that a compiled function is given beside what is trained. They are arguments of it: constants would
+    be compiled into every function.
+
+    base: weights that adapters are trained beside; None = everything is trained.
+    heads: of the models that the policy is compared with, by name (`jaxpo.policy.stats.head_of`).
+    """
+
+    base: Params | None
+    heads: Mapping[str, Params]
 
 
 @dataclass(frozen=True)
@@ -78,6 +94,7 @@ class Computation:
     pad_id: of the tokenizer.
     rows: of a microbatch.
     base: frozen weights that adapters are trained beside; None = everything is trained.
+    others: models beside the policy by name, with their parameters (or the shapes of them).
     """
 
     config: ConfigDict
@@ -87,6 +104,18 @@ class Computation:
     pad_id: int
     rows: int
     base: Params | None = None
+    others: Mapping[str, Other] = field(default_factory=dict)
+
+    @property
+    def beside(self) -> Beside:
+        """What functions that compute the policy's statistics are given beside what is trained."""
+        heads = {name: stats.head_of(self.others[name]).params for name in self.compared}
+        return Beside(self.base, heads)
+
+    @property
+    def compared(self) -> list[str]:
+        """The models, of those that are there, that the policy is compared with."""
+        return sorted(compared_of(self.objective).intersection(self.others))
 
     @property
     def slices(self) -> int:
@@ -112,26 +141,29 @@ class Computation:
         peeks = self.objective.asks.peeks
         return self.policy(peeks) if peeks else self.policy()
 
-    def seen(self, base: Params | None, apply: Apply) -> Apply:
+    def seen(self, beside: Beside, apply: Apply) -> Apply:
         """``apply`` as a function of what is trained."""
-        return seen_with_base(self.config, base, apply)
+        if beside.heads:
+            heads = {name: stats.Other(self.others[name].model, head) for name, head in beside.heads.items()}
+            apply = partial(apply, others=heads)
+        return seen_with_base(self.config, beside.base, apply)
 
-    def whole(self, base: Params | None, params: Params) -> Params:
+    def whole(self, beside: Beside, params: Params) -> Params:
         """The parameters that the policy computes with."""
-        return with_base(self.config, base, params)
+        return with_base(self.config, beside.base, params)
 
 
-# ---- what is compiled; `of` and `base` are bound
+# ---- what is compiled; `of` and `beside` are bound
 
 
-def run_reshard(of: Computation, base: Params | None, params: Params) -> Params:
+def run_reshard(of: Computation, beside: Beside, params: Params) -> Params:
     """The parameters in the dtype of the computation, on the mesh that samples."""
-    return lay_out(in_compute_dtype(of.model, of.whole(base, params)), of.sampling_mesh)
+    return lay_out(in_compute_dtype(of.model, of.whole(beside, params)), of.sampling_mesh)
 
 
 def run_complete(
     of: Computation,
-    base: Params | None,
+    beside: Beside,
     params: Params,
     tokens: Array,
     length: Array,
@@ -145,11 +177,11 @@ def run_complete(
     """``responses`` continuations of each row of tokens [n, P], within ``budget`` [n] (None = all)."""
     sampler = of.model._replace(mesh=several(of.sampling_mesh))
     out = generate(
-        *(sampler, of.whole(base, params), tokens, key, options),
+        *(sampler, of.whole(beside, params), tokens, key, options),
         prompt_length=length,
         budget=budget,
         responses=responses,
-        partner=None if partner is None else of.whole(base, partner),
+        partner=None if partner is None else of.whole(beside, partner),
         share=share,
         policy_temperature=of.config.policy_temperature,
         pad_id=of.pad_id,
@@ -160,7 +192,7 @@ def run_complete(
 
 def run_generate(
     of: Computation,
-    base: Params | None,
+    beside: Beside,
     params: Params,
     tokens: Array,
     length: Array,
@@ -171,40 +203,58 @@ def run_generate(
     share: Array | None = None,
 ) -> Rollouts:
     """``responses`` completions of each prompt."""
-    return run_complete(of, base, params, tokens, length, None, key, options, responses, partner, share)
+    return run_complete(of, beside, params, tokens, length, None, key, options, responses, partner, share)
 
 
 def run_score(
-    of: Computation, base: Params | None, params: Params, batch: Rollouts, plan: Array | None = None, bins: int = 0
+    of: Computation, beside: Beside, params: Params, batch: Rollouts, plan: Array | None = None, bins: int = 0
 ) -> TokenStats:
     """What the policy says of a batch, with what the objective needs of the old policy."""
     # What is not of a block is small, and used in several places; blocks are fetched in turn (`Model.run_block`).
     params = {name: x if name == "blocks" else fetched(x) for name, x in params.items()}
-    old = partial(of.policy(derived_needs(of.objective)), bins=bins)
-    return score(of.seen(base, old), params, with_plan(batch, plan), microbatches=of.slices)
+    old = partial(of.policy(asked_of_old(of.objective, batch)), bins=bins)
+    return score(of.seen(beside, old), params, with_plan(batch, plan), microbatches=of.slices)
 
 
-def run_noise(
-    of: Computation, base: Params | None, state: TrainState, batch: Rollouts, halves: Array
-) -> dict[str, Array]:
+def asked_of_old(objective: Objective, batch: Rollouts) -> frozenset[str]:
+    """What the objective needs of the old policy; without comparisons with another model in a batch that this model has
+    not scored, as where a protocol asks for log-probs alone."""
+
+    def there(name: str) -> bool:
+        return all(stats.hidden_field(n) in batch.per_token for n in compared(objective.asks.derived, [name]))
+
+    return frozenset(filter(there, derived_needs(objective)))
+
+
+def run_score_other(
+    of: Computation, name: str, params: Params, batch: Rollouts, plan: Array | None = None, bins: int = 0
+) -> TokenStats:
+    """What the model ``name`` says of a batch; with its hidden states, if the policy is compared with it."""
+    wants = {"logp", stats.HIDDEN} if name in of.compared else {"logp"}
+    options = dict(wants=frozenset(wants), temperature=of.config.policy_temperature, mesh=several(of.mesh), bins=bins)
+    other = stats.policy_of(of.others[name].model, **options)
+    return score(other, params, with_plan(batch, plan), microbatches=of.slices)
+
+
+def run_noise(of: Computation, beside: Beside, state: TrainState, batch: Rollouts, halves: Array) -> dict[str, Array]:
     """See `gradient_noise`."""
-    own, peeked = of.seen(base, of.policy()), of.seen(base, of.peeked)
+    own, peeked = of.seen(beside, of.policy()), of.seen(beside, of.peeked)
     return gradient_noise(of.objective, own, of.mesh, state, batch, halves, peeked=peeked, rows_at_once=of.rows)
 
 
-def run_score_heads(of: Computation, base: Params | None, params: Params, batch: Rollouts) -> TokenStats:
+def run_score_heads(of: Computation, beside: Beside, params: Params, batch: Rollouts) -> TokenStats:
     """What the heads of a reward model say, without log-probs."""
     heads = of.policy(of.objective.asks.wants & JUDGING)
     slices = of.slices if batch.rows % of.slices == 0 else 1
-    said = score(of.seen(base, heads), params, batch, microbatches=slices)
+    said = score(of.seen(beside, heads), params, batch, microbatches=slices)
     return said.replace(logp=None, entropy=None)  # so that nothing of the vocabulary is computed
 
 
-def run_measure(of: Computation, base: Params | None, params: Params, batch: Rollouts, state: State) -> Metrics:
+def run_measure(of: Computation, beside: Beside, params: Params, batch: Rollouts, state: State) -> Metrics:
     """What the objective reports of a batch (scored, not prepared), without a gradient."""
-    objective, own, slices = of.objective, of.seen(base, of.policy()), batch.rows // of.rows
+    objective, own, slices = of.objective, of.seen(beside, of.policy()), batch.rows // of.rows
     batch, state = objective.prepare(batch, state)
-    peek = score(of.seen(base, of.peeked), params, batch, microbatches=slices) if objective.asks.peeks else None
+    peek = score(of.seen(beside, of.peeked), params, batch, microbatches=slices) if objective.asks.peeks else None
     batch = objective.weigh(batch, state, peek)
     return merge(in_slices(lambda part: objective.loss(partial(own, params), part, state)[1], batch, slices))
 
@@ -219,16 +269,15 @@ def compile_programs(of: Computation, compiles: Mapping[str, int], report: Calla
     training = of.config.training
     steps, packings = training.epochs * training.minibatches, SHARES if training.packing else 1
 
-    def compiled(name: str, f: Callable[..., Any], shapes: int = 1, base: Params | None = of.base, **options: Any):
-        # The base is bound as an argument: a constant would be compiled into every function.
+    def compiled(name: str, f: Callable[..., Any], shapes: int = 1, beside: Beside = of.beside, **options: Any):
         expected = shapes + compiles.get(name, 0)
-        return Compiled(name, partial(f, of), report=report, expected=expected, bound=(base,), **options)
+        return Compiled(name, partial(f, of), report=report, expected=expected, bound=(beside,), **options)
 
-    sampling = dict(base=None if of.moves else of.base, static_argnames="responses")
+    sampling = dict(beside=Beside(None if of.moves else of.base, {}), static_argnames="responses")
     # Scoring compiles once more for parameters in the memory of the host.
     scoring = dict(shapes=(1 + training.offload_reference) * packings, static_argnames="bins")
     return Programs(
-        reshard=compiled("reshard", run_reshard) if of.moves else None,
+        reshard=compiled("reshard", run_reshard, beside=Beside(of.base, {})) if of.moves else None,
         # training rollouts and greedy evaluation differ in shape and in what is compiled
         generate=compiled("generate", run_generate, 2, **sampling),
         complete=compiled("complete", run_complete, **sampling),
@@ -243,6 +292,16 @@ def compile_programs(of: Computation, compiles: Mapping[str, int], report: Calla
         noise=compiled("noise", run_noise),
         measure=compiled("measure", run_measure),
         score_heads=compiled("score_heads", run_score_heads),
+        score_others={
+            name: Compiled(
+                f"score by the {name}",
+                partial(run_score_other, of, name),
+                report=report,
+                expected=packings + compiles.get("score", 0),
+                static_argnames="bins",
+            )
+            for name in of.others
+        },
     )
 
 
@@ -372,7 +431,7 @@ def make_step(
       microbatches: slices of the rows; None = as many as the run trains with.
     """
     slices = of.config.training.microbatches if microbatches is None else microbatches
-    options = dict(report=report, expected=expected, bound=(of.base,), static_argnames=("fresh", "bins"))
+    options = dict(report=report, expected=expected, bound=(of.beside,), static_argnames=("fresh", "bins"))
     return Compiled(name, partial(run_step, of, optimizer, slices), donate_argnums=1, **options)
 
 
@@ -380,7 +439,7 @@ def run_step(
     of: Computation,
     optimizer: optax.GradientTransformation,
     microbatches: int,
-    base: Params | None,
+    beside: Beside,
     state: TrainState,
     batch: Rollouts,
     rows: Array,
@@ -395,7 +454,7 @@ def run_step(
     own, peeked, once = (f and (partial(f, bins=bins) if bins else f) for f in (of.policy(), of.peeked, fused))
     params, opt_state, memory, out = optimizer_step(
         of.objective,
-        of.seen(base, own),
+        of.seen(beside, own),
         optimizer,
         state.params,
         state.opt_state,
@@ -403,8 +462,8 @@ def run_step(
         batch,
         microbatches=microbatches,
         fresh=fresh,
-        look=of.seen(base, peeked),
-        fused=once and (lambda params, *args, **unit: once(of.whole(base, params), *args, **unit)),
+        look=of.seen(beside, peeked),
+        fused=once and (lambda params, *args, **unit: once(of.whole(beside, params), *args, **unit)),
         place=partial(where_parameters_lie, mesh),
     )
     where = TrainState(shardings(params, mesh), shardings(opt_state, mesh), replicated(mesh))

@@ -5,6 +5,7 @@ import re
 import sys
 
 from jaxpo.arguments import choices_of
+from jaxpo.batch import compared
 from jaxpo.fields import FIELDS
 from jaxpo.objectives.grammar.base import Objective
 from jaxpo.registry import Entry, entry, make, names
@@ -94,9 +95,9 @@ def composition(objective: Objective) -> str:
 
 
 def references(objective: Objective) -> list[str]:
-    """Names of the frozen references under which it needs log-probs."""
-    asked = [n for n in sorted(objective.asks.needs) if n in FIELDS and FIELDS[n].givers == ("reference",)]
-    return [n.removeprefix("logp_") for n in asked]
+    """Names of the frozen references under which it needs log-probs, or with which it compares the policy."""
+    asked = {n for n in objective.asks.needs if n in FIELDS and FIELDS[n].givers == ("reference",)}
+    return sorted({n.removeprefix("logp_") for n in asked} | compared(objective.asks.derived, objective.asks.derived))
 
 
 def sources(objective: Objective) -> dict[str, tuple[str, ...]]:

@@ -23,10 +23,12 @@ from jaxpo.parallel.offload import host_shardings, is_on_host
 from jaxpo.policy import transformer
 from jaxpo.policy.hf import read_config
 from jaxpo.policy.packing import lanes_of
+from jaxpo.policy.stats import Other
 from jaxpo.protocols.gatherer import Watch
 from jaxpo.protocols.rows import as_scored, labelled
 from jaxpo.rollout.engine import decode_trips
 from jaxpo.runs.iteration import Stage, learn, score_references
+from jaxpo.runs.models import find_models
 from jaxpo.runs.questions import tokenize
 from jaxpo.runs.workspace import make_tokenizer
 from jaxpo.tasks import build
@@ -149,7 +151,12 @@ def trace_run(resolved: Resolved, mesh: Mesh, data: Data) -> Planned:
         return placed(made, shardings(made, mesh))
 
     base = shapes_of(partial(transformer.init, model.config)) if config.lora.rank else None
-    of = Computation(config, mesh, model, objective, data.pad_id, resolved.microbatch_rows, base)
+    shapes = {n: found.config for n, found in find_models(resolved, model.config, mesh).items()}
+    others = {
+        n: Other(transformer.build(c, several(mesh)), shapes_of(partial(transformer.init, c)))
+        for n, c in shapes.items()
+    }
+    of = Computation(config, mesh, model, objective, data.pad_id, resolved.microbatch_rows, base, others)
     programs = compile_programs(of, facts.compiles, lambda message: None)
     params = shapes_of(partial(random_params, config, model, resolved.heads))
     moments = jax.eval_shape(optimizer_of(config, resolved.objective).init, params)
@@ -163,7 +170,16 @@ def trace_run(resolved: Resolved, mesh: Mesh, data: Data) -> Planned:
     kept = references.held(resolved.references, facts.references, copy, state.opt_state)
     learned(resolved, of, programs, record, Run(state, kept), batch)
     waits = dict(params=params, opt_state=state.opt_state, **kept, **frozen)
+    waits |= {part: x for name in others for part, x in parts_of(of, name).items()}
     return Planned(model, data, steps, waits | ({} if sampler is None else {"sampler": sampler}))
+
+
+def parts_of(of: Computation, name: str) -> dict[str, Any]:
+    """A model beside the policy as entries of `Planned.state`: the head by itself, if the update is given it."""
+    params = of.others[name].params
+    head = of.beside.heads.get(name, {})
+    rest = {key: x for key, x in params.items() if key not in head}
+    return {name: rest} | ({f"{name}_head": head} if head else {})
 
 
 def recorded(
@@ -220,7 +236,8 @@ def learned(
     everything = replicated(mesh)
     score = record("scoring", programs.score_old)
     n = resolved.rows // config.training.minibatches
-    held = ("params", "opt_state", *(() if of.base is None else ("base",)))
+    heads = [f"{name}_head" for name in of.beside.heads]
+    held = ("params", "opt_state", *(() if of.base is None else ("base",)), *heads)
     update = record("update", programs.update, state=held, place=lambda out: (run.state, out[1]))
     rows = batch.tokens.sharding
 
@@ -229,6 +246,10 @@ def learned(
 
     def whole_step(state: Any, batch: Rollouts, rows: Any, *, fresh: bool, **packing: Any) -> Any:
         return update(state, batch, rows, fresh=False, **packing)  # a step that peeks by itself takes the most
+
+    def ask(name: str, batch: Rollouts) -> Any:
+        said_by = record(name, programs.score_others[name], state=tuple(parts_of(of, name)))
+        return said_by(of.others[name].params, as_scored(batch), **longest(resolved, mesh, batch.rows))
 
     chosen = everywhere(np.zeros(n, np.int32), everything)
     stage = Stage(
@@ -240,6 +261,7 @@ def learned(
         update=whole_step,
         pack=lambda *_: (longest(resolved, mesh, n), {}),
         watch=Watch(),
+        others={name: partial(ask, name) for name in of.others},
     )
     batch = score_references(stage, run, batch)
     learn(stage, Run(run.state), batch, lambda _: [chosen] * resolved.optimizer_steps)

@@ -181,9 +181,10 @@ def packed_attend(config: TransformerConfig, packed: Packed, mesh: Mesh | None =
 
 def packed_hidden(
     model: Model, params: Params, batch: Rollouts, bins: int, mesh: Mesh | None = None
-) -> tuple[Array, Array, Callable[[Array], Array], Callable[[int], Array]]:
-    """The final hidden states [n, D] from which the tokens [n] of the bins are predicted, what lays numbers [n] out as
-    [B, T], and what gives the states [B, D] after each row's prompt (of 0) or after its last token (of 1).
+) -> tuple[Array, Array, Callable[[Array], Array], Callable[[Array], Array], Callable[[int], Array]]:
+    """The final hidden states [n, D] from which the tokens [n] of the bins are predicted, what lays arrays [n, ...] out
+    as [B, T, ...], what lays those into the bins again (0 where no token is), and what gives the states [B, D] after
+    each row's prompt (of 0) or after its last token (of 1).
 
     Args:
       bins: of each lane, as `plan` says. mesh: over which rows are spread; each of the devices that have rows of their
@@ -205,12 +206,18 @@ def packed_hidden(
     hidden = model.final(params, taken(x, packed.before)).reshape(-1, x.shape[-1])
 
     def as_rows(x: Array) -> Array:
-        return taken(x.reshape(lanes, -1), packed.slots).reshape(batch.rows, batch.width)
+        x = taken(x.reshape(lanes, -1, *x.shape[1:]), packed.slots)
+        return x.reshape(batch.rows, batch.width, *x.shape[2:])
+
+    def as_bins(x: Array) -> Array:
+        x, n = x.reshape(lanes, -1, *x.shape[2:]), packed.before.shape[1]
+        laid = jax.vmap(lambda x, to: jnp.zeros((n, *x.shape[1:]), x.dtype).at[to].set(x, mode="drop"))
+        return laid(x, packed.slots).reshape(-1, *x.shape[2:])
 
     def ends(which: int) -> Array:
         return model.final(params, taken(x, packed.ends[:, which])).reshape(batch.rows, -1)
 
-    return hidden, packed.tokens[:, -packed.before.shape[1] :].reshape(-1), as_rows, ends
+    return hidden, packed.tokens[:, -packed.before.shape[1] :].reshape(-1), as_rows, as_bins, ends
 
 
 def with_plan(batch: Rollouts, plan: Array | None) -> Rollouts:

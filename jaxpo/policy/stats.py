@@ -4,13 +4,14 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from jaxpo.batch import Rollouts, TokenStats
+from jaxpo.batch import Rollouts, Statistic, TokenStats, compared, from_logits
 from jaxpo.kernels import token_logprob
 from jaxpo.parallel import POSITIONS, ROWS, batch_shards, by_row, by_token, constrain
 from jaxpo.policy import heads
@@ -22,7 +23,26 @@ from jaxpo.registry import unknown
 # Statistics of the pass that gives the log-probs. Besides the first two they are found in `TokenStats.derived`, "top1"
 # as top1_id and top1_logp.
 AVAILABLE = ("logp", "entropy", "logsumexp", "sum_p2", "top1", "logp_at_temperature")
-Statistic = Callable[[Array, Array], Array]  # (logits [n, V], tokens [n]) -> [n]
+HIDDEN = "hidden"  # [B, T, D] in `TokenStats.derived`: the final hidden states, from which each token is predicted
+NONE: Mapping[str, "Other"] = MappingProxyType({})
+
+
+class Other(NamedTuple):
+    """A frozen model that stands beside the policy. params: of the whole model, or of its head alone (`head_of`)."""
+
+    model: Model
+    params: Params
+
+
+def head_of(other: Other) -> Other:
+    """The model with nothing but what makes logits of hidden states."""
+    name = "embedding" if other.model.config.tied else "head"
+    return other._replace(params={name: other.params[name]})
+
+
+def hidden_field(name: str) -> str:
+    """The field of a batch, in ``per_token``, that holds the hidden states [B, T, D'] of the model ``name``."""
+    return f"hidden_{name}"
 
 
 def completion_hidden(
@@ -78,9 +98,9 @@ def completion_hidden(
 
 
 def widened(x: Array, width: int, *, left: bool = False) -> Array:
-    """[B, n] as [B, width], with zeros on one side."""
+    """[B, n, ...] as [B, width, ...], with zeros on one side."""
     grow = width - x.shape[1]
-    return jnp.pad(x, ((0, 0), (grow, 0) if left else (0, grow)))
+    return jnp.pad(x, ((0, 0), (grow, 0) if left else (0, grow), *[(0, 0)] * (x.ndim - 2)))
 
 
 def token_stats(
@@ -94,15 +114,16 @@ def token_stats(
     second_temperature: float | None = None,
     mesh: Mesh | None = None,
     bins: int = 0,
+    others: Mapping[str, Other] = NONE,
 ) -> TokenStats:
     """`TokenStats` of the completion tokens; logp and entropy [B, T] of ``softmax(logits / temperature)``, in float32.
 
     Args:
-      wants: what to compute besides logp: of ``AVAILABLE`` and the names in ``derived``; "value" [B, T], of the text
-        before each token, "score" [B] and "embed" [B, n], of the text up to and with the last token, and "gate" [B, k],
-        of the prompt, if the parameters have that head.
-      derived: name -> function of (logits [n, V], tokens [n]); those in ``wants`` are computed for a few tokens at
-        a time,
+      wants: what to compute besides logp: of ``AVAILABLE`` and the names in ``derived``; "hidden" [B, T, D], the states
+        that logits are made of; "value" [B, T], of the text before each token, "score" [B] and "embed" [B, n], of the
+        text up to and with the last token, and "gate" [B, k], of the prompt, if the parameters have that head.
+      derived: name -> function of (logits [n, V], tokens [n]), or a `jaxpo.batch.Compared`, for which the batch holds
+        the other model's hidden states (`hidden_field`); those in ``wants`` are computed for a few tokens at a time,
         and again in the backward pass.
       second_temperature: of "logp_at_temperature".
       mesh: a head that is spread over its axis "tensor" is used where it lies: each device reduces its part of the
@@ -110,16 +131,20 @@ def token_stats(
         partitioner decides.
       bins: into which the rows of a device are packed, by the plan in ``batch.per_row`` (`jaxpo.policy.packing`); 0 =
         they are not.
+      others: heads of the models that the policy is compared with (`head_of`).
 
     Raises:
-      ValueError: ``wants`` holds a statistic that this policy does not give, or "logp_at_temperature" and
-        ``second_temperature`` are not given together.
+      ValueError: ``wants`` holds a statistic that this policy does not give, or one that compares with a model that is
+        not there; or "logp_at_temperature" and ``second_temperature`` are not given together.
     """
+    known = (*AVAILABLE, HIDDEN, *derived, *heads.NAMES)
     for name in wants:
-        if name not in AVAILABLE and name not in derived and name not in heads.NAMES:
-            raise ValueError(unknown("policy statistic", name, (*AVAILABLE, *derived, *heads.NAMES)))
+        if name not in known:
+            raise ValueError(unknown("policy statistic", name, known))
+    asked = {name: f for name, f in derived.items() if name in wants}
+    theirs = {name: states_of(name, batch, others) for name in sorted(compared(asked, wants))}
     if bins:
-        hidden, tokens, as_rows, ends = packed_hidden(model, params, batch, bins, mesh)
+        hidden, tokens, as_rows, by_state, ends = packed_hidden(model, params, batch, bins, mesh)
         own = head_stats(params, wants, hidden, ends)
         own |= {"value": as_rows(own["value"])} if "value" in own else {}
     else:
@@ -132,8 +157,12 @@ def token_stats(
         own = head_stats(params, wants, states[:, : batch.width], ends)
         parts = 1 if mesh is None else mesh.shape[POSITIONS]
         hidden = hidden[:, : -(-batch.width // parts) * parts]
-        tokens = by_token(widened(batch.completions, hidden.shape[1]), mesh)
-        hidden = by_token(hidden, mesh)
+        width = hidden.shape[1]
+
+        def by_state(x: Array) -> Array:
+            return by_token(widened(x, width), mesh)
+
+        tokens, hidden = by_state(batch.completions), by_token(hidden, mesh)
 
         def as_rows(x: Array) -> Array:
             return by_row(x, batch.rows, mesh)[:, : batch.width]
@@ -148,8 +177,9 @@ def token_stats(
         second_temperature=second_temperature,
         mesh=mesh,
     )
-    asked = {name: f for name, f in derived.items() if name in wants}
-    more = derived_stats(model, params, hidden, tokens, asked, temperature=temperature) if asked else {}
+    theirs = {name: (others[name], by_state(x)) for name, x in theirs.items()}
+    more = derived_stats(model, params, hidden, tokens, asked, temperature=temperature, theirs=theirs) if asked else {}
+    more |= {HIDDEN: hidden} if HIDDEN in wants else {}
     given = {name: x for name, x in out._asdict().items() if x is not None} | more
     given = {name: as_rows(x) for name, x in given.items()}
     return TokenStats(logp=given.pop("logp"), entropy=given.pop("entropy", None), derived=given, **own)
@@ -163,6 +193,22 @@ def head_stats(params: Params, wants: frozenset[str], before: Array, ends: Calla
     return own | {name: heads.apply(params, name, ends(1)) for name in heads.AFTER_ALL if name in wants}
 
 
+def states_of(name: str, batch: Rollouts, others: Mapping[str, Other]) -> Array:
+    """[B, T, D'] final hidden states of the model ``name``, as the batch holds them.
+
+    Raises:
+      ValueError: they are not there, or the model's head is not."""
+    field = hidden_field(name)
+    if field not in batch.per_token or name not in others:
+        lacking = f"the batch has no {field!r}" if name in others else "its head is not given"
+        raise ValueError(
+            f"a statistic compares the policy with the model {name!r}, but {lacking}: pass "
+            f"others={{{name!r}: head_of(...)}} and per_token=dict({field}=...) [B, T, D]; in a run "
+            f"config.references.{name} gives both"
+        )
+    return batch.per_token[field]
+
+
 def derived_stats(
     model: Model,
     params: Params,
@@ -172,23 +218,32 @@ def derived_stats(
     *,
     temperature: float = 1.0,
     logits_at_once: int = 2**22,
+    theirs: Mapping[str, tuple[Other, Array]] = MappingProxyType({}),
 ) -> dict[str, Array]:
     """Statistics of logits [N] by name, from hidden states [N, D], for so many tokens at a time that
-    ``logits_at_once`` numbers
-    are held."""
+    ``logits_at_once`` numbers are held.
+
+    Args:
+      theirs: the head of each model that the policy is compared with, and its hidden states [N, D']; constant.
+    """
     n = hidden.shape[0]
-    size = min(n, max(1, logits_at_once // model.config.vocab_size))
+    numbers = sum(m.config.vocab_size for m in (model, *(other.model for other, _ in theirs.values())))
+    size = min(n, max(1, logits_at_once // numbers))
     blocks = -(-n // size)
     grow = blocks * size - n
-    parts = (
-        jnp.pad(hidden, ((0, grow), (0, 0))).reshape(blocks, size, -1),
-        jnp.pad(tokens, (0, grow)).reshape(blocks, size),
-    )
+
+    def cut(x: Array) -> Array:
+        return jnp.pad(x, ((0, grow), *[(0, 0)] * (x.ndim - 1))).reshape(blocks, size, *x.shape[1:])
+
+    parts = cut(hidden), cut(tokens), {name: cut(states) for name, (_, states) in theirs.items()}
 
     @jax.checkpoint
-    def block(part: tuple[Array, Array]) -> dict[str, Array]:
-        logits = model.logits(params, part[0]) / temperature
-        return {name: f(logits, part[1]) for name, f in derived.items()}
+    def block(part: tuple[Array, Array, dict[str, Array]]) -> dict[str, Array]:
+        def logits(model: Model, params: Params, states: Array) -> Array:
+            return model.logits(params, states) / temperature
+
+        own, others = logits(model, params, part[0]), {n: logits(*theirs[n][0], x) for n, x in part[2].items()}
+        return {name: from_logits(f, own, part[1], others) for name, f in derived.items()}
 
     return {name: x.reshape(-1)[:n] for name, x in jax.lax.map(block, parts).items()}
 

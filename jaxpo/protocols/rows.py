@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxpo.batch import Rollouts, take
 from jaxpo.parallel.distributed import to_host
+from jaxpo.policy.stats import hidden_field
 
 
 def with_rows(table: np.ndarray, at: np.ndarray | int, rows: np.ndarray | int) -> np.ndarray:
@@ -53,7 +54,12 @@ def labelled(out: Rollouts, indices: np.ndarray, seeds: Any) -> Rollouts:
 
 
 def as_scored(batch: Rollouts) -> Rollouts:
-    """What a policy reads of a batch, and nothing else: every scoring pass is one compiled function."""
+    """What a policy reads of a batch, and nothing else: every scoring pass is one compiled function. Hidden states of
+    another model are read where the policy is compared with it."""
     return Rollouts(
-        tokens=batch.tokens, mask=batch.mask, prompt_length=batch.prompt_length, shared_prompt=batch.shared_prompt
+        tokens=batch.tokens,
+        mask=batch.mask,
+        prompt_length=batch.prompt_length,
+        per_token={name: x for name, x in batch.per_token.items() if name.startswith(hidden_field(""))},
+        shared_prompt=batch.shared_prompt,
     )

@@ -11,7 +11,7 @@ from jaxpo.config.fields import default
 from jaxpo.config.resolve import resolve
 from jaxpo.config.resolved import Resolved
 from jaxpo.fields import JUDGED, PAIR
-from jaxpo.learning.needs import Form, form_of, is_reward_model
+from jaxpo.learning.needs import Form, form_of, is_reward_model, models_of
 from jaxpo.objectives import Objective, make
 from jaxpo.protocols.preference_data import rows as rows_of_unit
 
@@ -90,6 +90,8 @@ def resolved_by(rules: Rules, label: str, objective: Objective, max_new_tokens: 
     """
     if is_reward_model(objective):
         raise ValueError("trains a judge of answers, and a race compares policies by their own answers")
+    if models := models_of(objective):
+        raise ValueError(f"needs the model {', '.join(models)} beside the policy, and a race has none")
 
     def attempt(rules: Rules, **changes: Any) -> Resolved:
         config = config_of(rules, label, max_new_tokens)
@@ -137,8 +139,8 @@ def check_fit(resolved: Resolved) -> None:
         raise ValueError(f"protocol {resolved.protocol_name!r} trains on earlier batches; a race has only fresh ones")
     if protocol.facts.rows is None and not objective.asks.needs & {"reward", "correct", "edge_adv"}:
         raise ValueError("does not ask for rewards: it would imitate its own completions")
-    if foreign := [f"logp_{name}" for name in resolved.references if name in ("soup", "teacher")]:
-        raise ValueError(f"needs {', '.join(foreign)}, log-probs of a model that a race does not have")
+    if "soup" in resolved.references:
+        raise ValueError("needs logp_soup, log-probs of a model that a race does not have")
 
 
 def check_pairs(objective: Objective, form: Form | None) -> None:

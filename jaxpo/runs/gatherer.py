@@ -64,7 +64,13 @@ def make_stage(workspace: Workspace, watch: Watch) -> Stage:
         put=workspace.put,
         pack=partial(pack, workspace),
         watch=watch,
+        others={name: partial(scored_by, workspace, name) for name in workspace.models},
     )
+
+
+def scored_by(workspace: Workspace, name: str, batch: Rollouts) -> TokenStats:
+    """What a model beside the policy says of rows."""
+    return workspace.score_other(name, as_scored(batch))
 
 
 def pack(workspace: Workspace, batch: Rollouts, rows: np.ndarray) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,6 +1,7 @@
 """One iteration: gather, score, prepare, optimizer steps. The loop and races run this code; the planner traces it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from jaxpo.learning.needs import must_score
 from jaxpo.learning.state import Run, advance
 from jaxpo.objectives import Objective
 from jaxpo.objectives.grammar.base import check_rewards
+from jaxpo.policy.stats import HIDDEN, hidden_field
 from jaxpo.policy.transformer import Params
 from jaxpo.protocols.gatherer import Gatherer, Watch
 from jaxpo.protocols.protocol import Protocol
@@ -37,6 +39,7 @@ class Stage(NamedTuple):
     put: arrays [B, ...] to where they are computed with.
     pack: (batch, rows) -> further arguments of ``update``, and metrics.
     watch: where time is told.
+    others: name -> what a model beside the policy says of rows (`jaxpo.learning.references`, ``model``).
     """
 
     objective: Objective
@@ -48,6 +51,7 @@ class Stage(NamedTuple):
     put: Callable[[Any], Any] = lambda tree: tree
     pack: Callable[[Rollouts, np.ndarray], tuple[dict[str, Any], dict[str, Any]]] = unpacked
     watch: Watch = Watch()
+    others: Mapping[str, Callable[[Rollouts], TokenStats]] = MappingProxyType({})
 
 
 def gather(stage: Stage, gatherer: Gatherer, run: Run, key: Array) -> tuple[Run, Rollouts]:
@@ -63,8 +67,10 @@ def gather(stage: Stage, gatherer: Gatherer, run: Run, key: Array) -> tuple[Run,
 
 
 def score_references(stage: Stage, run: Run, batch: Rollouts) -> Rollouts:
-    """Attach the log-probs under the references, and what the old policy says unless the first optimizer step is its
-    own old policy."""
+    """Attach the log-probs under the references, the hidden states of models that the policy is compared with, and what
+    the old policy says unless the first optimizer step is its own old policy."""
+    for name, ask in stage.others.items():
+        batch = batch.with_token(**said_by(name, ask(batch), stage.objective))
     frozen = references.scored(stage.objective, run.references)
     scored = batch.with_token(**logps({name: stage.score(params, batch).logp for name, params in frozen.items()}))
     always = stage.protocol.facts.stale or stage.steps > 1
@@ -73,6 +79,13 @@ def score_references(stage: Stage, run: Run, batch: Rollouts) -> Rollouts:
         constants = dict(logp_old=old.logp, entropy_old=old.entropy, value_old=old.value)
         scored = scored.replace(**constants).with_token(**logps(old.derived))
     return scored
+
+
+def said_by(name: str, told: TokenStats, objective: Objective) -> dict[str, Array]:
+    """What the objective reads of the model ``name``, as fields of a batch."""
+    needed = f"logp_{name}" in objective.asks.needs
+    hidden = {hidden_field(name): told.derived[HIDDEN]} if HIDDEN in told.derived else {}
+    return hidden | (logps({name: told.logp}) if needed else {})
 
 
 def learn(stage: Stage, run: Run, batch: Rollouts, order: Order) -> tuple[Run, Rollouts, list[dict[str, Array]]]:

@@ -127,6 +127,17 @@ def load_params(workspace: Workspace, workdir: str, step: int | None = None) -> 
     return params, position["iteration"]
 
 
+def config_of(folder: Path) -> ConfigDict:
+    """The config that a run directory holds. A pretrained policy has its shape from the directory: what the run started
+    from may be gone."""
+    config = default()
+    with config.unlocked():
+        config.update(json.loads((folder / "config.json").read_text()))
+        if config.policy.name == "pretrained" and not config.lora.rank:
+            config.policy.path = str(folder / MODEL)
+    return config
+
+
 def open_finished(
     workdir: str, step: int | None = None, *, examples: bool = True, **changes: Any
 ) -> tuple[Workspace, Params, int]:
@@ -144,16 +155,13 @@ def open_finished(
     if not (folder / "config.json").is_file():
         siblings = [str(p.parent) for p in folder.parent.glob("*/config.json")]
         raise ValueError(unknown("run directory", str(folder), siblings))
-    config = default()
+    config = config_of(folder)
     with config.unlocked():
-        config.update(json.loads((folder / "config.json").read_text()))
         # Nothing is trained here, so batches need not divide as they did; rows are spread over the devices there are.
         config.mesh, config.rollout.mesh = default().mesh, default().rollout.mesh
         config.rollout.prompts += -config.rollout.prompts % len(jax.devices())
         config.training.update(minibatches=1, microbatches=1, packing=False)
         config.warm_start.steps = 0
-        if config.policy.name == "pretrained" and not config.lora.rank:  # what it started from may be gone
-            config.policy.path = str(folder / MODEL)
         for path, value in changes.items():
             config.update_from_flattened_dict({path: value})
     prepare_process(config.compilation_cache)

@@ -24,6 +24,7 @@ from jaxpo.runs.evaluation import answers, pairs
 from jaxpo.runs.gatherer import make_gatherer, make_stage
 from jaxpo.runs.interrupt import Interrupt
 from jaxpo.runs.loop import PROFILE_AFTER, Session, draw_curves, evaluated, keys_of, loop
+from jaxpo.runs.models import load_models
 from jaxpo.runs.restore import (
     MODEL,
     check_room,
@@ -110,7 +111,7 @@ def _train(
         raise FileExistsError(f"{directory} holds checkpoint {done}; go on with --resume or choose another directory")
     check_profile(profile_steps, config.steps - (done or 0) - PROFILE_AFTER)
     voice, started = Voice(), time.perf_counter()
-    workspace = setup(config, report=voice, check=check)
+    workspace = setup(config, report=voice, check=check, load_models=load_models)
     watch = Watch(say=voice)
     gatherer = make_gatherer(workspace, watch)
     tables = workspace.protocol.tables(gatherer) if workspace.protocol.tables else {}

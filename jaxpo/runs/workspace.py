@@ -3,8 +3,8 @@
 import json
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from jaxpo.parallel.distributed import place
 from jaxpo.parallel.host import keep_freed_memory
 from jaxpo.parallel.offload import check_host_memory, host_shardings, to_host_memory
 from jaxpo.policy import hf, lora, transformer
+from jaxpo.policy.stats import Other
 from jaxpo.policy.transformer import Model, Params
 from jaxpo.protocols.protocol import Protocol
 from jaxpo.rollout import SamplingOptions
@@ -40,6 +41,7 @@ from jaxpo.tasks.preferences.sets import PLACES, PreferenceSet
 from jaxpo.text.tokenizers import CharTokenizer, Tokenizer, from_json, question_of
 
 BLANK = [Example(0, "", None, {})]
+LoadModels = Callable[[Resolved, Tokenizer, Mesh], Mapping[str, Other]]
 NOTHING = Task("nothing", BLANK, BLANK, None, None, {})  # of a workspace without examples
 
 
@@ -56,6 +58,7 @@ class Workspace:
     sampling: the configured sampling options.
     programs: the compiled functions.
     report: what was found while building, as metrics.
+    models: models beside the policy that the objective needs, by name.
     """
 
     resolved: Resolved
@@ -67,6 +70,7 @@ class Workspace:
     sampling: SamplingOptions
     programs: Programs
     report: dict[str, float]
+    models: Mapping[str, Other] = field(default_factory=dict)
 
     @property
     def config(self) -> ConfigDict:
@@ -124,8 +128,16 @@ class Workspace:
 
     def score(self, params: Params, seen: Any) -> Any:
         """What the policy says of rows on the mesh (`jaxpo.protocols.rows.as_scored`), packed if the run packs."""
+        return self.programs.score_old(params, seen, **self.packed(seen))
+
+    def score_other(self, name: str, seen: Any) -> Any:
+        """What the model ``name`` beside the policy says of rows on the mesh, packed if the run packs."""
+        return self.programs.score_others[name](self.models[name].params, seen, **self.packed(seen))
+
+    def packed(self, seen: Any) -> dict[str, Any]:
+        """How rows are packed that are scored."""
         slices = self.config.training.minibatches * self.config.training.microbatches
-        return self.programs.score_old(params, seen, **packed(self.config, self.mesh, seen, slices))
+        return packed(self.config, self.mesh, seen, slices)
 
 
 def prepare_process(cache: str | None) -> None:
@@ -224,6 +236,7 @@ def setup(
     tokenizer: Tokenizer | None = None,
     examples: bool = True,
     check: Callable[[Resolved], None] | None = None,
+    load_models: LoadModels | None = None,
     report: Callable[[str], None] = print,
 ) -> Workspace:
     """Resolve a config and build its workspace.
@@ -232,6 +245,8 @@ def setup(
       tokenizer: instead of the config's (the one that a run directory holds), which needs ``examples``.
       examples: of the config's task and data; False = none are read or made, for what only samples, judges or exports.
       check: raises ``ValueError`` for a run that another program is for, before anything is read.
+      load_models: gives the models beside the policy (`jaxpo.runs.models.load_models`); None = there are none, as for
+        what does not train.
       report: where messages about compilation go.
 
     Raises:
@@ -254,7 +269,8 @@ def setup(
     table = None
     if config.sampling.stop:
         table = jnp.asarray(stop_table(config.sampling.stop, [*tokenizer.token_bytes(), *[b""] * unused]))
-    of = Computation(config, mesh, model, objective, tokenizer.pad_id, resolved.microbatch_rows, base)
+    models = load_models(resolved, tokenizer, mesh) if load_models else {}
+    of = Computation(config, mesh, model, objective, tokenizer.pad_id, resolved.microbatch_rows, base, models)
     return Workspace(
         resolved=resolved,
         questions=questions,
@@ -265,6 +281,7 @@ def setup(
         sampling=resolved.sampling(tokenizer.eos_ids, table),
         programs=compile_programs(of, facts.compiles, report),
         report={**task.report, "prompts/dropped": float(dropped), **(pairs.report if pairs else {})},
+        models=models,
     )
 
 

@@ -192,6 +192,13 @@ class PretrainedTokenizer:
                 table[i] = added[i].encode() if i in added else to_bytes(token)
         return table
 
+    def token_names(self) -> list[str]:
+        """For every id what the vocabulary calls it; "" for special ones."""
+        names = [""] * self.vocab_size
+        for token, i in self._tokenizer.get_vocab().items():
+            names[i] = "" if i in self._special else token
+        return names
+
     def render(self, question: Question) -> str:
         if self.chat_template:
             messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
@@ -215,6 +222,17 @@ class PretrainedTokenizer:
             "chat_template": self.chat_template,
             "eos": [t.convert_ids_to_tokens(i) for i in self.eos_ids],
         }
+
+
+def first_difference(a: Tokenizer, b: Tokenizer) -> int | None:
+    """The first id by which two tokenizers mean different tokens; None = they have the same. Special tokens have no
+    text, so they may be called differently, and one tokenizer may have more of them."""
+    both = all(isinstance(t, PretrainedTokenizer) for t in (a, b))
+    ours, theirs = (t.token_names() if both else t.token_bytes() for t in (a, b))
+    common = min(len(ours), len(theirs))
+    differs = [i for i, (x, y) in enumerate(zip(ours, theirs, strict=False)) if x and y and x != y]
+    more = [common + i for i, x in enumerate((*ours[common:], *theirs[common:])) if x]
+    return min([*differs, *more], default=None)
 
 
 # ---- by name: factories of their options, which return (texts of the run) -> Tokenizer

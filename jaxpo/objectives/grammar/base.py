@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
 
-from jaxpo.batch import Rollouts, TokenStats, complete, validate_stats
+from jaxpo.batch import Rollouts, Statistic, TokenStats, complete, validate_stats
 from jaxpo.fields import SHARES, role_id
 from jaxpo.metrics import Metrics, Sum
 from jaxpo.objectives.grammar.checks import check_range, check_rewards
@@ -25,7 +25,6 @@ from jaxpo.primitives.numerics import promote, ratio_or_zero
 __all__ = ["check_range", "check_rewards", "per_token", "standard_metrics"]  # besides what is defined here
 
 Policy = Callable[[Rollouts], TokenStats]
-Statistic = Callable[[Array, Array], Array]  # (logits [N, V] at the policy's temperature, tokens [N]) -> [N]
 NONE: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -49,6 +48,7 @@ class Asks(NamedTuple):
     peeks: statistics of the current policy on the whole optimizer batch, without gradient, for ``weigh``.
     derived: statistics that the policy computes from its logits slice by slice, by name; ``wants``, ``peeks`` or (of
       the old policy, as ``logp_<name>``) ``needs`` may name them: nothing of the size of the vocabulary is ever stored.
+      A `jaxpo.batch.Compared` also reads the logits of another model.
     rewards: the range in which rewards must lie; None = any number.
     """
 

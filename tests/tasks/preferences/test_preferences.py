@@ -245,7 +245,7 @@ LONG = {
 
 @pytest.mark.parametrize("reason", LONG)
 def test_rows_that_do_not_fit_are_errors_or_dropped(reason):
-    with pytest.raises(ValueError, match="the limit, is|has no 'rm'"):
+    with pytest.raises(ValueError, match="the limit .* is|has no 'rm'"):
         encode(pairs(), TOKENIZER, **LONG[reason])
     encoded, report = encode(pairs(), TOKENIZER, bad="drop", **LONG[reason])
     assert report[f"data/dropped/{reason}"] == 3 - len(encoded) > 0
