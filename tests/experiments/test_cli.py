@@ -82,7 +82,7 @@ def test_evaluate_draws_by_its_seed(finished, tmp_path, capsys):
         (["--run={run}x"], "unknown run directory '.*runx': did you mean '.*run'"),
         (["--run={run}", "--step=3"], "has no checkpoint 3; it has: 2, 4"),
         (["--run={run}", "--k=16", "--samples=8"], "pass@16"),
-        (["--run={run}", "--k=0"], "k"),
+        (["--run={run}", "--k=0"], "pass_at must be a tuple .each a whole number of at least 1., not"),
         (["--run={run}", "--k=one"], "--k"),
         (["--run={run}", "--samples=0"], "samples must be a whole number of at least 1"),
         (["--run={run}", "--prompts=-1"], "prompts must be a whole number of at least 1"),
