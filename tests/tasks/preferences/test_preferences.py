@@ -169,7 +169,7 @@ def test_right_against_wrong_with_an_exact_share_of_flips():
     assert len(build({"name": "task", "size": 7, "test_size": 3}, task).train) == 7
     with pytest.raises(ValueError, match=r"flipped must be a number in \[0, 1\], not 1.2"):
         build({"name": "task", "flipped": 1.2}, task)
-    with pytest.raises(ValueError, match="names no task"):
+    with pytest.raises(ValueError, match="config.task.name names no task"):
         build({"name": "task"}, None)
 
 
