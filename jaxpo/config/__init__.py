@@ -1,1 +1,1 @@
-"""A run's configuration: its fields, how names fill in their own fields, every check, the command line."""
+"""A run's configuration: its fields, how a name adds fields of its own, every check, and the command line."""

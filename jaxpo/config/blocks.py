@@ -15,12 +15,12 @@ EMPTY = inspect.Parameter.empty
 
 
 def registered(kind: str) -> Callable[[str], Mapping[str, inspect.Parameter]]:
-    """The arguments of what is registered under a kind, by name."""
+    """A function: name of a registered entry of this kind -> its arguments."""
     return lambda name: registry.entry(name, kind).parameters
 
 
 def optional_name(arguments: Any) -> Any:
-    """Arguments of a block whose name may be None, which takes none."""
+    """The same function for a block whose name may be None: None takes no arguments."""
     return lambda name: {} if name is None else arguments(name)
 
 
@@ -53,7 +53,7 @@ def block_of(config: ConfigDict, path: str) -> ConfigDict:
 
 
 def arguments_of(block: ConfigDict, parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-    """The fields of a block without its name, and without unset fields whose default is not None."""
+    """The fields of a block, without its name and without fields that are None but have another default."""
     out = {k: v for k, v in block.items() if k != "name"}
     return {
         k: v.to_dict() if isinstance(v, ConfigDict) else v

@@ -17,7 +17,7 @@ NAMELESS = ("task.name", "data.name", "protocol.name")  # blocks that may have n
 
 
 def read(path: str) -> ConfigDict:
-    """``get_config()`` of a Python file.
+    """Read a Python file and return its ``get_config()``.
 
     Raises:
       ValueError: no such file (the nearest one is named), or it has no ``get_config``.
@@ -34,7 +34,7 @@ def read(path: str) -> ConfigDict:
 
 
 def _check_paths(config: ConfigDict, overrides: Sequence[str]) -> None:
-    """``ValueError`` naming the nearest field for the first override whose path does not exist."""
+    """Raise ``ValueError`` for the first override whose path does not exist; it names the nearest field."""
     for path in overrides:
         here: Any = config
         for i, part in enumerate(path.split(".")):
@@ -45,8 +45,10 @@ def _check_paths(config: ConfigDict, overrides: Sequence[str]) -> None:
 
 
 def _take_none(config: ConfigDict, overrides: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """``--config.task.name=None`` and the like make an empty block, which absl would take for a name; the overrides
-    that are left."""
+    """Apply overrides such as ``--config.task.name=None``, which empty a block; return the other overrides.
+
+    absl would read "None" as a name.
+    """
     none = [(path, value) for path, value in overrides if path in NAMELESS and value == "None"]
     for path, _ in none:
         with config.unlocked():
@@ -55,13 +57,15 @@ def _take_none(config: ConfigDict, overrides: Sequence[tuple[str, str]]) -> list
 
 
 def _take_names(config: ConfigDict, overrides: Sequence[tuple[str, str]]) -> None:
-    """What decides which fields there are, and their defaults, before these are filled in: new names, the generation
-    budget, the steps."""
-    for path, value in overrides:  # a new name brings its own arguments: the file's belong to the old one
+    """Apply the overrides that decide which fields exist and their defaults: names, generation budget, steps.
+
+    This must happen before the fields are filled in.
+    """
+    for path, value in overrides:  # a new name has its own arguments: drop those of the old one
         block = path.rsplit(".", 1)[0]
         if path.endswith(".name") and block in NAMED and block_of(config, block).name != value:
             with config.unlocked():
-                if block == "objective":  # it brings its own protocol
+                if block == "objective":  # a new objective has its own protocol
                     config.protocol = ConfigDict(dict(name=config_dict.placeholder(str)))
                 for field in [f for f in block_of(config, block) if f not in ("name", *OWN.get(block, ()))]:
                     del block_of(config, block)[field]
@@ -82,13 +86,14 @@ def parse(
 
     Args:
       argv: the command line without the program's name.
-      extra: flag name -> (default, help); the type is that of the default (a bool makes a switch).
+      config_required: whether a missing ``--config`` is an error.
+      extra: flag name -> (default, help); the flag has the type of its default (a bool makes a switch).
 
     Returns:
       the filled and locked config (None without ``--config``, if that is allowed), and the values of the other flags.
 
     Raises:
-      ValueError: anything misspelt or of the wrong type, with the nearest valid choice.
+      ValueError: a misspelt name or a wrong type, with the nearest valid choice.
     """
     values = flags.FlagValues()
     known = {"config": "configuration file", **{k: v[1] for k, v in extra.items()}}

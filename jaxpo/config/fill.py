@@ -1,4 +1,4 @@
-"""Fill named blocks with the arguments that they lack, before flags are parsed; a misspelt field fails."""
+"""Add to named blocks the arguments that they lack, before flags are parsed; a misspelt field is an error."""
 
 import inspect
 import types
@@ -17,7 +17,7 @@ from jaxpo.registry import unknown
 
 
 def _value(parameter: inspect.Parameter) -> Any:
-    """The default as a config value: None keeps its type, so that a flag can give it a number."""
+    """The default as a config value. None keeps the declared type, so that a flag can set a number."""
     if parameter.default is not None and parameter.default is not EMPTY:
         return parameter.default
     options = (
@@ -30,7 +30,7 @@ def _value(parameter: inspect.Parameter) -> Any:
 
 
 def check_names(config: ConfigDict, known: ConfigDict, path: str = "") -> None:
-    """``ValueError`` for a field that no run has; named blocks are checked where their names are."""
+    """Raise ``ValueError`` for a field that no config has. Named blocks are checked when they are filled."""
     for field, value in config.items():
         if field not in known:
             raise ValueError(unknown(f"field of config{path}", field, known))
@@ -39,10 +39,10 @@ def check_names(config: ConfigDict, known: ConfigDict, path: str = "") -> None:
 
 
 def fill(config: ConfigDict) -> ConfigDict:
-    """Add to every named block the arguments it lacks, with their defaults; the protocol's too.
+    """Add to every named block, and to the protocol, the arguments that it lacks, with their defaults.
 
     Raises:
-      ValueError: an unknown name or argument (with the nearest), or a required argument that nothing gives.
+      ValueError: an unknown name or argument (with the nearest), or a missing required argument.
     """
     fill_blocks(config)
     fill_protocol(config, objective_of(config))
@@ -50,9 +50,9 @@ def fill(config: ConfigDict) -> ConfigDict:
 
 
 def fill_blocks(config: ConfigDict, but: Collection[str] = ()) -> None:
-    """Fill the named blocks ``but`` these, and the protocol.
+    """Fill all named blocks except those in ``but``.
 
-    Hyperparameters that are a share of the generation budget (``L_const``, ``max_len``, ...) get it from
+    Hyperparameters that depend on the generation budget (``L_const``, ``max_len``, ...) get it from
     ``sampling.max_new_tokens``.
     """
     check_names(config, default())
@@ -84,7 +84,7 @@ def fill_block(config: ConfigDict, path: str) -> None:
 
 
 def fill_protocol(config: ConfigDict, objective: Objective) -> None:
-    """Fill the protocol's own options; those that the objective's hyperparameters set are not asked for again."""
+    """Fill the protocol's options, without those that the objective's hyperparameters set."""
     block, name = config.protocol, protocol_name(config, objective)
     parameters = registry.entry(name, "protocol").parameters
     taken = objective.protocol.options if name == objective.protocol.name else {}
@@ -106,8 +106,11 @@ def objective_of(config: ConfigDict) -> Objective:
 
 
 def protocol_name(config: ConfigDict, objective: Objective) -> str:
-    """The protocol that the config names, or the objective; otherwise preferences come from ``config.data``, or from
-    a judge if the objective cannot do without."""
+    """The name of the run's protocol: the config's choice, or else the objective's.
+
+    If neither names one, preferences come from ``config.data``; without data, an objective that needs them gets
+    ``judged``, and others get ``on_policy``.
+    """
     if config.protocol.name or objective.protocol.name != "on_policy":
         return config.protocol.name or objective.protocol.name
     if config.data.name:

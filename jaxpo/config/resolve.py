@@ -1,4 +1,4 @@
-"""A config, filled, built and checked once a start."""
+"""Resolve a config once at the start: fill it, build what it names, and check it."""
 
 from ml_collections import ConfigDict
 
@@ -17,11 +17,12 @@ def resolve(config: ConfigDict, devices: int, *, objective: Objective | None = N
     """Fill a config, build what it names, and check everything that can be wrong before anything is compiled.
 
     Args:
-      devices: of the mesh.
-      objective: one that is built already, which the config then names for messages alone.
+      config: the config, which is filled in place.
+      devices: number of devices of the mesh.
+      objective: an objective that is built already; the name in the config then serves for messages only.
 
     Raises:
-      ValueError: naming the field, its value and what would do.
+      ValueError: names the field, its value, and valid values.
     """
     check_fields(config)
     fill_blocks(config, but=() if objective is None else ("objective",))
@@ -48,7 +49,7 @@ def resolve(config: ConfigDict, devices: int, *, objective: Objective | None = N
 
 
 def protocol_of(config: ConfigDict, objective: Objective, name: str) -> Protocol:
-    """The protocol of a filled config: its own options, and those that the objective sets."""
+    """Build the protocol of a filled config from the config's options and the options that the objective sets."""
     parameters = entry(name, "protocol").parameters
     taken = dict(objective.protocol.options) if name == objective.protocol.name else {}
     given = arguments_of(config.protocol, parameters)

@@ -1,4 +1,4 @@
-"""jit that counts: a run compiles each function a bounded number of times, and says so when it compiles one again."""
+"""jit that counts compilations and reports each one, with a warning when a function is compiled again."""
 
 import time
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-_compilations = [0]  # of this process, by the backend or from its cache
+_compilations = [0]  # number of compilations in this process, by the backend or from its cache
 
 
 def _listen(event: str, duration: float, **_: Any) -> None:
@@ -18,13 +18,13 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 class Compiled:
-    """``jax.jit(f, **options)`` under a name, called with ``bound`` before its other arguments.
+    """``jax.jit(f, **options)`` with a name; calls put ``bound`` before the other arguments.
 
     Attributes:
-      name: what the messages call it. compilations: calls that compiled: one per combination of shapes, static
-        arguments and *placements* (the same shapes placed otherwise on the devices are compiled anew, which tracing
-        alone would not show).
-      seconds: spent in calls that compiled.
+      name: its name in messages.
+      compilations: number of calls that compiled: one for each combination of shapes, static arguments and *placement*
+        (the same shapes placed differently on the devices compile again; counting traces would not show that).
+      seconds: time of the calls that compiled.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Compiled:
         return out
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
-        """The traced computation: its jaxpr, and what may be lowered and compiled."""
+        """The traced computation: it has the jaxpr, and can be lowered and compiled."""
         return self._jit.trace(*self._bound, *args, **kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:

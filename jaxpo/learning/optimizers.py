@@ -1,4 +1,4 @@
-"""optax by name: an optimizer, a schedule and gradient clipping from a config; one optimizer for each label."""
+"""Build optax optimizers from a config: optimizer, schedule and gradient clipping, one optimizer for each label."""
 
 import inspect
 from collections.abc import Mapping
@@ -64,7 +64,7 @@ def optimizer_arguments(name: str) -> Mapping[str, inspect.Parameter]:
     if name not in OPTIMIZERS:
         raise ValueError(unknown("optimizer", name, OPTIMIZERS))
     parameters = inspect.signature(getattr(optax, name)).parameters
-    # What no config can hold (adafactor's dtype) keeps optax's default.
+    # An argument that no config can hold (adafactor's dtype) keeps optax's default.
     plain = (bool, int, float, str, type(None))
     return {
         k: p
@@ -81,18 +81,27 @@ def schedule_arguments(name: str) -> Mapping[str, inspect.Parameter]:
 
 
 def make_schedule(config: Mapping[str, Any], peak: float, steps: int) -> optax.Schedule:
-    """``config``: ``name`` and arguments of one of ``SCHEDULES``; ``steps`` optimizer steps in the whole run."""
+    """Build a schedule.
+
+    Args:
+      config: ``name`` and arguments of one of ``SCHEDULES``.
+      peak: the highest learning rate.
+      steps: optimizer steps in the whole run.
+    """
     arguments = {k: v for k, v in config.items() if k != "name"}
     check_arguments(f"schedule {config['name']!r}", arguments, schedule_arguments(config["name"]))
     return SCHEDULES[config["name"]](peak, steps, **arguments)
 
 
 def by_label(rules: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformationExtraArgs:
-    """Each parameter under the rule of its label (`labels`). ``update`` takes ``active``, label -> bool: a label that
-    is not active keeps its parameters and the state of its rule.
+    """Update each parameter by the rule of its label (`labels`).
+
+    ``update`` takes ``active``, label -> bool: parameters with an inactive label do not change, and neither does the
+    state of their rule.
 
     Args:
-      rules: by label. A single one, "policy", is returned as it is: it moves every parameter, and ignores ``active``.
+      rules: label -> rule. A single rule "policy" is returned as it is: it updates every parameter, and ignores
+        ``active``.
     """
     if set(rules) == {"policy"}:
         return optax.with_extra_args_support(rules["policy"])
@@ -108,7 +117,7 @@ def _is_active(label: str, step: Array, active: Mapping[str, Array], **_: Any) -
 
 
 def labels(params: Any) -> Any:
-    """The label of each parameter: "critic" in the value head, "policy" elsewhere."""
+    """The label of each parameter: "critic" in the value head, "policy" in all else."""
 
     def label(path: tuple[Any, ...], _: Any) -> str:
         names = [getattr(key, "key", None) for key in path[:2]]
@@ -124,7 +133,7 @@ def make_optimizer(config: Mapping[str, Any], steps: int, field: str = "optimize
       config: ``name``, ``learning_rate``, ``clip_norm`` (None = off), ``schedule`` and any argument of the optax
         optimizer.
       steps: optimizer steps in the whole run.
-      field: of the run's config, for messages.
+      field: its field in the run's config, for messages.
     """
     own = {k: v for k, v in config.items() if k not in ("name", "learning_rate", "clip_norm", "schedule")}
     check_arguments(f"{field} {config['name']!r}", own, optimizer_arguments(config["name"]))

@@ -1,4 +1,4 @@
-"""What changes during a run: the training state, and everything else that a checkpoint holds."""
+"""The state of a run: what an optimizer step changes, and everything else that a checkpoint holds."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,7 +11,12 @@ from jaxpo.policy.transformer import Params
 
 @struct.dataclass
 class TrainState:
-    """What an optimizer step changes: parameters, optimizer state, and what the objective remembers."""
+    """The state that an optimizer step changes.
+
+    params: trained parameters.
+    opt_state: state of the optimizer.
+    objective: state of the objective.
+    """
 
     params: Params
     opt_state: Any
@@ -20,13 +25,13 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that changes during a run; what a checkpoint holds.
+    """Everything that changes during a run, and that a checkpoint holds.
 
     state: parameters, optimizer and objective state.
     references: parameters of frozen models by name (`jaxpo.learning.references`).
-    tables: a protocol's own memory, pytrees of NumPy arrays by name.
-    iteration: finished ones.
-    position: prompts drawn so far.
+    tables: memory of the protocol and of the evaluation, pytrees of NumPy arrays by name.
+    iteration: number of finished iterations.
+    position: number of prompts drawn so far.
     """
 
     state: TrainState
@@ -37,5 +42,5 @@ class Run:
 
 
 def advance(run: Run, **changes: Any) -> Run:
-    """``run`` with some of its fields changed."""
+    """A copy of ``run`` with some of its fields changed."""
     return replace(run, **changes)

@@ -1,4 +1,4 @@
-"""One mesh for rollout and training, and one table that says how arrays lie on it."""
+"""One mesh for rollout and training, and one table that says how arrays are sharded over it."""
 
 from jaxpo.parallel.mesh import AXES, make_mesh, reshaped
 from jaxpo.parallel.sharding import (

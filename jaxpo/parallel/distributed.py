@@ -1,8 +1,8 @@
-"""Several processes, one program: how they find each other, and how data passes between them.
+"""One program in several processes: how they find each other, and how data passes between them.
 
-Every process runs the same code on the same config. Arrays on the mesh are global; what lies on the host (prompts,
-rewards, keys, tables of a protocol) is the same in every process, so that all decide alike. Each process feeds and
-judges rows of its own only, and the first one alone writes and prints.
+Every process runs the same code on the same config. Arrays on the mesh are global. Data on the host (prompts, rewards,
+keys, tables of a protocol) are the same in every process, so that all make the same decisions. Each process feeds and
+judges only its own rows, and only the first process writes and prints.
 
 With one process nothing here communicates.
 """
@@ -28,18 +28,20 @@ TIMEOUT = 300.0  # seconds for all processes to join
 
 
 def join(coordinator: str = "", processes: int = 0, process: int = -1, *, timeout: float = TIMEOUT) -> int:
-    """Join the other processes of the run, before jax is used; how many there are.
+    """Join the other processes of the run, before jax is used. Returns the number of processes.
 
-    Without arguments the environment says who they are: Cloud TPU, GKE, SLURM and Open MPI as jax finds them, or
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. If it says nothing, this process is alone.
+    Without arguments the environment names the processes: Cloud TPU, GKE, SLURM and Open MPI as jax finds them, or
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. If it names none, this process is alone.
 
     Args:
       coordinator: host:port of the first process, which listens there.
-      processes: how many; process: which one this is, from 0. timeout: seconds.
+      processes: how many processes the run has.
+      process: which one this is, from 0.
+      timeout: seconds to wait for all of them.
 
     Raises:
-      ValueError: some of the three arguments are missing, or do not fit.
-      TimeoutError: a process did not come in time (it is named).
+      ValueError: some of the three arguments are missing, or do not fit together.
+      TimeoutError: a process did not join in time (it is named).
     """
     if not coordinator and not processes and process < 0:
         coordinator, processes, process = from_environment(timeout)
@@ -53,7 +55,7 @@ def join(coordinator: str = "", processes: int = 0, process: int = -1, *, timeou
         )
     if not 0 <= process < processes:
         raise ValueError(f"--process={process} must be from 0 to {processes - 1} with --processes={processes}")
-    # jax ends the process from within when one is missing, without a word on which.
+    # If a process is missing, jax would end this one without saying which is missing.
     (wait_for_all if process == 0 else report_to)(host, int(port), processes, process, timeout)
     jax.distributed.initialize(coordinator, processes, process, initialization_timeout=int(max(timeout, 30)))
     return processes
@@ -68,10 +70,10 @@ FLAGS: dict[str, tuple[Any, str]] = {
 
 
 def join_by_flags(argv: Sequence[str]) -> int:
-    """`join` as the `FLAGS` of a command line say: before anything else is read of it, as most of it uses jax.
+    """`join` with the `FLAGS` of a command line. Call it before the rest of the command line is read, which uses jax.
 
     Raises:
-      ValueError, TimeoutError: as of `join`; a flag that is no number.
+      ValueError, TimeoutError: as in `join`; also ``ValueError`` if a flag is not a number.
     """
     given = dict(arg.removeprefix("--").split("=", 1) for arg in argv if arg.startswith("--") and "=" in arg)
     values = {}
@@ -79,13 +81,13 @@ def join_by_flags(argv: Sequence[str]) -> int:
         try:
             values[name] = type(default)(given.get(name, default))
         except ValueError:
-            raise ValueError(f"--{name}={given[name]}: it is a number, {text}") from None
+            raise ValueError(f"--{name}={given[name]} must be a number: {text}") from None
     timeout = values.pop("join_seconds")
     return join(**values, timeout=timeout)
 
 
 def from_environment(timeout: float = TIMEOUT) -> tuple[str, int, int]:
-    """Coordinator, number of processes and index of this one; ("", 1, 0) where the environment names none."""
+    """Coordinator, number of processes and index of this process; ("", 1, 0) if the environment names none."""
     from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize() itself asks
 
     named = [os.environ.get(f"JAX_{name}") for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")]
@@ -100,10 +102,10 @@ def from_environment(timeout: float = TIMEOUT) -> tuple[str, int, int]:
 
 
 def wait_for_all(host: str, port: int, processes: int, process: int, timeout: float) -> None:
-    """The first process's side of the roll call: every other one connects and says its number.
+    """The first process's part of the roll call: wait until every other process has connected and sent its number.
 
     Raises:
-      TimeoutError: naming those that are missing.
+      TimeoutError: names the processes that are missing.
     """
     deadline, there = time.monotonic() + timeout, {}
     with contextlib.ExitStack() as open_, socket.create_server(("", port), reuse_port=False) as server:
@@ -128,10 +130,10 @@ def wait_for_all(host: str, port: int, processes: int, process: int, timeout: fl
 
 
 def report_to(host: str, port: int, processes: int, process: int, timeout: float) -> None:
-    """The side of the others: say who one is, and wait until all are there.
+    """The other processes' part of the roll call: send the own number to the first, and wait until all have joined.
 
     Raises:
-      TimeoutError: the first process does not answer, or gave up because another one is missing.
+      TimeoutError: the first process does not answer, or gave up because another process is missing.
     """
     deadline = time.monotonic() + timeout
     while True:
@@ -153,7 +155,7 @@ def report_to(host: str, port: int, processes: int, process: int, timeout: float
             time.sleep(0.2)
 
 
-# ---- deciding alike
+# ---- common decisions
 
 
 def is_first() -> bool:
@@ -162,15 +164,15 @@ def is_first() -> bool:
 
 
 def anywhere(flag: bool) -> bool:
-    """Whether ``flag`` is set in any process; all have to ask."""
+    """Whether ``flag`` is True in any process; all processes have to call this."""
     return bool(multihost_utils.process_allgather(np.array(flag)).any()) if jax.process_count() > 1 else flag
 
 
 def from_first(compute: Callable[[], T]) -> T:
-    """What ``compute()`` gives in the first process (JSON can hold it), in all of them.
+    """Run ``compute()`` in the first process, and return its result (which must fit into JSON) in all processes.
 
     Raises:
-      RuntimeError: it failed there; the first process itself raises its own error.
+      RuntimeError: it failed in the first process, which itself raises the original error.
     """
     if jax.process_count() == 1:
         return compute()
@@ -192,7 +194,7 @@ def from_first(compute: Callable[[], T]) -> T:
 
 
 def on_first(make: Callable[[], T]) -> T | None:
-    """``make()`` in the first process, None in the others, which go on when it is done; failures as of `from_first`."""
+    """``make()`` in the first process, None in the others, which wait until it is done. Raises like `from_first`."""
     made: list[T] = []
     from_first(lambda: made.append(make()))
     return made[0] if made else None
@@ -200,7 +202,7 @@ def on_first(make: Callable[[], T]) -> T | None:
 
 @contextlib.contextmanager
 def only_first_prints() -> Iterator[None]:
-    """Nothing that the other processes print is seen; their errors are."""
+    """Hide what the other processes print; their exceptions are still raised."""
     with contextlib.ExitStack() as stack:
         if not is_first():
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
@@ -213,8 +215,8 @@ def only_first_prints() -> Iterator[None]:
 
 
 def place(tree: Any, sharding: Sharding) -> Any:
-    """Arrays onto the devices of ``sharding``. Those on the host are the same in every process, which feeds from them
-    what lies on its own devices."""
+    """Put arrays onto the devices of ``sharding``. Arrays on the host must be the same in every process; each process
+    feeds the parts of its own devices."""
 
     def one(x: Any) -> jax.Array:
         if jax.process_count() == 1 or (isinstance(x, jax.Array) and not x.is_fully_addressable):
@@ -226,7 +228,7 @@ def place(tree: Any, sharding: Sharding) -> Any:
 
 
 def to_host(tree: Any) -> Any:
-    """Arrays as NumPy's, whole in every process."""
+    """Copy arrays to NumPy, whole in every process."""
 
     def one(x: Any) -> np.ndarray:
         if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
@@ -237,9 +239,10 @@ def to_host(tree: Any) -> Any:
 
 
 def own_rows(x: Any) -> np.ndarray:
-    """Indices of the rows of ``x`` [B, ...] that this process sees to: every row is one process's.
+    """Indices of the rows of ``x`` [B, ...] that this process works on. Every row belongs to one process.
 
-    It is the first one that has the row on its devices; of what every process has (NumPy's), an equal share.
+    A sharded row belongs to the first process that has it on its devices. Rows that every process has (NumPy arrays)
+    are divided equally.
     """
     owner = np.arange(x.shape[0]) * jax.process_count() // x.shape[0]
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
@@ -250,7 +253,7 @@ def own_rows(x: Any) -> np.ndarray:
 
 
 def take_rows(x: Any, rows: np.ndarray) -> np.ndarray:
-    """Rows of ``x`` [B, ...] that lie on this process's devices, as NumPy's: nothing is communicated."""
+    """Copy rows of ``x`` [B, ...] from this process's devices to NumPy, without communication."""
     if not isinstance(x, jax.Array) or x.is_fully_addressable:
         return np.asarray(x)[rows]
     whole = np.zeros(x.shape, x.dtype)
@@ -260,20 +263,20 @@ def take_rows(x: Any, rows: np.ndarray) -> np.ndarray:
 
 
 def from_rows(values: np.ndarray, rows: np.ndarray, total: int) -> np.ndarray:
-    """float64 [total, ...], the same in every process: each gives the ``values`` of its `own_rows`, to the bit."""
+    """Gather float64 [total, ...] in every process, exact to the bit: each gives the ``values`` of its `own_rows`."""
     whole = np.zeros((total, *values.shape[1:]), np.float64)
     whole[rows] = values
     if jax.process_count() == 1:
         return whole
-    bits = multihost_utils.process_allgather(whole.view(np.uint32))  # jax would round 64 bits; others' bits are 0
+    bits = multihost_utils.process_allgather(whole.view(np.uint32))  # jax would round 64 bits; rows of others are 0
     return np.asarray(bits).sum(0, dtype=np.uint32).view(np.float64)
 
 
 def check_shared(directory: Any) -> None:
-    """That all processes see ``directory`` (an epath.Path), where they are going to write together.
+    """Check that all processes see ``directory`` (an epath.Path), where they will write together.
 
     Raises:
-      ValueError: naming those that do not.
+      ValueError: names the processes that do not.
     """
     if jax.process_count() == 1:
         return

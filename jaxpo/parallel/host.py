@@ -8,11 +8,11 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> bool:
-    """Let the process keep what it frees; whether the C library obeyed.
+    """Let the process keep the memory that it frees. Returns whether the C library accepted the settings.
 
-    XLA's CPU client allocates the scratch of a program anew at every call, and glibc hands blocks of that size back to
-    the kernel, which has to clear every page again at the next call: a third of the CPU seconds of small training
-    steps. Peak memory stays what it is. Elsewhere than on Linux with glibc this does nothing.
+    XLA's CPU client allocates the scratch memory of a program again at every call. glibc returns blocks of that size to
+    the operating system, which has to clear every page again at the next call: a third of the CPU seconds of small
+    training steps. Peak memory does not change. This does nothing on other systems than Linux with glibc.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,7 +1,7 @@
 """The device mesh: axes ``data`` (replicas), ``fsdp`` (parameters and rows), ``expert`` (experts and rows), ``context``
 (positions of a sequence), ``tensor`` (heads, MLP, vocabulary).
 
-The last axes exchange most often, and lie closest together.
+The last axes communicate most often, so their devices are closest together.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,10 @@ AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
 def mesh_shape(sizes: Mapping[str, int], devices: int, field: str = "mesh") -> tuple[int, ...]:
-    """Sizes of ``AXES`` with one ``-1`` resolved to the rest; ``field`` is what errors call it.
+    """The sizes of all ``AXES``; a size of ``-1`` becomes the rest of the devices. Errors call the sizes ``field``.
 
     Raises:
-      ValueError: an axis that does not exist, a size below 1, more than one -1, or a product that is not the devices.
+      ValueError: an unknown axis, a size below 1, more than one -1, or a product that differs from ``devices``.
     """
     for name in sizes:
         if name not in AXES:
@@ -45,14 +45,14 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     """A mesh over ``devices`` (all by default). ``{"data": -1}`` is the default shape."""
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape({"data": -1} if sizes is None else sizes, len(devices))
-    # An axis may be a part of one of the machine's: 2 of the 4 chips along a side of a pod.
+    # A mesh axis may be a part of a physical axis: 2 of the 4 chips along a side of a pod.
     placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def reshaped(mesh: Mesh, sizes: Mapping[str, int | None]) -> Mesh:
-    """The same devices in the same order under other sizes of the axes (`reshaped_sizes`); ``mesh`` itself if none is
-    given."""
+    """A mesh of the same devices in the same order with other sizes of the axes (`reshaped_sizes`); ``mesh`` itself if
+    no size is given."""
     given = reshaped_sizes(sizes)
     if not given:
         return mesh
@@ -60,6 +60,6 @@ def reshaped(mesh: Mesh, sizes: Mapping[str, int | None]) -> Mesh:
 
 
 def reshaped_sizes(sizes: Mapping[str, int | None]) -> dict[str, int]:
-    """The sizes that are given, and "data" as the rest unless it is; nothing if none is."""
+    """The sizes that are not None, with "data" as the rest unless it has a size; {} if all are None."""
     given = {name: n for name, n in sizes.items() if n is not None}
     return {"data": -1, **given} if given else {}

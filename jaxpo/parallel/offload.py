@@ -1,4 +1,4 @@
-"""Parameters that wait in the memory of the host, and are copied to the device where they are used."""
+"""Parameters that stay in the memory of the host, and are copied to the device when they are used."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ HOST = "pinned_host"
 
 
 def host_shardings(tree: Any, mesh: Mesh) -> Any:
-    """As `shardings`, each device's part in the memory of its host."""
+    """Like `shardings`, but each device's part is in the memory of its host."""
     return jax.tree.map(lambda s: s.with_memory_kind(HOST), shardings(tree, mesh))
 
 
 def to_host_memory(tree: Any, mesh: Mesh) -> Any:
-    """A copy of the arrays in the memory of the host.
+    """Copy arrays into the memory of the host.
 
     Raises:
       ValueError: the devices have no such memory.
@@ -26,7 +26,7 @@ def to_host_memory(tree: Any, mesh: Mesh) -> Any:
 
 
 def check_host_memory(mesh: Mesh) -> None:
-    """``ValueError`` if the devices of the mesh cannot reach their host's memory."""
+    """Raise ``ValueError`` if the devices of the mesh cannot reach their host's memory."""
     device = mesh.local_devices[0]
     kinds = [memory.kind for memory in device.addressable_memories()]
     if HOST not in kinds:
@@ -37,11 +37,11 @@ def check_host_memory(mesh: Mesh) -> None:
 
 
 def fetched(tree: Any) -> Any:
-    """Inside jit: the arrays in the memory of the device; those that are there already as they are."""
+    """Copy arrays from the memory of the host to the device (inside jit); arrays on the device stay as they are."""
     host, device = jax.memory.Space.Host, jax.memory.Space.Device
     return jax.tree.map(lambda x: jax.device_put(x, device) if jax.typeof(x).memory_space == host else x, tree)
 
 
 def is_on_host(x: Any) -> bool:
-    """Whether an array, or a shape with its sharding, lies in the memory of the host."""
+    """Whether an array, or a shape with a sharding, is in the memory of the host."""
     return x.sharding.memory_kind == HOST

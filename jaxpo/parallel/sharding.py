@@ -1,4 +1,4 @@
-"""Where arrays live: parameters by the pattern of their path, batches by rows, activations by rows and positions."""
+"""How arrays are sharded: parameters by a pattern of their path, batches by rows, activations by rows and positions."""
 
 import math
 import re
@@ -10,11 +10,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpo.parallel.distributed import place
 
-ROWS = ("data", "fsdp", "expert")  # mesh axes over which the rows of a batch are spread
-POSITIONS = "context"  # and the positions of activations [B, T, ...]
-TOKENS = (*ROWS, POSITIONS)  # single tokens, and the rows that a rollout decodes
+ROWS = ("data", "fsdp", "expert")  # mesh axes for the rows of a batch
+POSITIONS = "context"  # mesh axis for the positions of activations [B, T, ...]
+TOKENS = (*ROWS, POSITIONS)  # mesh axes for single tokens, and for the rows that a rollout decodes
 
-# First match wins, searched anywhere in the path, so that optimizer moments ("0/mu/blocks/wq") follow their parameter.
+# The first match wins. It may be anywhere in the path, so optimizer moments ("0/mu/blocks/wq") follow their parameter.
 # Block parameters have a leading axis of layers.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(^|/)(embedding|head)$", PartitionSpec("tensor", "fsdp")),  # [V, D]
@@ -27,7 +27,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"blocks/w_in$", PartitionSpec(None, "expert", "fsdp", None, "tensor")),  # of experts: [L, E, D, 2, M]
     (r"blocks/w_down$", PartitionSpec(None, "expert", "tensor", "fsdp")),  # [L, E, M, D]
 )
-# A vocabulary is what the data made it; every other dimension is chosen and has to divide.
+# The data fix the size of a vocabulary, so its axis may stay whole. The mesh has to divide every other dimension.
 MAY_STAY_WHOLE = {"embedding": 0, "head": 0}
 
 
@@ -39,9 +39,9 @@ def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """The `PartitionSpec` of the array called ``name`` (a path with slashes).
 
     Raises:
-      ValueError: a dimension that the axis of the mesh it is spread over does not divide.
+      ValueError: the size of a mesh axis does not divide the dimension that is spread over it.
     """
-    name = name.removesuffix("/weight")  # of a matrix beside its adapter (`jaxpo.policy.lora.Adapted`)
+    name = name.removesuffix("/weight")  # the matrix of a `jaxpo.policy.lora.Adapted`
     for pattern, spec in RULES:
         if not re.search(pattern, name) or len(spec) != len(shape):
             continue
@@ -66,12 +66,12 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
+    """The sharding of arrays that are the same on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are cut."""
+    """The number of parts that the rows of a batch are cut into."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
@@ -82,18 +82,18 @@ def rows_over_mesh(tree: Any, mesh: Mesh) -> Any:
 
 
 def constrain(tree: Any, mesh: Mesh, *axes: Any) -> Any:
-    """Inside jit: keep the leading dimensions of arrays spread over ``axes`` of the mesh, each over one or several."""
+    """Keep the leading dimensions of arrays spread over ``axes``, each over one or several mesh axes (inside jit)."""
     return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec(*axes)))
 
 
 def constrain_rows(tree: Any, mesh: Mesh) -> Any:
-    """Inside jit: keep the rows of arrays [B, ...] spread over the mesh."""
+    """Keep the rows of arrays [B, ...] spread over the mesh (inside jit)."""
     return constrain(tree, mesh, ROWS)
 
 
 def by_token(x: Array, mesh: Mesh | None) -> Array:
-    """[B, T, ...], rows over ``ROWS`` and positions over ``POSITIONS``, as [B T, ...] over ``TOKENS``: in the order in
-    which the devices have them, so that nothing moves. Both have to divide where positions are spread."""
+    """Flatten [B, T, ...], spread over ``ROWS`` and ``POSITIONS``, to [B T, ...], spread over ``TOKENS``. The tokens
+    are in the order of the devices, so nothing moves. If positions are spread, the mesh has to divide both B and T."""
     if mesh is not None and mesh.shape[POSITIONS] > 1:
         rows, parts = batch_shards(mesh), mesh.shape[POSITIONS]
         x = x.reshape(rows, x.shape[0] // rows, parts, x.shape[1] // parts, *x.shape[2:]).swapaxes(1, 2)
@@ -102,7 +102,7 @@ def by_token(x: Array, mesh: Mesh | None) -> Array:
 
 
 def by_row(x: Array, rows: int, mesh: Mesh | None) -> Array:
-    """What `by_token` made [B T, ...] as [B, T, ...] again; B is ``rows``."""
+    """The inverse of `by_token`: [B T, ...] to [B, T, ...]; B is ``rows``."""
     if mesh is not None and mesh.shape[POSITIONS] > 1:
         shards, parts = batch_shards(mesh), mesh.shape[POSITIONS]
         x = x.reshape(shards, parts, rows // shards, -1, *x.shape[1:]).swapaxes(1, 2)
@@ -111,10 +111,12 @@ def by_row(x: Array, rows: int, mesh: Mesh | None) -> Array:
 
 
 def lay_out(tree: Any, mesh: Mesh) -> Any:
-    """Inside jit: parameters that lie on another mesh of the same devices, as the rules lay them on this one.
+    """Move parameters from another mesh of the same devices to the sharding that the rules give them on this one
+    (inside jit).
 
-    In two steps, since the partitioner would otherwise bring every array whole to every device: with the parts that
-    are copies of each other on ``mesh`` still apart (an exchange within groups), and then joined (a gather).
+    It takes two steps, since in one step the partitioner would bring every array whole to every device. The first step
+    exchanges parts, and cuts each array finer than needed: devices that will have the same copy each have a piece of
+    it. The second step gathers these pieces.
     """
 
     def apart(spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
@@ -130,8 +132,8 @@ def lay_out(tree: Any, mesh: Mesh) -> Any:
 
 
 def moved_bytes(tree: Any, old: Any, new: Any) -> int:
-    """Bytes that a device receives, the one that receives most, when arrays (or shapes) placed as ``old`` are placed as
-    ``new``: of each shard what it does not hold already."""
+    """The most bytes that any device receives when arrays (or shapes) move from the shardings ``old`` to ``new``: the
+    part of each new shard that the device does not hold yet."""
     received: dict[jax.Device, int] = {}
     for x, a, b in zip(*map(jax.tree.leaves, (tree, old, new)), strict=True):
         held = a.devices_indices_map(x.shape)

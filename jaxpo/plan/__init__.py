@@ -1,1 +1,1 @@
-"""What a run needs on chips that are not there."""
+"""Plan a run for chips that you do not have: its memory and time."""

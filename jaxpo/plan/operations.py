@@ -1,5 +1,7 @@
-"""Operations of a computation, counted from its jaxpr: loop bodies as often as they run, which a compiler's own count
-does not."""
+"""Count the operations of a computation from its jaxpr.
+
+A loop body counts as often as it runs; the compiler's own count takes it once.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -13,16 +15,15 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
 def count(jaxpr: ClosedJaxpr | Jaxpr, *, loop: Sequence[float] = ()) -> float:
-    """Multiplications and additions of all matrix products (and of what kernels say of themselves), over all devices.
+    """Count the multiplications and additions of all matrix products (and kernels' own estimates), on all devices.
 
-    Element-wise work is left out: it is done by other units, while it waits for memory. The branch of a ``cond`` that
-    costs most is taken; a kernel without an estimate costs its body at every step of its grid that it does not skip;
-    what a ``shard_map`` holds is done by each of its devices; recomputation (``jax.checkpoint``) is counted, since it
-    is done.
+    Element-wise work is left out: other units do it while they wait for memory. Of a ``cond``, the costliest branch
+    counts. A kernel without an estimate costs its body at every step of its grid that it does not skip. The content of
+    a ``shard_map`` counts once for each of its devices. Recomputation (``jax.checkpoint``) counts.
 
     Args:
-      loop: trips of a ``while``, whose end depends on values, and (on average) of those within it, by depth; 1 where
-        it says nothing.
+      loop: trips of a ``while`` loop, whose end depends on values, and (on average) of the loops inside it, by depth; 1
+        where ``loop`` is too short.
     """
     return float(sum(_of_equation(eqn, loop) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns))
 
@@ -56,8 +57,11 @@ def _of_equation(eqn: Any, loop: Sequence[float]) -> float:
 
 
 def _steps(name: str | None, mapping: Any, eqn: Any) -> int:
-    """Steps of a kernel's grid that do something. Splash attention (`jaxpo.policy.splash`) skips the blocks of scores
-    behind the diagonal, the last query being the last key; of windows its grid holds the blocks within already."""
+    """The number of steps of a kernel's grid that are not skipped.
+
+    Splash attention (`jaxpo.policy.splash`) skips the blocks of scores beyond the diagonal; the last query stands at
+    the last key. With a window, its grid already holds only the blocks inside.
+    """
     steps = math.prod(mapping.grid)
     if not (name or "").startswith("splash_"):
         return steps
@@ -68,10 +72,11 @@ def _steps(name: str | None, mapping: Any, eqn: Any) -> int:
 
 
 def _ragged(eqn: Any) -> float:
-    """Each row meets one of the matrices: lhs [m, k], rhs [groups, k, n], or [m, n] where the rows are summed over.
+    """Count a ragged dot, where each row meets one of the matrices.
 
-    Along a mesh axis "expert" each row meets its matrix on one device only (`jaxpo.policy.experts`; TPUs leave rows of
-    no group out), and all get as many: the router is taken for balanced.
+    Shapes: lhs [m, k], rhs [groups, k, n], or [m, n] where the rows are summed over. Along a mesh axis "expert" each
+    row meets its matrix on one device only (`jaxpo.policy.experts`; TPUs leave out rows of no group), and all devices
+    get the same number of rows: the router is assumed to be balanced.
     """
     lhs, rhs = (v.aval for v in eqn.invars[:2])
     numbers = eqn.params["ragged_dot_dimension_numbers"]
@@ -87,15 +92,17 @@ def _product(shape: tuple[int, ...], axes: Any) -> int:
 
 
 def _inner(params: dict[str, Any]) -> Iterator[ClosedJaxpr | Jaxpr]:
-    """The jaxprs that an equation calls once: of jit, checkpoint, custom derivatives."""
+    """The jaxprs that an equation calls once, as for jit, checkpoint and custom derivatives."""
     for leaf in jax.tree.leaves(list(params.values()), is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)):
         if isinstance(leaf, ClosedJaxpr | Jaxpr):
             yield leaf
 
 
 def largest(jaxpr: ClosedJaxpr | Jaxpr, most: int = 5) -> list[tuple[int, str]]:
-    """(bytes over all devices, what) of the largest arrays that are computed, one of each shape: ``bfloat16[8,4096]
-    from dot_general at FILE:LINE (FUNCTION)``."""
+    """The largest arrays that are computed, one for each shape, as (bytes on all devices, description).
+
+    A description reads ``bfloat16[8,4096] from dot_general at FILE:LINE (FUNCTION)``.
+    """
     found: dict[str, tuple[int, str]] = {}
 
     def visit(inner: ClosedJaxpr | Jaxpr) -> None:

@@ -1,5 +1,7 @@
-"""A compiled program, read from its text: what it sends between chips and moves to and from memory, with the trips of
-its loops."""
+"""Read a compiled program's text: count the bytes that it sends between chips and moves to and from memory.
+
+Loop bodies count as often as they run.
+"""
 
 import math
 import re
@@ -8,23 +10,23 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-# Neither reads nor writes: names of what is there, or the end of what another instruction began.
+# Instructions that neither read nor write: new names for values, or the end of what another instruction began.
 FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast while conditional call after-all partition-id replica-id "
     "opt-barrier all-reduce-done all-gather-done collective-permute-done copy-done slice-done async-done "
     "send-done recv-done add-dependency domain get-dimension-size".split()
 )
-SLICES = ("dynamic-slice", "gather")  # read only what they give
-UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # write one operand into another, in place: which one
+SLICES = ("dynamic-slice", "gather")  # they read only the part that they return
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # they write this operand into the first, in place
 ARRAY = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^{}]*\})?")
-ELSEWHERE = re.compile(r"S\(\d+\)")  # a memory space of its own: not HBM
+ELSEWHERE = re.compile(r"S\(\d+\)")  # another memory space: not HBM
 INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = ")
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 CALLED = re.compile(r"(?:calls|body|to_apply|called_computations|branch_computations)=(\{[^}]*\}|%?[\w.-]+)")
 
 
 class Instruction(NamedTuple):
-    """``name = shape opcode(operands), rest``."""
+    """An instruction of the text: ``name = shape opcode(operands), rest``."""
 
     name: str
     shape: str
@@ -38,7 +40,12 @@ Computation = dict[str, Instruction]
 
 
 class Collective(NamedTuple):
-    """All collectives of a kind. calls: by one device; bytes: that a chip sends, by ring algorithms."""
+    """All collectives of a kind.
+
+    kind: one of ``COLLECTIVES``.
+    calls: calls by one device.
+    bytes: bytes that a chip sends, by ring algorithms.
+    """
 
     kind: str
     calls: int
@@ -46,8 +53,12 @@ class Collective(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """Of one device, in one run of the program. hbm: bytes to and from memory. endless: loops whose trips could not be
-    read, which were counted once."""
+    """The traffic of one device in one run of the program.
+
+    collectives: all collectives, by kind.
+    hbm: bytes read from and written to memory.
+    endless: number of loops whose trips could not be read; their bodies count once.
+    """
 
     collectives: list[Collective]
     hbm: float
@@ -55,12 +66,17 @@ class Traffic(NamedTuple):
 
 
 def traffic(text: str, devices: int, *, loop: float | None = None) -> Traffic:
-    """Collectives and memory traffic of ``compiled.as_text()``.
+    """Count collectives and memory traffic in ``compiled.as_text()``.
 
-    A chip sends, in a group of n: all-reduce ``2 s (n-1)/n``, all-gather and all-to-all ``s (n-1)/n`` of the result
-    of s bytes, reduce-scatter ``s (n-1)`` of the result, a permutation s. Memory traffic is what every instruction (a
-    fusion being one) reads and writes; of slices and updates in place only the part. Arrays that the compiler keeps
-    in another memory space (VMEM) cost nothing. ``loop``: trips of a loop whose end the text does not tell.
+    In a group of n chips, a collective with a result of s bytes makes each chip send: all-reduce ``2 s (n-1)/n``,
+    all-gather and all-to-all ``s (n-1)/n``, reduce-scatter ``s (n-1)``, a permutation s. Memory traffic is the bytes
+    that every instruction reads and writes (a fusion is one instruction); slices and updates in place count only their
+    part. Arrays that the compiler keeps in another memory space (VMEM) cost nothing.
+
+    Args:
+      text: the program.
+      devices: number of devices that it runs on.
+      loop: trips of a loop whose end the text does not tell.
     """
     computations, entry = parse(text)
     times, endless = trips(computations, entry, loop)
@@ -80,7 +96,7 @@ def traffic(text: str, devices: int, *, loop: float | None = None) -> Traffic:
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """The computations by name, and the name of the one that is run."""
+    """Parse the computations, by name; also return the name of the entry computation."""
     computations, entry, here = {}, "", None
     for line in text.splitlines():
         head = COMPUTATION.match(line)
@@ -94,7 +110,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at ``start`` closes."""
+    """The index at which the parenthesis that opens at ``start`` closes."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -113,7 +129,7 @@ def _instruction(text: str, name: str, root: bool) -> Instruction:
 
 
 def nbytes(shape: str, *, hbm: bool = False) -> float:
-    """Bytes of an array or a tuple of arrays; with ``hbm``, only those that lie there."""
+    """The bytes of an array or a tuple of arrays; with ``hbm``, only of arrays in HBM."""
     total = 0.0
     for kind, dims, layout in ARRAY.findall(shape):
         if hbm and ELSEWHERE.search(layout):
@@ -131,8 +147,10 @@ def _called(instruction: Instruction) -> list[str]:
 
 
 def trips(computations: dict[str, Computation], entry: str, loop: float | None = None) -> tuple[dict[str, float], int]:
-    """How often each computation runs, and the number of loops whose trips are not known; those make ``loop`` trips,
-    if that is given."""
+    """How often each computation runs, and the number of loops with unknown trips.
+
+    Such loops make ``loop`` trips; without it they make one, and only then they are counted as unknown.
+    """
     times: dict[str, float] = defaultdict(int)
     endless = 0
 
@@ -153,7 +171,7 @@ def trips(computations: dict[str, Computation], entry: str, loop: float | None =
 
 
 def _bound(loop: Instruction, computations: dict[str, Computation]) -> int | None:
-    """The most trips of a loop that counts from 0: what its condition compares the counter with."""
+    """The most trips of a loop that counts from 0: the number that its condition compares the counter with."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
     if known:
         return int(known[1])
@@ -169,7 +187,7 @@ def _bound(loop: Instruction, computations: dict[str, Computation]) -> int | Non
 
 
 def _again(instruction: Instruction, seen: set[tuple[str, str]]) -> bool:
-    """Whether this is a link of a chain that was met before: TPUs fuse the parts of one transfer with computations."""
+    """Whether this part of a transfer was counted before: TPUs fuse the parts of one transfer with computations."""
     chain = re.search(r'chain_id="(\d+)"', instruction.rest)
     if chain is None:
         return False
@@ -201,7 +219,7 @@ def _sent(kind: str, instruction: Instruction, devices: int) -> float:
 
 
 def group_size(rest: str, devices: int) -> int:
-    """Devices of a group, from ``replica_groups`` in any of its spellings."""
+    """The number of devices of a group, from ``replica_groups`` in any of its notations."""
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
         return len(found[1].split(","))
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):
@@ -216,7 +234,7 @@ def group_size(rest: str, devices: int) -> int:
 
 
 def _scheduled(computations: dict[str, Computation], entry: str) -> set[str]:
-    """Computations whose instructions run by themselves: of the program and its loops, not inside fusions."""
+    """Computations whose instructions run one by one: the program, its loops and branches, but not its fusions."""
     out, waiting = set(), [entry]
     while waiting:
         name = waiting.pop()
@@ -228,7 +246,7 @@ def _scheduled(computations: dict[str, Computation], entry: str) -> set[str]:
 
 
 def _moved(instruction: Instruction, around: Computation, computations: dict[str, Computation]) -> float:
-    """Bytes of HBM that an instruction reads and writes."""
+    """The bytes of HBM that an instruction reads and writes."""
     opcode = instruction.opcode
     if opcode in FREE or 'custom_call_target="AllocateBuffer"' in instruction.rest:
         return 0.0
@@ -274,7 +292,7 @@ def _parameters(inside: Computation) -> list[Instruction]:
 
 
 def _users(name: str, inside: Computation) -> Iterator[tuple[Instruction, str]]:
-    """Who uses a value, seen through changes of its shape, and under which name."""
+    """Yield the instructions that use a value, and the name they use, looking through changes of its shape."""
     for user in inside.values():
         if name in user.operands:
             if user.opcode in ("bitcast", "reshape", "copy") and not user.root:
@@ -288,7 +306,7 @@ def _read(parameter: Instruction, shape: str, inside: Computation, computations:
     for user, name in _users(parameter.name, inside):
         if user.opcode in SLICES:
             parts += nbytes(user.shape)
-        elif user.opcode == "tuple" or "AsyncCollective" in user.rest:  # handed on
+        elif user.opcode == "tuple" or "AsyncCollective" in user.rest:  # passed on, not read
             continue
         elif user.opcode in UPDATES and name == user.operands[0]:
             continue

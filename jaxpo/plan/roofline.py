@@ -1,4 +1,4 @@
-"""How long a step takes at the least, by the chip sheet."""
+"""Roofline: the least time of a step, from the published peaks of a chip."""
 
 from typing import NamedTuple
 
@@ -8,8 +8,13 @@ HOST_LINK = 16e9  # bytes per second from a host to each of its chips: 16 lanes 
 
 
 class Work(NamedTuple):
-    """What one chip does. operations: of matrix products; hbm: bytes to and from memory; sent: bytes to other chips;
-    fetched: bytes from the host's memory."""
+    """The work of one chip.
+
+    operations: additions and multiplications of matrix products.
+    hbm: bytes read from and written to its memory.
+    sent: bytes sent to other chips.
+    fetched: bytes read from the host's memory.
+    """
 
     operations: float
     hbm: float
@@ -18,9 +23,15 @@ class Work(NamedTuple):
 
 
 def seconds(work: Work, chip: Chip) -> dict[str, float]:
-    """Seconds of each term by itself, at the published peaks: ``operations / flops``, ``hbm / bandwidth``,
-    ``sent / ici``; ``fetched / HOST_LINK`` where there is any. With all perfectly overlapped a step takes the largest
-    of them, which binds it."""
+    """The seconds of each term by itself, at the published peaks.
+
+    compute: ``operations / flops``.
+    memory: ``hbm / bandwidth``.
+    interconnect: ``sent / ici``.
+    host link: ``fetched / HOST_LINK``, only if something is fetched.
+
+    If all of them overlap perfectly, a step takes as long as the largest, the binding term.
+    """
     terms = dict(
         compute=work.operations / chip.flops, memory=work.hbm / chip.bandwidth, interconnect=work.sent / chip.ici
     )
@@ -28,5 +39,5 @@ def seconds(work: Work, chip: Chip) -> dict[str, float]:
 
 
 def bound(terms: dict[str, float]) -> str:
-    """The binding term."""
+    """The name of the binding (largest) term."""
     return max(terms, key=terms.__getitem__)

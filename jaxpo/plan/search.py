@@ -1,4 +1,4 @@
-"""Other meshes, microbatches and options for a config: ranked on paper, and those that are named, compiled."""
+"""Search meshes, microbatch counts and options for a config: rank them by formulas, and compile the best."""
 
 import copy
 import math
@@ -23,13 +23,13 @@ from jaxpo.policy.attention import LONG, QUERIES_AT_ONCE
 from jaxpo.policy.config import TransformerConfig
 
 Changes = Mapping[str, Any]  # fields of a config by path
-SCORE_BYTES = 64  # that an attention score moves in an update step, as compiled for v5e (docs/plans.md)
+SCORE_BYTES = 64  # bytes that each attention score moves in an update step, as compiled for v5e (docs/plans.md)
 SEARCHED = ("data", "fsdp", "tensor")  # axes of the mesh; the others stay as they are
-LOGITS = 2**31  # bytes that a block of logits takes, see `jaxpo.kernels.token_logprob.plan`
+LOGITS = 2**31  # bytes of a block of logits, see `jaxpo.kernels.token_logprob.plan`
 
 
 def changed(config: ConfigDict, changes: Changes) -> ConfigDict:
-    """A filled copy with other fields."""
+    """A filled copy of the config with these changes."""
     out = copy.deepcopy(config)
     for path, value in changes.items():
         *blocks, name = path.split(".")
@@ -41,12 +41,12 @@ def changed(config: ConfigDict, changes: Changes) -> ConfigDict:
 
 
 def described(changes: Changes) -> str:
-    """As flags of the command line."""
+    """The changes as flags of the command line."""
     return " ".join(f"--config.{path}={value}" for path, value in changes.items())
 
 
 def allowed(config: ConfigDict, changes: Changes, devices: int) -> Resolved | None:
-    """The changed config, resolved; None if it does not divide over the devices."""
+    """Resolve the changed config; None if that is refused, as when it does not divide over the devices."""
     try:
         return resolve(changed(config, changes), devices)
     except ValueError:
@@ -54,13 +54,13 @@ def allowed(config: ConfigDict, changes: Changes, devices: int) -> Resolved | No
 
 
 def unplaced(config: ConfigDict) -> Resolved:
-    """The run on one device: what does not depend on the mesh, which may not divide it as it is."""
+    """Resolve the run for one device, for facts that do not depend on the mesh (which may not divide the run)."""
     one = {f"mesh.{axis}": 1 for axis in AXES} | {f"rollout.mesh.{axis}": None for axis in AXES}
     return resolve(changed(config, {**one, "training.microbatches": 1, "training.packing": False}), 1)
 
 
 def meshes(devices: int) -> Iterator[dict[str, int]]:
-    """Every (data, fsdp, tensor) whose product is ``devices``, as changes."""
+    """Yield every (data, fsdp, tensor) whose product is ``devices``, as changes."""
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
     for tensor in divisors:
         for fsdp in divisors:
@@ -73,7 +73,15 @@ def meshes(devices: int) -> Iterator[dict[str, int]]:
 
 
 class Sizes(NamedTuple):
-    """parameters: numbers; active: of those, what a token meets; tokens: of an iteration, prompts included."""
+    """The sizes that an estimate needs.
+
+    parameters: number of parameters.
+    active: parameters that one token uses.
+    rows: rows of an iteration.
+    tokens: tokens of an iteration, with prompts.
+    width: T, the most tokens of an answer.
+    length: tokens of a prompt and an answer.
+    """
 
     parameters: float
     active: float
@@ -84,7 +92,7 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(resolved: Resolved, model: TransformerConfig, data: Data) -> Sizes:
-    """What an estimate needs to know."""
+    """The `Sizes` of a run."""
     shapes = jax.eval_shape(partial(transformer.init, model), jax.random.key(0))
     share = 1 if model.experts is None else model.experts_per_token / model.experts
     total = active = 0.0
@@ -98,7 +106,12 @@ def sizes_of(resolved: Resolved, model: TransformerConfig, data: Data) -> Sizes:
 
 
 class Estimate(NamedTuple):
-    """bytes: of a chip at the peak. seconds: of an iteration, by the binding terms; hidden: of the other terms."""
+    """An estimate of an iteration.
+
+    bytes: memory of a chip at the peak.
+    seconds: time of an iteration, by the binding terms.
+    hidden: seconds of the other terms.
+    """
 
     bytes: float
     seconds: float
@@ -106,8 +119,10 @@ class Estimate(NamedTuple):
 
 
 def estimate(resolved: Resolved, where: Topology, model: TransformerConfig, s: Sizes) -> Estimate:
-    """An iteration on paper, by formulas that only rank: the update (and a forward pass for the reference), and the
-    rollout on the mesh that samples."""
+    """Estimate an iteration by formulas that are only good for ranking.
+
+    It has the update (with a forward pass for each reference) and the rollout on the mesh that samples.
+    """
     config = resolved.config
     parts = [update_work(resolved, model, s), *([rollout_work(config, where, model, s)] if resolved.samples else [])]
     held = 4 * s.parameters / (config.mesh.fsdp * config.mesh.tensor) * (3 + len(resolved.references))
@@ -117,15 +132,15 @@ def estimate(resolved: Resolved, where: Topology, model: TransformerConfig, s: S
 
 
 def update_work(resolved: Resolved, model: TransformerConfig, s: Sizes) -> tuple[roofline.Work, float]:
-    """What a chip does in an update, and the bytes that it takes beside what is held.
+    """Estimate the work of a chip in an update, and the bytes that it needs beside the state it holds.
 
-    Parameters and moments are float32 and cut over fsdp and tensor, computed with in bfloat16; fsdp gathers them for
-    every microbatch (forward, recomputation, backward) and scatters the gradients; tensor adds up activations four
-    times a layer; attention scores go through memory, unless they are fused.
+    Parameters and moments are float32, sharded over fsdp and tensor; matrix products are in bfloat16. fsdp gathers the
+    parameters for every microbatch (forward, recomputation, backward) and scatters the gradients. tensor sums
+    activations four times a layer. Attention scores go through memory, unless the attention is fused.
     """
     config = resolved.config
     f, t = config.mesh.fsdp, config.mesh.tensor
-    d = math.prod(config.mesh[axis] for axis in TOKENS) // f  # tokens lie over it, parameters do not
+    d = math.prod(config.mesh[axis] for axis in TOKENS) // f  # axes that shard tokens but not parameters
     m, chips = config.training.microbatches * config.training.minibatches, d * f * t
     again = 0 if config.policy.remat == "none" else 1
     passes = 3 + again + len(resolved.references)
@@ -148,8 +163,10 @@ def update_work(resolved: Resolved, model: TransformerConfig, s: Sizes) -> tuple
 def rollout_work(
     config: ConfigDict, where: Topology, model: TransformerConfig, s: Sizes
 ) -> tuple[roofline.Work, float]:
-    """What a chip does in a rollout, and the bytes that it takes: decoding reads the parameters and, as far as it is
-    filled, the cache at every token."""
+    """Estimate the work of a chip in a rollout, and the bytes that it needs.
+
+    At every token, decoding reads the parameters and the filled part of the cache.
+    """
     sizes = mesh_shape(reshaped_sizes(config.rollout.mesh) or config.mesh, where.size)
     mesh = dict(zip(AXES, sizes, strict=True))
     f, t, chips = mesh["fsdp"], mesh["tensor"], where.size
@@ -165,11 +182,13 @@ def rollout_work(
 
 
 def sampling_mesh(config: ConfigDict, where: Topology, model: TransformerConfig, s: Sizes) -> Changes:
-    """The mesh on which a rollout takes least time, of those with room beside it; it does not depend on the one that
-    trains. Nothing, if the config names one, or nothing is sampled."""
+    """The fastest mesh for the rollout among those that fit, as changes.
+
+    It does not depend on the mesh that trains. {} if the config names a rollout mesh, or if nothing is sampled.
+    """
     if reshaped_sizes(config.rollout.mesh) or not unplaced(config).samples:
         return {}
-    around = max(config.mesh.expert, 1)  # where experts lie; positions are not spread when decoding
+    around = max(config.mesh.expert, 1)  # experts are sharded; positions are not when decoding
     best: tuple[float, float, Changes] | None = None
     for sizes in meshes(where.size // around):
         of = {axis: sizes[f"mesh.{axis}"] for axis in SEARCHED}
@@ -184,8 +203,10 @@ def sampling_mesh(config: ConfigDict, where: Topology, model: TransformerConfig,
 
 
 def ranked(config: ConfigDict, where: Topology, data: Data) -> list[tuple[Changes, Estimate]]:
-    """Meshes and microbatch counts that divide, best first: those that seem to fit by time, then the rest by bytes;
-    each with the mesh that samples best."""
+    """Rank the meshes and microbatch counts that divide the run, each with the best sampling mesh.
+
+    First those that seem to fit, by time; then the others, by bytes.
+    """
     resolved = unplaced(config)
     model = resolved.transformer(data.vocab_size or 1)
     sizes, rows = sizes_of(resolved, model, data), resolved.rows // config.training.minibatches
@@ -211,8 +232,9 @@ def ranked(config: ConfigDict, where: Topology, data: Data) -> list[tuple[Change
 
 
 def fastest(config: ConfigDict, where: Topology, *, compile_most: int, say: Say) -> Plan:
-    """The plan of the fastest mesh and microbatch count that fits, of the ``compile_most`` that rank best; the last
-    one compiled if none of them fits.
+    """Compile the ``compile_most`` best-ranked choices of mesh and microbatch count; return the fastest plan that fits.
+
+    If none fits, it returns the last plan compiled.
 
     Raises:
       ValueError: no mesh of so many chips divides the config.
@@ -221,7 +243,7 @@ def fastest(config: ConfigDict, where: Topology, *, compile_most: int, say: Say)
     order = ranked(config, where, data)
     if not order:
         raise ValueError(
-            f"no mesh of {where.size} chips divides the config: make config.rollout.prompts a multiple of more of them"
+            f"no mesh of {where.size} chips divides the config: make config.rollout.prompts divisible by more chips"
         )
     plans = []
     for changes, guess in order[:compile_most]:
@@ -231,12 +253,12 @@ def fastest(config: ConfigDict, where: Topology, *, compile_most: int, say: Say)
 
 
 def failing(plan: Plan) -> dict[str, StepPlan]:
-    """The steps that find no room."""
+    """The steps of a plan that do not fit in memory."""
     return {s.name: s for s in plan.steps if s.error is not None or s.peak > plan.chip.hbm}
 
 
 def ideas(config: ConfigDict, where: Topology, failed: set[str]) -> Iterator[Changes]:
-    """Changes that make a step smaller, the cheapest first; of those that divide."""
+    """Changes that make a step smaller and still divide over the chips, cheapest first."""
     d, f, t = (where.size if n == -1 else n for n in (config.mesh[axis] for axis in SEARCHED))
     n = config.training.microbatches
     smaller = [{"training.microbatches": n * 2}, {"training.microbatches": n * 4}] if failed != {"rollout"} else []
@@ -253,9 +275,9 @@ def ideas(config: ConfigDict, where: Topology, failed: set[str]) -> Iterator[Cha
 
 
 def proposals(config: ConfigDict, where: Topology, plan: Plan, *, most: int = 6, say: Say) -> list[tuple[str, Plan]]:
-    """What was compiled in the place of a plan that does not fit: (change, its plan), until one fits, at most ``most``.
+    """Compile changes to a plan that does not fit, until one fits, at most ``most``; return (change, its plan) pairs.
 
-    Of each change the steps that failed are compiled first, and the others only if those fit.
+    For each change, the steps that failed are compiled first, and the others only if those fit.
     """
     data, names = data_of(unplaced(config)), set(failing(plan))
     out = []

@@ -1,4 +1,4 @@
-"""Slices of TPU chips that need not be there: named as ``v5p:4x4x4``, compiled for with libtpu alone."""
+"""Slices of TPU chips, named as ``v5p:4x4x4``. libtpu compiles for them without the chips."""
 
 import importlib.util
 import math
@@ -11,7 +11,7 @@ from jax.experimental import topologies
 from jaxpo.kernels.chips import CHIPS, Chip
 from jaxpo.registry import unknown
 
-# Slices that are rented out, by chip: cloud.google.com/tpu/docs/{v5e,v5p,v6e}.
+# Slices that the cloud offers, by chip: cloud.google.com/tpu/docs/{v5e,v5p,v6e}.
 SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CUBES = (
     *("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x4x12", "4x8x8", "4x8x12", "8x8x8", "8x8x12"),
@@ -21,7 +21,13 @@ SHAPES = {"v5e": SQUARES, "v6e": SQUARES, "v5p": CUBES}
 
 
 class Topology(NamedTuple):
-    """A slice. ``name``: ``chip:shape``; ``size``: chips; ``cloud``: what it is called where it is rented."""
+    """A slice of TPU chips.
+
+    name: ``chip:shape``.
+    chip: its kind of chip.
+    size: number of chips.
+    cloud: the cloud's name for it.
+    """
 
     name: str
     chip: Chip
@@ -30,10 +36,10 @@ class Topology(NamedTuple):
 
 
 def parse(name: str) -> Topology:
-    """The slice called ``name``, e.g. ``v5p:4x4x4``: 64 chips, which the cloud calls v5p-128 (v5p is counted in cores).
+    """The slice called ``name``, e.g. ``v5p:4x4x4``: 64 chips, which the cloud calls v5p-128 (it counts v5p in cores).
 
     Raises:
-      ValueError: no such chip or shape; the nearest, and those that there are.
+      ValueError: no such chip or shape; the error names the nearest and all choices.
     """
     kind, _, shape = name.partition(":")
     if kind not in SHAPES:
@@ -55,7 +61,7 @@ def devices(topology: Topology) -> list[jax.Device]:
         raise ModuleNotFoundError("compiling for TPUs needs libtpu (no chip): pip install -e '.[plan]'")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # a second process would abort on a lock file
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    # A program for a chip that is not there can be written to the cache of compiled programs, but not read again.
+    # A program for an absent chip can be written to the cache of compiled programs, but not read back.
     jax.config.update("jax_enable_compilation_cache", False)
     options = dict(chips_per_host_bounds=(1, 1, 1)) if topology.size == 1 else {}
     return list(topologies.get_topology_desc(topology.name, platform="tpu", **options).devices)

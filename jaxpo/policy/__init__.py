@@ -1,1 +1,1 @@
-"""The policy under training: a decoder-only transformer, and what it says of a batch."""
+"""The policy under training: a decoder-only transformer, and the statistics that it gives for a batch."""

@@ -1,4 +1,4 @@
-"""Where queries meet keys: plain attention, and the form that runs each prompt once for all of its completions."""
+"""Attention: the plain form, and the form that runs each prompt only once for all of its completions."""
 
 import importlib
 import logging
@@ -13,8 +13,8 @@ from jaxpo.parallel import POSITIONS, ROWS
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.transformer import Attend, softcap
 
-QUERIES_AT_ONCE = 1024  # in the attention of longer sequences
-LONG = 1024  # keys from which on "auto" takes the fused form
+QUERIES_AT_ONCE = 1024  # queries of a long sequence whose scores are held at a time
+LONG = 1024  # "auto" takes the fused form from this many keys
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def prompt_mask(prompt_length: Array | None, rows: int, width: int) -> Array:
 
 
 def narrowed(mask: Array, distance: Array, window: int | Array | None) -> Array:
-    """``mask`` without what lies ``window`` positions back, or more. ``distance``: how far each key lies back."""
+    """``mask`` without the keys that lie ``window`` or more positions back; ``distance`` says how far back each is."""
     return mask if window is None else mask & (distance < window)
 
 
@@ -41,18 +41,17 @@ def causal_attention(
     window: int | Array | None,
     mesh: Mesh | None = None,
 ) -> Array:
-    """Attention of the last tokens of sequences to what is before them and to themselves: q [B, Tq, H, d], k, v
-    [B, Tk, KV, d] -> [B, Tq, H, d].
+    """Causal attention of the last tokens of sequences: q [B, Tq, H, d], k, v [B, Tk, KV, d] -> [B, Tq, H, d].
 
-    The last query is the last key. A query sees the keys of its own segment (``of_query`` [B, Tq], ``of_key``
-    [B, Tk]) up to itself, within ``window`` (None = all). The form is ``config.attention``: "xla", "splash" (fused, on
-    TPUs: `jaxpo.policy.splash`), or "auto".
+    The last query belongs to the same token as the last key. A query sees the keys of its own segment (``of_query``
+    [B, Tq], ``of_key`` [B, Tk]) up to its own position, within ``window`` (None = all). ``config.attention`` chooses
+    the form: "xla", "splash" (fused, on TPUs: `jaxpo.policy.splash`), or "auto".
 
     Args:
-      mesh: over which rows and heads are spread; the fused form needs it, where there are several devices.
+      mesh: rows and heads are spread over it; the fused form needs it if there are several devices.
 
     Raises:
-      ValueError: "splash" where it cannot run; the reason is given.
+      ValueError: "splash" is asked for and cannot run; the reason is given.
     """
     if config.attention != "xla" and (config.attention == "splash" or target_platform() == "tpu"):
         splash = importlib.import_module("jaxpo.policy.splash")  # Pallas takes a second to import
@@ -71,15 +70,15 @@ def causal_attention(
 def attention(config: TransformerConfig, q: Array, k: Array, v: Array, mask: Array) -> Array:
     """q [B, Tq, H, d], k, v [B, Tk, KV, d], mask [B, Tq, Tk] bool -> [B, Tq, H, d].
 
-    Of long sequences the scores [B, H, Tq, Tk] of `QUERIES_AT_ONCE` queries are held at a time, and made again in the
-    backward pass: 8192 tokens of 32 heads would be 8.6 GB a row.
+    For long sequences only the scores [B, H, Tq, Tk] of `QUERIES_AT_ONCE` queries are held at a time, and the backward
+    pass recomputes them: at 8192 tokens and 32 heads all scores would take 8.6 GB a row.
     """
     width = q.shape[1]
     if width <= 2 * QUERIES_AT_ONCE:
         return _attention(config, q, k, v, mask)
     n = -(-width // QUERIES_AT_ONCE)
     size = -(-width // n)
-    # Gradients of keys and values are sums over the parts: in float32, as one product would make them.
+    # Gradients of keys and values are sums over the parts: add them in float32, as a single product would.
     wide = jnp.promote_types(k.dtype, jnp.float32)
     k_wide, v_wide = k.astype(wide), v.astype(wide)
 
@@ -96,20 +95,20 @@ def attention(config: TransformerConfig, q: Array, k: Array, v: Array, mask: Arr
 
 
 def _attention(config: TransformerConfig, q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """The library's attention has no soft-cap; with one, the scores are made here."""
+    """Attention in one part. The library's attention has no soft-cap; with a soft-cap the scores are computed here."""
     if config.attention_softcap is None:
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=config.attention_scale)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
     score = jnp.einsum("bqgrd,bkgd->bgrqk", grouped, k, preferred_element_type=dtype) * config.attention_scale
     score = softcap(score, config.attention_softcap)
-    # finite, as the library's is: a padding query sees nothing, and must not be NaN
+    # Finite, as in the library: a padding query sees no key, and must not give NaN.
     weight = jax.nn.softmax(jnp.where(mask[:, None, None], score, jnp.finfo(dtype).min / 2), -1)
     return jnp.einsum("bgrqk,bkgd->bqgrd", weight.astype(v.dtype), v).reshape(q.shape)
 
 
 def prompt_attend(config: TransformerConfig, ok: Array, mesh: Mesh | None = None) -> Attend:
-    """Attention of left-padded prompts to themselves; keeps keys and values. ``ok`` [G, P] marks real tokens."""
+    """Attention of left-padded prompts to themselves. It keeps keys and values. ``ok`` [G, P] marks real tokens."""
 
     def attend(q: Array, k: Array, v: Array, window: int | Array | None) -> tuple[Array, tuple[Array, Array]]:
         return causal_attention(config, q, k, v, ok, ok, window, mesh), (k, v)
@@ -118,9 +117,12 @@ def prompt_attend(config: TransformerConfig, ok: Array, mesh: Mesh | None = None
 
 
 def joined(prompt: Array, own: Array, parts: int = 1) -> Array:
-    """Prompts [G, P, ...] and their completions [G K, T, ...] as [G, P + K T, ...]: each prompt, and after it its K
-    completions, one behind the other. With ``parts``, which divide P and T, that of the first P / parts and T / parts
-    positions of each, then of the next: equal cuts of it hold equal shares of all."""
+    """Join prompts [G, P, ...] and their completions [G K, T, ...] to [G, P + K T, ...]: each prompt, followed by its K
+    completions.
+
+    With ``parts``, which must divide P and T, the first P / parts positions of the prompt and the first T / parts
+    positions of each completion come first, then the next ones, and so on. If the result is cut into ``parts`` equal
+    pieces, each piece has an equal share of the prompt and of each completion."""
     (g, p), (b, t), rest = prompt.shape[:2], own.shape[:2], own.shape[2:]
     prompt = prompt.reshape(g, parts, p // parts, *rest)
     own = own.reshape(g, b // g, parts, t // parts, *rest).swapaxes(1, 2)
@@ -129,7 +131,7 @@ def joined(prompt: Array, own: Array, parts: int = 1) -> Array:
 
 
 def parted(x: Array, prompt_width: int, per_prompt: int, parts: int = 1) -> tuple[Array, Array]:
-    """The prompts and the completions that `joined` put together."""
+    """The inverse of `joined`: the prompts and the completions."""
     (g, n), rest, first = x.shape[:2], x.shape[2:], prompt_width // parts
     t, x = (n - prompt_width) // per_prompt, x.reshape(g, parts, n // parts, *rest)
     own = x[:, :, first:].reshape(g, parts, per_prompt, t // parts, *rest).swapaxes(1, 2)
@@ -139,20 +141,20 @@ def parted(x: Array, prompt_width: int, per_prompt: int, parts: int = 1) -> tupl
 def shared_prompt_attend(
     config: TransformerConfig, per_prompt: int, width: int, prompt_ok: Array, mesh: Mesh | None = None
 ) -> Attend:
-    """Attention over [G, P + K T] tokens, each prompt with its K = ``per_prompt`` completions of T = ``width`` tokens,
-    as `joined` puts them together.
+    """Attention over [G, P + K T] tokens: each prompt with its K = ``per_prompt`` completions of T = ``width`` tokens,
+    in the order of `joined`.
 
     A prompt attends to itself; a completion attends to the keys of its prompt, which were computed once for all K,
     and to itself. ``prompt_ok`` [G, P] marks real prompt tokens.
 
-    Where the ``mesh`` spreads positions over C > 1 devices, each has the queries of its part of them, and gathers the
-    keys and values of all: it receives ``(C - 1) / C`` of those of a layer, forward and again backward, where as many
-    bytes of gradients are scattered. It multiplies 1 / C of the queries with all keys, those of the future
-    included, so that all do the same work.
+    If the ``mesh`` spreads positions over C > 1 devices, each device has the queries of its part of the positions, and
+    gathers the keys and values of all positions. In the forward pass it receives ``(C - 1) / C`` of a layer's keys and
+    values, and the same again in the backward pass, which also scatters as many bytes of gradients. Each device
+    multiplies 1 / C of the queries with all keys, future keys included, so that all devices do the same work.
     """
     parts, prompt_width = 1 if mesh is None else mesh.shape[POSITIONS], prompt_ok.shape[1]
-    real = prompt_ok.astype(jnp.int32)  # a segment; what is padding is another one
-    around = mesh if parts == 1 else None  # over several parts, each device is on its own
+    real = prompt_ok.astype(jnp.int32)  # real tokens are one segment, padding is another
+    around = mesh if parts == 1 else None  # with several parts, the code below runs inside a shard_map
 
     def of_part(q: Array, k: Array, v: Array, real: Array, window: int | Array | None, part: int | Array = 0) -> Array:
         qp, qc = parted(q, prompt_width // parts, per_prompt)
@@ -177,7 +179,7 @@ def shared_prompt_attend(
         k, v = (jax.lax.all_gather(x, POSITIONS, axis=1, tiled=True) for x in (k, v))
         return of_part(q, k, v, real, window, jax.lax.axis_index(POSITIONS))
 
-    if config.remat == "none":  # else the block is: keys and values are gathered again for the gradient, not stored
+    if config.remat == "none":  # gather keys and values again for the gradient; else the block's checkpoint does it
         local = jax.checkpoint(local)
     lies, rows, whole = PartitionSpec(ROWS, POSITIONS, "tensor"), PartitionSpec(ROWS), PartitionSpec()
     spread = jax.shard_map(local, mesh=mesh, in_specs=(lies, lies, lies, rows, whole), out_specs=lies, check_vma=False)
@@ -187,8 +189,9 @@ def shared_prompt_attend(
 def _up_to(
     part: int | Array, parts: int, cut: int, keys: Array, values: Array, segments: Array
 ) -> tuple[Array, Array, Array]:
-    """What the queries of one of the ``parts`` of the last ``cut`` positions may see, for `causal_attention`, where the
-    last query is the last key: [B, n, ...] turned around, the future first and in a segment of its own."""
+    """Arrange keys, values and segments [B, n, ...] for the queries of one of the ``parts`` of the last ``cut``
+    positions. `causal_attention` wants the last query to be the last key, so the future positions are rolled to the
+    front, into a segment of their own that no query sees."""
     if parts == 1:
         return keys, values, segments
     future = (parts - 1 - part) * (cut // parts)

@@ -1,4 +1,4 @@
-"""Shape and numerics of a policy: one dataclass that covers every known family, and what differs between its layers."""
+"""Shape and numerics of a policy: one dataclass for every known family, and the settings that differ between layers."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ import numpy as np
 from jaxpo.arguments import NonNegative, Positive, Whole, check_record
 from jaxpo.registry import unknown
 
-# What the backward pass finds stored of a block: everything, the products with parameters, or only the block's input.
+# What is stored of a block for the backward pass: everything, the products with parameters, or only the block's input.
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -28,25 +28,33 @@ class TransformerConfig:
     """Shape and numerics of the policy. The defaults are a small Llama.
 
     Attributes:
-      kv_heads: heads when None. head_dim: width // heads when None. mlp_width: of the MLP, or of each expert.
-      tied: the head is the embedding.
+      kv_heads: None = heads.
+      head_dim: None = width // heads.
+      mlp_width: width of the MLP, or of each expert.
+      tied: the embedding is also the head.
       rope_scaling: () or ("linear", factor) or ("llama3", factor, low, high, original length): see `rope_frequencies`.
-      qkv_bias: biases of queries, keys and values (Qwen2). qk_norm: RMSNorm of queries and keys (Qwen3, Gemma 3).
-      norm_plus_one: norms multiply by 1 + scale. post_norms: the outputs of attention and MLP are normalized too.
-      embedding_scaled: embeddings times sqrt(width), rounded to ``dtype`` (these three: Gemma).
-      activation: of the gated MLP: "silu", "gelu_tanh".
-      query_scalar: attention is ``softmax(q k / sqrt(query_scalar))``; head_dim when None.
-      attention_softcap, final_softcap: ``cap tanh(x / cap)`` on attention scores and on logits (Gemma 2); None = none.
-      window: a token sees itself and the ``window - 1`` before it; None = all. local_layers: the layers with the
-        window; None = every one. local_rope_theta: of those layers, unscaled (Gemma 3); None = as the others.
-      experts, experts_per_token: MLPs a layer, and how many of them a token takes, chosen and weighted by the softmax
-        of a router (Qwen3 MoE); None = one MLP. norm_topk: the weights of those taken add up to 1.
-      dtype: of the computation; log-probs are float32 in any case. param_dtype: of the stored parameters. bfloat16 over
-        float32 parameters is training with master weights: the optimizer reads and writes the float32 ones.
-      scan_layers: one compiled block, scanned (short compile time), instead of one per layer. remat: what of a block
-        is recomputed in the backward pass: "none", "dots" (all but the products with parameters), or "full".
-      attention: "xla", which writes the scores to memory, a part of the queries at a time; "splash", the library's
-        fused kernel (TPU only); "auto": the latter on TPUs, for long sequences. Decoding has a form of its own.
+      qkv_bias: queries, keys and values have biases (Qwen2).
+      qk_norm: queries and keys are normalized by an RMSNorm (Qwen3, Gemma 3).
+      norm_plus_one: norms multiply by 1 + scale (Gemma).
+      post_norms: the outputs of attention and MLP are normalized too (Gemma).
+      embedding_scaled: embeddings are multiplied by sqrt(width), rounded to ``dtype`` (Gemma).
+      activation: activation of the gated MLP, "silu" or "gelu_tanh".
+      query_scalar: attention is ``softmax(q k / sqrt(query_scalar))``; None = head_dim.
+      attention_softcap, final_softcap: ``cap tanh(x / cap)`` on attention scores and on logits (Gemma 2); None = off.
+      window: a token sees itself and the ``window - 1`` tokens before it; None = all.
+      local_layers: the layers that have the window; None = every layer.
+      local_rope_theta: rope_theta of the local layers, without scaling (Gemma 3); None = as in the other layers.
+      experts: MLPs of a layer (Qwen3 MoE); None = one MLP.
+      experts_per_token: how many experts a token takes. The softmax of a router chooses and weighs them.
+      norm_topk: the weights of a token's experts are scaled to add up to 1.
+      dtype: dtype of the computation; log-probs are float32 in any case.
+      param_dtype: dtype of the stored parameters. A bfloat16 ``dtype`` over float32 parameters is training with master
+        weights: the optimizer reads and writes float32.
+      scan_layers: compile one block and scan it (short compile time), instead of one block per layer.
+      remat: the parts of a block that the backward pass recomputes: "none", "dots" (all but the products with
+        parameters), or "full".
+      attention: "xla" writes the scores to memory, for a part of the queries at a time; "splash" is the library's fused
+        kernel (TPU only); "auto" takes splash on TPUs for long sequences. Decoding has its own form.
 
     Raises:
       ValueError: a size out of range, or fields that contradict each other; the field is named.
@@ -97,7 +105,7 @@ class TransformerConfig:
 
     @property
     def attention_scale(self) -> float:
-        """By which scores ``q k`` are multiplied."""
+        """The factor of the scores ``q k``."""
         return (self.head_dim if self.query_scalar is None else self.query_scalar) ** -0.5
 
 
@@ -143,18 +151,18 @@ def _check_layers(c: TransformerConfig) -> None:
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: tuple[str | float, ...] = ()) -> np.ndarray:
-    """[head_dim / 2] angles a position: ``theta^(-2i / head_dim)``, scaled to reach longer texts.
+    """[head_dim / 2] rotation angle per position: ``theta^(-2i / head_dim)``, scaled for longer texts.
 
-    ``("linear", factor)``: all divided by ``factor``. ``("llama3", factor, low, high, length)`` (Llama 3.1): those of
-    wavelength above ``length / low`` divided by ``factor``, those below ``length / high`` as they are, in between a
-    linear mixture in ``length / wavelength``.
+    ``("linear", factor)`` divides all of them by ``factor``. ``("llama3", factor, low, high, length)`` (Llama 3.1)
+    divides those with a wavelength above ``length / low`` by ``factor``, keeps those with a wavelength below
+    ``length / high``, and in between mixes both linearly in ``length / wavelength``.
     """
     frequency = theta ** (-np.arange(head_dim // 2) * 2.0 / head_dim)
     match scaling:
         case ("linear", factor):
             frequency = frequency / factor
         case ("llama3", factor, low, high, length):
-            turns = length * frequency / (2 * math.pi)  # within the original length
+            turns = length * frequency / (2 * math.pi)  # full turns within the original length
             kept = np.clip((turns - low) / (high - low), 0, 1)
             frequency = kept * frequency + (1 - kept) * frequency / factor
     return frequency.astype(np.float32)
@@ -162,11 +170,11 @@ def rope_frequencies(head_dim: int, theta: float, scaling: tuple[str | float, ..
 
 @cache
 def of_layers(c: TransformerConfig) -> tuple[dict, dict[str, np.ndarray]]:
-    """What a block is told besides its parameters: ``window`` (int, or None) and ``frequency`` [head_dim / 2].
+    """The arguments of a block besides its parameters: ``window`` (int, or None) and ``frequency`` [head_dim / 2].
 
     Returns:
-      those that all layers share, and those that differ, with a leading axis of layers. Two dicts, so that a model
-      whose layers are alike compiles to nothing but constants.
+      Two dicts: the arguments that all layers share, and those that differ, with a leading axis of layers. So they are
+      plain constants in a model whose layers are alike.
     """
     local = np.isin(np.arange(c.layers), range(c.layers) if c.local_layers is None else c.local_layers)
     frequency = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)

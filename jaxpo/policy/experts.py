@@ -1,8 +1,9 @@
 """A mixture of experts: each token goes through the few MLPs that a router chose for it.
 
-Exact: no expert has a capacity, no token is dropped, and every shape is static. Tokens are sorted by expert, and each
-expert's run of rows is multiplied by its own matrices (`jax.lax.ragged_dot`): ``experts_per_token`` MLPs a token where
-the platform has a grouped product (TPU); elsewhere, CPU among them, XLA multiplies every row with every expert.
+The result is exact: experts have no capacity limit, no token is dropped, and every shape is static. Tokens are sorted
+by expert, and each expert's run of rows is multiplied by its own matrices (`jax.lax.ragged_dot`). This costs
+``experts_per_token`` MLPs a token if the platform has a grouped product (TPU). Elsewhere, also on CPUs, XLA multiplies
+every row with every expert.
 """
 
 from functools import partial
@@ -15,12 +16,12 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxpo.parallel import POSITIONS, TOKENS, batch_shards, by_row, by_token
 from jaxpo.policy.config import ACTIVATIONS, TransformerConfig
 
-TOKENS_AT_ONCE = 8192  # whose copies, one for each expert chosen, a device holds
+TOKENS_AT_ONCE = 8192  # a device holds the copies of this many tokens at a time, one copy for each chosen expert
 
 
 def route(config: TransformerConfig, scores: Array) -> tuple[Array, Array]:
-    """From the router's scores [..., E]: weights [..., k], in float32 at least, and indices [..., k] of the experts of
-    largest probability."""
+    """Choose the k experts of largest probability from the router's scores [..., E]: their weights [..., k], in float32
+    at least, and their indices [..., k]."""
     probs = jax.nn.softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32)), -1)
     weight, chosen = jax.lax.top_k(probs, config.experts_per_token)
     return weight / weight.sum(-1, keepdims=True) if config.norm_topk else weight, chosen
@@ -40,7 +41,7 @@ def mixture(
 
 
 def _in_order(x: Array, mesh: Mesh | None) -> bool:
-    """Whether x [B, T, D] lies by rows and positions, as when a policy is trained."""
+    """Whether x [B, T, D] is spread by rows and positions, as in training."""
     if mesh is None or x.ndim != 3:
         return False
     return x.shape[0] % batch_shards(mesh) == 0 and x.shape[1] % mesh.shape[POSITIONS] == 0
@@ -55,16 +56,16 @@ def of_experts(
     w_down: Array,
     first: int | Array = 0,
 ) -> Array:
-    """What the experts from ``first`` on, as many as there are matrices, add to x [N, D]; the others add nothing."""
+    """[N, D] sum of the outputs of the experts whose matrices are given; the first of them is expert ``first``."""
     (n, k), count, dtype = chosen.shape, w_in.shape[0], x.dtype
     expert = chosen.reshape(-1) - first
     some = count < config.experts
-    if some:  # the rows of the others are a last run, that no matrix is multiplied with
+    if some:  # the rows of the other experts come last, in a run that is multiplied with no matrix
         expert = jnp.where((expert >= 0) & (expert < count), expert, count)
     order = jnp.argsort(expert)
     sizes = jnp.bincount(expert, length=count + 1)[:count]
 
-    def own(rows: Array) -> Array:  # what a product leaves in rows of no group is not said
+    def own(rows: Array) -> Array:  # a grouped product leaves rows of no group undefined
         return jnp.where((jnp.arange(n * k) < sizes.sum())[:, None], rows, 0) if some else rows
 
     w_in, w_down = w_in.astype(dtype).reshape(count, w_in.shape[1], -1), w_down.astype(dtype)
@@ -77,18 +78,18 @@ def of_experts(
 def over_mesh(
     config: TransformerConfig, mesh: Mesh, x: Array, weight: Array, chosen: Array, w_in: Array, w_down: Array
 ) -> Array:
-    """`of_experts` with tokens spread over data, fsdp, expert and context, experts over expert, and matrices cut by
-    fsdp and tensor.
+    """`of_experts` on a mesh: tokens are spread over data, fsdp, expert and context, experts over expert, and matrices
+    are cut by fsdp and tensor.
 
     The X devices along expert gather their tokens, each computes its own E / X experts, and the sums are scattered
-    back; matrices are gathered over fsdp. With n tokens a device, forward, and as much again backward:
+    back; matrices are gathered over fsdp. The cost for n tokens a device, forward, and as much again backward:
 
-    * received by a device: ``2 (X - 1) n D`` numbers, ``X / k`` times what sending each token to its k experts and
-      back would take if no two of them shared a device; and the matrices' parts on other devices of fsdp;
-    * products: those of the rows that chose its experts, ``n k`` MLPs if the router is balanced, ``X n k`` at worst,
+    * a device receives ``2 (X - 1) n D`` numbers, and the parts of the matrices on other devices of fsdp. To send each
+      token to its k experts and back would take ``k / X`` times as many numbers, if no two of them shared a device;
+    * a device multiplies the rows that chose its experts: ``n k`` MLPs if the router is balanced, ``X n k`` at worst,
       when all tokens of the group go to one device (the others wait);
-    * memory: copies of `TOKENS_AT_ONCE` tokens, ``k`` of each, whomever they are for; with more tokens they are made
-      anew in the backward pass.
+    * a device holds ``k`` copies of each of `TOKENS_AT_ONCE` tokens, even of those that chose other devices' experts;
+      with more tokens the backward pass makes the copies again.
     """
     ways = jax.lax.psum_scatter, jax.lax.all_gather
     scatter, gather = (partial(f, axis_name="expert", tiled=True) for f in ways)
@@ -111,14 +112,14 @@ def over_mesh(
 def in_parts(
     config: TransformerConfig, x: Array, weight: Array, chosen: Array, w_in: Array, w_down: Array, first: Array
 ) -> Array:
-    """`of_experts`, of many tokens some at a time: made again in the backward pass."""
+    """`of_experts` for many tokens, in parts that the backward pass recomputes."""
     n = x.shape[0]
     count = -(-n // TOKENS_AT_ONCE)
     if count == 1:
         return of_experts(config, x, weight, chosen, w_in, w_down, first)
     fill = ((0, -n % count), (0, 0))
     cut = [jnp.pad(y, fill).reshape(count, -(-n // count), -1) for y in (x, weight, chosen)]
-    # Gradients of matrices are sums over the parts: in float32, as one product would make them.
+    # Gradients of matrices are sums over the parts: add them in float32, as a single product would.
     wide = [w.astype(jnp.promote_types(w.dtype, jnp.float32)) for w in (w_in, w_down)]
 
     @jax.checkpoint

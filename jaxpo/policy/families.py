@@ -1,5 +1,5 @@
-"""The model families of Hugging Face that one decoder covers: their config.json and the names of their tensors, each as
-one table that is read in both directions."""
+"""The model families of Hugging Face that the decoder covers: their config.json and their tensor names. Each is one
+table that serves both import and export."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -16,8 +16,13 @@ from jaxpo.text.tokenizers import transformers_library
 
 
 class Family(NamedTuple):
-    """A ``model_type``. fields: ours -> the key of config.json; always: ours that have no key; only: keys that must
-    have this value."""
+    """A ``model_type``.
+
+    architecture: the class name in config.json.
+    fields: our field -> the key of config.json.
+    always: values of our fields that have no key.
+    only: keys that must have this value.
+    """
 
     architecture: str
     fields: Mapping[str, str]
@@ -84,11 +89,11 @@ def config_from_hf(hf: Mapping[str, Any], **numerics: Any) -> TransformerConfig:
     """The configuration that a config.json describes, read through `transformers.AutoConfig`.
 
     Args:
-      numerics: fields that are not the model's: dtype, param_dtype, scan_layers, remat, attention.
+      numerics: fields that a config.json does not fix: dtype, param_dtype, scan_layers, remat, attention.
 
     Raises:
-      ValueError: an architecture, rope type or activation that is not known (with those that are), a setting of the
-        family that this decoder does not have, or quantized weights.
+      ValueError: an unknown architecture, rope type or activation (the known ones are listed), a setting of the family
+        that this decoder does not have, or quantized weights.
     """
     family = _family(hf)
     c = _transformers_config(**hf)
@@ -105,7 +110,7 @@ def config_from_hf(hf: Mapping[str, Any], **numerics: Any) -> TransformerConfig:
 
 
 def _transformers_config(model_type: str, **hf: Any) -> Any:
-    """The configuration object of transformers, which fills in what a config.json leaves out."""
+    """The configuration object of transformers, which fills in the keys that a config.json leaves out."""
     try:
         return type(transformers_library().AutoConfig.for_model(model_type)).from_dict(hf)
     except Exception as error:  # of many kinds, by the field and the version
@@ -114,7 +119,8 @@ def _transformers_config(model_type: str, **hf: Any) -> Any:
 
 
 def _family(hf: Mapping[str, Any]) -> Family:
-    """By ``architectures`` where there are any, and ``model_type``: a class on top of the decoder is another model."""
+    """The family by ``model_type``. An unknown class in ``architectures`` is refused: with another class on top of the
+    decoder it is another model."""
     known = {family.architecture: model_type for model_type, family in FAMILIES.items()}
     for name in hf.get("architectures") or ():
         if name not in known:
@@ -131,7 +137,7 @@ def _choice(what: str, name: str, choices: Mapping[str, Any]) -> Any:
 
 
 def _layers(c: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What differs between layers: windows, and how positions turn."""
+    """The fields that may differ between layers: windows and rotary positions."""
     n, types = fields["layers"], getattr(c, "layer_types", None)
     window = fields.get("window")
     types = types or [GLOBAL if window is None else LOCAL] * n
@@ -162,10 +168,10 @@ def _scaling(rope: Mapping[str, Any]) -> tuple[str | float, ...]:
 
 
 def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
-    """The config.json of a policy that was made here: of the first family that has all of its features.
+    """The config.json of a policy that was made here, as the first family that has all of its features.
 
     Raises:
-      ValueError: none has.
+      ValueError: no family has all of them.
     """
     model = vars(config)
     for model_type, family in FAMILIES.items():
@@ -198,7 +204,7 @@ def _rope_to_hf(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _same(a: TransformerConfig, b: TransformerConfig) -> bool:
-    """Whether both compute the same; a scale that is written out equals one that is understood."""
+    """Whether both compute the same; an explicit query_scalar equals an implicit one."""
     plain = [{**vars(c), "query_scalar": c.attention_scale} for c in (a, b)]
     return plain[0] == plain[1]
 
@@ -221,7 +227,7 @@ class Slot(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the tensor."""
+        """The shape of the tensor."""
         return tuple(prod(self.ours[axis] for axis in group) for group in self.groups)
 
     @property
@@ -251,7 +257,7 @@ BLOCK = {
     "mlp_norm": ("post_attention_layernorm.weight", VECTOR),
     "router": ("mlp.gate.weight", TURNED),
 }
-# Where there are norms behind attention and MLP, the name of the one before the MLP goes to the one behind attention.
+# In families with post-norms, the norm after attention has the name that the norm before the MLP has elsewhere.
 POST_NORMS = {
     "attn_post_norm": ("post_attention_layernorm.weight", VECTOR),
     "mlp_norm": ("pre_feedforward_layernorm.weight", VECTOR),
@@ -262,7 +268,7 @@ MLP = {"w_in": (("gate_proj", GATE), ("up_proj", UP)), "w_down": (("down_proj", 
 
 
 def tensors(config: TransformerConfig) -> list[Slot]:
-    """Every tensor of a model's files, by the names and shapes that Hugging Face gives them."""
+    """Every tensor of a model's files, with the name and the shape that Hugging Face gives it."""
     shapes = jax.eval_shape(partial(init, config), jax.random.key(0))
     named = BLOCK | (POST_NORMS if config.post_norms else {})
     each = [("", ())] if config.experts is None else [(f"experts.{e}.", (e,)) for e in range(config.experts)]

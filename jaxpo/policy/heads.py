@@ -1,4 +1,4 @@
-"""Linear heads on the final hidden state besides that of the vocabulary: a value of each position, a score and an
+"""Linear heads on the final hidden state, besides the vocabulary head: a value of each position, a score and an
 embedding of a row, the gate of its prompt."""
 
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ AFTER_ALL = ("score", "embed")  # they read the state after the last token
 
 
 def init(width: int, shapes: Mapping[str, tuple[int, ...]], key: Array) -> Params:
-    """``{"heads": {name: {"weight": [D, ...], "bias": [...]}}}`` of the given shapes: () for a number, (n,) for a
-    vector. {} without any.
+    """``{"heads": {name: {"weight": [D, ...], "bias": [...]}}}`` for the given shapes: () for a number, (n,) for a
+    vector. {} if there are no shapes.
 
-    Zero, so that a new head says 0 of everything; but for the weights of ``embed``, random with variance 1/D: an
-    embedding of 0 has no direction, and a product of two of them no gradient."""
+    All are zero, so that a new head gives 0 everywhere, except the weights of ``embed``, which are random with variance
+    1/D: an embedding of 0 has no direction, and the product of two such embeddings has no gradient."""
 
     def one(name: str, shape: tuple[int, ...]) -> Params:
         zero = jnp.zeros((width, *shape), jnp.float32)

@@ -1,4 +1,4 @@
-"""Weights of Hugging Face in and out: safetensors, tensor by tensor, between files and sharded arrays.
+"""Import and export of Hugging Face weights, tensor by tensor, between safetensors files and sharded arrays.
 
 source = open_source("path/to/model")                   # a folder, or a GGUF file
 config = config_from_hf(source.config, dtype="bfloat16")
@@ -36,22 +36,25 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 IGNORED = ("rotary_emb.inv_freq",)  # buffers that old files hold; they follow from the config
-FILE_BYTES = 5 * 10**9  # of an exported file, at most (unless one tensor is larger)
+FILE_BYTES = 5 * 10**9  # most bytes of an exported file (unless one tensor is larger)
 
 
 class Source(Protocol):
-    """Tensors by Hugging Face's names, wherever they lie. ``config``: as a config.json."""
+    """A set of tensors with Hugging Face's names, in files of any format.
+
+    config: the content of a config.json.
+    """
 
     config: Mapping[str, Any]
 
     def names(self) -> list[str]:
-        """Of every tensor."""
+        """The names of all tensors."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor."""
+        """The shape of a tensor."""
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """``tensor[index]`` in floating point, nothing else of it; () = all."""
+        """Read ``tensor[index]`` in floating point, and no other part of it; () = all."""
 
 
 # ---- reading
@@ -80,16 +83,16 @@ class Safetensors:
         return self.places[name].shape
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        # A mapping of its own, closed at once: pages of a file that stays mapped count as memory of the process.
+        # Map the file for this read only: pages of a file that stays mapped count as memory of the process.
         place = self.places[name]
         return np.array(np.memmap(place.file, place.dtype, "r", place.offset, place.shape)[index])
 
 
 def open_source(path: str | Path) -> Source:
-    """The weights at ``path``: a folder with config.json and safetensors, or a GGUF file.
+    """Open the weights at ``path``: a folder with config.json and safetensors, or a GGUF file.
 
     Raises:
-      ValueError: there is no such thing, a file of it is missing or truncated, or the weights are pickled.
+      ValueError: there is neither, a file is missing or truncated, or the weights are pickled.
     """
     path = Path(path)
     if path.is_file() and path.suffix == ".gguf":
@@ -102,7 +105,7 @@ def open_source(path: str | Path) -> Source:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The config.json at ``path``, a folder or a GGUF file, without a look at the weights.
+    """Read the config.json of a folder, or the config of a GGUF file, at ``path``; the weights are not read.
 
     Raises:
       ValueError: there is none.
@@ -143,7 +146,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _places(file: Path) -> dict[str, Place]:
-    """What a file holds. The library checks that it is whole and well formed."""
+    """The tensors of a file. The library checks that the file is whole and well formed."""
     try:
         with safe_open(file, "numpy"):
             pass
@@ -166,10 +169,10 @@ def _places(file: Path) -> dict[str, Place]:
 
 
 def check_source(source: Source, slots: list[Slot]) -> None:
-    """The source has the tensors of ``slots``, in their shapes, and no other.
+    """Check that the source has exactly the tensors of ``slots``, with their shapes.
 
     Raises:
-      ValueError: naming the first tensor that is missing, too many or of another shape, and how many there are.
+      ValueError: names the first tensor that is missing, left over or of another shape, and how many there are.
     """
     names, wanted = set(source.names()), {slot.name: slot for slot in slots}
     if missing := [name for name in wanted if name not in names]:
@@ -190,12 +193,12 @@ def check_source(source: Source, slots: list[Slot]) -> None:
         if source.shape(slot.name) != slot.shape:
             raise ValueError(
                 f"tensor {slot.name} is {list(source.shape(slot.name))}, config.json makes it {list(slot.shape)}: one "
-                "of them is of another model"
+                "of them belongs to another model"
             )
 
 
 def _check_tied(source: Source, *, rows: int = 4096) -> None:
-    """A tied head may be written out, if it is the embedding."""
+    """Check that a tied head, if the files have one, equals the embedding."""
     names = ("lm_head.weight", "model.embed_tokens.weight")
     a, b = (source.shape(name) for name in names)
     blocks = [(slice(i, i + rows),) for i in range(0, a[0], rows)]
@@ -207,13 +210,13 @@ def _check_tied(source: Source, *, rows: int = 4096) -> None:
 
 
 def load(source: Source, config: TransformerConfig, mesh: Mesh | None = None) -> Params:
-    """The parameters of ``source`` in ``config.param_dtype``, on ``mesh`` (None = the first device).
+    """Load the parameters of ``source`` in ``config.param_dtype`` onto ``mesh`` (None = the first device).
 
-    Each array is allocated where it will live and filled in place, one tensor at a time, of which every device is
-    given its part. So the host holds the model once where it is the device, and one tensor where it is not.
+    Each array is allocated on its devices and filled in place, one tensor at a time; every device gets its own part. So
+    the memory of the host holds one tensor at a time (on CPUs, where host and device are the same, the model once).
 
     Raises:
-      ValueError: tensors are missing, too many or of another shape; nothing has been read then.
+      ValueError: tensors are missing, left over or of another shape; this is found before any tensor is read.
     """
     slots = tensors(config)
     check_source(source, slots)
@@ -232,14 +235,14 @@ def load(source: Source, config: TransformerConfig, mesh: Mesh | None = None) ->
             parent[slot.path[-1]] = jnp.zeros(shape.shape, shape.dtype, device=sharding)
         start = tuple(0 if isinstance(at, slice) else at for at in slot.index)
         expand = tuple(i for i, at in enumerate(slot.index) if not isinstance(at, slice))
-        # Waited for, or parts would be read faster than they are put, and pile up.
+        # Wait, or parts would be read faster than they are stored, and pile up.
         parent[slot.path[-1]] = jax.block_until_ready(_putting(sharding)(parent[slot.path[-1]], part, start, expand))
     return jax.block_until_ready(params)
 
 
 @cache
 def _putting(sharding: NamedSharding) -> Callable[..., jax.Array]:
-    """``(whole, part, start, axes)``: the whole with the part, widened by ``axes``, at ``start``; in place."""
+    """``(whole, part, start, axes) -> whole``: write the part, widened by ``axes``, at ``start``; in place."""
 
     def put(whole: jax.Array, part: jax.Array, start: tuple[int, ...], axes: tuple[int, ...]) -> jax.Array:
         return jax.lax.dynamic_update_slice(whole, jnp.expand_dims(part, axes), start)
@@ -248,7 +251,7 @@ def _putting(sharding: NamedSharding) -> Callable[..., jax.Array]:
 
 
 def _part(source: Source, slot: Slot, whole: NamedSharding, dtype: Any) -> jax.Array:
-    """``params[path][index]``, spread as the whole is; each device's part is read from the tensor's own rows."""
+    """``params[path][index]``, sharded like the whole; each device's part is read from its rows of the tensor."""
     spec = (*whole.spec, *[None] * (len(slot.index) - len(whole.spec)))
     spec = [axis for axis, at in zip(spec, slot.index, strict=True) if isinstance(at, slice)]
     sharding = whole if len(spec) == len(slot.index) else NamedSharding(whole.mesh, PartitionSpec(*spec))
@@ -283,15 +286,16 @@ def export(
     """Write a model folder that ``transformers`` loads: config.json, safetensors, tokenizer.
 
     Args:
-      hf_config: the config.json that the model came with; None = made from ``config``.
-      tokenizer: of transformers (its ``save_pretrained`` is called); None = none is written.
-      dtype: of the files; None = what ``hf_config`` says, else that of the parameters. A model that was loaded in at
-        least its own precision and not trained comes out bit for bit.
-      generation: of a generation_config.json: the ids that end a text, and the like; None = none is written.
-      file_bytes: files are cut so that each has at most so many, but at least one tensor.
+      hf_config: the config.json that the model came with; None = make one from ``config``.
+      tokenizer: a tokenizer of transformers (its ``save_pretrained`` is called); None = none is written.
+      dtype: dtype of the files; None = the one in ``hf_config``, else ``config.param_dtype``. A model that was loaded
+        in at least its own precision and not trained is written bit for bit.
+      generation: content of generation_config.json, such as the ids that end a text; None = none is written.
+      file_bytes: most bytes of a file, which has at least one tensor.
 
     Raises:
-      ValueError: no known family has the features of ``config``. FileExistsError: there is something at ``directory``.
+      ValueError: no known family has the features of ``config``.
+      FileExistsError: ``directory`` exists already.
     """
     hf_config = dict(config_to_hf(config) if hf_config is None else hf_config)
     dtype = dtype or hf_config.get("dtype") or hf_config.get("torch_dtype") or config.param_dtype
@@ -308,21 +312,21 @@ def export(
 
 
 def check_out(directory: str | Path) -> None:
-    """``FileExistsError`` where an export would write over something."""
+    """Raise ``FileExistsError`` if an export would overwrite something."""
     if Path(directory).exists():
         raise FileExistsError(f"{directory} is there already: choose another folder, or remove it")
 
 
 @contextmanager
 def _folder(directory: Path) -> Iterator[Path]:
-    """A temporary folder beside ``directory``, which takes its name at the end: it is there whole or not at all."""
+    """A temporary folder next to ``directory`` that is renamed at the end, so ``directory`` is never half written."""
     check_out(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         yield temporary
         for file in temporary.rglob("*"):
-            if file.is_file():  # on the disk before the folder has its name
+            if file.is_file():  # flush to disk before the folder gets its name
                 with open(file, "rb") as stream:
                     os.fsync(stream.fileno())
         temporary.chmod(0o755)  # mkdtemp's folders are for the owner only
@@ -333,7 +337,7 @@ def _folder(directory: Path) -> Iterator[Path]:
 
 
 def _write(params: Params, slots: list[Slot], folder: Path, dtype: np.dtype, file_bytes: int) -> None:
-    """The tensors, a file at a time, and the index if there are several files."""
+    """Write the tensors, one file at a time, and the index if there are several files."""
     sizes = {slot.name: int(np.prod(slot.shape, dtype=np.int64)) * dtype.itemsize for slot in slots}
     files: list[list[Slot]] = [[]]
     for slot in slots:

@@ -1,11 +1,11 @@
-"""LoRA (arXiv:2106.09685): frozen matrices with trained products of low rank beside them, ``x W + scale (x A) B``.
+"""LoRA (arXiv:2106.09685): frozen matrices W with trained low-rank products next to them, ``x W + scale (x A) B``.
 
-Adapters are a pure dict of arrays of their own, ``{"blocks": {"wq": {"a": [L, D, r], "b": [L, r, H, d]}, ...}}``: what
-an optimizer moves and a checkpoint holds. `attach` puts them beside the base weights for a forward pass. The two are
-multiplied apart and never added up: a merged copy would be a second model in memory (and its gradient a third), while
-beside it only ``x A``, rank numbers a token, is stored for the backward pass, and no gradient of W is computed at all.
-Sampler and trainer multiply in the same way, so their log-probs agree as they do without adapters. `merge` is for
-export.
+Adapters are a separate pure dict of arrays, ``{"blocks": {"wq": {"a": [L, D, r], "b": [L, r, H, d]}, ...}}``. The
+optimizer moves only these, and a checkpoint holds only these. `attach` puts them next to the base weights for a forward
+pass. The two products are computed separately, and W and A B are never added: a merged copy would be a second model in
+memory, and its gradient a third. This way only ``x A``, rank numbers a token, is stored for the backward pass, and no
+gradient of W is computed. Sampler and trainer multiply in the same way, so their log-probs agree as they do without
+adapters. `merge` is for export.
 """
 
 import math
@@ -20,12 +20,17 @@ from jaxpo import arguments
 from jaxpo.registry import unknown
 
 Params = Any
-INPUT_AXES = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "w_in": 1, "w_down": 1}  # axes of a matrix that meet those of x
+INPUT_AXES = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "w_in": 1, "w_down": 1}  # input axes of each matrix
 TARGETS = tuple(INPUT_AXES)
 
 
 class Adapted(NamedTuple):
-    """A frozen matrix [in ..., out ...] with its adapter: a [in ..., r], b [r, out ...] (already scaled)."""
+    """A frozen matrix with its adapter.
+
+    weight: [in ..., out ...].
+    a: [in ..., r].
+    b: [r, out ...], already scaled.
+    """
 
     weight: Array
     a: Array
@@ -33,14 +38,14 @@ class Adapted(NamedTuple):
 
 
 def product(x: Array, weight: Array | Adapted, axes: int = 1) -> Array:
-    """``x weight`` over the last ``axes`` axes of x; with an adapter ``+ (x a) b``. In the dtype of x."""
+    """``x weight``, or with an adapter ``x weight + (x a) b``, over the last ``axes`` axes of x; in the dtype of x."""
     if isinstance(weight, Adapted):
         return product(x, weight.weight, axes) + product(product(x, weight.a, axes), weight.b)
     return jnp.tensordot(x, weight.astype(x.dtype), axes)
 
 
 def check(rank: int, targets: Sequence[str], *, experts: bool = False) -> None:
-    """Raises ``ValueError`` for a rank below 1, no target, an unknown one, or one that has experts."""
+    """Raise ``ValueError`` for a rank below 1, no targets, an unknown target, or the MLP of a mixture of experts."""
     arguments.check("lora.rank", rank, arguments.Whole)
     if not targets:
         raise ValueError(f"lora.targets is empty: name some of {', '.join(TARGETS)}")
@@ -54,7 +59,7 @@ def check(rank: int, targets: Sequence[str], *, experts: bool = False) -> None:
 def init(base: Params, key: Array, *, rank: int, targets: Sequence[str]) -> Params:
     """Adapters of the matrices called ``targets`` in every block of ``base`` (arrays or their shapes), in float32.
 
-    ``a`` is uniform in ``+-1 / sqrt(inputs)``, ``b`` zero: the policy starts as the base, bit for bit.
+    ``a`` is uniform in ``+-1 / sqrt(inputs)`` and ``b`` is zero, so the policy starts as the base, bit for bit.
     """
     blocks = {}
     for name, key_ in zip(targets, jax.random.split(key, len(targets)), strict=True):
@@ -67,10 +72,10 @@ def init(base: Params, key: Array, *, rank: int, targets: Sequence[str]) -> Para
 
 
 def attach(base: Params, adapters: Params, scale: float) -> Params:
-    """The parameters of a policy: ``base``, with adapters beside the matrices that have one. Nothing is copied.
+    """The parameters of a policy: ``base`` with adapters next to the matrices that have one. Nothing is copied.
 
     Args:
-      adapters: of `init`; whatever else it holds besides ``blocks`` (heads) is taken over as it is.
+      adapters: as `init` returns them. Entries other than ``blocks`` (heads) go into the parameters unchanged.
       scale: alpha / rank.
     """
     own = {name: Adapted(base["blocks"][name], x["a"], scale * x["b"]) for name, x in adapters["blocks"].items()}
@@ -78,7 +83,7 @@ def attach(base: Params, adapters: Params, scale: float) -> Params:
 
 
 def merge(base: Params, adapters: Params, scale: float) -> Params:
-    """Parameters of a plain policy, ``W + scale A B`` in the dtype of W: what is exported."""
+    """The parameters of a plain policy for export: ``W + scale A B`` in the dtype of W."""
     own = {name: _merged(base["blocks"][name], x, scale) for name, x in adapters["blocks"].items()}
     return {**base, **adapters, "blocks": {**base["blocks"], **own}}
 

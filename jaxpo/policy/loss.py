@@ -1,4 +1,4 @@
-"""A loss of what the policy says of a batch, where the logits of a slice need to be made only once."""
+"""A loss of the policy's statistics that computes the logits only once, slice by slice, where they fit."""
 
 import logging
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from jaxpo.policy.stats import AVAILABLE, completion_hidden, token_stats, widene
 from jaxpo.policy.transformer import Model, Params
 from jaxpo.registry import unknown
 
-# (what the policy says of a slice, the slice) -> (its part of the loss [], anything)
+# (the policy's statistics of a slice, the slice) -> (its part of the loss [], anything)
 SliceLoss = Callable[[TokenStats, Rollouts], tuple[Array, Any]]
 
 log = logging.getLogger(__name__)
@@ -38,17 +38,19 @@ def policy_loss(
 ) -> tuple[Array, Any]:
     """``sum_c loss(token_stats of slice c, slice c)`` over equal slices of the rows; differentiable in ``params``.
 
-    The value and the gradient of ``loss(token_stats(model, params, batch), batch)``, for a loss that is a sum over
-    rows. On accelerators the logits are made once, 6 N D V operations in place of 8, if those of a slice fit the
-    budget of `whole_vocabulary_slices`; otherwise, and on CPUs, where it gains nothing, the whole batch is one slice
-    whose logits the backward pass makes again. So is a batch that is packed into ``bins``.
+    For a loss that is a sum over rows, value and gradient are those of ``loss(token_stats(model, params, batch),
+    batch)``. On accelerators the logits are computed once, 6 N D V operations in place of 8, if the logits of a slice
+    fit the budget of `whole_vocabulary_slices`. Otherwise the whole batch is one slice whose logits the backward pass
+    recomputes; so too on CPUs, where slices gain nothing, and for a batch that is packed into ``bins``.
 
     Args:
-      loss: constant in all but the statistics. unit: consecutive rows that no cut may part.
-      platform: the one to plan for; None = this one. Others as of `token_stats`.
+      loss: differentiated in the statistics only.
+      unit: number of consecutive rows that must stay in one slice.
+      platform: the platform to plan for; None = this one.
+      Others as in `token_stats`.
 
     Returns:
-      The sum, and what else ``loss`` returned, stacked [slices, ...].
+      The sum, and the second output of ``loss``, stacked [slices, ...].
 
     Raises:
       ValueError: as `token_stats`; a derived statistic among ``wants``.
@@ -65,7 +67,7 @@ def policy_loss(
         return value, jax.tree.map(lambda x: x[None], aux)
 
     def of_slice(out: TokenLogProb, part: Rollouts) -> tuple[Array, Any]:
-        def of_rows(x: Array) -> Array:  # positions are cut in parts, which come one behind the other
+        def of_rows(x: Array) -> Array:  # positions are cut into parts, which follow each other
             parts = 1 if mesh is None else mesh.shape[POSITIONS]
             x = x.reshape(parts, part.rows, -1).swapaxes(0, 1)
             return x.reshape(part.rows, -1)[:, : part.width]
@@ -87,7 +89,7 @@ def policy_loss(
 
 
 def slice_count(model: Model, batch: Rollouts, unit: int, mesh: Mesh | None, platform: str) -> int | None:
-    """Into how many slices the rows are cut, so that the logits of one fit; None = there is no such number."""
+    """The number of slices that the rows are cut into, so that the logits of one slice fit; None = there is none."""
     parts, row_shards, vocab_shards = 1, 1, 1
     if mesh is not None:
         parts, row_shards, vocab_shards = mesh.shape[POSITIONS], batch_shards(mesh), mesh.shape["tensor"]

@@ -1,4 +1,4 @@
-"""Policies by name: factories of their options, which return (vocabulary size) -> `TransformerConfig`."""
+"""Policies by name: functions of the options that return (vocabulary size) -> `TransformerConfig`."""
 
 import inspect
 from collections.abc import Callable
@@ -13,7 +13,7 @@ OfVocabulary = Callable[[int], TransformerConfig]
 
 
 def transformer(**fields: Any) -> OfVocabulary:
-    """A transformer made here: every field of `TransformerConfig` but the size of the vocabulary."""
+    """A new transformer. The options are all fields of `TransformerConfig` except the size of the vocabulary."""
     return lambda vocab_size: TransformerConfig(vocab_size=vocab_size, **fields)
 
 
@@ -31,11 +31,11 @@ def pretrained(
     remat: str = "none",
     attention: str = "auto",
 ) -> OfVocabulary:
-    """A pretrained transformer, which has its shape and vocabulary from its own files.
+    """A pretrained transformer; its shape and vocabulary come from its own files.
 
     Args:
       path: a folder with config.json and safetensors, or a GGUF file.
-      dtype, param_dtype, scan_layers, remat, attention: how to compute, as of `TransformerConfig`.
+      dtype, param_dtype, scan_layers, remat, attention: how to compute, as in `TransformerConfig`.
     """
     how = dict(dtype=dtype, param_dtype=param_dtype, scan_layers=scan_layers, remat=remat, attention=attention)
     return lambda vocab_size: config_from_hf(read_config(path), **how)

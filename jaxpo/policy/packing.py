@@ -1,10 +1,10 @@
-"""Completions of unequal lengths in fewer, fuller rows: what is computed for a token is computed for no padding.
+"""Pack completions of unequal lengths into fewer, fuller rows, so that less is computed for padding.
 
-The rows of a lane (those of a device, or all) are laid into bins, by a plan that the host makes of their lengths. For
-what is done token by token, a lane is one sequence [p P + M T]: its p prompts, each once, and M bins of T tokens, in
-which completions lie one behind the other. For attention, where a completion must see its prompt and nothing else, it
-lies behind a copy of its prompt's keys and values in a wider bin, as a segment of its own. Statistics come back as
-[B, T], 0 where no token is.
+The rows of a lane (the rows of one device, or all rows) are put into bins, by a plan that the host makes from their
+lengths. For computations on single tokens, a lane is one sequence [p P + M T]: its p prompts, each once, and M bins of
+T tokens, in which completions follow each other. In attention a completion must see its prompt and no other row. So
+there it follows a copy of its prompt's keys and values in a wider bin, as a segment of its own. Statistics come back as
+[B, T], 0 where there is no token.
 """
 
 import math
@@ -23,20 +23,22 @@ from jaxpo.policy.attention import causal_attention, prompt_attend, prompt_mask
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.transformer import Attend, Model, Params, embedded
 
-PLAN = "packing"  # the plan in `Rollouts.per_row`: [B, 3] int32, of each row its bin, and where it begins in the two
-SHARES = 8  # numbers of bins are multiples of an eighth of the rows: so many programs at most are compiled
+PLAN = "packing"  # the plan in `Rollouts.per_row`: [B, 3] int32, a row's bin, its start there and in the wider bin
+SHARES = 8  # the number of bins is a multiple of an eighth of the rows, so at most 8 programs are compiled
 
 
 def room(width: int, prompt_width: int, rows: int, bins: int) -> int:
-    """Tokens of a bin in attention: T and a prompt for each completion that a bin holds on average."""
+    """Tokens of a wider bin: T, and a prompt for each completion that a bin holds on average (rounded up)."""
     return width + prompt_width * -(-rows // bins)
 
 
 def first_fit(length: np.ndarray, prompt: np.ndarray, width: int, attention: int, bins: int) -> np.ndarray | None:
-    """The plan [rows, 3] of one lane, the longest first, each into the first bin that has room; None = they do not fit.
+    """Make the plan [rows, 3] of one lane: each row, longest first, goes into the first bin that has room. None if the
+    rows do not fit.
 
     Args:
-      length, prompt: [rows] tokens of the completion and of its prompt. width, attention: of a bin.
+      length, prompt: [rows] tokens of the completion and of its prompt.
+      width, attention: tokens of a bin, and of a wider bin.
     """
     plan, filled, attended = np.zeros((len(length), 3), np.int32), np.zeros(bins, int), np.zeros(bins, int)
     for row in np.argsort(-length, kind="stable"):
@@ -54,11 +56,11 @@ def first_fit(length: np.ndarray, prompt: np.ndarray, width: int, attention: int
 
 
 def plan(length: np.ndarray, prompt: np.ndarray, width: int, prompt_width: int, lanes: int) -> tuple[np.ndarray, int]:
-    """The plan [B, 3] of rows in ``lanes`` equal runs, and the bins of each: the least eighth of its rows that does for
-    every lane.
+    """Make the plan [B, 3] of rows in ``lanes`` equal runs, and choose the number of bins of a lane: the fewest eighths
+    of its rows that are enough for every lane.
 
     Raises:
-      ValueError: the rows do not divide.
+      ValueError: the lanes do not divide the rows.
     """
     if len(length) % lanes:
         raise ValueError(f"{len(length)} rows do not divide into {lanes} lanes")
@@ -77,24 +79,29 @@ def plan(length: np.ndarray, prompt: np.ndarray, width: int, prompt_width: int, 
 
 
 def lengths(mask: Array) -> Array:
-    """[B] tokens up to and with the last that counts; 0 for a row without any."""
+    """[B] number of tokens up to the last one that counts, including it; 0 for a row without any."""
     return jnp.max((1 + jnp.arange(mask.shape[1])) * (mask > 0), -1)
 
 
 def lanes_of(mesh: Mesh | None, rows: int) -> int:
-    """Into how many lanes rows are cut: those of each part of a mesh, where they divide."""
+    """The number of lanes: one for each part of the mesh that has rows of its own if that divides the rows, else 1."""
     shards = 1 if mesh is None else batch_shards(mesh)
     return 1 if rows % shards else shards
 
 
 class Packed(NamedTuple):
-    """Where the tokens of S lanes lie: all indices are into the lane's own sequence of N = p P + M T tokens, or its
-    bins.
+    """Places of the tokens of S lanes. All indices are into the lane's own sequence of N = p P + M T tokens, or into
+    its bins.
 
-    tokens, positions: [S, N]. prompt_ok: [S p, P] real prompt tokens. before: [S, M T] the token whose state predicts
-    the one in a bin. slots: [S, R T] where the tokens of a row lie in the bins; M T = nowhere. keys, segments:
-    [S, M, A] what the wider bins of attention hold, and the row it belongs to (0 = none). answers: [S, M T] where they
-    hold the tokens of the bins. ends: [S, 2, R] the last token of each row's prompt, and of the row itself.
+    tokens: [S, N] ids.
+    positions: [S, N] positions for the rotary embedding.
+    prompt_ok: [S p, P] real prompt tokens.
+    before: [S, M T] the token whose state predicts each token of the bins.
+    slots: [S, R T] the place of each row's tokens in the bins; M T = nowhere.
+    keys: [S, M, A] the tokens in the wider bins of attention.
+    segments: [S, M, A] 1 + the row that each of them belongs to; 0 = none.
+    answers: [S, M T] the place of the bins' tokens in the wider bins.
+    ends: [S, 2, R] the last token of each row's prompt, and of the row itself.
     """
 
     tokens: Array
@@ -109,12 +116,12 @@ class Packed(NamedTuple):
 
 
 def taken(x: Array, index: Array) -> Array:
-    """x [S, N, ...], index [S, ...] -> [S, ..., ...]: each lane by itself; 0 where an index is N."""
+    """Index x [S, N, ...] by index [S, ...] in each lane: [S, ..., ...]; 0 where an index is N."""
     return jax.vmap(lambda x, i: x.at[i].get(mode="fill", fill_value=0))(x, index)
 
 
 def pack(batch: Rollouts, prompt_ok: Array, lanes: int, per_prompt: int, bins: int) -> Packed:
-    """The lanes of a batch whose ``per_row`` hold the plan; ``prompt_ok`` [B / per_prompt, P].
+    """The lanes of a batch whose ``per_row`` holds the plan; ``prompt_ok`` [B / per_prompt, P] marks real tokens.
 
     Raises:
       ValueError: there is no plan.
@@ -162,7 +169,7 @@ def pack(batch: Rollouts, prompt_ok: Array, lanes: int, per_prompt: int, bins: i
 
 
 def packed_attend(config: TransformerConfig, packed: Packed, mesh: Mesh | None = None) -> Attend:
-    """Attention over [S, N] tokens: prompts to themselves, completions to their prompt and to themselves."""
+    """Attention over [S, N] tokens: prompts see themselves, completions see their prompt and themselves."""
     lanes, bins, width = packed.keys.shape
     prompts, p = packed.prompt_ok.shape
     of_prompts = prompt_attend(config, packed.prompt_ok, mesh)
@@ -182,16 +189,19 @@ def packed_attend(config: TransformerConfig, packed: Packed, mesh: Mesh | None =
 def packed_hidden(
     model: Model, params: Params, batch: Rollouts, bins: int, mesh: Mesh | None = None
 ) -> tuple[Array, Array, Callable[[Array], Array], Callable[[Array], Array], Callable[[int], Array]]:
-    """The final hidden states [n, D] from which the tokens [n] of the bins are predicted, what lays arrays [n, ...] out
-    as [B, T, ...], what lays those into the bins again (0 where no token is), and what gives the states [B, D] after
-    each row's prompt (of 0) or after its last token (of 1).
+    """Run the blocks on a packed batch.
 
     Args:
-      bins: of each lane, as `plan` says. mesh: over which rows are spread; each of the devices that have rows of their
-        own has a lane.
+      bins: bins of each lane, as `plan` chose them.
+      mesh: rows are spread over it; each device that has rows of its own has a lane.
+
+    Returns:
+      The final hidden states [n, D] that predict the tokens of the bins, and these tokens [n]; a function that lays out
+      arrays [n, ...] as [B, T, ...]; a function that lays those into the bins again (0 where there is no token); a
+      function that gives the states [B, D] after each row's prompt (of 0) or after its last token (of 1).
 
     Raises:
-      ValueError: as `pack`.
+      ValueError: as in `pack`.
     """
     lanes = lanes_of(mesh, batch.rows)
     spread = lanes > 1

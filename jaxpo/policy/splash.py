@@ -1,4 +1,4 @@
-"""Fused attention on TPUs: the library's splash attention, by which scores never leave the chip's own memory."""
+"""Fused attention on TPUs: the library's splash attention, which keeps the scores in the chip's own memory."""
 
 from collections.abc import Callable
 
@@ -12,12 +12,12 @@ from jaxpo.kernels.chips import on_one_device, target_platform
 from jaxpo.parallel import ROWS, batch_shards
 from jaxpo.policy.config import EVERYWHERE, TransformerConfig
 
-LANES = 128  # blocks are multiples of it
-BLOCK = 512  # queries, and keys, whose scores are held at a time
+LANES = 128  # sizes of blocks are multiples of this
+BLOCK = 512  # queries, and keys, of a block of scores
 
 
 def why_not(q: Array, mesh: Mesh | None) -> str | None:
-    """Why queries like these cannot be answered here; None = they can."""
+    """The reason why splash attention cannot run for such queries; None = it can."""
     if target_platform() != "tpu":
         return f"it runs on TPUs, not on {target_platform()}"
     if jnp.dtype(q.dtype).itemsize > 4:
@@ -39,13 +39,13 @@ def attention(
     *,
     interpret: bool = False,
 ) -> Array:
-    """q [B, Tq, H, d], k, v [B, Tk, KV, d] -> [B, Tq, H, d]: as `jaxpo.policy.attention.causal_attention`, where the
-    arguments are explained. Queries are padded behind and keys before, to multiples of the blocks.
+    """q [B, Tq, H, d], k, v [B, Tk, KV, d] -> [B, Tq, H, d]: like `jaxpo.policy.attention.causal_attention`, which
+    explains the arguments. Queries are padded at the end and keys at both ends, to multiples of the blocks.
 
     On a ``mesh`` each device has its rows (the axes ``ROWS``) and heads (axis ``tensor``).
 
     Raises:
-      ValueError: heads that the axis ``tensor`` does not divide.
+      ValueError: the axis ``tensor`` does not divide the heads.
     """
     b, tq, heads, _ = q.shape
     kv = k.shape[2]
@@ -67,7 +67,7 @@ def attention(
         arrays = q, k, v, of_query, of_key
         if mesh is None or mesh.size == 1:
             return local(window, *arrays)
-        rows = ROWS if b % batch_shards(mesh) == 0 else None  # else each device answers all of them
+        rows = ROWS if b % batch_shards(mesh) == 0 else None  # else each device computes all rows
         of_heads, of_rows = PartitionSpec(rows, "tensor"), PartitionSpec(rows)
         specs = (of_heads, of_heads, of_heads, of_rows, of_rows)
         f = jax.shard_map(
@@ -77,7 +77,7 @@ def attention(
 
     if heads % tensor or kv % tensor:
         raise ValueError(f"mesh.tensor {tensor} must divide policy.heads {heads} and policy.kv_heads {kv}")
-    if isinstance(window, Array):  # of one layer of several, all compiled as one: one of the two that there are
+    if isinstance(window, Array):  # a scanned layer's window: it is EVERYWHERE or config.window
         out = jax.lax.cond(window == EVERYWHERE, lambda: spread(None), lambda: spread(config.window))
     else:
         out = spread(window)
@@ -93,7 +93,7 @@ def padded(length: int) -> tuple[int, int]:
 def kernel(
     heads: int, queries: int, keys: int, window: int | None, softcap: float | None, interpret: bool
 ) -> Callable[..., Array]:
-    """Causal attention of the last of the keys; blocks that no query sees are left out."""
+    """The kernel of causal attention for the last ``queries`` of ``keys`` positions. It skips fully masked blocks."""
     shape, offset = (queries, keys), keys - queries
     if window is None or window >= keys:
         mask = library.CausalMask(shape, offset)

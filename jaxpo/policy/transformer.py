@@ -1,12 +1,12 @@
 """Decoder-only transformer in flax.nnx: RMSNorm, rotary positions, grouped-query attention, gated MLP or experts, tied
-or untied head. `TransformerConfig` says which of the families' features it has.
+or untied head. `TransformerConfig` chooses among the features of the model families.
 
-The modules hold the mathematics; at the boundary they are split into a graph definition and a pure dict of arrays
-(``init``), so everything above sees functions of ``params``. The blocks are stacked: every block parameter has a
+The modules hold the mathematics. At the boundary they are split into a graph definition and a pure dict of arrays
+(``init``), so the rest of the code sees functions of ``params``. The blocks are stacked: every block parameter has a
 leading axis of layers.
 
-One `Block` serves training, prefill and decoding: *how* queries meet keys is a function passed in (``attend``),
-everything else is per token.
+One `Block` serves training, prefill and decoding. Attention is a function that the caller passes in (``attend``);
+everything else works token by token.
 """
 
 from collections.abc import Callable
@@ -27,8 +27,8 @@ from jaxpo.policy.config import ACTIVATIONS, REMAT, TransformerConfig, of_layers
 __all__ = ["Attend", "Model", "Params", "TransformerConfig", "build", "init", "parameter_count"]
 
 Params = Any
-# (layer inputs q [..., H, d], k, v [..., KV, d], window of the layer) -> attention output [..., H, d] and whatever the
-# caller wants to keep
+# (q [..., H, d], k, v [..., KV, d], window of the layer) -> attention output [..., H, d], and anything that the caller
+# wants to keep
 Attend = Callable[[Array, Array, Array, int | Array | None], tuple[Array, Any]]
 
 
@@ -41,7 +41,7 @@ def rms_norm(x: Array, scale: Array, eps: float, *, plus_one: bool = False) -> A
 
 
 def softcap(x: Array, cap: float | None) -> Array:
-    """``cap tanh(x / cap)``; ``x`` where there is no cap."""
+    """``cap tanh(x / cap)``; ``x`` if there is no cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
@@ -97,10 +97,11 @@ class Block(nnx.Module):
         frequency: Array,
         mesh: Mesh | None = None,
     ) -> tuple[Array, Any]:
-        """x [..., D], positions [...]; returns the new x and what ``attend`` kept.
+        """x [..., D], positions [...]; returns the new x, and what ``attend`` kept.
 
-        ``window`` and ``frequency`` [d/2] are the layer's (`jaxpo.policy.config.of_layers`); over the ``mesh`` its
-        experts are spread.
+        Args:
+          window, frequency [d/2]: arguments of the layer (`jaxpo.policy.config.of_layers`).
+          mesh: experts are spread over it.
         """
         c = self.config
         h = self.norm(x, "attn_norm")
@@ -121,7 +122,7 @@ class Block(nnx.Module):
         return rms_norm(x, getattr(self, name)[...], self.config.norm_eps, plus_one=self.config.norm_plus_one)
 
     def product(self, x: Array, name: str, axes: int = 1) -> Array:
-        """``x`` times the matrix called ``name``, over the last ``axes`` axes of x: the one place where they meet."""
+        """Multiply ``x`` with the matrix called ``name``, over the last ``axes`` axes of x. All products pass here."""
         return lora.product(x, getattr(self, name).get_value(), axes)
 
     def mlp(self, x: Array) -> Array:
@@ -138,7 +139,7 @@ class Block(nnx.Module):
 
 
 def unit_norm(config: TransformerConfig, size: int) -> nnx.Param:
-    """The scale of a norm that scales nothing."""
+    """The initial scale of a norm, which multiplies by 1."""
     return nnx.Param(jnp.full(size, 0.0 if config.norm_plus_one else 1.0, config.param_dtype))
 
 
@@ -165,7 +166,9 @@ class Transformer(nnx.Module):
 class Model(NamedTuple):
     """A transformer without its parameters: pure functions of ``params`` (a nested dict of arrays).
 
-    mesh: where they are called for experts; None = one device, or the partitioner decides.
+    config: shape and numerics.
+    block: the graph definition of a `Block`.
+    mesh: the mesh that experts are spread over; None = one device, or the partitioner decides.
     """
 
     config: TransformerConfig
@@ -178,24 +181,24 @@ class Model(NamedTuple):
         return x * jnp.asarray(self.config.width**0.5, x.dtype) if self.config.embedding_scaled else x
 
     def layers(self, params: Params) -> tuple[Params, dict[str, Array]]:
-        """What the blocks are run with, along a leading axis: parameters, and what else differs between them."""
+        """The parameters of all blocks and their other arguments that differ, with a leading axis of layers."""
         return params["blocks"], of_layers(self.config)[1]
 
     def layer(self, params: Params, i: int) -> tuple[Params, dict[str, Array]]:
-        """What block ``i`` is run with."""
+        """The entry of `layers` for block ``i``."""
         return jax.tree.map(lambda p: p[i], self.layers(params))
 
     def run_block(
         self, layer: tuple[Params, dict[str, Array]], x: Array, positions: Array, attend: Attend
     ) -> tuple[Array, Any]:
-        """One block: ``layer`` is that of `layer`, or a slice of `layers`. Parameters in the memory of the host are
-        copied to the device here, so that it holds those of a layer at a time."""
+        """Run one block; ``layer`` comes from `layer`, or is a slice of `layers`. Parameters in the memory of the host
+        are copied to the device here, so the device holds one layer at a time."""
         params, own = fetched(layer[0]), layer[1]
         own = {**of_layers(self.config)[0], **own, "mesh": self.mesh}
         return nnx.merge(self.block, nnx.State(params))(x, positions, attend, **own)
 
     def run_blocks(self, params: Params, x: Array, positions: Array, attend: Attend) -> tuple[Array, Any]:
-        """All blocks in turn, with the same ``attend``; what it keeps is stacked over layers."""
+        """Run all blocks in turn with the same ``attend``; the values that it keeps are stacked over layers."""
         run = partial(self.run_block, positions=positions, attend=attend)
         if self.config.remat != "none":
             run = jax.checkpoint(run, policy=REMAT[self.config.remat])
@@ -225,8 +228,8 @@ class Model(NamedTuple):
 
 
 def embedded(model: Model, params: Params, tokens: Array, mesh: Mesh | None = None) -> Array:
-    """`Model.embed`, looked up in a table with whole features on a ``mesh``: over fsdp and tensor it would make the
-    partitioner hold the embeddings of all rows everywhere."""
+    """`Model.embed` on a ``mesh``, from a table whose feature axis is gathered first. With a table cut by fsdp and
+    tensor, the partitioner would hold the embeddings of all rows on every device."""
     if mesh is None:
         return model.embed(params, tokens)
     table = params["embedding"]
@@ -235,7 +238,7 @@ def embedded(model: Model, params: Params, tokens: Array, mesh: Mesh | None = No
 
 
 def build(config: TransformerConfig, mesh: Mesh | None = None) -> Model:
-    """The pure functions of a transformer of this shape, on the ``mesh`` that its parameters are spread over."""
+    """The pure functions of a transformer of this shape; its parameters are spread over the ``mesh``."""
     block = nnx.eval_shape(lambda: Block(config, nnx.Rngs(params=0)))
     return Model(config, nnx.split(block)[0], mesh)
 

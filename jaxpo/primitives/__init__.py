@@ -1,2 +1,2 @@
-"""Pure array functions: the mathematics that objectives are composed of. They import nothing of jaxpo but each
-other."""
+"""Pure array functions: the mathematics that objectives are composed of. Of jaxpo they import only each other and
+`jaxpo.arguments`."""

@@ -1,4 +1,4 @@
-"""Advantages: rewards [B] to constants that weigh the tokens of a row. Nothing here carries a gradient."""
+"""Advantages: turn rewards [B] into constant weights of a row's tokens. Nothing here carries a gradient."""
 
 from typing import Literal
 
@@ -25,8 +25,8 @@ Scale = Literal["group", "batch", "none"]
 
 
 def batch_centered(reward: Array, count: Array) -> Array:
-    """``A_i = reward_i - mean over the counted rows`` [B] (REINFORCE with a batch baseline); exactly 0 if all are the
-    same."""
+    """``A_i = reward_i - mean over the counted rows`` [B] (REINFORCE with a batch baseline); exactly 0 if all rewards
+    are equal."""
     return group_centered(reward, jnp.zeros(reward.shape[0], jnp.int32), count)
 
 
@@ -78,16 +78,15 @@ def leave_one_out(reward: Array, group: Array, count: Array, *, singleton: Singl
 
 
 def batch_standardized(adv: Array, count: Array, *, adv_eps: float = 1e-4, ddof: int = 1) -> Array:
-    """``(A - mean) / (std + adv_eps)`` over the counted rows of the batch [B]; 0 when all are the same."""
+    """``(A - mean) / (std + adv_eps)`` over the counted rows of the batch [B]; 0 if all are equal."""
     std = weighted_std(adv, count, ddof)
     return lax.stop_gradient(jnp.where(std == 0, 0, ratio_or_zero(batch_centered(adv, count), std + adv_eps)))
 
 
 def log_average_exp(reward: Array, group: Array, count: Array, *, tau: float = 1.0) -> Array:
-    """``tau log mean_j exp(reward_j / tau)`` over the row's group [B] (Kimi k1.5, arXiv:2501.12599); the mean as tau
-    grows.
+    """``tau log mean_j exp(reward_j / tau)`` over the row's group [B] (Kimi k1.5, arXiv:2501.12599).
 
-    Exactly the reward in a constant group."""
+    It approaches the mean as tau grows, and is exactly the reward in a constant group."""
     reward = promote(reward)
     ids = segments(group)
     top = segment_max(jnp.where(count > 0, reward, -jnp.inf), ids, num_segments=ids.shape[0])[ids]
@@ -102,9 +101,9 @@ def beta_normalized(
 ) -> Array:
     """``A = w_g (u - p_g)`` [B] with ``w_g = min(1 / BetaPDF(p_g; alpha, beta), 1e6)`` (BNPO, arXiv:2506.02864).
 
-    ``u = (reward - min)/(max - min)``, ``p_g`` its group mean. Over groups, each once: ``m``, ``v`` mean and sample
-    variance of p; ``c = m(1-m)/max(v, 1e-8) - 1``; ``alpha = max(1 + c m/3, 1)``, ``beta = max(1 + c(1-m)/3, 1)``.
-    One group: w = 1."""
+    ``u = (reward - min)/(max - min)``, and ``p_g`` is its group mean. ``m`` and ``v`` are the mean and the sample
+    variance of p over groups, each group once. ``c = m(1-m)/max(v, 1e-8) - 1``; ``alpha = max(1 + c m/3, 1)``,
+    ``beta = max(1 + c(1-m)/3, 1)``. With a single group w = 1."""
     u = (promote(reward) - min) / (max - min)
     p = jnp.clip(group_mean(u, group, count), 0, 1)
     each = once(group, count)
@@ -155,11 +154,13 @@ def length_trend(
     correct_score: float = 0.5,
     max_len: float,
 ) -> Array:
-    """[B] bool: the row's group shows the wanted trend (ADORA, arXiv:2602.10019): its longest correct answer is
-    longer than the mean of its incorrect answers that were not truncated (``length < max_len``).
+    """[B] bool: the longest correct answer of the row's group is longer than the mean length of its incorrect answers
+    that were not truncated, ``length < max_len`` (ADORA, arXiv:2602.10019).
 
-    rule "llm": without a correct or without an incorrect answer the maximum or the mean is -inf. "vlm": without a
-    correct answer it holds, and the mean over nothing is +inf."""
+    Args:
+      rule: what happens in a group without such answers. "llm": the maximum over no correct answer and the mean over no
+        incorrect answer are -inf. "vlm": without a correct answer the result is True; the mean over no incorrect answer
+        is +inf."""
     choice("rule", rule, ("llm", "vlm"))
     ids, length, counted = segments(group), promote(length), count > 0
     correct = counted & (reward > correct_score)
@@ -183,11 +184,12 @@ def half_against_half(
     damp: Literal["upper", "lower"] = "lower",
     singleton: Singleton = "zero",
 ) -> Array:
-    """CANON (arXiv:2509.23962) [B]: the group is cut by ``metric`` into its lower ``K//2`` rows and the rest;
-    ``A = mu (reward - mean of the other half) + (1 - mu) (reward - mean of the own half)``.
+    """CANON's advantage [B] (arXiv:2509.23962): ``A = mu (reward - mean of the other half) + (1 - mu) (reward - mean of
+    the own half)``. The lower half of a group is the ``K//2`` rows with the lowest ``metric``.
 
-    ``alpha`` multiplies what belongs to the damped half in the first bracket. Ties of the metric go by row order. A row
-    drawn several times may fall into both halves; it then has the mean of its copies' advantages.
+    In the first bracket ``alpha`` multiplies the reward or mean of the half that ``damp`` names. Ties of the metric go
+    by row order. The copies of a row that was drawn several times may fall into both halves; the row then gets the mean
+    of its copies' advantages.
     """
     reward, count = promote(reward), promote(count)
     before, size = before_in_group(metric, group, count), group_size(group, count)
@@ -207,8 +209,8 @@ def half_against_half(
 
 
 def drop_excess_negatives(reward: Array, group: Array, count: Array, priority: Array) -> Array:
-    """[B] bool: rows that RED-Drop keeps (arXiv:2509.24203): where a group has more negatives (reward below its mean)
-    than positives, the negatives of smallest ``priority`` go until there are as many."""
+    """[B] bool: the rows that RED-Drop keeps (arXiv:2509.24203). If a group has more negatives (reward below its mean)
+    than positives, the negatives with the smallest ``priority`` are dropped until the numbers are equal."""
     negative = ~group_constant(reward, group, count) & (promote(reward) < group_mean(reward, group, count))
     n_negative = group_sum(jnp.where(negative, promote(count), 0), group)
     excess = n_negative - (group_size(group, count) - n_negative)

@@ -1,10 +1,10 @@
-"""How token losses become one number: each aggregation turns (mask, count, batch) into the *weight* of every token.
+"""Aggregations turn (mask, count, batch) into the *weight* of every token, which makes one number of token losses.
 
 The loss is ``sum(weight * value)``. The weight is computed once on the whole optimizer batch, so losses of
-microbatches add up and no mean of means can exist. Notation: ``mask`` [B, T] tokens that count, ``count`` [B]
-multiplicity of rows, ``length_i`` their masked tokens. A row without tokens contributes 0 and still counts among the
-rows; a row with count 0 leaves the denominator. ``batch`` gives what some of them need besides (``group``,
-``layout``). For a value per row, mask is [B, 1]."""
+microbatches add up and no mean of means can exist. Notation: ``mask`` [B, T] marks the tokens that count, ``count`` [B]
+is the multiplicity of rows, ``length_i`` is the number of masked tokens of row i. A row without tokens contributes 0
+and still counts among the rows; a row with count 0 leaves the denominator. Some aggregations also read ``batch.group``.
+For a value per row, mask is [B, 1]."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,13 +20,13 @@ Aggregation = Callable[[Array, Array, Any], Array]
 
 
 def token_mean(mask: Array, count: Array, batch: Any) -> Array:
-    """``mask count / sum(mask count)``: every token of the batch the same."""
+    """``mask count / sum(mask count)``: every token of the batch has the same weight."""
     weight = promote(mask) * promote(count)[:, None]
     return ratio_or_zero(weight, weight.sum())
 
 
 def seq_mean(mask: Array, count: Array, batch: Any) -> Array:
-    """``mask count / (length_i sum(count))``: every row the same."""
+    """``mask count / (length_i sum(count))``: every row has the same weight."""
     mask, count = promote(mask), promote(count)[:, None]
     return ratio_or_zero(mask * count, mask.sum(-1, keepdims=True) * count.sum())
 
@@ -48,7 +48,7 @@ def seq_sum_const(L_const: Positive) -> Aggregation:  # noqa: N803 (the cards' n
 
 
 def sum_const(L_const: Positive) -> Aggregation:  # noqa: N803
-    """``mask count / L_const``: not divided by the number of rows."""
+    """``mask count / L_const``: a sum that is not divided by the number of rows."""
     constant = positive("L_const", L_const)
 
     def sum_const(mask: Array, count: Array, batch: Any) -> Array:
@@ -58,8 +58,8 @@ def sum_const(L_const: Positive) -> Aggregation:  # noqa: N803
 
 
 def group_mean(mask: Array, count: Array, batch: Any) -> Array:
-    """``mask count / (length_i count_group n_groups)``: mean over groups of the mean over their rows; empty groups
-    leave."""
+    """``mask count / (length_i count_group n_groups)``: mean over groups of the mean over their rows; empty groups do
+    not count."""
     mask, count = promote(mask), promote(count)[:, None]
     size = group_sum(count[:, 0], batch.group)[:, None]
     n_groups = ratio_or_zero(count, size).sum()
@@ -67,8 +67,7 @@ def group_mean(mask: Array, count: Array, batch: Any) -> Array:
 
 
 def unit_mean(mask: Array, count: Array, batch: Any) -> Array:
-    """``count / sum(count)`` [B, 1]: mean over units, for a value per row that repeats the unit's value on each of
-    its rows."""
+    """``count / sum(count)`` [B, 1]: mean over units, if every row of a unit holds the unit's value."""
     count = promote(count)[:, None]
     return ratio_or_zero(jnp.ones_like(mask, count.dtype) * count, count.sum())
 

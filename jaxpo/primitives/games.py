@@ -1,9 +1,10 @@
 """Preference games on a matrix: their equilibria, how exploitable a policy is, and the tabular iterations that Nash
 learning approximates.
 
-``P[n, n]`` holds P(i beats j), so ``P + P^T = 1``. Policies are log-probs [n]; a game is symmetric, so one policy plays
-both sides. Regularised games subtract ``tau KL(. || ref)`` from each player: ``J(pi, q) = pi P q - tau KL(pi || ref) +
-tau KL(q || ref)``; ``tau`` has the unit of P, ``eta`` is a step in its inverse."""
+``P[n, n]`` holds P(i beats j), so ``P + P^T = 1``. Policies are log-probs [n]. A game is symmetric, so one policy plays
+both sides. A regularized game subtracts ``tau KL(. || ref)`` from each player:
+``J(pi, q) = pi P q - tau KL(pi || ref) + tau KL(q || ref)``. ``tau`` has the unit of P, and the step size ``eta`` has
+the inverse unit."""
 
 from collections.abc import Callable
 
@@ -19,10 +20,10 @@ from jaxpo.primitives.preferences import categorical_kl
 
 
 def check_game(P: Array) -> Array:  # noqa: N803 (the card's name)
-    """``P`` in at least float32.
+    """Check ``P``, and return it in at least float32. The values of a traced ``P`` are not checked.
 
     Raises:
-      ValueError: it is not square, not in [0, 1], or P + P^T is not 1. Traced values are not looked at."""
+      ValueError: it is not square, not in [0, 1], or P + P^T is not 1."""
     P = promote(P)  # noqa: N806
     if P.ndim != 2 or P.shape[0] != P.shape[1]:
         raise ValueError(f"P is a square matrix, P[i, j] = P(i beats j), not of shape {P.shape}")
@@ -45,17 +46,18 @@ def rock_paper_scissors(strength: float = 0.5) -> Array:
 
 
 def best_response(opponent: Array, P: Array, log_ref: Array, tau: Array | float) -> Array:  # noqa: N803
-    """[n] log-probs of ``ref exp(P opponent / tau)``: the best answer to ``opponent`` [n] (probabilities) in the
+    """[n] log-probs of ``ref exp(P opponent / tau)``: the best response to ``opponent`` [n] (probabilities) in the
     regularized game."""
     return jax.nn.log_softmax(log_ref + P @ opponent / tau)
 
 
 def equilibrium(P: Array, log_ref: Array, tau: Array | float, *, steps: int = 100) -> Array:  # noqa: N803
     """[n] log-probs of the one policy that is its own `best_response`: the Nash equilibrium of the regularized game.
+    NaN if ``steps`` are too few.
 
-    Newton's method on ``best_response(pi) - pi`` with a line search, while tau falls to its value in three quarters of
-    the steps. The Jacobian ``A S / tau - 1``, A antisymmetric and S a covariance, has eigenvalues ``i x - 1``: it is
-    never singular. NaN where ``steps`` are too few."""
+    Uses Newton's method on ``best_response(pi) - pi`` with a line search; tau falls to its value over the first three
+    quarters of the steps. The Jacobian is ``A S / tau - 1`` with A antisymmetric and S a covariance. Its eigenvalues
+    are ``i x - 1``, so it is never singular."""
     P, tau = check_game(P), positive("tau", tau)  # noqa: N806
 
     def residual(log_pi: Array, tau: Array | float) -> Array:
@@ -77,8 +79,10 @@ def equilibrium(P: Array, log_ref: Array, tau: Array | float, *, steps: int = 10
 
 
 def maximin(P: Array) -> np.ndarray:  # noqa: N803
-    """[n] probabilities of an equilibrium of the game without regularization, by linear programming on the host: the
-    ``pi`` whose worst win rate ``min_j (pi P)_j`` is largest; that is 1/2, and where several have it, one of them."""
+    """[n] probabilities of an equilibrium of the game without regularization, by linear programming on the host.
+
+    It is the ``pi`` whose worst win rate ``min_j (pi P)_j`` is largest, which is 1/2. If there are several, one of
+    them."""
     game = np.asarray(check_game(P), np.float64)
     n = len(game)
     found = linprog(
@@ -92,31 +96,31 @@ def maximin(P: Array) -> np.ndarray:  # noqa: N803
     return found.x[:n] / found.x[:n].sum()
 
 
-# ---- how far a policy is from one ---------------------------------------------------------------------------------
+# ---- distance to an equilibrium -----------------------------------------------------------------------------------
 
 
 def exploitability(log_pi: Array, P: Array) -> Array:  # noqa: N803
-    """[...] ``max_i P(i beats pi) - 1/2`` of policies [..., n]: how much more than half the best answer wins against
-    them; 0 at an equilibrium. The duality gap of both players is twice that."""
+    """[...] ``max_i P(i beats pi) - 1/2`` of policies [..., n]: by how much the best answer wins more than half of its
+    games against them; 0 at an equilibrium. The duality gap of both players is twice that."""
     return jnp.max(jnp.exp(log_pi) @ P.T, -1) - 0.5
 
 
 def regularized_exploitability(log_pi: Array, P: Array, log_ref: Array, tau: Array | float) -> Array:  # noqa: N803
     """[...] ``max_q J(q, pi)`` of policies [..., n] in the regularized game: ``tau log sum ref exp(P pi / tau) - 1/2 +
-    tau KL(pi || ref)``; 0 at the `equilibrium` alone. The duality gap is twice that."""
+    tau KL(pi || ref)``; 0 only at the `equilibrium`. The duality gap is twice that."""
     pi = jnp.exp(log_pi)
     best = tau * jax.nn.logsumexp(log_ref + pi @ P.T / tau, axis=-1)
     return best - 0.5 + tau * categorical_kl(pi, jnp.broadcast_to(log_ref, pi.shape))
 
 
 def linear_rate(values: Array) -> Array:
-    """Slope of ``log values`` [steps] by the step, by least squares: values fall like ``exp(slope step)``."""
+    """Slope of ``log values`` [steps] over the step, by least squares: values fall like ``exp(slope step)``."""
     values = jnp.log(promote(values))
     step = jnp.arange(values.shape[0]) - (values.shape[0] - 1) / 2
     return step @ values / (step @ step)
 
 
-# ---- iterations: every iterate [steps + 1, n], the start first ----------------------------------------------------
+# ---- iterations: they return every iterate [steps + 1, n], the start first ----------------------------------------
 
 
 def mirror_step(
@@ -129,16 +133,17 @@ def mirror_step(
     eta: Array | float,
 ) -> Array:
     """[n] log-probs of ``pi^(1 - eta tau) ref^(eta tau) exp(eta P opponent)``: a step of magnetic mirror descent
-    against ``opponent`` [n] (probabilities), pulled to the reference; of multiplicative weights with ``tau`` 0.
+    against ``opponent`` [n] (probabilities), which pulls to the reference. With ``tau`` 0 it is a step of
+    multiplicative weights.
 
-    The step of an objective that holds the regularization whole, ``argmax J - KL(pi || pi_t) / eta0``, is this one with
+    A proximal step on the whole regularized objective, ``argmax J - KL(pi || pi_t) / eta0``, is this step with
     ``eta = eta0 / (1 + eta0 tau)``."""
     return jax.nn.log_softmax((1 - eta * tau) * log_pi + eta * (tau * log_ref + P @ opponent))
 
 
 def iterates(rule: Callable[[Array, Array, Array], Array], start: Array, eta: Array | float, steps: int) -> Array:
-    """[steps + 1, n] of ``pi_{t+1} = rule(pi_t, pi_{t-1}, eta_t)``, before the start the start itself; ``eta`` a number
-    or one for each step."""
+    """[steps + 1, n] the iterates of ``pi_{t+1} = rule(pi_t, pi_{t-1}, eta_t)``, where ``pi_{-1}`` is the start too.
+    ``eta`` is one number, or one for each step."""
 
     def step(carry: tuple[Array, Array], eta: Array) -> tuple[tuple[Array, Array], Array]:
         now, before = carry
@@ -159,8 +164,8 @@ def mirror_descent(
     eta: Array | float,
     steps: int,
 ) -> Array:
-    """Self-play: `mirror_step` against oneself. Without regularization the iterates circle away from an equilibrium and
-    only their mean approaches it, ``exploitability <= log n / (eta steps) + eta / 8``."""
+    """Self-play: each step is a `mirror_step` against the policy itself. Without regularization the iterates circle
+    away from an equilibrium and only their mean approaches it, ``exploitability <= log n / (eta steps) + eta / 8``."""
     game = check_game(P)
     return iterates(
         lambda now, _, eta: mirror_step(now, jnp.exp(now), game, log_ref, tau=tau, eta=eta), start, eta, steps
@@ -176,9 +181,11 @@ def nash_md(
     eta: Array | float,
     steps: int,
 ) -> Array:
-    """Nash-MD: ``mix exp(eta P mix)`` against the mixture ``mix = pi^(1 - eta tau) ref^(eta tau)``. With ``eta_t = 2 /
-    (tau (t + 2))``, ``KL(pi* || pi_t) <= 8 / (tau^2 (t + 1))``; with a constant eta it is the *mixture* that stops, at
-    the equilibrium for ``tau / (1 - eta tau)`` (arXiv:2312.00886)."""
+    """Nash-MD (arXiv:2312.00886): each step is ``mix exp(eta P mix)``, from and against the mixture ``mix = pi^(1 - eta
+    tau) ref^(eta tau)``.
+
+    With ``eta_t = 2 / (tau (t + 2))``, ``KL(pi* || pi_t) <= 8 / (tau^2 (t + 1))``. With a constant eta the *mixture*
+    converges, to the equilibrium for ``tau / (1 - eta tau)``."""
     game = check_game(P)
 
     def rule(now: Array, _: Array, eta: Array) -> Array:
@@ -197,8 +204,8 @@ def optimistic(
     eta: Array | float,
     steps: int,
 ) -> Array:
-    """Optimistic mirror descent (OMWU): `mirror_step` against the extrapolated self ``2 pi_t - pi_{t-1}``. The last
-    iterate converges also without regularization; one product with P a step."""
+    """Optimistic mirror descent (OMWU): each step is a `mirror_step` against the extrapolated policy ``2 pi_t -
+    pi_{t-1}``. The last iterate converges even without regularization. A step costs one product with P."""
     game = check_game(P)
     return iterates(
         lambda now, before, eta: mirror_step(now, 2 * jnp.exp(now) - jnp.exp(before), game, log_ref, tau=tau, eta=eta),
@@ -217,10 +224,10 @@ def extragradient(
     eta: Array | float,
     steps: int,
 ) -> Array:
-    """Mirror-prox: a half step against oneself, then a step from the same place against the half step.
+    """Mirror-prox: a half step against the policy itself, then a full step from the same point against the half step.
 
-    EGPO (arXiv:2503.08942) as it is; Nash-MP (arXiv:2505.19731) with ``tau = beta`` and ``eta = k / beta``, ``k =
-    eta_mp / (1 + eta_mp)``: with its ``eta_mp = 2 beta``, ``KL(pi* || pi_t) <= (1 + 2 beta)^-t KL(pi* || pi_0)``."""
+    This is EGPO (arXiv:2503.08942). With ``tau = beta`` and ``eta = k / beta``, ``k = eta_mp / (1 + eta_mp)``, it is
+    Nash-MP (arXiv:2505.19731); for its ``eta_mp = 2 beta``, ``KL(pi* || pi_t) <= (1 + 2 beta)^-t KL(pi* || pi_0)``."""
     game = check_game(P)
 
     def rule(now: Array, _: Array, eta: Array) -> Array:
@@ -230,13 +237,16 @@ def extragradient(
     return iterates(rule, start, eta, steps)
 
 
-# ---- what a reward model makes of the game ------------------------------------------------------------------------
+# ---- a reward model fitted to the game ----------------------------------------------------------------------------
 
 
 def fitted_rewards(P: Array, written_by: Array, *, steps: int = 30) -> Array:  # noqa: N803
-    """[n] rewards of the Bradley-Terry model that fits the game best, ``argmin E[-P_ij log sig(r_i - r_j)]`` over pairs
-    of answers by ``written_by`` [n] (probabilities, all positive), their mean under it 0; by Newton's method. DPO's
-    optimum is ``ref exp(r / beta)``."""
+    """[n] rewards of the Bradley-Terry model that fits the game best, ``argmin E[-P_ij log sig(r_i - r_j)]``, by
+    Newton's method. DPO's optimum is ``ref exp(r / beta)``.
+
+    Args:
+      written_by: [n] probabilities (all positive) that the answers of a pair are drawn with; the mean reward under them
+        is 0."""
     game, mu = check_game(P), promote(written_by)
     pairs = mu[:, None] * mu
 
@@ -245,7 +255,7 @@ def fitted_rewards(P: Array, written_by: Array, *, steps: int = 30) -> Array:  #
         gradient = (pairs * (believed - game)).sum(-1)
         weight = pairs * believed * (1 - believed)
         laplacian = jnp.diag(weight.sum(-1)) - weight
-        # Rewards are free up to a constant: the outer product holds their mean where it is.
+        # Rewards are defined up to a constant: the outer product keeps their mean.
         return r - jnp.linalg.solve(laplacian + jnp.outer(mu, mu), gradient)
 
     return lax.fori_loop(0, steps, newton, jnp.zeros_like(mu))

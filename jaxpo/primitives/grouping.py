@@ -1,6 +1,6 @@
 """Statistics of rows that share a group id. Groups need not be contiguous, equal in size, or numbered from 0.
 
-``count`` [B] is the multiplicity of a row: 0 leaves every statistic, w counts w times.
+``count`` [B] is the multiplicity of a row: a row with count w counts w times, a row with count 0 not at all.
 """
 
 import jax
@@ -32,8 +32,8 @@ def group_mean(x: Array, group: Array, count: Array) -> Array:
 
 
 def group_constant(x: Array, group: Array, count: Array) -> Array:
-    """[B] bool: all counted rows of the group have the very same ``x``. Decided by max == min, so rounding cannot
-    blur it."""
+    """[B] bool: all counted rows of the group have exactly the same ``x``. It compares maximum and minimum, so rounding
+    plays no role."""
     ids, x = segments(group), promote(x)
     high = jax.ops.segment_max(jnp.where(count > 0, x, -jnp.inf), ids, num_segments=group.shape[0])[ids]
     low = jax.ops.segment_min(jnp.where(count > 0, x, jnp.inf), ids, num_segments=group.shape[0])[ids]
@@ -41,8 +41,8 @@ def group_constant(x: Array, group: Array, count: Array) -> Array:
 
 
 def weighted_std(x: Array, count: Array, ddof: int) -> Array:
-    """Standard deviation of ``x`` [B] over all counted rows; 0 when there are no more than ``ddof``, or all are the
-    same."""
+    """Standard deviation of ``x`` [B] over all counted rows; 0 if there are at most ``ddof`` rows, or all values are
+    equal."""
     x, n = promote(x), promote(count).sum()
     mean = ratio_or_zero(jnp.sum(jnp.where(count > 0, x, 0) * count), n)
     square = jnp.where(count > 0, jnp.square(x - mean), 0)

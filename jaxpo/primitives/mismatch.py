@@ -1,8 +1,8 @@
 """The gap between the sampler and the trainer: weights and rejections from ``logp_old`` (trainer) and ``logp_beh``
 (sampler), both constants of the rollout.
 
-With them a loss has three policies: the one that sampled, the one that ratios are measured from (``logp_old``), and the
-current one ("decoupled" PPO, arXiv:2110.00641). ``pi_old / pi_beh`` is the factor that the middle one needs.
+With them a loss has three policies: the sampler's (``logp_beh``), the one that ratios are measured from (``logp_old``),
+and the current one ("decoupled" PPO, arXiv:2110.00641). ``pi_old / pi_beh`` corrects from the first to the second.
 """
 
 from typing import Literal
@@ -19,8 +19,8 @@ LEVELS = ("token", "sequence", "geometric")
 
 
 def log_weight(logp_old: Array, logp_beh: Array, mask: Array, level: Level, *, log_ratio_clip: float = 20.0) -> Array:
-    """``log(pi_old / pi_beh)`` clamped to ±C: per "token" [B, T], its sum over the row ("sequence") or its mean
-    ("geometric") [B]."""
+    """``log(pi_old / pi_beh)``, clamped to ± ``log_ratio_clip``: for each "token" [B, T], or summed ("sequence") or
+    averaged ("geometric") over the row [B]."""
     choice("level", level, LEVELS)
     gap = jnp.where(mask > 0, promote(logp_old) - promote(logp_beh), 0)
     if level != "token":
@@ -50,9 +50,11 @@ def kept(
     bound: float,
     low: float | None = None,
 ) -> Array:
-    """[B, T] or [B] bool: the divergence of sampler and trainer, by the k1, k2 or k3 estimate (samples of the sampler:
-    ``d = logp_beh - logp_old``), is at most ``bound`` (and at least ``low``); of a token, its sum over the row or its
-    mean."""
+    """[B, T] or [B] bool: the divergence between sampler and trainer is at most ``bound`` (and at least ``low``).
+
+    Args:
+      estimator: the estimate of the divergence, with ``d = logp_beh - logp_old``, since the sampler drew the tokens.
+      level: the estimate of a "token" [B, T], its sum over the row ("sequence") or its mean ("geometric") [B]."""
     choice("level", level, LEVELS)
     gap = jnp.where(mask > 0, kl_estimate(logp_beh, logp_old, estimator), 0)
     if level != "token":

@@ -13,7 +13,7 @@ def promote(x: Array) -> Array:
 
 
 def ratio_or_zero(numerator: Array, denominator: Array) -> Array:
-    """``numerator / denominator``, exactly 0 where the denominator is 0 (any mean over nothing is 0), also in the
-    gradient."""
+    """``numerator / denominator``; where the denominator is 0, the value and the gradient are exactly 0 (a mean over
+    nothing is 0)."""
     safe = jnp.where(denominator == 0, 1, denominator)
     return jnp.where(denominator == 0, 0, numerator / safe)

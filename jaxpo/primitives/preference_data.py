@@ -1,4 +1,4 @@
-"""Which answers become pairs, and what a judge's word is worth: samplers and rules, of arrays, without gradient."""
+"""Rules that turn scores of answers into pairs and weights: functions of arrays, without gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +13,21 @@ def rejection_sample(
     """RSO's sampler (arXiv:2309.06657): up to n candidates, without replacement, from the policy tilted by
     ``exp(r/beta)``.
 
-    Sweep after sweep over what remains, in order, a candidate is accepted iff ``u < exp((r - r_max)/beta)``, ``r_max``
-    over what remained when the sweep began; it stops as soon as n are accepted. A sweep accepts its maximum at least.
+    It sweeps over the remaining candidates, in order, until n are accepted. A candidate is accepted iff
+    ``u < exp((r - r_max)/beta)``; ``r_max`` is the largest reward among those that remained when the sweep began. Each
+    sweep accepts at least the candidate with that reward.
 
     Args:
-      cand_reward: [C]. uniforms: [n C] draws from [0, 1), used one after the other.
-      text: [C] ids of the candidates' texts: equal ones are one candidate, at the first place with the last reward.
+      cand_reward: [C] rewards of the candidates.
+      uniforms: [n C] draws from [0, 1), used one after the other.
+      text: [C] ids of the candidates' texts. Equal texts are one candidate, at the first place with the last reward.
 
     Returns:
-      index [n] of the accepted ones in the order of acceptance, -1 beyond their number, and that number, at most the
-      distinct candidates.
+      index [n] of the accepted candidates in the order of acceptance, -1 beyond their number; and that number, which is
+      at most the number of distinct candidates.
 
     Raises:
-      ValueError: fewer uniforms than may be needed."""
+      ValueError: the shape of ``uniforms`` is not [n C]."""
     c = cand_reward.shape[0]
     if uniforms.shape != (n * c,):
         raise ValueError(f"uniforms must have shape ({n * c},) = n x candidates, not {uniforms.shape}")
@@ -62,8 +64,8 @@ def win_matrix(score: Array) -> Array:
 
 
 def best_and_worst(score: Array, *, margin: float = 0.0) -> tuple[Array, Array, Array]:
-    """(best, worst, kept) of scores [N, K]: indices [N], ties to the lowest, and whether their gap exceeds ``margin``
-    (a single sample or equal scores give no pair)."""
+    """(best, worst, kept) of scores [N, K], [N] each: two indices, ties to the lowest, and whether the scores differ by
+    more than ``margin`` (a single sample or equal scores give no pair)."""
     best, worst = jnp.argmax(score, -1), jnp.argmin(score, -1)
     return best, worst, score.max(-1) - score.min(-1) > margin
 
@@ -77,40 +79,44 @@ def graded_pairs(
     teacher_gap: float = 2.0,
     own_gap: float = 1.0,
 ) -> Array:
-    """[K, K] bool of DNO-Prct (arXiv:2404.03715): i may be the chosen and j the rejected answer if i scores at least
-    ``positive``, and j at least ``teacher_gap`` less than a teacher's i, ``own_gap`` less than the policy's own (points
-    of a scale of 6). An answer that ``repeats`` itself [K] is never chosen, and may always be rejected."""
+    """[K, K] bool of DNO-Prct (arXiv:2404.03715): i may be the chosen and j the rejected answer.
+
+    The chosen answer scores at least ``positive``. The rejected one scores less, by at least ``teacher_gap`` if the
+    chosen answer is the teacher's, and by at least ``own_gap`` if it is the policy's own. The defaults are points on a
+    scale of 6. An answer that ``repeats`` itself [K] is never chosen, and may always be rejected."""
     repeats = jnp.zeros(judge_score.shape, bool) if repeats is None else repeats
     gap = judge_score[:, None] - judge_score[None, :]
     worse = gap >= jnp.where(is_teacher, teacher_gap, own_gap)[:, None]
     return ((judge_score >= positive) & ~repeats)[:, None] & (worse | repeats[None, :])
 
 
-SEVERITY = (1.0, 2.5, 2.0, 1.5, 1.0)  # of no error, and of errors of severity 1 (worst) to 4
+SEVERITY = (1.0, 2.5, 2.0, 1.5, 1.0)  # weights of no error, and of errors of severity 1 (worst) to 4
 
 
 def severity_weight(severity: Array) -> Array:
-    """Weights of an expert's grades 0 to 4 of tokens: 1, 2.5, 2.0, 1.5, 1.0 (OPA-DPO, arXiv:2501.09695)."""
+    """Weights of tokens from an expert's grades 0 to 4: 1, 2.5, 2.0, 1.5, 1.0 (OPA-DPO, arXiv:2501.09695)."""
     return jnp.asarray(SEVERITY)[severity]
 
 
 def relevance_weight(recognition_error: Array) -> Array:
-    """3.0 for tokens of a recognition error, 1.0 for others (OPA-DPO)."""
+    """Weights of tokens: 3.0 in a recognition error, 1.0 elsewhere (OPA-DPO)."""
     return jnp.where(recognition_error > 0, 3.0, 1.0)
 
 
 def easy_pairs(rm_w: Array, rm_l: Array, *, gap: Array | float) -> Array:
-    """[N] bool: the scores of the two answers are more than ``gap`` apart, whichever is ahead (MPO,
+    """[N] bool: the scores of the two answers differ by more than ``gap``, whichever is higher (MPO,
     arXiv:2403.19443)."""
     return jnp.abs(promote(rm_w) - promote(rm_l)) > gap
 
 
 def true_utility(choice: Array, satisfies: Array, cost: Array) -> Array:
-    """[B] utility of a user's decision (RLHS, arXiv:2501.08617): 0 for none (choice -1), -1 for an option that
-    violates the requirement, else the lowest cost among satisfying options over the cost paid.
+    """[B] utility of a user's decision (RLHS, arXiv:2501.08617): 0 for no choice, -1 for an option that violates the
+    requirement, otherwise the lowest cost among satisfying options divided by the cost paid.
 
     Args:
-      choice: [B] index of an option. satisfies: [B, O]. cost: [B, O], positive."""
+      choice: [B] index of an option; -1 = none.
+      satisfies: [B, O] 1 if an option meets the requirement.
+      cost: [B, O], positive."""
     at = jnp.maximum(choice, 0).astype(jnp.int32)[:, None]
     met = jnp.take_along_axis(satisfies > 0, at, 1)[:, 0]
     paid = jnp.take_along_axis(promote(cost), at, 1)[:, 0]

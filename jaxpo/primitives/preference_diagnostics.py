@@ -1,4 +1,4 @@
-"""What preference training achieved, and where a loss moves probability: diagnostics, no loss among them."""
+"""Diagnostics of preference training: how well pairs are ranked, and where a loss moves probability."""
 
 import jax
 import jax.numpy as jnp
@@ -8,24 +8,27 @@ from jaxpo.primitives.numerics import promote, ratio_or_zero
 
 
 def ranking_accuracy(logp_w: Array, logp_l: Array) -> Array:
-    """[N] ``1{logp_w > logp_l}`` of sequence sums, or of averages for the length-normalized form (arXiv:2405.19534)."""
+    """[N] ``1{logp_w > logp_l}`` of sums over the answer, or of means for the length-normalized form
+    (arXiv:2405.19534)."""
     return promote(logp_w > logp_l)
 
 
 def reward_accuracy(log_ratio_w: Array, log_ratio_l: Array) -> Array:
-    """[N] ``1{D_w > D_l}``: the policy as a classifier."""
+    """[N] ``1{D_w > D_l}``: the policy classifies the pair right."""
     return promote(log_ratio_w > log_ratio_l)
 
 
 def idealized_accuracy(ref_w: Array, ref_l: Array, pref_prob: Array, beta: Array | float) -> Array:
-    """[N] ``1{ref_w - ref_l + logit(pref_prob)/beta > 0}``: what the optimum of DPO would rank right, where
-    ``pref_prob`` is the share of annotators who prefer w (0.75 if there are only labels), kept in [1e-9, 1 - 1e-9]."""
+    """[N] ``1{ref_w - ref_l + logit(pref_prob)/beta > 0}``: the optimum of DPO would rank the pair right.
+
+    Args:
+      pref_prob: [N] share of annotators who prefer w (0.75 if there are only labels), kept in [1e-9, 1 - 1e-9]."""
     p = jnp.clip(promote(pref_prob), 1e-9, 1 - 1e-9)
     return promote(ref_w - ref_l + (jnp.log(p) - jnp.log1p(-p)) / beta > 0)
 
 
 def difficulty(ref_w: Array, ref_l: Array) -> Array:
-    """[N] ``c = ref_l - ref_w``: how far the reference is on the wrong side."""
+    """[N] ``c = ref_l - ref_w``: by how much the reference prefers the wrong answer."""
     return promote(ref_l) - promote(ref_w)
 
 
@@ -46,21 +49,24 @@ def reverse_kl_gradient(logits: Array, target_logits: Array) -> Array:
     return p * (c - jnp.sum(p * c, -1, keepdims=True))
 
 
-# ---- calibration: how far stated probabilities are to be trusted --------------------------------------------------
+# ---- calibration: how well stated probabilities match the outcomes ------------------------------------------------
 
 
 def confident(p: Array, outcome: Array) -> tuple[Array, Array]:
-    """[N] ``max(p, 1 - p)``, and the probability that the side it takes is right: of stated probabilities ``p`` that
-    the first answer wins, and ``outcome`` in [0, 1], the share of judges who say so (1 for a label). Who says 1/2 is
-    half right, as a coin is."""
+    """(confidence, right), [N] each: ``max(p, 1 - p)``, and the probability that the preferred side is right; 1/2 where
+    p is 1/2.
+
+    Args:
+      p: [N] stated probabilities that the first answer wins.
+      outcome: [N] share of judges who say that it wins, in [0, 1] (1 for a label)."""
     p, outcome = promote(p), promote(outcome)
     right = jnp.where(p > 0.5, outcome, 1 - outcome)
     return jnp.maximum(p, 1 - p), jnp.where(p == 0.5, 0.5, right)
 
 
 def reliability(confidence: Array, right: Array, bins: int = 10, low: float = 0.5) -> tuple[Array, Array, Array]:
-    """[bins] mean confidence, accuracy and share of those whose confidence [N] lies in each of equal bins from ``low``
-    to 1; 0 in empty ones."""
+    """Mean confidence, accuracy and share of pairs, [bins] each, in equal bins of confidence [N] from ``low`` to 1; 0
+    in empty bins."""
     place = jnp.clip(jnp.floor((confidence - low) / (1 - low) * bins), 0, bins - 1)
     of_bin = promote(place[:, None] == jnp.arange(bins))
     count = of_bin.sum(0)

@@ -1,7 +1,7 @@
-"""Losses of preferences: links of a margin, targets of a log-ratio, odds and truth tables, games, preference scores.
+"""Preference losses: links of a margin, targets of a log-ratio, odds and truth tables, games, preference scores.
 
-Arrays are [N], one number a pair (or [B], one an answer); log-probs are sums over an answer's tokens unless a name says
-otherwise. ``z`` is a margin, positive when the chosen answer is ahead. Nothing is averaged here."""
+Arrays are [N], one number for each pair, or [B], one for each answer. Log-probs are sums over an answer's tokens unless
+a name says otherwise. ``z`` is a margin, positive if the chosen answer is ahead. Nothing is averaged here."""
 
 import math
 
@@ -15,13 +15,13 @@ from jaxpo.primitives.numerics import promote, ratio_or_zero
 
 
 def logistic(z: Array, eps: Array | float = 0.0) -> Array:
-    """``-(1 - eps) log sig(z) - eps log sig(-z)``: the likelihood of a label that is wrong with probability ``eps``,
-    or of a soft label ``1 - eps``."""
+    """``-(1 - eps) log sig(z) - eps log sig(-z)``: the cross-entropy for a label that is wrong with probability
+    ``eps``, or for a soft label ``1 - eps``."""
     return -(1 - eps) * jax.nn.log_sigmoid(z) - eps * jax.nn.log_sigmoid(-z)
 
 
 def soft_logistic(z: Array, gap: Array) -> Array:
-    """``-t log sig(z) - (1 - t) log sig(-z)`` with the target ``t = sig(gap)``; least at ``z = gap``."""
+    """``-t log sig(z) - (1 - t) log sig(-z)`` with the target ``t = sig(gap)``; the minimum is at ``z = gap``."""
     return logistic(z, jax.nn.sigmoid(-gap))
 
 
@@ -47,16 +47,16 @@ def soft_squared(h: Array, p: Array, tau: Array | float) -> Array:
 
 
 def soft_expanded(h: Array, h0: Array, p: Array, tau: Array | float) -> Array:
-    """``p (-h0 + tau h^2) + (1 - p) (h0 + tau h^2)``, tau times `soft_squared` in the gradient; ``h0`` is the margin
-    without the reference (online IPO, arXiv:2403.08635)."""
+    """``p (-h0 + tau h^2) + (1 - p) (h0 + tau h^2)`` (online IPO, arXiv:2403.08635). Its gradient is tau times that of
+    `soft_squared`; ``h0`` is the margin without the reference."""
     return (1 - 2 * p) * h0 + tau * jnp.square(h)
 
 
 def kahneman_tversky(
     drift: Array, anchor: Array, label: Array, *, beta: Array | float, lam_D: Array | float, lam_U: Array | float
 ) -> Array:  # noqa: N803 (the card's names)
-    """``lam_D (1 - sig(beta (D - z0)))`` of a desirable answer, ``lam_U (1 - sig(beta (z0 - D)))`` of another [B] (KTO,
-    arXiv:2402.01306)."""
+    """``lam_D (1 - sig(beta (D - z0)))`` for a desirable answer, ``lam_U (1 - sig(beta (z0 - D)))`` for an undesirable
+    one [B], with ``D = drift`` and ``z0 = anchor`` (KTO, arXiv:2402.01306)."""
     z = beta * (drift - anchor)
     return jnp.where(label > 0, lam_D * jax.nn.sigmoid(-z), lam_U * jax.nn.sigmoid(z))
 
@@ -67,7 +67,7 @@ HIGHEST = -1e-9  # a log-prob is kept below this before log(1 - p) is taken
 
 
 def log1mexp(a: Array) -> Array:
-    """``log(1 - exp(a))`` of ``a < 0``, in the form that is exact on each side of -log 2."""
+    """``log(1 - exp(a))`` for ``a < 0``, by the form that is accurate on each side of -log 2."""
     near = a > -math.log(2)
     return jnp.where(near, jnp.log(-jnp.expm1(jnp.where(near, a, -1.0))), jnp.log1p(-jnp.exp(jnp.where(near, -1.0, a))))
 
@@ -94,7 +94,7 @@ PROGRAMS = {
 
 
 def worlds_of(program: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(top, bottom) of a program: a name of ``PROGRAMS``, or two sets of worlds such as ``"TF FF / FT"``.
+    """(top, bottom) sets of worlds of a program: a name of ``PROGRAMS``, or two sets such as ``"TF FF / FT"``.
 
     Raises:
       ValueError: an unknown name or world, or an empty set."""
@@ -108,8 +108,8 @@ def worlds_of(program: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def log_model_count_ratio(a_w: Array, a_l: Array, program: str) -> Array:
-    """``rho = log(sum_top / sum_bottom)`` over worlds of weight ``p`` or ``1 - p`` for each answer, from log-probs that
-    are clamped to at most -1e-9 (arXiv:2412.17696)."""
+    """``rho = log(sum_top / sum_bottom)`` over the weights of a program's worlds (arXiv:2412.17696). The weight of a
+    world is the product of ``p`` (T) or ``1 - p`` (F) of both answers. Log-probs are clamped to at most -1e-9."""
     a_w, a_l = (jnp.minimum(promote(a), HIGHEST) for a in (a_w, a_l))
     w, l = ({"T": a, "F": log1mexp(a)} for a in (a_w, a_l))  # noqa: E741
     top, bottom = ([w[world[0]] + l[world[1]] for world in side] for side in worlds_of(program))
@@ -120,7 +120,7 @@ def log_model_count_ratio(a_w: Array, a_l: Array, program: str) -> Array:
 
 
 def leave_one_out_mean(x: Array) -> Array:
-    """[N, K] mean of the other entries of the row; 0 where there are none."""
+    """[N, K] mean of the other entries of the row; 0 if there are none."""
     k = x.shape[-1]
     return ratio_or_zero(x.sum(-1, keepdims=True) - x, jnp.asarray(k - 1, promote(x).dtype))
 
@@ -128,10 +128,11 @@ def leave_one_out_mean(x: Array) -> Array:
 def contrastive_share(
     drift: Array, reward: Array, mean_drift: Array, mean_reward: Array, k: Array, beta: Array | float
 ) -> Array:
-    """[B] a sample's share of its prompt's ``(1/(k-1)) sum_{i<j} ((beta/2) (d_i - d_j)^2 - (r_i - r_j)(d_i - d_j))``,
-    times k, so that their mean over the k samples is that sum; 0 for k = 1 (CoPG, arXiv:2406.19185).
+    """[B] k times a sample's share of its prompt's sum over pairs, ``(1/(k-1)) sum_{i<j} ((beta/2) (d_i - d_j)^2 -
+    (r_i - r_j)(d_i - d_j))``, so that the mean over the k samples is that sum; 0 for k = 1 (CoPG, arXiv:2406.19185).
 
-    Pairs are sums over deviations from the mean, whose own gradient cancels: it needs none."""
+    The sum over pairs is a sum over deviations from the mean. The gradient through the mean cancels, so the mean is
+    held constant."""
     d = drift - lax.stop_gradient(mean_drift)
     return ratio_or_zero(jnp.square(k), k - 1) * (beta / 2 * jnp.square(d) - (reward - mean_reward) * d)
 
@@ -171,7 +172,7 @@ def geometric_mixture(logits: Array, logits_ref: Array, beta: Array | float) -> 
 
 
 def blend(new: object, old: object, b: Array | float) -> object:
-    """``(1 - b) new + b old`` for every leaf: an average of weights (SALSA's soup) or its running form (Nash-EMA)."""
+    """``(1 - b) new + b old`` for every leaf: an average of weights (SALSA's soup), or a running average (Nash-EMA)."""
     return jax.tree.map(lambda x, y: (1 - b) * x + b * y, new, old)
 
 

@@ -1,4 +1,4 @@
-"""Importance ratios between the policy and the one that is compared with, as clamped log-ratios.
+"""Importance ratios between the current and an older policy, as clamped log-ratios.
 
 The clamp ``log_ratio_clip`` keeps ``exp`` finite; outside it the gradient is 0. Masked positions are 0 (ratio 1).
 """
@@ -24,7 +24,7 @@ def sequence_sum_log_ratio(logp: Array, logp_old: Array, mask: Array, *, log_rat
 def sequence_mean_log_ratio(logp: Array, logp_old: Array, mask: Array, *, log_ratio_clip: float = 10.0) -> Array:
     """``min(mean_t (logp - logp_old), C)`` [B]: log of the geometric-mean ratio (GSPO, arXiv:2507.18071, eq. 7).
 
-    Clamped above only: rows with A < 0 have no other upper bound, and below ``exp`` is harmless.
+    Only clamped above: rows with A < 0 have no other upper bound, and a very negative log-ratio does no harm.
     """
     difference = jnp.where(mask > 0, promote(logp) - promote(logp_old), 0)
     mean = ratio_or_zero(difference.sum(-1), (mask > 0).sum(-1).astype(difference.dtype))
@@ -32,18 +32,19 @@ def sequence_mean_log_ratio(logp: Array, logp_old: Array, mask: Array, *, log_ra
 
 
 def sequence_token_log_ratio(logp: Array, logp_old: Array, mask: Array, *, log_ratio_clip: float = 10.0) -> Array:
-    """``sg(s_i) + logp - sg(logp)`` [B, T], ``s_i`` of `sequence_mean_log_ratio`: the row's value, with the gradient
-    of the token's own log-prob (GSPO-token, arXiv:2507.18071, eq. 14)."""
+    """``sg(s_i) + logp - sg(logp)`` [B, T] with ``s_i`` from `sequence_mean_log_ratio`: the value of the row with the
+    gradient of the token's own log-prob (GSPO-token, arXiv:2507.18071, eq. 14)."""
     row = sequence_mean_log_ratio(logp, logp_old, mask, log_ratio_clip=log_ratio_clip)
     return lax.stop_gradient(row)[:, None] + own_gradient(logp, mask)
 
 
 def own_gradient(logp: Array, mask: Array) -> Array:
-    """``logp - sg(logp)`` [B, T]: the log-ratio to the current policy itself, 0 with the gradient of ``logp``."""
+    """``logp - sg(logp)`` [B, T]: the log-ratio to the current policy itself. Its value is 0, its gradient is that of
+    ``logp``."""
     logp = jnp.where(mask > 0, promote(logp), 0)
     return logp - lax.stop_gradient(logp)
 
 
 def bounded_log_ratio(logp: Array, logp_old: Array, mask: Array, *, c: float = 1.5) -> Array:
-    """``c tanh((logp - logp_old) / c)`` [B, T]: smooth, within ±c (MHPO, arXiv:2603.16929)."""
+    """``c tanh((logp - logp_old) / c)`` [B, T]: a smooth bound at ±c (MHPO, arXiv:2603.16929)."""
     return c * jnp.tanh(jnp.where(mask > 0, promote(logp) - promote(logp_old), 0) / c)

@@ -1,5 +1,4 @@
-"""Penalties per token. For a KL term the *value* and the *gradient* are chosen apart: they are not the same
-question."""
+"""Penalties per token. The *value* and the *gradient* of a KL term are chosen separately."""
 
 from typing import Literal, get_args
 
@@ -17,8 +16,8 @@ def kl_estimate(logp: Array, logp_ref: Array, estimator: str, *, exponent_clip: 
     """Estimate of KL(pi || ref) from a token sampled from pi, with ``d = logp - logp_ref`` (Schulman, 2020).
 
     k1 = d; k2 = d^2/2; k3 = exp(-d) + d - 1 (>= 0); abs = |d|. As a loss, E[grad k1] = 0, E[grad k2] = grad
-    KL(pi||ref), E[grad k3] = grad KL(ref||pi). k3 clamps d to ``±exponent_clip`` as a whole (as verl does): were only
-    the exponent clamped, the rest would have a gradient that drives the policy away from the reference."""
+    KL(pi||ref), E[grad k3] = grad KL(ref||pi). k3 clamps d to ``±exponent_clip`` in both terms (as verl does). If only
+    the exponent were clamped, the gradient of the other term would drive the policy away from the reference."""
     d = promote(logp) - promote(logp_ref)
     match estimator:
         case "k1":
@@ -37,10 +36,11 @@ def kl_estimate(logp: Array, logp_ref: Array, estimator: str, *, exponent_clip: 
 def kl_penalty(
     logp: Array, logp_ref: Array, value: str = "k3", gradient: str | None = None, ratio: Array | None = None
 ) -> Array:
-    """A KL penalty whose value is the estimator ``value`` and whose gradient is that of ``gradient`` (default: the
-    same).
+    """A KL penalty with the value of one estimator and the gradient of another.
 
     Args:
+      value: the estimator that gives the value.
+      gradient: the estimator that gives the gradient; None = ``value``.
       ratio: differentiable importance ratio; ``ratio * k3`` has the exact gradient of KL(pi||ref) off-policy.
     """
     penalty = kl_estimate(logp, logp_ref, value)
@@ -51,8 +51,8 @@ def kl_penalty(
 
 
 def ratio_variance(log_ratio: Array, delta: float) -> Array:
-    """``(r - 1)^2 - delta`` [B, T]: how far the variance of the ratio (around its mean 1) exceeds what is allowed
-    (R2VPO, arXiv:2601.03320)."""
+    """``(r - 1)^2 - delta`` [B, T]: by how much the variance of the ratio (around its mean 1) exceeds ``delta`` (R2VPO,
+    arXiv:2601.03320)."""
     return jnp.square(jnp.exp(log_ratio) - 1) - delta
 
 
@@ -62,16 +62,16 @@ def proximal(log_ratio: Array) -> Array:
 
 
 def toward(logp: Array, target: Array, *, clip: float = 10.0) -> Array:
-    """``exp(y - logp) - (y - logp) - 1`` [B, T] with a constant target ``y``, itself clamped to ``±clip`` (Lp-Reg,
-    arXiv:2510.03222, as released). 0 where the target is -inf."""
+    """``exp(y - logp) - (y - logp) - 1`` [B, T] with a constant target ``y``; the result is clamped to ``±clip``
+    (Lp-Reg, arXiv:2510.03222, as released). 0 where the target is -inf."""
     known = jnp.isfinite(target)
     gap = jnp.where(known, lax.stop_gradient(target) - promote(logp), 0)
     return jnp.clip(jnp.where(known, jnp.expm1(jnp.minimum(gap, 80.0)) - gap, 0), -clip, clip)
 
 
 def min_p_log_proxy(logits: Array, tokens: Array, *, kappa: float) -> Array:
-    """[N] log-prob of ``tokens`` under the policy restricted to tokens with ``pi > kappa max pi`` and renormalized;
-    -inf for a token that is cut (Lp-Reg, arXiv:2510.03222).
+    """[N] log-prob of ``tokens`` under the proxy: the policy restricted to tokens with ``pi > kappa max pi`` and
+    renormalized; -inf for a token that is cut (Lp-Reg, arXiv:2510.03222).
 
     Args:
       logits: [N, V]."""
@@ -82,9 +82,10 @@ def min_p_log_proxy(logits: Array, tokens: Array, *, kappa: float) -> Array:
 
 
 def forward_kl_to_proxy(logits: Array, tokens: Array, *, kappa: float) -> Array:
-    """[N] ``KL(proxy || pi)`` over the whole vocabulary, the proxy of `min_p_log_proxy` being constant: with
-    ``Z = sum_{kept} pi``, its value is ``-log Z`` and its gradient ``pi - proxy`` in the logits. NaN-free for any
-    kappa < 1."""
+    """[N] ``KL(proxy || pi)`` over the whole vocabulary, with the proxy of `min_p_log_proxy` as a constant.
+
+    With ``Z = sum_{kept} pi``, its value is ``-log Z`` and its gradient in the logits is ``pi - proxy``. It is never
+    NaN for kappa < 1."""
     logp = jax.nn.log_softmax(logits)
     kept = logits > logits.max(-1, keepdims=True) + jnp.log(promote(kappa))
     inside = lax.stop_gradient(jnp.where(kept, logp, -jnp.inf))
@@ -98,15 +99,17 @@ def log_prob_at(logits: Array, tokens: Array, *, temperature: float) -> Array:
 
 
 def linear_tailed_expm1(x: Array, c: float = 10.0) -> Array:
-    """``exp(x) - 1`` below c, and its tangent at c beyond: ``exp(c) (1 + x - c) - 1``."""
+    """``exp(x) - 1`` for x below c; above c its tangent at c, ``exp(c) (1 + x - c) - 1``."""
     low = jnp.minimum(x, c)
     return jnp.expm1(low) + jnp.exp(low) * (x - low)
 
 
 def response_divergence(log_ratio: Array, kind: str, *, c: float = 10.0) -> Array:
-    """[B] a response's share of a divergence to the reference from ``R = sum_t (logp - logp_ref)``, with e of
-    `linear_tailed_expm1`: "kl" ``R + e(-R)``, "chi2" ``e(R) + e(-R)``; never negative, 0 at R = 0 (arXiv:2403.03185,
-    as released: differentiated at fixed samples)."""
+    """[B] a response's share of a divergence to the reference (arXiv:2403.03185, as released: differentiated at fixed
+    samples). Never negative, and 0 at R = 0.
+
+    With ``R = sum_t (logp - logp_ref)`` and e = `linear_tailed_expm1`: "kl" is ``R + e(-R)``, "chi2" is
+    ``e(R) + e(-R)``."""
     e = linear_tailed_expm1(-log_ratio, c)
     return log_ratio + e if kind == "kl" else linear_tailed_expm1(log_ratio, c) + e
 
@@ -120,9 +123,11 @@ OCCUPANCY = ("kl", "chi2", "sqrt_chi2", "tv")
 
 
 def occupancy_penalty(d: Array, kind: str) -> Array:
-    """[B] penalty of states from a discriminator ``d ~ log(mu_pi / mu_base)`` (arXiv:2403.03185): "kl" d, "chi2"
-    ``exp(d) - 1``, "sqrt_chi2" the same over the root of its mean without 1 % on each side (unscaled if that is not
-    positive), "tv" ``sign(d)``."""
+    """[B] penalty of states from a discriminator ``d ~ log(mu_pi / mu_base)`` (arXiv:2403.03185).
+
+    Args:
+      kind: "kl": ``d``. "chi2": ``x = exp(d) - 1``. "sqrt_chi2": ``x`` divided by the root of its mean without 1 % of
+        the values at each end (not divided if that mean is not positive). "tv": ``sign(d)``."""
     match kind:
         case "kl":
             return promote(d)
@@ -138,6 +143,6 @@ def occupancy_penalty(d: Array, kind: str) -> Array:
 
 
 def discriminator_loss(d: Array, of_policy: Array) -> Array:
-    """[B] ``softplus(-d)`` of the policy's states, ``softplus(d)`` of the base's: least at
+    """[B] ``softplus(-d)`` for the policy's states, ``softplus(d)`` for the base's; the minimum is at
     ``d = log(mu_pi/mu_base)``."""
     return jnp.where(of_policy > 0, jax.nn.softplus(-d), jax.nn.softplus(d))

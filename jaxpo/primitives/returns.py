@@ -1,5 +1,5 @@
-"""Returns and advantages of tokens [B, T] from values. Nothing here carries a gradient, and masked positions are
-skipped: neither reward, value nor discount is applied across them."""
+"""Returns and advantages of tokens [B, T] from values. Nothing here carries a gradient. Masked positions are skipped:
+they add no reward, no value and no discount."""
 
 import jax.numpy as jnp
 from jax import Array, lax

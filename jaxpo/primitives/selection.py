@@ -1,7 +1,7 @@
-"""Choosing some of many: the k smallest of a batch of numbers, and what is built on it. No gradient, no sort.
+"""Select the k smallest of a batch of numbers, and functions that build on it. No gradient, no sort.
 
-A number counts ``weight`` times, so ``k`` is in units of weight and the answer is a *share* of each weight; the
-copies of a row that was drawn twice may be chosen one by one. Ties go to the lowest index."""
+A number counts ``weight`` times, so ``k`` is in units of weight and the answer is a *share* of each weight: the copies
+of a row that was drawn twice may be chosen one by one. Ties go to the lowest index."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jaxpo.primitives.numerics import promote, ratio_or_zero
 
 
 def _ordered(x: Array) -> Array:
-    """Unsigned integers in the order of the floats."""
+    """Unsigned integers that sort like the floats."""
     x = promote(x)
     x = jnp.where(x == 0, jnp.zeros_like(x), x)  # -0.0 ties with 0.0
     bits = jnp.finfo(x.dtype).bits
@@ -23,27 +23,28 @@ def _ordered(x: Array) -> Array:
 
 
 def _kth(keys: Array, weight: Array, k: Array) -> Array:
-    """The smallest key such that keys up to it weigh at least ``k`` (> 0): found bit by bit, so that a sharded batch
-    exchanges one number a bit and nothing is sorted."""
+    """The smallest key for which the keys up to it weigh at least ``k`` (> 0). It is found bit by bit, so nothing is
+    sorted, and a sharded batch exchanges one number for each bit."""
     bits = jnp.iinfo(keys.dtype).bits
 
     def try_bit(i: Array, low: Array) -> Array:
         trial = low | (jnp.array(1, keys.dtype) << (bits - 1 - i).astype(keys.dtype))
         return jnp.where(jnp.sum(jnp.where(keys < trial, weight, 0)) < k, trial, low)
 
-    start = jnp.min(keys) & 0  # varies over a mesh as the keys do
+    start = jnp.min(keys) & 0  # 0, but it varies over a mesh like the keys
     return lax.fori_loop(0, bits, try_bit, start)
 
 
 def kth_smallest(x: Array, weight: Array, k: Array) -> Array:
-    """The value at place ``k`` (1 = the smallest) of ``x`` [...] with multiplicities ``weight``; NaN-free ``x``."""
+    """The ``k``-th smallest value (1 = the smallest) of ``x`` [...] with multiplicities ``weight``; ``x`` must hold no
+    NaN."""
     weight = promote(weight)
     keys = _ordered(x)
     return jnp.min(jnp.where((keys >= _kth(keys, weight, k)) & (weight > 0), promote(x), jnp.inf))
 
 
 def smallest(x: Array, weight: Array, k: Array) -> Array:
-    """[...] how much of each ``weight`` belongs to the ``k`` smallest (all of it if ``k`` is more than there is)."""
+    """[...] how much of each ``weight`` belongs to the ``k`` smallest (all of it if ``k`` exceeds the total weight)."""
     weight, keys = promote(weight), _ordered(x)
     threshold = _kth(keys, weight, k)
     below = jnp.where(keys < threshold, weight, 0)
@@ -67,11 +68,14 @@ def before_in_group(x: Array, group: Array, count: Array) -> Array:
 
 
 def max_variance(x: Array, group: Array, count: Array, n: Array) -> Array:
-    """[B] how much of each row's count belongs to the subset of ``n`` [B] (the same within a group) rows of its group
-    whose ``x`` varies most (D3S, arXiv:2509.22115).
+    """[B] how much of each row's count belongs to the subset of its group whose ``x`` varies most (D3S,
+    arXiv:2509.22115).
 
-    Such a subset is always the k largest and the n - k smallest values, so every k from 0 to n is tried. Ties: of
-    equal values the lowest indices are taken. At most B rows of a group are chosen."""
+    Such a subset is always the k largest and the n - k smallest values, so every k from 0 to n is tried. Among equal
+    values the lowest indices are taken. At most B rows of a group are chosen.
+
+    Args:
+      n: [B] size of the subset, the same within a group."""
     x, count = promote(x), promote(count)
     b = x.shape[0]
     same = group[None] == group[:, None]
@@ -99,15 +103,15 @@ def max_variance(x: Array, group: Array, count: Array, n: Array) -> Array:
     start = 0 * x - jnp.inf, 0 * x
     _, k = lax.fori_loop(0, b + 1, better, start)
     units = sum(shares(k))
-    in_tie = jnp.where(tied, units[None], 0).sum(1)  # the subset's share of equal values, dealt out from the first
+    in_tie = jnp.where(tied, units[None], 0).sum(1)  # the subset's share of equal values, given to the first ones
     return jnp.where(count > 0, jnp.clip(in_tie - (low - tie_start), 0, jnp.minimum(count, tie_count)), 0)
 
 
 def row_uniform(seed: Array, shape: tuple[int, ...] = (), *, stream: int) -> Array:
-    """[B, ...] uniforms that hang on the row's ``seed`` alone (not on its place in the batch, nor on padding, nor on
-    x64).
+    """[B, ...] uniforms that depend only on the row's ``seed``, not on its place in the batch, on padding or on x64.
 
-    ``stream`` keeps the draws of different purposes apart."""
+    Args:
+      stream: a number for each purpose, so that different purposes get independent draws."""
 
     def draw(s: Array) -> Array:
         return jax.random.uniform(jax.random.fold_in(jax.random.key(s), stream), shape, jnp.float32)

@@ -1,4 +1,4 @@
-"""Reward shaping and filters: [B] out, no gradient."""
+"""Reward shaping and filters. They return [B] without gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jaxpo.primitives.numerics import promote, ratio_or_zero
 
 
 def less_drift(reward: Array, logp_old: Array, logp_ref: Array, mask: Array, *, coef: float | Array) -> Array:
-    """``reward - coef sum_t (logp_old - logp_ref)`` [B]: a KL penalty in the reward, by the k1 estimate (RLOO,
+    """``reward - coef sum_t (logp_old - logp_ref)`` [B]: subtract a KL penalty (the k1 estimate) from the reward (RLOO,
     arXiv:2402.14740)."""
     drift = jnp.where(mask > 0, promote(logp_old) - promote(logp_ref), 0)
     return reward - coef * drift.sum(-1)
@@ -47,13 +47,13 @@ def standardized(x: Array, count: Array) -> Array:
 def relevance(
     rel_query: Array, rel_answer: Array, open_ended: Array, num_words: Array, num_tri: Array, uniq_tri: Array
 ) -> Array:
-    """[B] regularized relevance reward: ``rel_query words/100 rep`` of an open-ended question, ``rel_answer rep`` of
-    another; ``rep`` is the share of distinct trigrams, 1 without any (R^3, arXiv:2402.03469)."""
+    """[B] regularized relevance reward (R^3, arXiv:2402.03469): ``rel_query words/100 rep`` for an open-ended question,
+    ``rel_answer rep`` for another. ``rep`` is the share of distinct trigrams, 1 if there are no trigrams."""
     repetition = jnp.where(num_tri > 0, ratio_or_zero(promote(uniq_tri), promote(num_tri)), 1)
     return jnp.where(open_ended > 0, rel_query * num_words / 100, rel_answer) * repetition
 
 
 def followup_likelihood(pos_ll: Array, neg_ll: Array) -> Array:
-    """[B] ``mean_c (pos_ll - neg_ll)`` over sub-categories [B, C] of what a user would say next (FLR,
+    """[B] ``mean_c (pos_ll - neg_ll)`` over sub-categories [B, C] of a user's likely next words (FLR,
     arXiv:2409.13948; the aggregation is assumed)."""
     return (promote(pos_ll) - promote(neg_ll)).mean(-1)

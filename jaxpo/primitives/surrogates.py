@@ -1,4 +1,4 @@
-"""Surrogate losses per token (or per row): their gradient is the policy-gradient step that a paper takes."""
+"""Surrogate losses per token (or per row). Their gradient is a paper's policy gradient."""
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -12,11 +12,12 @@ def log_prob(logp: Array, adv: Array) -> Array:
 
 
 def clipped(ratio: Array, adv: Array, low: Array | float, high: Array | float, dual: float | None = None) -> Array:
-    """``-min(r A, clip(r, low, high) A)`` (PPO, arXiv:1707.06347, eq. 7), the bounds being ratio values.
+    """``-min(r A, clip(r, low, high) A)`` (PPO, arXiv:1707.06347, eq. 7).
 
     Args:
-      ratio, adv: [B, T] or [B]. low, high: scalars or per-token bounds.
-      dual: c > 1 bounds the objective of A < 0 below by ``c A`` (dual clip, arXiv:1912.09729); None = off.
+      ratio, adv: [B, T] or [B].
+      low, high: bounds of the ratio (not of ratio - 1), scalars or one for each token.
+      dual: c > 1; where A < 0 the objective does not fall below ``c A`` (dual clip, arXiv:1912.09729). None = off.
     """
     loss = -jnp.minimum(ratio * adv, jnp.clip(ratio, low, high) * adv)
     if dual is not None:
@@ -25,7 +26,7 @@ def clipped(ratio: Array, adv: Array, low: Array | float, high: Array | float, d
 
 
 def is_clipped(ratio: Array, adv: Array, low: Array | float, high: Array | float, dual: float | None = None) -> Array:
-    """Bool: the token's gradient is cut by `clipped`."""
+    """Bool: `clipped` cuts the token's gradient."""
     cut = ((adv > 0) & (ratio > high)) | ((adv < 0) & (ratio < low))
     return cut if dual is None else cut | ((adv < 0) & (ratio > dual))
 
@@ -36,14 +37,15 @@ def linear(ratio: Array, adv: Array) -> Array:
 
 
 def capped(ratio: Array, adv: Array, cap: Array | float) -> Array:
-    """``-min(r, cap) A``: no gradient above the cap whatever the sign of A (Lp-Reg, arXiv:2510.03222)."""
+    """``-min(r, cap) A``: no gradient above the cap, for either sign of A (Lp-Reg, arXiv:2510.03222)."""
     return -jnp.minimum(ratio, cap) * adv
 
 
 def detached_weight(weight: Array, adv: Array, logp: Array) -> Array:
     """``-sg(weight A) logp``: REINFORCE with a constant weight (CISPO, arXiv:2506.13585, eq. 4; REC, arXiv:2509.24203).
 
-    The value holds raw log-probs and is no loss to compare; no token loses its gradient but by a weight of 0.
+    The value contains raw log-probs, so values of different runs cannot be compared. Only tokens with weight 0 lose
+    their gradient.
     """
     return -lax.stop_gradient(weight * adv) * promote(logp)
 
@@ -75,9 +77,11 @@ def clip_mask(
 ) -> Array:
     """Bool: the tokens that a mask of REC keeps (arXiv:2509.24203).
 
-    "two-side": ``1 - eps_low <= r <= 1 + eps_high``; "one-side": ``(A >= 0 and r <= 1 + eps_high) or (A <= 0 and r >=
-    1 - eps_low)``, the tokens of which PPO keeps the gradient; "ring": two-side, or ``(A >= 0 and r <= 1 - ring_low)
-    or (A <= 0 and r >= 1 + ring_high)``: also what is so far off that its gradient leads back."""
+    "none": all tokens.
+    "two-side": ``1 - eps_low <= r <= 1 + eps_high``.
+    "one-side": ``(A >= 0 and r <= 1 + eps_high) or (A <= 0 and r >= 1 - eps_low)``; PPO keeps the gradient of these.
+    "ring": two-side, or ``(A >= 0 and r <= 1 - ring_low) or (A <= 0 and r >= 1 + ring_high)``; the latter are far off,
+    and their gradient leads back."""
     low, high = ratio >= 1 - eps_low, ratio <= 1 + eps_high
     match mode:
         case "none":
@@ -92,21 +96,21 @@ def clip_mask(
 
 
 def hazard(log_ratio: Array, *, k_pos: float, lam_pos: float, k_neg: float, lam_neg: float) -> Array:
-    """``zeta = (softplus(psi)/lam_pos)^k_pos + (softplus(-psi)/lam_neg)^k_neg`` of a bounded log-ratio psi: the
-    cumulative Weibull hazard of drifting up and down (MHPO, arXiv:2603.16929). No gradient."""
+    """``zeta = (softplus(psi)/lam_pos)^k_pos + (softplus(-psi)/lam_neg)^k_neg`` for a bounded log-ratio psi: the
+    cumulative Weibull hazard of a drift up or down (MHPO, arXiv:2603.16929). No gradient."""
     psi = lax.stop_gradient(log_ratio)
     return (jnp.logaddexp(psi, 0) / lam_pos) ** k_pos + (jnp.logaddexp(-psi, 0) / lam_neg) ** k_neg
 
 
 def squared_residual(log_ratio: Array, adv: Array, tau: float) -> Array:
-    """``(A - tau Delta)^2`` of log-ratios ``Delta`` of whole rows: the residual of mirror descent's optimality
-    condition (Kimi k1.5, arXiv:2501.12599)."""
+    """``(A - tau Delta)^2`` with the log-ratio ``Delta`` of a whole row: the squared residual of mirror descent's
+    optimality condition (Kimi k1.5, arXiv:2501.12599)."""
     return jnp.square(adv - tau * log_ratio)
 
 
 def covariance(logp: Array, adv: Array, weight: Array) -> Array:
-    """``(A - mean A)(logp - mean logp)`` [B, T], means over the tokens of ``weight`` (arXiv:2505.22617, eq. 10). No
-    gradient."""
+    """``(A - mean A)(logp - mean logp)`` [B, T], with means over tokens weighted by ``weight`` (arXiv:2505.22617, eq.
+    10). No gradient."""
     logp, weight, n = promote(logp), promote(weight), jnp.maximum(promote(weight).sum(), 1)
 
     def centered(x: Array) -> Array:
@@ -128,14 +132,16 @@ def balanced_bounds(
     low_first: bool,
     share: bool,
 ) -> tuple[Array, Array]:
-    """BAPO's clip bounds (arXiv:2510.18927), found by raising them step by step until positives carry enough weight.
+    """BAPO's clip bounds (arXiv:2510.18927): they are raised step by step until positives carry enough weight.
 
     ``P(ch) = sum_{A >= 0} weight min(r, ch) A`` and ``N(cl) = sum_{A < 0} weight max(r, cl) |A|``; the search stops
-    when ``P/(N + 1e-8)`` (``share``: ``P/(P+N)``) reaches ``target``.
+    when ``P/(N + 1e-8)`` (with ``share``: ``P/(P+N)``) reaches ``target``.
 
     Args:
-      low, high: (start, maximum, step) of the two bounds. low_first: which is raised first; the other one follows.
-      share: the paper's measure, in which a step beyond the maximum is not taken; the released code's last step is cut.
+      low, high: (start, maximum, step) of the two bounds.
+      low_first: raise the low bound first, then the high one; False = the other way round.
+      share: the paper's form, which takes no step beyond the maximum. False = the released code's form, which cuts the
+        last step at the maximum.
 
     Returns:
       scalars (low bound, high bound).

@@ -1,5 +1,5 @@
 """Advantages of single tokens [B, T]: returns-to-go, segments, shared prefixes, entropy. Nothing here carries a
-gradient. Positions are ordinals among a row's masked tokens, so masks may have holes."""
+gradient. Positions count a row's masked tokens only, so masks may have holes."""
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -10,7 +10,8 @@ from jaxpo.primitives.selection import kth_smallest
 
 
 def ordinals(mask: Array) -> Array:
-    """[B, T] int: the place of each masked token among its row's masked tokens (of others: of the one before)."""
+    """[B, T] int: the place of each masked token among its row's masked tokens; elsewhere, the place of the last masked
+    token before it."""
     return jnp.cumsum(mask > 0, -1) - 1
 
 
@@ -20,7 +21,7 @@ def last_token(mask: Array) -> Array:
 
 
 def next_at(x: Array, at: Array, end: Array) -> Array:
-    """[B, T] ``x`` at the nearest *later* position where ``at`` holds; ``end`` [B] after the last one."""
+    """[B, T] ``x`` at the nearest *later* position where ``at`` is True; ``end`` [B] if there is none."""
     t = at.shape[1]
     index = jnp.where(at, jnp.arange(t), t)
     after = lax.cummin(jnp.pad(index[:, 1:], ((0, 0), (0, 1)), constant_values=t), axis=1, reverse=True)
@@ -28,7 +29,7 @@ def next_at(x: Array, at: Array, end: Array) -> Array:
 
 
 def previous_at(x: Array, at: Array) -> tuple[Array, Array]:
-    """[B, T] ``x`` at the nearest position up to this one where ``at`` holds, and whether there is one."""
+    """[B, T] ``x`` at the nearest position, this one or earlier, where ``at`` is True; and whether there is one."""
     index = lax.cummax(jnp.where(at, jnp.arange(at.shape[1]), -1), axis=1)
     return jnp.take_along_axis(x, jnp.maximum(index, 0), 1), index >= 0
 
@@ -47,10 +48,10 @@ def returns_to_go(token_reward: Array, mask: Array, gamma: float | Array = 1.0) 
 
 
 def token_whitened(x: Array, weight: Array, *, eps: float = 1e-8) -> Array:
-    """``(x - mean) / sqrt(var + eps)`` [B, T] over the tokens of ``weight`` [B, T] (their multiplicity), sample
-    variance.
+    """``(x - mean) / sqrt(var + eps)`` [B, T], with mean and sample variance over tokens of multiplicity ``weight``
+    [B, T].
 
-    Exactly 0 where all are the same, or there are fewer than two."""
+    Exactly 0 if all values are equal, or if there are fewer than two."""
     x, weight = promote(x), promote(weight)
     n = weight.sum()
     mean = ratio_or_zero(jnp.sum(jnp.where(weight > 0, x, 0) * weight), n)
@@ -65,9 +66,9 @@ def segment_advantage(
 ) -> Array:
     """Monte-Carlo advantages of segments [B, T] (SPO-chain, arXiv:2505.23564).
 
-    Tokens with ``p = exp(logp_old) < threshold`` are low; every ``interval``-th of them, from the first, is a cutpoint;
-    a segment runs from a cutpoint to the next and has ``V(next) - V(own)``, the last one ``reward - V(own)``. Tokens
-    before the first cutpoint and tokens with ``p > threshold`` get 0.
+    Tokens with ``p = exp(logp_old) < threshold`` are low; every ``interval``-th of them, from the first, is a cutpoint.
+    A segment runs from a cutpoint to the next. Its advantage is ``V(next) - V(own)``, and ``reward - V(own)`` for the
+    last segment. Tokens before the first cutpoint and tokens with ``p > threshold`` get 0.
 
     Args:
       mc_value: [B, T] value of the prefix *before* each token, read at cutpoints only (`cutpoints`).
@@ -87,9 +88,9 @@ def cutpoints(logp_old: Array, mask: Array, *, interval: int = 5, threshold: flo
 
 
 def _shared(tokens: Array, place: Array, on: Array, group: Array, positive: Array, negative: Array) -> Array:
-    """[B, T] bool: some positive and some negative row of the group have this very token at this place.
+    """[B, T] bool: some positive and some negative row of the group have this same token at this place.
 
-    Rows are ordered by group, and each is compared with the one d places away for d = 1, 2, ... up to the largest
+    Rows are sorted by group, and each is compared with the row d places away, for d = 1, 2, ... up to the largest
     group.
     """
     b, t = tokens.shape
@@ -99,7 +100,7 @@ def _shared(tokens: Array, place: Array, on: Array, group: Array, positive: Arra
     index = jnp.arange(b)
 
     def pairs(d: Array, forward: bool) -> Array:
-        """[B] bool: the row ``d`` places before (after) is there and in the same group."""
+        """[B] bool: there is a row ``d`` places before (after), and it is in the same group."""
         there = index >= d if forward else index < b - d
         return there & (jnp.roll(ids, d if forward else -d) == ids)
 
@@ -121,11 +122,12 @@ def _shared(tokens: Array, place: Array, on: Array, group: Array, positive: Arra
 
 
 def shared_runs(tokens: Array, mask: Array, group: Array, adv: Array) -> tuple[Array, Array]:
-    """[B, T] bool twice: the row's forward run and its backward run (GTPO, arXiv:2508.03772).
+    """(forward, backward), [B, T] bool each: the tokens in the row's forward run and in its backward run (GTPO,
+    arXiv:2508.03772).
 
-    A (place, token) is in conflict when some row of the group with A > 0 and some row with A < 0 hold it; the forward
-    run is the longest prefix of conflicts, the backward run the longest suffix with places counted from each row's
-    own end."""
+    A (place, token) is in conflict if some row of the group with A > 0 and some row with A < 0 have it. The forward run
+    is the longest prefix of conflicts. The backward run is the longest suffix, with places counted from each row's
+    end."""
     on = mask > 0
     forward = ordinals(mask)
     backward = on.sum(-1, keepdims=True) - 1 - forward
@@ -141,7 +143,7 @@ def conflict_weight(
     tokens: Array, mask: Array, group: Array, adv: Array, *, w_pos: float = 2.0, normalize: bool = True
 ) -> Array:
     """``lambda_t / n_i`` [B, T] of GTPO: each run multiplies its tokens by ``w_pos`` (A > 0) or 0 (A < 0), and
-    ``n_i`` is the longer run (at least 1; 1 with ``normalize=False``). Rows with A = 0 have weight 1."""
+    ``n_i`` is the length of the longer run (at least 1; 1 with ``normalize=False``). Rows with A = 0 have weight 1."""
     prefix, suffix = shared_runs(tokens, mask, group, adv)
     factor = jnp.where(adv > 0, w_pos, jnp.where(adv < 0, 0.0, 1.0))[:, None]
     weight = jnp.where(prefix, factor, 1.0) * jnp.where(suffix, factor, 1.0)
@@ -162,7 +164,7 @@ def token_group_normalized(
     adv_eps: float = 1e-6,
 ) -> Array:
     """[B] ``(reward - mean) / (std + adv_eps)`` with mean and population std over all *tokens* of the group (HAPO,
-    arXiv:2509.16591); a group with some |A| >= ``guard`` has ``fallback`` [B] instead."""
+    arXiv:2509.16591). A group with some |A| >= ``guard`` gets ``fallback`` [B] instead, and so does a single row."""
     tokens = promote((mask > 0).sum(-1)) * promote(count)
     mean = group_mean(reward, group, tokens)
     std = group_std(reward, group, tokens, 0)
@@ -175,11 +177,11 @@ def token_group_normalized(
 def entropy_signal(
     entropy: Array, weight: Array, *, rho: float = 0.8, official: bool = False
 ) -> tuple[Array, dict[str, Array]]:
-    """HAPO's ``h`` [B, T] and the four numbers that define it.
+    """HAPO's ``h`` [B, T], and the four numbers that define it.
 
-    ``l = log max(H, 1e-8)``; ``q`` its rho-quantile by nearest index over the tokens of ``weight``; ``s`` the RMS
-    distance to it; ``z = (l - q)/s``; ``h = z / max positive z`` above, ``z / |min z|`` below (``official``: divided
-    by ``min z``, which makes it positive too)."""
+    ``l = log max(H, 1e-8)``; ``q`` is its rho-quantile (nearest index) over tokens of multiplicity ``weight``; ``s`` is
+    the RMS distance to q; ``z = (l - q)/s``. Above q ``h = z / max z``, below it ``h = z / |min z|`` (``official``:
+    divided by ``min z``, which makes it positive too)."""
     level = jnp.log(jnp.maximum(promote(entropy), 1e-8))
     weight = promote(weight)
     n = weight.sum()
@@ -195,6 +197,6 @@ def entropy_signal(
 
 
 def entropy_position(entropy: Array, numbers: dict[str, Array], *, official: bool = False) -> Array:
-    """``h`` of any entropies, by the numbers of an earlier `entropy_signal`."""
+    """``h`` of any entropies, from the numbers of an earlier `entropy_signal`."""
     z = ratio_or_zero(jnp.log(jnp.maximum(promote(entropy), 1e-8)) - numbers["q"], numbers["s"])
     return jnp.where(z > 0, z / numbers["high"], (-z if official else z) / numbers["low"])

@@ -1,4 +1,4 @@
-"""A value for every prompt that outlives the batch (SPO single-stream, arXiv:2509.13232): a Beta posterior that
+"""A value of every prompt that is kept across batches (SPO single-stream, arXiv:2509.13232): a Beta posterior that
 forgets."""
 
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ def tracker_init(successes: Array, samples: float | Array, *, rho_min: float = 0
 
 
 def forgetting(drift: Array, *, d_half: float = 0.06, rho_min: float = 0.875, rho_max: float = 0.96) -> Array:
-    """``rho = clip(2^(-D/D_half), rho_min, rho_max)``: the further the policy has moved, the less of the past is
-    kept."""
+    """``rho = clip(2^(-D/d_half), rho_min, rho_max)``: the further the policy has moved (the drift ``D``), the less of
+    the past is kept."""
     return jnp.clip(jnp.exp2(-promote(drift) / d_half), rho_min, rho_max)
 
 

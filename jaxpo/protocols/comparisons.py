@@ -1,4 +1,4 @@
-"""The policy's own answers, compared by a judge: who answers, which answers become pairs, and what rows they make."""
+"""A judge compares the policy's own answers: who answers, which answers become pairs, and which rows they become."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -22,17 +22,18 @@ from jaxpo.protocols.protocol import Facts, Protocol
 from jaxpo.protocols.rows import stacked
 
 RULES = ("best_worst", "random", "adjacent")
-OF_OPPONENTS = {"win", "pref_opp", "pref_score"}  # what only answers of an opponent change
-SOFT = {"pref_prob", "win"}  # who reads these takes pairs as they come; others want the better answer first
-Chosen = tuple[np.ndarray, np.ndarray, np.ndarray]  # places i, j [G, pairs] of answers, and whether the pair counts
+OF_OPPONENTS = {"win", "pref_opp", "pref_score"}  # fields that an opponent's answers change
+SOFT = {"pref_prob", "win"}  # objectives that read these take pairs in any order; others need the better answer first
+Chosen = tuple[np.ndarray, np.ndarray, np.ndarray]  # indices i, j [G, pairs] of answers, and whether the pair counts
 
 
 class Source(NamedTuple):
-    """Who answers.
+    """A model that answers.
 
-    params: (run) -> parameters.
-    partner, share: reference and exponent of a geometric mixture.
-    plain: at temperature 1 and uncut, whatever the config's sampling.
+    params: (run) -> its parameters.
+    partner: a reference; answers then come from the geometric mixture ``params^(1 - share) partner^share``.
+    share: the exponent of the mixture.
+    plain: sample at temperature 1 without top-k, top-p and min-p, whatever ``config.sampling`` says.
     """
 
     params: Callable[[Run], Any] = lambda run: run.state.params
@@ -45,16 +46,16 @@ POLICY = Source()
 
 
 class Comparison(NamedTuple):
-    """Who answers, and how rows are made of what the judge says.
+    """Who answers, and how the judge's verdict becomes rows.
 
-    own: whose answers are trained on.
-    opponent: whose answers they are compared with; None = with each other.
-    pairs: the rule of pairs (``RULES``); None = ``unasked``.
-    unasked: the rule where none is asked for.
-    margin: pairs whose scores are at most so far apart do not count.
-    threshold: answers of a score above it are good; None = those that beat the others.
-    choose: (verdict, K, key) -> (i, j, there): other pairs than those of a rule.
-    count: K -> pairs a prompt, of ``choose``.
+    own: gives the answers that are trained on.
+    opponent: gives the answers that they are compared with; None = they are compared with each other.
+    pairs: the rule that picks pairs (``RULES``); None = ``unasked``.
+    unasked: the rule when ``pairs`` is None.
+    margin: a pair does not count if its scores differ by at most this much.
+    threshold: an answer is good if its score is above this; None = if it beats the others.
+    choose: (verdict, K, key) -> (i, j, there): picks the pairs in place of a rule.
+    count: K -> how many pairs ``choose`` picks for a prompt.
     """
 
     own: Source = POLICY
@@ -72,7 +73,7 @@ class Comparison(NamedTuple):
 
 
 def compared(comparison: Comparison, references: Mapping[str, Mapping[str, Any]] | None = None) -> Protocol:
-    """K answers to each prompt by ``own``, as many by an ``opponent``; the judge compares them, and rules make rows."""
+    """The protocol of a comparison: sample K answers to each prompt (and K of the opponent), judge them, make rows."""
     choice("pairs", comparison.rule, RULES)
     mixes = comparison.opponent is not None or comparison.own.partner is not None
     facts = Facts(
@@ -87,7 +88,7 @@ def compared(comparison: Comparison, references: Mapping[str, Mapping[str, Any]]
 
 
 def collect(c: Comparison, run: Run, gather: Gatherer, key: Array) -> tuple[Run, Rollouts]:
-    """Answers to the next prompts, judged, as rows for the objective."""
+    """Sample answers to the next prompts, judge them, and return them as rows for the objective."""
     run, indices = gather.draw(run, gather.prompts)
     keys = jax.random.split(key, 3)
     columns = [sampled(run, gather, who, indices, k) for who, k in zip((c.own, c.opponent), keys, strict=False) if who]
@@ -109,35 +110,38 @@ def collect(c: Comparison, run: Run, gather: Gatherer, key: Array) -> tuple[Run,
 
 
 def pairs_of(c: Comparison, verdict: Verdict, k: int, key: Array, *, soft: bool) -> Chosen:
-    """The pairs of a comparison; ``soft``: as they come, otherwise the better answer first."""
+    """The pairs of a comparison: in any order if ``soft``, otherwise the better answer first."""
     i, j, there = c.choose(verdict, k, key) if c.choose else (*pick(c.rule, verdict, k, key), True)
     i, j, counts = (i, j, i != j) if soft else ordered(verdict, i, j, c.margin)
     return i, j, counts & there
 
 
 def rows(c: Comparison, objective: Objective, responses: int) -> int:
-    """Rows that a comparison makes of a prompt.
+    """The number of rows that a comparison makes for each prompt.
 
     Raises:
-      ValueError: the objective learns from other units, or an option has no effect on it."""
+      ValueError: the objective learns from other units, or an option has no effect on it.
+    """
     layout, needs = objective.unit.layout, objective.asks.needs
     if layout not in ((), PAIR):
         raise ValueError(
-            f"the objective learns from units {layout}, which a judge does not make of the policy's own answers: set "
-            "config.data.name, and config.protocol.name to preference_data"
+            f"the objective learns from units {layout}, which a judge does not make from the policy's own answers: set "
+            "config.data.name, and set config.protocol.name to preference_data"
         )
     if c.threshold is not None and "label" not in needs:
         raise ValueError("config.protocol.label_threshold has no effect: the objective reads no labels")
     if c.opponent and not needs & OF_OPPONENTS:
         raise ValueError(
-            "this protocol judges answers against those of an opponent, and the objective reads nothing of that "
+            "this protocol judges answers against an opponent's answers, but the objective reads nothing of that "
             f"({', '.join(sorted(OF_OPPONENTS))}): set config.protocol.name to judged"
         )
     if not layout and (c.pairs is not None or c.margin):
         field = "margin" if c.pairs is None else "pairs"
         raise ValueError(f"config.protocol.{field} has no effect: the objective learns from single answers")
     if c.choose and not layout:
-        raise ValueError("this protocol makes pairs, and the objective learns from single answers: choose judged")
+        raise ValueError(
+            "this protocol makes pairs, but the objective learns from single answers: choose protocol 'judged'"
+        )
     if not layout:
         return form_of(objective, responses).size * responses if "label" in needs else responses
     each = c.count(responses) if c.count else responses // 2 if c.rule == "adjacent" else 1
@@ -145,14 +149,14 @@ def rows(c: Comparison, objective: Objective, responses: int) -> int:
 
 
 def check(c: Comparison, config: ConfigDict) -> None:
-    """``ValueError`` for too few answers to compare."""
+    """Raise ``ValueError`` if there are too few answers to compare."""
     least = 2 if c.opponent is None else 1
     if config.rollout.responses < least:
         raise ValueError(f"config.rollout.responses must be at least {least}: answers are compared with each other")
 
 
 def sampled(run: Run, gather: Gatherer, who: Source, indices: np.ndarray, key: Array) -> Rollouts:
-    """Answers (NumPy) of a source."""
+    """Sample answers (NumPy) from a source."""
     options = gather.sampling(run)
     if who.plain:
         options = options.replace(temperature=1.0, top_k=None, top_p=None, min_p=None)
@@ -164,7 +168,7 @@ def sampled(run: Run, gather: Gatherer, who: Source, indices: np.ndarray, key: A
 
 
 def pick(rule: str, verdict: Verdict, k: int, key: Array) -> tuple[np.ndarray, np.ndarray]:
-    """Places (i, j) [G, pairs] of two answers among the first ``k`` to each prompt."""
+    """Pick pairs among the first ``k`` answers to each prompt: their indices (i, j), [G, pairs] each."""
     scores = np.asarray(verdict.scores)[:, :k]
     if rule == "best_worst":
         best, worst, _ = rules.best_and_worst(scores)
@@ -178,8 +182,8 @@ def pick(rule: str, verdict: Verdict, k: int, key: Array) -> tuple[np.ndarray, n
 
 
 def ordered(verdict: Verdict, i: np.ndarray, j: np.ndarray, margin: float) -> Chosen:
-    """The better answer first; a pair counts if its scores are more than ``margin`` apart and the judge is not
-    even."""
+    """Put the better answer of each pair first. A pair counts if its scores differ by more than ``margin`` and the
+    judge prefers one of the two."""
     g = np.arange(len(i))[:, None]
     p, gap = verdict.wins[g, i, j], np.abs(verdict.scores[g, i] - verdict.scores[g, j])
     swap = p < 0.5
@@ -187,9 +191,13 @@ def ordered(verdict: Verdict, i: np.ndarray, j: np.ndarray, margin: float) -> Ch
 
 
 def answer_fields(verdict: Verdict, k: int) -> dict[str, np.ndarray]:
-    """What the judge says of each of the first ``k`` answers [G, k]: ``win``, its mean win probability against the
-    opponent's answers, or against all k (itself at 1/2, as in SPPO); ``pref_opp``, the same without itself; their mean
-    logit ``pref_score``; ``rm``, its score."""
+    """Fields of the judge for each of the first ``k`` answers, [G, k] each.
+
+    win: mean probability to beat the opponent's answers; without an opponent, all k answers (itself at 1/2, like SPPO).
+    pref_opp: the same, but without itself.
+    pref_score: mean logit of the probabilities that ``win`` averages.
+    rm: score.
+    """
     wins, total = np.asarray(verdict.wins), verdict.wins.shape[1]
     against = wins[:, :k, k:] if total > k else wins[:, :k, :k]
     logits = np.asarray(rules.ranker_reward(against))
@@ -199,7 +207,7 @@ def answer_fields(verdict: Verdict, k: int) -> dict[str, np.ndarray]:
 
 
 def arranged(objective: Objective, own: Rollouts, verdict: Verdict, chosen: Chosen | None) -> Rollouts:
-    """Rows (NumPy) for the objective: all answers, or with a layout of pairs the chosen ones side by side."""
+    """Rows (NumPy) for the objective: all answers, or the chosen pairs side by side."""
     k = own.shared_prompt
     fields = {name: x.astype(np.float32) for name, x in answer_fields(verdict, k).items()}
     own = own.replace(reward=fields["rm"].reshape(-1))
@@ -225,9 +233,12 @@ def arranged(objective: Objective, own: Rollouts, verdict: Verdict, chosen: Chos
 
 
 def labels(verdict: Verdict, k: int, threshold: float | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the first ``k`` answers are good [G, k], and of which that is known: those of a score above the
-    threshold, of all; without one, those that beat the others (the opponent's, if there is one) with a mean probability
-    above 1/2, and an answer that is even with them is neither good nor bad."""
+    """(good, known), [G, k] each: which of the first ``k`` answers are good, and for which of them this is known.
+
+    With a threshold, an answer is good if its score is above it, and this is always known. Without one, an answer is
+    good if it beats the others (the opponent's, if there is one) with a mean probability above 1/2; at exactly 1/2 it
+    is neither good nor bad.
+    """
     if threshold is not None:
         good = np.asarray(verdict.scores)[:, :k] > threshold
         return good, np.ones_like(good)
@@ -236,8 +247,11 @@ def labels(verdict: Verdict, k: int, threshold: float | None = None) -> tuple[np
 
 
 def with_labels(own: Rollouts, good: np.ndarray, known: np.ndarray, mismatched: bool) -> Rollouts:
-    """Rows (NumPy) with their labels, of count 0 where that is not known; ``mismatched``: after each row one of role
-    "kl", the previous prompt's answer to this prompt (KTO), which nobody has sampled: ``logp_beh`` is left out."""
+    """Rows (NumPy) with labels; a row whose label is not known gets count 0.
+
+    With ``mismatched``, each row is followed by a row of role "kl": this prompt with an answer to the previous prompt
+    (KTO). Nobody sampled such a row, so ``logp_beh`` is left out.
+    """
     label, k = good.reshape(-1).astype(np.float32), own.shared_prompt
     own = own.replace(label=label, count=own.count * known.reshape(-1).astype(np.float32), logp_beh=None)
     if not mismatched:

@@ -1,4 +1,4 @@
-"""DNO-Prct: pairs that a judge's grades leave no doubt of, the teacher's answers among them, and old pairs."""
+"""DNO-Prct: pairs whose grades differ clearly, some with the teacher's answer, and pairs of earlier rounds."""
 
 from functools import partial
 from typing import Annotated, Any, NamedTuple
@@ -34,25 +34,26 @@ def dno_prct(
     repeats: Annotated[int, Domain(2, whole=True)] = 3,
     prev_every: Whole | None = None,
 ) -> Protocol:
-    """Pairs of answers that a judge grades clearly apart: K of the policy to each prompt and its demonstration, the
-    teacher's, judged together; and pairs of the rounds before.
+    """Train on pairs of answers whose grades differ clearly, and on such pairs of earlier rounds. A judge grades K
+    answers of the policy to each prompt together with the teacher's answer, which is the prompt's demonstration.
 
-    Whatever scores at least ``positive`` is preferred to each answer that scores ``teacher_gap`` less, or ``own_gap``
-    if it is the policy's own. Of such pairs those with the widest gaps are taken, up to ``pairs`` of a prompt; what is
-    missing of the batch's ``pairs`` times prompts does not count.
+    The chosen answer scores at least ``positive``. The rejected one scores less, by at least ``teacher_gap`` if the
+    chosen answer is the teacher's, and by at least ``own_gap`` if it is the policy's own. Each prompt gives up to
+    ``pairs`` such pairs, those with the widest gaps. If fewer than ``pairs`` times prompts are found, the rest of the
+    batch does not count.
 
     Scores are compared as the judge gives them. The defaults are the paper's, for grades from 1 to 6; a verifier's
-    rewards lie in [0, 1] and ask for others (``positive=1``, gaps of 0.5).
+    rewards lie in [0, 1] and need other values (``positive=1``, gaps of 0.5).
 
     Tables: past, pairs as `Rollouts` with leaves [memory + 1, iterations of a round, rows]. Metrics: ``dno/fresh`` and
     ``dno/old``, their shares of the batch; ``dno/teacher``, share of fresh pairs whose chosen answer is the teacher's.
 
     Args:
-      old: share of the batch for pairs of the round before, half as much for the one before that, ...; memory: how many
-        rounds back.
-      ngram, repeats: an answer in which some ``ngram`` tokens in a row occur ``repeats`` times is never chosen, and
-        rejected whatever its score (assumed).
-      prev_every: iterations of a round, as of `preference_data`.
+      old: share of the batch that comes from the round before; the round before that gives half as much, and so on.
+      memory: how many rounds back.
+      ngram, repeats: an answer in which some ``ngram`` tokens in a row occur ``repeats`` times is never chosen, and may
+        be rejected whatever its score (assumed).
+      prev_every: iterations of a round, as in `preference_data`.
     """
     if bool(old) != bool(memory):
         raise ValueError(f"old = {old:g} and memory = {memory} contradict each other: set both to 0, or neither")
@@ -66,7 +67,7 @@ def dno_prct(
     def rows(objective: Objective, responses: int) -> int:
         if objective.unit.layout != PAIR:
             raise ValueError(
-                "protocol 'dno_prct' makes pairs, and a unit of the objective is "
+                "protocol 'dno_prct' makes pairs, but a unit of the objective is "
                 f"{objective.unit.layout or 'one answer'}"
             )
         return 2 * pairs
@@ -85,9 +86,10 @@ def dno_prct(
 class Choice(NamedTuple):
     """Which answers become pairs.
 
-    grades: positive, teacher_gap and own_gap, as of `dno_prct`.
-    pairs: of a prompt, at most.
-    ngram, repeats: an answer that repeats itself so is never chosen.
+    grades: positive, teacher_gap and own_gap, as in `dno_prct`.
+    pairs: how many pairs of a prompt, at most.
+    ngram: length of the token runs that are counted.
+    repeats: an answer that contains some run this often is never chosen.
     """
 
     grades: dict[str, float]
@@ -96,7 +98,7 @@ class Choice(NamedTuple):
     repeats: int
 
     def loops(self, answers: Rollouts) -> np.ndarray:
-        """[rows] whether an answer repeats itself."""
+        """[rows] bool: the answer repeats itself."""
         rows = zip(answers.completions, answers.mask, strict=True)
         return np.array([repetitive(t[m > 0], self.ngram, self.repeats) for t, m in rows])
 
@@ -104,7 +106,7 @@ class Choice(NamedTuple):
 class Past(NamedTuple):
     """How many pairs come from earlier rounds.
 
-    share: of a batch from the round before, half as much from the one before that, ...
+    share: part of a batch that comes from the round before; the round before that gives half as much, and so on.
     rounds: how many rounds back.
     every: iterations of a round.
     """
@@ -114,13 +116,13 @@ class Past(NamedTuple):
     every: int
 
     def places(self, pairs: int) -> tuple[list[int], int]:
-        """Pairs of each earlier round, and fresh ones, among so many of a batch."""
+        """How many of the ``pairs`` of a batch come from each earlier round, and how many are fresh."""
         shares = [int(self.share * pairs / 2**i) for i in range(self.rounds)]
         return shares, pairs - sum(shares)
 
 
 def collect(choice: Choice, past: Past, run: Run, gather: Gatherer, key: Array) -> tuple[Run, Rollouts]:
-    """Fresh pairs of the policy's and the teacher's answers, and pairs of earlier rounds."""
+    """Collect fresh pairs of the policy's and the teacher's answers, and pairs of earlier rounds."""
     run, indices = gather.draw(run, gather.prompts)
     own_key, key = jax.random.split(key)
     columns = sampled(run, gather, POLICY, indices, own_key), gather.demonstrations(indices)
@@ -146,7 +148,7 @@ def collect(choice: Choice, past: Past, run: Run, gather: Gatherer, key: Array) 
 def remembered(
     past: Past, shares: list[int], run: Run, new: Rollouts, rng: np.random.Generator
 ) -> tuple[Run, list[Rollouts]]:
-    """Store the new pairs; the pairs that come back of earlier rounds."""
+    """Store the new pairs, and draw pairs of earlier rounds."""
     if not past.rounds:
         return run, []
     now, table, size = divmod(run.iteration, past.every), run.tables["past"], past.rounds + 1
@@ -156,7 +158,7 @@ def remembered(
 
 
 def check(choice: Choice, config: ConfigDict) -> None:
-    """``ValueError`` for grades that the judge does not give, or for more pairs than there can be."""
+    """Raise ``ValueError`` if the judge cannot give such grades, or if there cannot be so many pairs."""
     positive = choice.grades["positive"]
     if config.judge.name == "verifier" and positive > 1:
         raise ValueError(
@@ -182,7 +184,7 @@ def blank(shape: tuple[int, ...], prompt_width: int, width: int) -> Rollouts:
 
 
 def bare(batch: Rollouts) -> Rollouts:
-    """Answers and nothing else that is known of them (NumPy)."""
+    """The answers alone (NumPy), without rewards, log-probs and the other fields."""
     return Rollouts(
         tokens=np.asarray(batch.tokens, np.int32),
         mask=np.asarray(batch.mask, np.float32),
@@ -193,7 +195,7 @@ def bare(batch: Rollouts) -> Rollouts:
 
 
 def repetitive(tokens: np.ndarray, n: int, times: int) -> bool:
-    """Whether some ``n`` tokens in a row occur at least so many ``times``."""
+    """Whether some ``n`` tokens in a row occur at least ``times`` times."""
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return len(grams) >= times and max(np.unique(grams, axis=0, return_counts=True)[1]) >= times
 
@@ -201,9 +203,12 @@ def repetitive(tokens: np.ndarray, n: int, times: int) -> bool:
 def graded(
     scores: np.ndarray, repeats: np.ndarray, pairs: int, grades: dict[str, float]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Places i, j [G, pairs] of pairs among K + 1 answers of scores [G, K + 1], the last of which is the teacher's, and
-    whether there is such a pair (`jaxpo.primitives.preference_data.graded_pairs`): the widest gaps first, ties to the
-    lowest places."""
+    """Pick the pairs with the widest gaps among K + 1 answers to each prompt, the last of which is the teacher's.
+
+    Returns:
+      (i, j, there), [G, pairs] each: the indices of the chosen and the rejected answer, and whether there is such a
+      pair (`jaxpo.primitives.preference_data.graded_pairs`). Widest gaps first, ties to the lowest indices.
+    """
     g, k = scores.shape
     teacher = np.arange(k) == k - 1
     good = np.asarray(jax.vmap(lambda s, r: rules.graded_pairs(s, teacher, r, **grades))(scores, repeats)).reshape(
@@ -215,8 +220,8 @@ def graded(
 
 
 def best_first(i: np.ndarray, j: np.ndarray, there: np.ndarray) -> list[np.ndarray]:
-    """(i, j, prompt, there) of all pairs [G, pairs] in one row: every prompt's first, then their second, ...; those
-    that are not there last."""
+    """All pairs [G, pairs] in one row, as (i, j, prompt, there): the first pair of every prompt, then the second, and
+    so on; places without a pair come last."""
     prompt = np.broadcast_to(np.arange(len(i))[:, None], i.shape)
     flat = [x.T.reshape(-1) for x in (i, j, prompt, there)]
     order = np.argsort(~flat[3], kind="stable")
@@ -224,7 +229,7 @@ def best_first(i: np.ndarray, j: np.ndarray, there: np.ndarray) -> list[np.ndarr
 
 
 def drawn(past: Rollouts, place: int, n: int, rng: np.random.Generator) -> Rollouts:
-    """``n`` pairs of the round at a place, without replacement; what it has fewer of does not count."""
+    """Draw ``n`` pairs of the round at ``place``, without replacement. If it has fewer, the rest does not count."""
     whole = jax.tree.map(lambda x: x[place].reshape(-1, *x.shape[3:]), past)
     order = rng.permutation(whole.rows // 2)
     order = order[np.argsort(whole.count[2 * order] == 0, kind="stable")][:n]
@@ -232,7 +237,7 @@ def drawn(past: Rollouts, place: int, n: int, rng: np.random.Generator) -> Rollo
 
 
 def as_pairs(batch: Rollouts, rng: np.random.Generator) -> Rollouts:
-    """Rows that stand side by side as units."""
+    """The rows as units: each two neighbors are a pair."""
     n = batch.rows
     return batch.replace(
         layout=PAIR,

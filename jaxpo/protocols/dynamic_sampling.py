@@ -1,4 +1,4 @@
-"""Sampling until enough groups have mixed outcomes (DAPO), and at a temperature for each token (HAPO)."""
+"""Sample until enough groups have mixed outcomes (DAPO), with a temperature for each token (HAPO)."""
 
 from collections.abc import Callable
 
@@ -25,13 +25,12 @@ from jaxpo.rollout.sampling import EntropyTemperature, SamplingOptions
 @register("protocol", id="dapo", source="DAPO, arXiv:2503.14476")
 @register("protocol", source="DAPO, arXiv:2503.14476")
 def dynamic_sampling(max_batches: Whole = 10) -> Protocol:
-    """Generate until as many groups with mixed outcomes are there as an iteration trains on; the others are never
-    trained on.
+    """Generate batches until there are enough groups with mixed outcomes for an iteration; drop the other groups.
 
     Batches keep the run's shape, so nothing is compiled again. Kept groups beyond the number wanted are dropped.
 
     Raises:
-      NothingLeft: (from ``collect``) not enough after ``max_batches`` batches, with the number found.
+      NothingLeft: (from ``collect``) too few groups after ``max_batches`` batches; the error says how many.
     """
 
     def collect(run: Run, gather: Gatherer, key: Array) -> tuple[Run, Rollouts]:
@@ -50,15 +49,15 @@ def dynamic_sampling(max_batches: Whole = 10) -> Protocol:
                 gather.note("dynamic_sampling/batches", i + 1)
                 return run, stacked(kept)
         raise NothingLeft(
-            f"dynamic sampling found {found} of {gather.prompts} groups with mixed outcomes in {max_batches} "
-            "batches: the task is (nearly) "
-            "solved or unsolved; stop here, take harder prompts, or raise config.protocol.max_batches"
+            f"dynamic sampling found {found} of {gather.prompts} groups with mixed outcomes in {max_batches} batches: "
+            "the policy solves (nearly) all of the prompts or none; stop here, take harder or easier prompts, or raise "
+            "config.protocol.max_batches"
         )
 
     return Protocol(collect)
 
 
-SIGNAL = ("q", "s", "high", "low")  # what the objective `hapo` remembers of a batch's entropies
+SIGNAL = ("q", "s", "high", "low")  # numbers on a batch's entropies that the objective `hapo` remembers
 
 
 @register("sampler", id="hapo", source="HAPO, arXiv:2509.16591; code of starriver030515/HAPO")
@@ -67,21 +66,21 @@ def entropy_temperature(
     T0: Positive = 1.0,  # noqa: N803 (the card's name)
     official: bool = False,
 ) -> Callable[[SamplingOptions, State], SamplingOptions]:
-    """``(options, objective state) -> options`` with a temperature for each token, by what the objective `hapo`
-    remembers of the previous batch's entropies.
+    """``(options, objective state) -> options`` with a temperature for each token, which follows from the entropies of
+    the previous batch that the objective `hapo` remembers.
 
     Raises:
-      ValueError: (when called) the state is that of another objective.
+      ValueError: (when called) the state belongs to another objective.
     """
 
     def sample(options: SamplingOptions, state: State) -> SamplingOptions:
         absent = [name for name in SIGNAL if name not in state.memory]
         if absent:
             raise ValueError(
-                f"protocol 'hapo' reads {', '.join(absent)} from the objective's memory, which is that of hapo: "
-                "set config.objective.name to hapo, or config.protocol.name to dapo"
+                f"protocol 'hapo' reads {', '.join(absent)} from the memory of the objective hapo, and this objective "
+                "has no such memory: set config.objective.name to hapo, or config.protocol.name to dapo"
             )
-        # Host numbers, so that what is compiled does not hang on where the state lives.
+        # Host numbers, so that the compiled program does not depend on where the state lives.
         numbers = {name: np.float32(state.memory[name]) for name in SIGNAL}
         return options.replace(adaptive=EntropyTemperature(np.float32(T0), np.float32(tau), numbers, official))
 
@@ -95,12 +94,13 @@ def hapo(
     official: bool = False,
     max_batches: Whole = 10,
 ) -> Protocol:
-    """Dynamic sampling at a temperature for each token, ``T = T0 (1 + tau clip(h, -1, 1))``: h is the place of the
-    entropy of what may come next (at T0) among those of the previous optimizer batch, as the objective ``hapo``
-    remembers them; T0 before the first. Evaluation samples as configured.
+    """Dynamic sampling with a temperature for each token, ``T = T0 (1 + tau clip(h, -1, 1))``. h compares the entropy
+    of the next token (at T0) with the entropies of the previous optimizer batch, which the objective ``hapo``
+    remembers; before the first batch T is T0. Evaluation samples as configured.
 
     Args:
-      tau: 0.05 in the code, 0.1 in the paper. official: the sign of the release, in which h is never negative.
+      tau: 0.05 in the code, 0.1 in the paper.
+      official: use the sign of the released code, in which h is never negative.
       max_batches: as in `dynamic_sampling`.
     """
 

@@ -1,6 +1,6 @@
-"""What a protocol may call: prompts are drawn, completed, judged and scored by a `Gatherer`.
+"""The `Gatherer`: what a protocol calls to draw prompts and to complete, judge and score them.
 
-The loop and a race hand protocols the same class; they differ in the `Sampler`, the order of prompts and the verifier.
+The loop and a race give protocols the same class, with another `Sampler`, order of prompts and verifier.
 """
 
 import time
@@ -24,10 +24,10 @@ from jaxpo.tasks import Example
 
 
 class Verdict(NamedTuple):
-    """What a judge says of K answers to each of G prompts.
+    """The judge's scores of K answers to each of G prompts.
 
-    scores: [G, K].
-    wins: [G, K, K], the probability that the first beats the second; 1/2 on the diagonal.
+    scores: [G, K] score of each answer.
+    wins: [G, K, K] probability that the first answer beats the second; 1/2 on the diagonal.
     """
 
     scores: np.ndarray
@@ -36,7 +36,12 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Prompts:
-    """Tokenized prompts: tokens [n, P] left-padded, length [n]; ``examples[i]`` belongs to row i."""
+    """Tokenized prompts.
+
+    examples: ``examples[i]`` belongs to row i.
+    tokens: [n, P], left-padded.
+    length: [n] number of tokens.
+    """
 
     examples: Sequence[Example]
     tokens: np.ndarray
@@ -51,13 +56,13 @@ class Prompts:
 
 
 class Sampler(NamedTuple):
-    """How rows are sampled and scored, whatever they are compiled for.
+    """The functions that sample and score rows.
 
     generate: (params, indices, key, options, partner, share) -> labelled rollouts without rewards.
     complete: (params, tokens, length, budget, key, options, responses) -> `Rollouts` of one batch of rows.
-    score: (params, rollouts) -> what the policy says of them.
-    noise: (run, rollouts, halves) -> the gradients of two half-batches, as numbers.
-    shapes: () -> the shapes of a batch that is generated, judged and scored.
+    score: (params, rollouts) -> the policy's `TokenStats` of them.
+    noise: (run, rollouts, halves) -> numbers that compare the gradients of two half-batches; None = not available.
+    shapes: () -> the shapes of a batch after it is generated, judged and scored; None = not available.
     """
 
     generate: Callable[..., Rollouts]
@@ -69,11 +74,11 @@ class Sampler(NamedTuple):
 
 @dataclass(frozen=True)
 class Watch:
-    """Where an iteration tells what it did.
+    """Collects times, metrics and messages of an iteration.
 
+    say: shows a message to the user.
     seconds: wall time by phase.
     notes: metrics of the iteration.
-    say: messages to who watches.
     """
 
     say: Callable[[str], None] = print
@@ -82,34 +87,34 @@ class Watch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the time of the block to a phase."""
+        """Add the time of the ``with`` block to a phase."""
         start = time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - start
 
     def add(self, name: str, value: float) -> None:
-        """Adds to a metric of the iteration."""
+        """Add to a metric of the iteration."""
         self.notes[name] = self.notes.get(name, 0) + value
 
 
 @dataclass(frozen=True)
 class Gatherer:
-    """What a protocol may call, and the sizes of the run.
+    """The functions that a protocol may call, and the sizes of the run.
 
-    objective: what is trained.
+    objective: the objective that is trained.
     train: the training prompts.
-    prompts: prompts of an iteration.
-    responses: completions of a prompt.
-    width: T, tokens of a completion.
+    prompts: number of prompts in an iteration.
+    responses: number of completions of a prompt.
+    width: T, the most tokens of a completion.
     options: the configured sampling options.
-    adapt: the protocol's ``sampler``: options that follow what the objective remembers; None = as configured.
-    sampler: how rows are sampled and scored.
+    sampler: samples and scores rows.
     order: (position, n, size) -> the indices of the next n of ``size`` prompts or units.
-    verify: (rollouts) -> rollouts with reward and correct.
-    compare: (examples, *columns of rollouts) -> what ``config.judge`` says of answers to the same prompts.
+    verify: (rollouts) -> the rollouts with reward and correct.
+    compare: (examples, *columns of rollouts) -> the verdict of ``config.judge`` on answers to the same prompts.
     demonstrate: (indices) -> the task's own answers to these training prompts, one each.
-    preferences: the run's preference data; None = it has none.
-    watch: where it tells what it did.
+    adapt: the protocol's ``sampler``: (options, objective state) -> options; None = as configured.
+    preferences: the run's preference data; None = the run has none.
+    watch: collects times, metrics and messages.
     """
 
     objective: Objective
@@ -129,22 +134,22 @@ class Gatherer:
 
     @property
     def size(self) -> int:
-        """Training prompts that there are."""
+        """Number of training prompts."""
         return len(self.train)
 
     @property
     def prompt_width(self) -> int:
-        """P."""
+        """P, the width of the padded prompts."""
         return self.train.tokens.shape[1]
 
-    # ---- what is gathered
+    # ---- drawing prompts and data
 
     def draw(self, run: Run, n: int) -> tuple[Run, np.ndarray]:
-        """The indices of the next n training prompts."""
+        """Draw the next n training prompts: the advanced run, and their indices."""
         return advance(run, position=run.position + n), self.order(run.position, n, len(self.train))
 
     def draw_units(self, run: Run, n: int) -> tuple[Run, np.ndarray]:
-        """The places of the next n units of preference data."""
+        """Draw the next n units of preference data: the advanced run, and their indices."""
         return advance(run, position=run.position + n), self.order(run.position, n, len(self.preferences.train))
 
     def encoded(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -155,7 +160,7 @@ class Gatherer:
         """The task's own answers to these training prompts (NumPy), one each."""
         return self.demonstrate(indices).replace(prompt=indices)
 
-    # ---- what is sampled
+    # ---- sampling
 
     def sampling(self, run: Run) -> SamplingOptions:
         """The options to sample with now."""
@@ -170,7 +175,7 @@ class Gatherer:
         partner: Params | None = None,
         share: float = 0.0,
     ) -> Rollouts:
-        """Completions of training prompts, without rewards. Compiled for each number of indices.
+        """Sample completions of training prompts, without rewards. Compiled for each number of indices.
 
         Args:
           options: None = the configured ones.
@@ -190,8 +195,8 @@ class Gatherer:
         options: SamplingOptions,
         responses: int,
     ) -> Rollouts:
-        """Rollouts (NumPy) that go on from any left-padded tokens [n, P + T], each within ``budget`` [n] new tokens;
-        any n, in batches of ``prompts``."""
+        """Continue any left-padded tokens [n, P + T] by at most ``budget`` [n] new tokens each. Returns rollouts
+        (NumPy). n may be any number: the rows go through in batches of ``prompts``."""
 
         def batch(i: int, *rows: np.ndarray) -> Rollouts:
             return self.sampler.complete(params, *rows, jax.random.fold_in(key, i), options, responses)
@@ -199,25 +204,25 @@ class Gatherer:
         with self.watch.phase("generate"):
             return in_batches(batch, self.prompts, responses, tokens, length, budget)
 
-    # ---- what is said of it
+    # ---- rewards, verdicts and scores
 
     def reward(self, rollouts: Rollouts) -> Rollouts:
-        """The rollouts with reward and correct, by the text of the completions and ``prompt``."""
+        """Add reward and correct to the rollouts, from the text of the completions and from ``prompt``."""
         with self.watch.phase("reward"):
             return self.verify(rollouts)
 
     def judge(self, *columns: Rollouts) -> Verdict:
-        """What ``config.judge`` says of answers to the same prompts, of one or several generated batches."""
+        """Let ``config.judge`` compare answers to the same prompts, from one or several generated batches."""
         with self.watch.phase("reward"):
             return self.compare(self.train.examples, *columns)
 
     def score(self, params: Params, rollouts: Rollouts) -> TokenStats:
-        """What a policy says of the rollouts."""
+        """Score the rollouts under a policy: log-probs and other statistics of each token."""
         with self.watch.phase("score"):
             return jax.block_until_ready(self.sampler.score(params, rollouts))
 
     def noise(self, run: Run, rollouts: Rollouts) -> dict[str, Array]:
-        """The gradients of two half-batches before any step, as numbers (`jaxpo.learning.programs.gradient_noise`)."""
+        """Compare the gradients of two half-batches before any step (`jaxpo.learning.programs.gradient_noise`)."""
         if self.sampler.noise is None:
             raise ValueError("a race does not measure the gradient's noise; train the objective with train_rl")
         groups = np.arange(rollouts.rows, dtype=np.int32).reshape(-1, rollouts.shared_prompt)
@@ -226,15 +231,15 @@ class Gatherer:
             return jax.block_until_ready(self.sampler.noise(run, rollouts, halves))
 
     def scored(self) -> Rollouts:
-        """The shapes of a batch that is generated, judged and scored, as ``before`` gets it."""
+        """The shapes of a batch after it is generated, judged and scored, as ``before`` gets it."""
         if self.sampler.shapes is None:
             raise ValueError("a race does not mix batches; train the objective with train_rl")
         return self.sampler.shapes()
 
     def note(self, name: str, value: float) -> None:
-        """A metric of this iteration."""
+        """Record a metric of this iteration."""
         self.watch.notes[name] = value
 
     def say(self, text: str) -> None:
-        """A message to who watches."""
+        """Show a message to the user."""
         self.watch.say(text)

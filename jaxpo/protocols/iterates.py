@@ -1,4 +1,4 @@
-"""Protocols that move the weights themselves: half steps, proximal stages, extrapolation of iterates."""
+"""Protocols that move the weights themselves: half steps, proximal stages, extrapolation between rounds."""
 
 from typing import Any, Literal
 
@@ -21,26 +21,26 @@ extrapolated = jax.jit(preferences.extrapolate)
 
 
 def backed_up(run: Run) -> Run:
-    """The run with a copy of its parameters and optimizer state in the slot "center"."""
+    """Copy the run's parameters and optimizer state into the slot "center"."""
     center = dict(params=copied(run.state.params), opt_state=copied(run.state.opt_state))
     return advance(run, references={**run.references, "center": center})
 
 
 def gone_back(run: Run) -> Run:
-    """The run with the parameters and the optimizer state of the slot "center" (copies: steps donate what they get)."""
+    """Restore parameters and optimizer state from the slot "center" (copies, since a step donates its input)."""
     center = copied(run.references["center"])
     return advance(run, state=run.state.replace(**center))
 
 
 @register("protocol", source="EGPO, arXiv:2503.08942; zhourunlong/EGPO")
 def egpo(pairs: Rule | None = None) -> Protocol:
-    """Extragradient: iterations come in twos. The first backs up weights and optimizer state, samples with
-    ``theta_t`` and steps to ``theta_{t+1/2}``; the second samples with that, goes back, and steps from ``theta_t`` to
-    ``theta_{t+1}``. The pairs are sampled as ``config.sampling`` says (the paper: temperature 2, top-k 10), the
-    opponent's answers at temperature 1.
+    """Extragradient: two iterations make a step. The first backs up weights and optimizer state, samples with
+    ``theta_t`` and steps to ``theta_{t+1/2}``; the second samples with ``theta_{t+1/2}``, restores the backup, and
+    steps from ``theta_t`` to ``theta_{t+1}``. The pairs are sampled as ``config.sampling`` says (the paper: temperature
+    2, top-k 10), the opponent's answers at temperature 1.
 
     Args:
-      pairs: as of `judged`; None = random.
+      pairs: as in `judged`; None = random.
     """
     comparison = Comparison(opponent=Source(plain=True), pairs=pairs, unasked="random")
     inner = compared(comparison, {"center": {}})
@@ -54,7 +54,7 @@ def egpo(pairs: Rule | None = None) -> Protocol:
     def check(config: Any) -> None:
         if config.steps % 2:
             raise ValueError(
-                f"config.steps must be even with protocol 'egpo', whose steps take two, not {config.steps}"
+                f"config.steps must be even with protocol 'egpo', which takes two iterations a step, not {config.steps}"
             )
         inner.facts.check(config)
 
@@ -63,9 +63,9 @@ def egpo(pairs: Rule | None = None) -> Protocol:
 
 @register("protocol", source="Nash Mirror Prox, arXiv:2505.19731 (stages of a few steps are assumed)")
 def nash_mp(stage: Whole = 4) -> Protocol:
-    """Mirror prox: rounds of two stages, of ``stage`` iterations each, both from the center ``theta_k``. In the first
-    the opponent is the center itself, and it ends in ``theta_{k+1/2}``; the second goes back to the center, weights and
-    optimizer state, and plays against ``theta_{k+1/2}``. ``logp_old`` is the center's.
+    """Mirror prox: a round has two stages of ``stage`` iterations, and both start from the center ``theta_k``. In the
+    first stage the opponent is the center itself; the stage ends in ``theta_{k+1/2}``. The second stage restores the
+    center's weights and optimizer state, and plays against ``theta_{k+1/2}``. ``logp_old`` is scored by the center.
 
     Args:
       stage: iterations of a stage (assumed: 1 to 10).
@@ -97,7 +97,7 @@ def nash_mp(stage: Whole = 4) -> Protocol:
             )
         inner.facts.check(config)
 
-    # The center's log-probs are not those of the policy that the first optimizer step starts from.
+    # ``logp_old`` comes from the center, not from the policy that the first optimizer step starts from.
     return inner._replace(collect=collect, before=before).where(check=check, stale=True)
 
 
@@ -105,13 +105,14 @@ def nash_mp(stage: Whole = 4) -> Protocol:
 def apo_accelerated(
     alpha: ShareBelowOne = 0.3, iterations: Whole = 1, source: Literal["data", "judged"] = "data"
 ) -> Protocol:
-    """Accelerated preference optimization: after every round ``pi_{t+1} = hat_{t+1} + alpha (hat_{t+1} - hat_t)`` of
-    the weights (equal to the policies' extrapolation only where log-probs are linear in them); ``pi_{t+1}`` is the next
-    round's start and reference. Reconstructed from the paper's text.
+    """Accelerated preference optimization: after every round the weights are extrapolated, ``pi_{t+1} = hat_{t+1} +
+    alpha (hat_{t+1} - hat_t)``. This extrapolates the policies only where log-probs are linear in the weights.
+    ``pi_{t+1}`` is the start and the reference of the next round. Reconstructed from the paper's text.
 
     Args:
-      alpha: in [0, 1); 0 is iterative DPO. iterations: of a round.
-      source: of the pairs: "data" (`preference_data`) or "judged" (`judged`).
+      alpha: in [0, 1); 0 is iterative DPO.
+      iterations: iterations of a round.
+      source: where the pairs come from: "data" (`preference_data`) or "judged" (`judged`).
     """
     inner = preference_data() if source == "data" else judged()
 

@@ -27,35 +27,40 @@ def judged(
     prev_every: Whole | None = None,
     ref_every: Whole | None = None,
 ) -> Protocol:
-    """K answers of the policy to each prompt, compared by ``config.judge``.
+    """Sample K answers to each prompt from the policy, and let ``config.judge`` compare them.
 
     Args:
-      pairs: which answers become pairs: "best_worst" by score (None), "random" two, or "adjacent": the first and the
-        second, the third and the fourth, ... Objectives that read pref_prob or win take them in this order, others
-        the better one first, if the judge is not even.
-      margin: pairs whose scores are at most so far apart do not count.
-      label_threshold: for objectives of labels (KTO): answers of a score above it are good. None: those that beat the
-        other answers to the prompt with a mean probability above 1/2; of even ones nothing is learned.
-      prev_every, ref_every: as of `preference_data`.
+      pairs: which answers become pairs: "best_worst" (None), the best and the worst by score; "random", any two;
+        "adjacent", the first and the second, the third and the fourth, and so on. Objectives that read pref_prob or win
+        get a pair in this order. Others get the better answer first, and ties do not count.
+      margin: a pair does not count if its scores differ by at most this much.
+      label_threshold: for objectives that read labels (KTO): an answer is good if its score is above it. None: an
+        answer is good if it beats the other answers to the prompt with a mean probability above 1/2; an answer at
+        exactly 1/2 does not count.
+      prev_every, ref_every: as in `preference_data`.
     """
     return compared(Comparison(pairs=pairs, margin=margin, threshold=label_threshold), rounds(prev_every, ref_every))
 
 
 @register("protocol", source="IPO-MD, arXiv:2403.08635")
 def ipo_md(beta: Share = 0.125, pairs: Rule | None = None) -> Protocol:
-    """Pairs of answers from the geometric mixture ``pi^(1 - beta) ref^beta``, token by token. pairs: None = random."""
+    """Sample pairs of answers from the geometric mixture ``pi^(1 - beta) ref^beta``, token by token.
+
+    Args:
+      pairs: as in `judged`; None = random.
+    """
     return compared(Comparison(Source(partner="ref", share=beta), pairs=pairs, unasked="random"))
 
 
 @register("protocol", source="Nash-MD-PG, arXiv:2312.00886")
 def nash_md(mixture: Share = 0.125) -> Protocol:
-    """Answers of the policy against as many of the geometric mixture ``pi^(1 - mixture) ref^mixture``."""
+    """Judge the policy's answers against as many of the geometric mixture ``pi^(1 - mixture) ref^mixture``."""
     return compared(Comparison(opponent=Source(partner="ref", share=mixture)))
 
 
 @register("protocol", source="Nash-EMA-PG, arXiv:2312.00886")
 def nash_ema(b: Share = 0.999) -> Protocol:
-    """Answers of the policy against as many of ``theta_bar <- (1 - b) theta + b theta_bar``."""
+    """Judge the policy's answers against as many of the average ``theta_bar <- (1 - b) theta + b theta_bar``."""
     return compared(Comparison(opponent=Source(lambda run: run.references["ema"])), {"ema": {"b": b}})
 
 
@@ -63,8 +68,9 @@ def nash_ema(b: Share = 0.999) -> Protocol:
 def rso_sampler(beta: Positive = 0.5, n: Whole = 8) -> Callable[[np.ndarray, Array], tuple[np.ndarray, np.ndarray]]:
     """Rejection sampling: ``(scores [G, C], key) -> (places [G, n], there [G, n])``.
 
-    places: candidates in the order of acceptance (`jaxpo.primitives.preference_data.rejection_sample`); there: whether
-    there is one.
+    places: indices of the accepted candidates, in the order of acceptance
+      (`jaxpo.primitives.preference_data.rejection_sample`).
+    there: whether there is one.
     """
 
     def sample(scores: np.ndarray, key: Array) -> tuple[np.ndarray, np.ndarray]:
@@ -78,11 +84,11 @@ def rso_sampler(beta: Positive = 0.5, n: Whole = 8) -> Callable[[np.ndarray, Arr
 
 @register("protocol", source="RSO, arXiv:2309.06657")
 def rso(beta: Positive = 0.5, n: Whole = 8) -> Protocol:
-    """Of the K = ``config.rollout.responses`` answers of the policy to a prompt (64 in the paper) rejection sampling
-    accepts ``n``, as if they came from the policy tilted by ``exp(score/beta)``; they make n/2 disjoint pairs.
+    """Accept ``n`` of the policy's K = ``config.rollout.responses`` answers to a prompt (64 in the paper) by rejection
+    sampling, as if they came from the policy tilted by ``exp(score/beta)``; they make n/2 disjoint pairs.
 
     Args:
-      beta: of the sampling; the loss has its own.
+      beta: temperature of the rejection sampling; the loss has its own beta.
       n: an even number.
     """
     if n % 2:
@@ -95,6 +101,9 @@ def rso(beta: Positive = 0.5, n: Whole = 8) -> Protocol:
 
     def check(config: ConfigDict) -> None:
         if config.rollout.responses < n:
-            raise ValueError(f"config.rollout.responses {config.rollout.responses} are the candidates for n = {n}")
+            raise ValueError(
+                f"config.rollout.responses {config.rollout.responses} must be at least config.protocol.n = {n}: the "
+                "responses are the candidates"
+            )
 
     return compared(Comparison(choose=choose, count=lambda responses: n // 2)).where(check=check)

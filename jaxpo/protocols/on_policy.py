@@ -1,4 +1,4 @@
-"""One batch of completions from the current policy an iteration."""
+"""Each iteration samples one batch of completions from the current policy."""
 
 from jax import Array
 
@@ -10,12 +10,12 @@ from jaxpo.registry import register
 
 
 def sample_once(run: Run, gather: Gatherer, key: Array) -> tuple[Run, Rollouts]:
-    """The next prompts of the epoch, completed and judged: a batch of the run's shape."""
+    """Complete and reward the next prompts of the epoch: a batch of the run's shape."""
     run, indices = gather.draw(run, gather.prompts)
     return run, gather.reward(gather.generate(run.state.params, indices, key, gather.sampling(run)))
 
 
 @register("protocol")
 def on_policy() -> Protocol:
-    """One batch of completions from the current policy an iteration."""
+    """Each iteration samples one batch of completions from the current policy."""
     return Protocol(sample_once)

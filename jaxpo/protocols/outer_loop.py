@@ -1,4 +1,4 @@
-"""PPO's iteration as one noisy step of an outer optimizer: what to measure, and how to scale it."""
+"""PPO's iteration seen as one noisy step of an outer optimizer: how to measure it, and how to scale it."""
 
 from typing import Any
 
@@ -19,16 +19,20 @@ SOURCE = "arXiv:2603.06009"
 
 @register("protocol", source=SOURCE)
 def ppo_outer_loop(gradient_noise: bool = True, log_ratio_clip: Positive = 20.0) -> Protocol:
-    """On policy, and what the outer step came to as metrics.
+    """Sample on policy, and report how far the iteration moved the policy as metrics.
 
-    ``outer/kl``: KL(anchor || new) as the token mean of ``r - 1 - log r``. ``outer/return``: mean reward of the
-    rollouts, the anchor's; ``outer/return_new``: the new policy's, estimated from the same rollouts with
-    self-normalised weights of whole sequences, worth ``outer/effective_rows`` rows. ``outer/noise``: variance of the
-    full-batch gradient ``|g1 - g2|^2 / 4`` over its square ``|(g1 + g2) / 2|^2``, ``outer/gradient_cosine``: between g1
-    and g2, the gradients of the two half-batches before the first step.
+    ``outer/kl``: KL(anchor || new), the token mean of ``r - 1 - log r``. The anchor is the policy before the iteration.
+    ``outer/return``: mean reward of the rollouts, which the anchor sampled.
+    ``outer/return_new``: the new policy's mean reward, estimated from the same rollouts with self-normalised weights of
+    whole sequences.
+    ``outer/effective_rows``: how many rows that estimate is worth.
+    ``outer/noise``: variance of the full-batch gradient ``|g1 - g2|^2 / 4`` over its square ``|(g1 + g2) / 2|^2``; g1
+    and g2 are the gradients of the two half-batches before the first step.
+    ``outer/gradient_cosine``: the cosine between g1 and g2.
 
     Args:
-      gradient_noise: off saves a forward and a backward pass an iteration. log_ratio_clip: bound of log-ratios.
+      gradient_noise: False saves a forward and a backward pass in each iteration.
+      log_ratio_clip: bound of log-ratios.
     """
 
     def before(run: Run, gather: Gatherer, rollouts: Rollouts) -> tuple[Run, Rollouts]:
@@ -55,7 +59,7 @@ def ppo_outer_loop(gradient_noise: bool = True, log_ratio_clip: Positive = 20.0)
 def outer_step(rollouts: Rollouts, new: np.ndarray, log_ratio_clip: float) -> dict[str, float]:
     """KL to the anchor and estimated returns, from log-probs [B, T] under the new policy.
 
-    The anchor is ``logp_old``; where the loop had no reason to score it, what the sampler recorded of the plain policy.
+    The anchor's log-probs are ``logp_old``; if the loop did not score it, those that the sampler recorded.
     """
     anchor = rollouts.logp_old
     if anchor is None:
@@ -83,14 +87,16 @@ def outer_step(rollouts: Rollouts, new: np.ndarray, log_ratio_clip: float) -> di
 def co_scaling(
     scale: Whole, prompts: Whole = 32, minibatches: Whole = 1, epochs: Whole = 1, learning_rate: Positive = 1e-4
 ) -> dict[str, Any]:
-    """The recipe against stagnation: ``scale`` times the rollouts, in ``scale`` times the minibatches.
+    """The recipe against stagnation: take ``scale`` times the rollouts, in ``scale`` times the minibatches.
 
-    Minibatch size, learning rate and epochs stay. Enlarging the minibatch and rescaling the learning rate would change
-    the inner problem instead. Test for stagnation first: a learning rate about 5 times lower; if progress resumes, the
-    outer step was too large for its noise and more rollouts help, otherwise look for a loss of plasticity.
+    Minibatch size, learning rate and epochs stay. A larger minibatch with a rescaled learning rate would change the
+    inner problem instead. First test for stagnation: lower the learning rate by a factor of about 5. If progress
+    resumes, the outer step was too large for its noise, and more rollouts help; otherwise look for a loss of
+    plasticity.
 
     Args:
-      scale: factor of the rollouts. prompts, minibatches, epochs, learning_rate: those of the run that stagnates.
+      scale: factor of the rollouts.
+      prompts, minibatches, epochs, learning_rate: the settings of the run that stagnates.
 
     Returns:
       config fields of the larger run by path, and ``prompts_per_minibatch`` and ``optimizer_steps`` of an iteration.

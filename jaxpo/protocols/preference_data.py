@@ -1,4 +1,4 @@
-"""Units of preference data in shuffled epochs, alone or beside fresh samples of the policy or of its past."""
+"""Units of preference data in shuffled epochs, alone or with fresh samples of the policy or an earlier checkpoint."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -24,13 +24,13 @@ Keeps = dict[str, Mapping[str, Any]]
 
 
 def rows(objective: Objective, responses: int) -> int:
-    """Rows of a unit of data."""
+    """The number of rows of a unit of data."""
     form = form_of(objective, responses)
     return form.size if form else max(len(objective.unit.layout), 1)
 
 
 def rounds(prev_every: int | None, ref_every: int | None) -> Keeps:
-    """References that are renewed once a round of so many iterations."""
+    """The options of the references "prev" and "ref", which are renewed every so many iterations."""
     given = {"prev": prev_every, "ref": ref_every}
     return {name: {"every": every} for name, every in given.items() if every is not None}
 
@@ -39,15 +39,16 @@ def rounds(prev_every: int | None, ref_every: int | None) -> Keeps:
 def preference_data(
     rejected: Literal["data", "policy"] = "data", prev_every: Whole | None = None, ref_every: Whole | None = None
 ) -> Protocol:
-    """The next ``config.rollout.prompts`` units of ``config.data``, in epochs shuffled by (seed, epoch).
+    """Each iteration takes the next ``config.rollout.prompts`` units of ``config.data``, in epochs shuffled by (seed,
+    epoch).
 
-    Answers that a unit's layout wants of the policy itself (role "own", as in HyPO) are sampled afresh.
+    If a unit's layout has answers of the policy itself (role "own", as in HyPO), they are sampled afresh.
 
     Args:
-      rejected: "data", or "policy": pairs of the data's chosen answer and a sample of the current policy; where the two
-        are equal the pair does not count.
-      prev_every, ref_every: iterations of a round, after which the previous iterate or the reference becomes the
-        current policy; None = after every iteration, and never.
+      rejected: where rejected answers come from: "data", or "policy", a sample of the current policy. A pair whose two
+        answers are equal then does not count.
+      prev_every: the previous iterate becomes the current policy every so many iterations; None = every iteration.
+      ref_every: the reference becomes the current policy every so many iterations; None = never.
     """
 
     def collect(run: Run, gather: Gatherer, key: Array) -> tuple[Run, Rollouts]:
@@ -66,11 +67,12 @@ def preference_data(
 
 @register("protocol", source="SePPO, arXiv:2410.05255")
 def seppo(size: Annotated[int, Domain(2, whole=True)] = 7, every: Whole = 30) -> Protocol:
-    """The data's chosen answers, each against a sample of an earlier checkpoint in place of the rejected one; that
-    checkpoint, drawn anew for every iteration from a pool, is the reference.
+    """Pair each chosen answer of the data with a sample of an earlier checkpoint in place of the rejected answer. Each
+    iteration draws that checkpoint from a pool; it is the reference too.
 
     Args:
-      size: checkpoints in the pool, the first of which is the start of the run. every: iterations between them.
+      size: checkpoints in the pool; the first one is the start of the run.
+      every: iterations between them.
     """
     keeps = {"pool": dict(size=size, every=every)}
 
@@ -96,8 +98,8 @@ def next_units(run: Run, gather: Gatherer) -> tuple[Run, Rollouts]:
 
 
 def with_samples(batch: Rollouts, run: Run, gather: Gatherer, params: Params, key: Array, roles: list[str]) -> Rollouts:
-    """The units with a sample of ``params`` in each of ``roles``: in the place of the answer of that role, or after
-    the others."""
+    """Add a sample of ``params`` to each unit for each of ``roles``. It replaces the answer of that role; if the unit
+    has no such role, it comes after the other answers."""
     layout, options = list(batch.layout), gather.sampling(run)
     size, k = len(layout), len(roles)
     n = batch.rows // size
@@ -129,7 +131,7 @@ def with_samples(batch: Rollouts, run: Run, gather: Gatherer, params: Params, ke
 
 
 def without_equal_pairs(batch: Rollouts) -> Rollouts:
-    """Units whose first two answers are the same tokens do not count."""
+    """Set the count of units whose first two answers are the same tokens to 0."""
     tokens = np.where(batch.mask > 0, batch.completions, -1)
     answers = batch.unit(tokens)
     differ = (answers[:, 0] != answers[:, 1]).any(-1)

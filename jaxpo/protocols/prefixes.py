@@ -1,4 +1,4 @@
-"""Beginnings of completions that go on: what chains, trees, hints, repair, windows and turns are made of."""
+"""Prefixes that the policy continues; chains, trees, hints, repair, windows and turns are built on them."""
 
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -13,14 +13,14 @@ from jaxpo.protocols.gatherer import Gatherer
 
 @dataclass(frozen=True)
 class Prefixes:
-    """n prompts with the beginnings of their completions (NumPy).
+    """n prompts with prefixes of their completions (NumPy).
 
     question: [n] index of the prompt in its data set.
-    prompt: [n, P], left-padded.
-    prompt_length: [n].
-    tokens: [n, T]; the first ``stop`` are the beginning.
-    stop: [n].
-    mask: [n, T] 1 on tokens of the beginning that the policy sampled, 0 on given ones and beyond ``stop``.
+    prompt: [n, P] tokens of the prompt, left-padded.
+    prompt_length: [n] number of prompt tokens.
+    tokens: [n, T]; the first ``stop`` are the prefix.
+    stop: [n] length of the prefix.
+    mask: [n, T] 1 on tokens of the prefix that the policy sampled, 0 on given ones and beyond ``stop``.
     logp_beh: [n, T] log-probs of the sampled tokens, as the sampler recorded them.
     """
 
@@ -34,7 +34,7 @@ class Prefixes:
 
     @classmethod
     def of_prompts(cls, gather: Gatherer, indices: np.ndarray, responses: int = 1) -> "Prefixes":
-        """Empty beginnings of ``responses`` completions of each training prompt."""
+        """Empty prefixes for ``responses`` completions of each training prompt."""
         indices = np.repeat(indices, responses)
         prompt, length = gather.encoded(indices)
         empty = np.zeros((len(indices), gather.width), np.float32)
@@ -58,24 +58,25 @@ class Prefixes:
 
     @cached_property
     def width(self) -> int:
-        """T."""
+        """T, the most tokens of a completion."""
         return self.tokens.shape[1]
 
     def take(self, rows: np.ndarray) -> "Prefixes":
-        """The beginnings in these rows."""
+        """The prefixes in these rows."""
         return Prefixes(*[getattr(self, f.name)[rows] for f in fields(self)])
 
     def joined(self, width: int, stop: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Prompts and beginnings (their first ``stop`` tokens) as one left-padded prompt [n, width], and its length."""
+        """Join each prompt and the first ``stop`` tokens of its prefix to a left-padded prompt [n, width], and give its
+        length [n] too."""
         return joined(self.prompt, self.prompt_length, self.tokens, self.stop if stop is None else stop, width)
 
     def go_on(
         self, run: Run, gather: Gatherer, budget: np.ndarray, key: Array, responses: int = 1
     ) -> tuple["Prefixes", Rollouts]:
-        """Lets the current policy go on, by at most ``budget`` [n] tokens.
+        """Let the current policy continue each prefix by at most ``budget`` [n] tokens.
 
         Returns:
-          the longer beginnings, ``responses`` of each (consecutive rows), and what was added, as it was sampled.
+          the longer prefixes, ``responses`` of each (consecutive rows), and the rollouts that hold the added tokens.
         """
         prompts, length = self.joined(self.prompt.shape[1] + gather.width)
         out = gather.complete(run.state.params, prompts, length, budget, key, gather.sampling(run), responses)
@@ -85,10 +86,10 @@ class Prefixes:
         return longer._extended(np.asarray(out.completions), added, 1.0, logp), out
 
     def append(self, tokens: np.ndarray, length: np.ndarray) -> "Prefixes":
-        """The beginnings with given tokens [n, W] behind them, the first ``length`` [n] of each: their mask is 0.
+        """Append given tokens [n, W] to the prefixes, the first ``length`` [n] of each; their mask is 0.
 
         Raises:
-          ValueError: one of them would be longer than T.
+          ValueError: a prefix would be longer than T.
         """
         if (self.stop + length > self.width).any():
             row = int(np.argmax(self.stop + length))
@@ -110,12 +111,16 @@ class Prefixes:
         )
 
     def rewards(self, gather: Gatherer) -> np.ndarray:
-        """[n] rewards of the beginnings, taken for completions."""
+        """[n] rewards of the prefixes, as if they were whole completions."""
         whole = (np.arange(self.width) < self.stop[:, None]).astype(np.float32)
         return np.asarray(gather.reward(self.rollouts().replace(mask=whole)).reward, np.float64)
 
     def rollouts(self, **more: Array) -> Rollouts:
-        """The beginnings as rows: ``mask`` is 1 on sampled tokens alone. ``more``: fields of the batch by name."""
+        """The prefixes as rows of a batch: ``mask`` is 1 on sampled tokens only.
+
+        Args:
+          more: further fields of the batch, by name.
+        """
         return Rollouts(
             tokens=np.concatenate([self.prompt, self.tokens], 1),
             mask=self.mask,
@@ -129,10 +134,10 @@ class Prefixes:
 def joined(
     prompt: np.ndarray, prompt_length: np.ndarray, path: np.ndarray, path_length: np.ndarray, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Left-padded prompts [n, P] and the first tokens of paths [n, T] as one left-padded prompt [n, width], and its
-    length [n]."""
+    """Join left-padded prompts [n, P] and the first tokens of paths [n, T] to one left-padded prompt [n, width], and
+    give its length [n] too."""
     p, length = prompt.shape[1], prompt_length + path_length
-    place = np.arange(width) - (width - length)[:, None]  # in what is joined; negative = padding
+    place = np.arange(width) - (width - length)[:, None]  # in the joined prompt; negative = padding
     source = p - prompt_length[:, None] + place
     tokens = np.take_along_axis(np.concatenate([prompt, path], 1), np.clip(source, 0, p + path.shape[1] - 1), 1)
     return np.where(place >= 0, tokens, 0).astype(np.int32), length.astype(np.int32)

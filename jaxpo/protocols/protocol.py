@@ -1,4 +1,4 @@
-"""What a protocol is: how data is gathered and weights are moved, around the compiled functions of a run."""
+"""The `Protocol`: it gathers data and may move weights, around the compiled functions of a run."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,15 +15,15 @@ from jaxpo.rollout.sampling import SamplingOptions
 
 
 class Facts(NamedTuple):
-    """What the loop, the planner and the checks must know of a protocol.
+    """Facts about a protocol that the loop, the planner and the checks read.
 
     provides: fields of the batch that it adds.
-    rows: (objective, responses) -> rows that it makes of a prompt; None = the responses.
+    rows: (objective, responses) -> the number of rows that it makes for each prompt; None = ``responses``.
     references: references that it keeps or moves, with their options (`jaxpo.learning.references`).
-    compiles: shapes that it calls compiled functions with, besides those of every run, by function.
+    compiles: by compiled function, how many shapes it calls it with besides those of every run.
     stale: its batches hold rows of earlier policies, so ``logp_old`` is always scored.
     judges: it asks ``config.judge`` about the policy's own answers.
-    check: (config) raises ``ValueError`` for a config that it cannot run with, before anything is compiled.
+    check: (config) raises ``ValueError`` if it cannot run with the config, before anything is compiled.
     """
 
     provides: frozenset[str] = frozenset()
@@ -36,15 +36,16 @@ class Facts(NamedTuple):
 
 
 class Protocol(NamedTuple):
-    """How data is gathered and weights are moved: host-side hooks of an iteration. None = nothing to do.
+    """Host-side hooks of an iteration, which gather data and move weights. None = nothing to do.
 
-    collect: (run, gather, key) -> (run, rollouts): any number of calls of the gatherer, fixed shapes.
-    before: (run, gather, rollouts) -> (run, rollouts), once they are scored; no gradient yet.
-    after: (run, gather, rollouts as prepared) -> run, after the last optimizer step.
-    init: (run, gather, key) -> run at the start; not called when a run is resumed.
-    tables: (gather) -> pytrees of NumPy arrays by name, its memory at the start (``run.tables``), checkpointed.
+    collect: (run, gather, key) -> (run, rollouts). It may call the gatherer any number of times, with fixed shapes.
+    before: (run, gather, rollouts) -> (run, rollouts). Called after scoring, before the first gradient.
+    after: (run, gather, rollouts as prepared) -> run. Called after the last optimizer step.
+    init: (run, gather, key) -> run. Called at the start of a run, not when a run is resumed.
+    tables: (gather) -> the protocol's memory at the start (``run.tables``): pytrees of NumPy arrays by name, which are
+      checkpointed.
     sampler: (options, objective state) -> the sampling options of this iteration.
-    facts: what others must know of it.
+    facts: what the loop, the planner and the checks read.
     """
 
     collect: Callable[[Run, Gatherer, Array], tuple[Run, Rollouts]]

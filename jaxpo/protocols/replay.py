@@ -1,4 +1,4 @@
-"""Groups of past batches beside fresh ones."""
+"""Experience replay: train on groups of past batches together with fresh ones."""
 
 import jax
 import numpy as np
@@ -18,19 +18,20 @@ from jaxpo.registry import register
 
 @register("protocol", source="R2VPO's off-policy mode, arXiv:2601.03320 (mixing ratio and buffer are assumed)")
 def replay(fraction: OpenShare = 0.5, capacity: Whole = 4) -> Protocol:
-    """On-policy sampling; then ``round(fraction * prompts)`` groups of the batch are replaced by as many, drawn at
-    random without replacement, of the ``capacity`` batches before it. The first iteration replaces none.
+    """Sample on policy, then replace ``round(fraction * prompts)`` groups of the batch by groups of the ``capacity``
+    batches before it, drawn at random without replacement. The first iteration replaces none.
 
-    A row that comes back is as it was when it was fresh: its tokens, ``reward``, ``correct``, and above all its own
-    ``logp_old``, ``logp_beh``, ``entropy_old`` and ``logp_<slot>``; its role is "replay", its ``group`` and ``seed``
-    are those of the place that it takes. Every fresh group is stored, those that were replaced too, and drawing takes
-    none away. Choose it for any objective by ``config.protocol.name = "replay"``.
+    A replayed row keeps the values that it had when it was fresh: its tokens, ``reward``, ``correct``, and above all
+    its own ``logp_old``, ``logp_beh``, ``entropy_old`` and ``logp_<slot>``. Its role is "replay", and it takes
+    ``group`` and ``seed`` of the row that it replaces. Every fresh group is stored, even if it was replaced, and a
+    drawn group stays in the buffer. Choose this protocol for any objective by ``config.protocol.name = "replay"``.
 
     Tables: batches, the scored `Rollouts` with leaves [capacity, B, ...]; iteration [capacity] of each, -1 = none yet.
-    Metric ``replay/age``: mean age in iterations of the groups that came back; 0 if none did.
+    Metric ``replay/age``: mean age in iterations of the replayed groups; 0 if there are none.
 
     Args:
-      fraction: share of groups that come back; at least one does, and at least one is fresh. capacity: batches kept.
+      fraction: share of groups that are replayed; at least one is replayed, and at least one is fresh.
+      capacity: how many batches are kept.
     """
 
     def tables(gather: Gatherer) -> dict[str, Rollouts | np.ndarray]:
@@ -54,14 +55,15 @@ def replay(fraction: OpenShare = 0.5, capacity: Whole = 4) -> Protocol:
         if not 0 < round(fraction * prompts) < prompts:
             raise ValueError(
                 f"config.protocol.fraction {fraction} of config.rollout.prompts {prompts} is "
-                f"{round(fraction * prompts)} groups: at least one group has to come back and one to be fresh"
+                f"{round(fraction * prompts)} groups: at least one group must be replayed and one must be fresh"
             )
 
     return Protocol(sample_once, before=before, tables=tables, facts=Facts(check=check, stale=True))
 
 
 def draw(rng: np.random.Generator, born: np.ndarray, n: int, groups: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which ``n`` of the ``groups`` of a batch are replaced; by which batches' (place in the buffer) which groups."""
+    """Draw the ``n`` groups of a batch to replace, and for each the batch (its place in the buffer) and the group of
+    that batch that replaces it."""
     filled = np.flatnonzero(born >= 0)
     place = rng.choice(groups, n, replace=False)
     chosen = rng.choice(len(filled) * groups, n, replace=False)
@@ -69,7 +71,7 @@ def draw(rng: np.random.Generator, born: np.ndarray, n: int, groups: int) -> tup
 
 
 def replaced(fresh: Rollouts, past: Rollouts, place: np.ndarray, batch: np.ndarray, group: np.ndarray) -> Rollouts:
-    """``fresh`` with ``group`` [n] of ``batch`` [n] of the buffer in the ``place`` [n] of its own groups."""
+    """``fresh``, in which the groups at ``place`` [n] are replaced by ``group`` [n] of ``batch`` [n] of the buffer."""
     responses = np.arange(fresh.shared_prompt)
     at, row = ((x[:, None] * fresh.shared_prompt + responses).reshape(-1) for x in (place, group))
     which = np.repeat(batch, fresh.shared_prompt)

@@ -1,4 +1,4 @@
-"""Rows of NumPy batches: put together, replaced, and completed a batch at a time."""
+"""Rows of NumPy batches: stack them, replace them, complete them a batch at a time."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,14 +12,14 @@ from jaxpo.policy.stats import hidden_field
 
 
 def with_rows(table: np.ndarray, at: np.ndarray | int, rows: np.ndarray | int) -> np.ndarray:
-    """A copy of the table with other rows at ``at``."""
+    """A copy of the table whose rows at ``at`` are replaced."""
     out = table.copy()
     out[at] = rows
     return out
 
 
 def stacked(parts: Sequence[Rollouts]) -> Rollouts:
-    """The rows of NumPy batches of one structure, however many each has: on the host, where no shape is compiled."""
+    """Stack the rows of NumPy batches of one structure and any sizes. On the host, where no shape is compiled."""
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
@@ -31,8 +31,8 @@ def in_batches(
     length: np.ndarray,
     budget: np.ndarray,
 ) -> Rollouts:
-    """``responses`` completions of each of n rows, by ``complete(i, tokens, length, budget)`` of ``size`` rows at a
-    time: the last batch is filled up with rows of budget 0, and cut."""
+    """Complete n rows, ``responses`` times each, by calls of ``complete(i, tokens, length, budget)`` on ``size`` rows.
+    The last batch is filled up with rows of budget 0, which are cut off again."""
     parts = []
     for i, start in enumerate(range(0, len(tokens), size)):
         kept = min(size, len(tokens) - start)
@@ -44,7 +44,7 @@ def in_batches(
 
 
 def labelled(out: Rollouts, indices: np.ndarray, seeds: Any) -> Rollouts:
-    """Generated rows with what the loop knows of them: the prompts' ``indices`` [n] and a seed each [n K]."""
+    """Add the fields that the loop knows to generated rows: the prompts' ``indices`` [n], seeds [n K], role, count."""
     return out.replace(
         prompt=np.repeat(indices, out.shared_prompt).astype(np.int32),
         seed=seeds,
@@ -54,8 +54,8 @@ def labelled(out: Rollouts, indices: np.ndarray, seeds: Any) -> Rollouts:
 
 
 def as_scored(batch: Rollouts) -> Rollouts:
-    """What a policy reads of a batch, and nothing else: every scoring pass is one compiled function. Hidden states of
-    another model are read where the policy is compared with it."""
+    """Only the fields that a policy reads, so that every scoring pass is the same compiled function. The policy reads
+    hidden states of another model where it is compared with it."""
     return Rollouts(
         tokens=batch.tokens,
         mask=batch.mask,

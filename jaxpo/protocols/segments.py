@@ -1,4 +1,4 @@
-"""Values of prefixes by more rollouts: from cutpoints of a response (chain), or as a tree that is grown (SPO)."""
+"""Values of prefixes from extra rollouts (SPO): from cutpoints of each response (chain), or from a tree of them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -21,7 +21,7 @@ from jaxpo.protocols.prefixes import Prefixes
 from jaxpo.protocols.protocol import Facts, Protocol
 from jaxpo.registry import register
 
-ROUNDING = 1e-9  # of values: a smaller advantage is none
+ROUNDING = 1e-9  # rounding errors of values: a smaller advantage counts as 0
 Collect = Callable[[Run, Gatherer, Array], tuple[Run, Rollouts]]
 
 
@@ -41,23 +41,29 @@ def spo_segment(
     max_edges: Whole = 32,
     divide_std: bool = False,
 ) -> Protocol:
-    """What Segment Policy Optimization learns from: ``mc_value`` [B, T] (chain) or ``edge_adv`` [B] (tree).
+    """Gather the data of Segment Policy Optimization: ``mc_value`` [B, T] (chain) or ``edge_adv`` [B] (tree).
 
-    Chain: the value of the prefix before each cutpoint is the mean reward of ``rollouts`` completions of it within the
-    rest of the budget; cutpoints are those of the trainer's own log-probs, as the objective finds them.
+    Chain: the value of the prefix before each cutpoint is the mean reward of ``rollouts`` completions of that prefix
+    within the rest of the budget. Cutpoints are found from the trainer's own log-probs, as the objective finds them.
 
-    Tree: each question is expanded breadth first, ``branching`` children a node, ``segment`` tokens long, on the last
-    level up to the budget; a branch that ended is a leaf. A leaf's value is its reward, a node's the mean of its
-    children's; the advantage of an edge is ``V(child) - V(parent)``. Edges of advantage 0 are dropped; of the others at
-    most ``max_edges`` a question, chosen at random, are rows (prompt = question and path, response = the edge's
-    tokens, ``reward`` = V(child)). There always are ``prompts * max_edges`` rows, each a group of its own in
-    minibatches; those left over have count 0. Unlike the release, edges are not kept for later iterations.
+    Tree: each question is expanded breadth first. A node gets ``branching`` children of ``segment`` tokens each (on the
+    last level, up to the budget); a branch that ended is a leaf. The value of a leaf is its reward, the value of a node
+    is the mean over its children, and the advantage of an edge is ``V(child) - V(parent)``. Edges of advantage 0 are
+    dropped. Of the others at most ``max_edges`` a question, chosen at random, become rows (prompt = question and path,
+    response = the edge's tokens, ``reward`` = V(child)). There are always ``prompts * max_edges`` rows, each a group of
+    its own in minibatches; unused rows have count 0. Unlike the released code, this keeps no edges for later
+    iterations.
 
-    A stop string across a cut is not seen when it is completed; the verifier's text is cut before it all the same.
+    A stop string that crosses a cut does not end the completion of the second part; the verifier's text is still cut
+    before it.
 
     Args:
-      interval, threshold: where cutpoints are. rollouts: of "chain".
-      branching, segment, max_edges: of "tree". divide_std: divide advantages by the siblings' population std + 1e-8.
+      interval, threshold: where cutpoints are.
+      rollouts: completions of each prefix ("chain").
+      branching: children of a node on each level ("tree").
+      segment: tokens of an edge ("tree").
+      max_edges: most rows of a question ("tree").
+      divide_std: divide advantages by the siblings' population std + 1e-8 ("tree").
     """
     if not branching:
         raise ValueError("branching must name the children of a node on each level; it is empty")
@@ -120,8 +126,8 @@ def tree(branching: Sequence[int], segment: int, max_edges: int, divide_std: boo
 
 
 def check_tree(config: ConfigDict, last: int) -> None:
-    """``ValueError`` for responses that a tree would not sample, and for a last level, which begins at token ``last``,
-    that has nothing left to sample. The rows, ``prompts * max_edges``, divide wherever ``prompts`` do."""
+    """Raise ``ValueError`` if ``config.rollout.responses`` is not 1, or if the last level, which begins at token
+    ``last``, has no tokens left to sample. The rows, ``prompts * max_edges``, divide wherever ``prompts`` do."""
     if last >= config.sampling.max_new_tokens:
         raise ValueError(
             f"the last level of the tree begins after {last} tokens, and config.sampling.max_new_tokens is "
@@ -140,8 +146,15 @@ def check_tree(config: ConfigDict, last: int) -> None:
 
 @dataclass(frozen=True)
 class Level:
-    """The nodes of one depth, siblings side by side. paths: from the question to the node; start [n]: where its own
-    edge begins; parent [n]: row of the level above; cut [n]: ended by its budget alone; sampled: how its edges were."""
+    """The n nodes of one depth, siblings side by side.
+
+    paths: tokens from the question to each node.
+    start: [n] where the node's own edge begins.
+    parent: [n] row of the parent in the level above.
+    cut: [n] bool: only the budget ended the edge.
+    siblings: children of each parent.
+    sampled: the edges as they were sampled.
+    """
 
     paths: Prefixes
     start: np.ndarray
@@ -157,7 +170,7 @@ class Level:
 def grow(
     run: Run, gather: Gatherer, questions: np.ndarray, branching: Sequence[int], segment: int, key: Array
 ) -> list[Level]:
-    """The levels of the trees of all questions, the questions themselves first. It ends early when no branch is
+    """Grow the trees of all questions: their levels, the questions themselves first. Stops early if no branch is
     open."""
     n, roots = len(questions), Prefixes.of_prompts(gather, questions)
     levels = [Level(roots, roots.stop, np.arange(n), np.ones(n, bool))]
@@ -176,7 +189,7 @@ def grow(
 
 
 def back_up(levels: Sequence[Level], gather: Gatherer) -> list[np.ndarray]:
-    """Values [n] of the nodes of each level: leaves by their reward, others the mean of their children's."""
+    """Values [n] of the nodes of each level: a leaf's reward, otherwise the mean over the children."""
     leaf = [~np.isin(np.arange(len(a)), b.parent) for a, b in zip(levels, levels[1:], strict=False)]
     leaf.append(np.ones(len(levels[-1]), bool))
     values = [np.zeros(len(level)) for level in levels]
@@ -198,11 +211,13 @@ def rows_of(
     gather: Gatherer,
     key: Array,
 ) -> tuple[Rollouts, int, int]:
-    """``prompts * max_edges`` rows, those of a question side by side; how many are edges, and how many edges have an
-    advantage.
+    """Choose ``prompts * max_edges`` rows among the edges; the rows of a question stand side by side.
 
     Args:
       prefix: longest path before an edge.
+
+    Returns:
+      the rows, how many of them are edges, and how many edges have an advantage other than 0.
     """
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     questions = levels[0].paths.question[:: levels[0].siblings]  # of the trees, in order
@@ -214,7 +229,7 @@ def rows_of(
     rows, used = np.zeros((len(questions), max_edges), np.int64), np.zeros((len(questions), max_edges), bool)
     for q in range(len(questions)):
         edges = rng.permutation(telling[owner[telling] == q])[:max_edges]
-        rows[q] = np.flatnonzero(owner == q)[0]  # what is left over repeats some edge, and does not count
+        rows[q] = np.flatnonzero(owner == q)[0]  # an unused row repeats some edge, and does not count
         rows[q, : len(edges)], used[q, : len(edges)] = edges, True
     rows, used = rows.reshape(-1), used.reshape(-1)
 

@@ -1,4 +1,4 @@
-"""One response a prompt, against a value of the prompt that outlives the batch."""
+"""One response to each prompt; its baseline is a value of the prompt that is kept across batches."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +23,8 @@ from jaxpo.registry import register
 
 @register("sampler", id="spo_single_stream", source="SPO (Tencent), arXiv:2509.13232")
 def prioritized(floor: Positive = 0.05) -> Callable[[Array, int, Array], np.ndarray]:
-    """``(values v [N], n, key) -> indices [n]`` of prompts without replacement, by ``sqrt(v (1 - v)) + floor``."""
+    """``(values v [N], n, key) -> indices [n]``: draw prompts without replacement, with weights ``sqrt(v (1 - v)) +
+    floor``."""
 
     def sample(value: Array, n: int, key: Array) -> np.ndarray:
         weight = trackers.prompt_weights(value, floor=floor)
@@ -33,7 +34,10 @@ def prioritized(floor: Positive = 0.05) -> Callable[[Array, int, Array], np.ndar
 
 
 class Tracking(NamedTuple):
-    """How prompts are drawn and their values forgotten; see `spo_single_stream`."""
+    """How prompts are drawn, and how fast their values forget the past: the options of `spo_single_stream`.
+
+    draw: (values [N], n, key) -> indices [n] of prompts.
+    """
 
     n0: int
     d_half: float
@@ -50,18 +54,19 @@ def spo_single_stream(
     rho_max: PositiveShare = 0.96,
     floor: Positive = 0.05,
 ) -> Protocol:
-    """Prompts are drawn without replacement by ``sqrt(v (1 - v)) + floor``, one response each; ``v = alpha/(alpha +
-    beta)`` of each prompt is handed on as ``tracker_value`` [B] and updated after the iteration.
+    """Draw prompts without replacement, with weights ``sqrt(v (1 - v)) + floor``, and sample one response to each. The
+    value ``v = alpha/(alpha + beta)`` of each prompt goes into the batch as ``tracker_value`` [B], and is updated after
+    the iteration.
 
-    Tables, for n training prompts: alpha, beta [n]; tokens, mask, logp [n, T] of the latest response, under the policy
-    right after it was trained on; seen [n]. After an iteration ``D`` = mean over the *previous* response's tokens of
-    ``|logp - logp_now|`` (0 on the first visit), ``rho = clip(2^(-D/d_half), rho_min, rho_max)``, ``alpha <- rho alpha
-    + reward``, ``beta <- rho beta + 1 - reward``.
+    Tables, for n training prompts: alpha, beta [n]; tokens, mask [n, T] of the latest response, and its logp [n, T]
+    under the policy right after it was trained on; seen [n]. After an iteration ``D`` = mean over the *previous*
+    response's tokens of ``|logp - logp_now|`` (0 on the first visit), ``rho = clip(2^(-D/d_half), rho_min, rho_max)``,
+    ``alpha <- rho alpha + reward``, ``beta <- rho beta + 1 - reward``.
 
     Args:
       n0: offline samples of every prompt before the first iteration; 0 = none (v = 1/2).
       d_half, rho_min, rho_max: how fast the past is forgotten.
-      floor: of the weights.
+      floor: the least weight of a prompt.
     """
     if rho_min > rho_max:
         raise ValueError(f"rho_max must be at least rho_min, not {rho_max} beside {rho_min}")
@@ -76,8 +81,8 @@ def tables(gather: Gatherer) -> dict[str, np.ndarray]:
     n, t = gather.size, gather.width
     if n < gather.prompts:
         raise ValueError(
-            f"config.rollout.prompts {gather.prompts} is more than the {n} training prompts, from which protocol "
-            "'spo_single_stream' draws without replacement"
+            f"config.rollout.prompts {gather.prompts} is more than the {n} training prompts; protocol "
+            "'spo_single_stream' draws them without replacement"
         )
     response = dict(tokens=np.zeros((n, t), np.int32), mask=np.zeros((n, t), np.float32))
     response["logp"] = np.zeros((n, t), np.float32)
@@ -86,14 +91,14 @@ def tables(gather: Gatherer) -> dict[str, np.ndarray]:
 
 
 def sample(run: Run, gather: Gatherer, indices: np.ndarray, key: Array) -> Rollouts:
-    """Judged completions, whose rewards lie in [0, 1]."""
+    """Sample completions and reward them; the rewards must lie in [0, 1]."""
     rollouts = gather.reward(gather.generate(run.state.params, indices, key, gather.sampling(run)))
     check_rewards((0.0, 1.0), rollouts)
     return rollouts
 
 
 def init(how: Tracking, run: Run, gather: Gatherer, key: Array) -> Run:
-    """Values of all prompts from ``n0`` offline samples of each."""
+    """Estimate the values of all prompts from ``n0`` offline samples of each."""
     n0 = how.n0
     if n0 == 0:
         return run
@@ -109,7 +114,7 @@ def init(how: Tracking, run: Run, gather: Gatherer, key: Array) -> Run:
 
 
 def collect(how: Tracking, run: Run, gather: Gatherer, key: Array) -> tuple[Run, Rollouts]:
-    """One response to each of the drawn prompts, with the prompts' values."""
+    """Draw prompts and sample one response to each; the batch holds the prompts' values."""
     draw_key, key = jax.random.split(key)
     value = trackers.tracker_value(run.tables["alpha"], run.tables["beta"])
     indices = how.draw(value, gather.prompts, draw_key)
@@ -135,7 +140,7 @@ def after(how: Tracking, run: Run, gather: Gatherer, rollouts: Rollouts) -> Run:
 
 
 def check(config: ConfigDict) -> None:
-    """``ValueError`` for more than one response a prompt."""
+    """Raise ``ValueError`` for more than one response to a prompt."""
     if config.rollout.responses != 1:
         raise ValueError(
             f"config.rollout.responses must be 1 with protocol 'spo_single_stream', not {config.rollout.responses}"
@@ -143,7 +148,7 @@ def check(config: ConfigDict) -> None:
 
 
 def drift_of(tables: dict[str, Any], at: np.ndarray, gather: Gatherer, params: Any, rollouts: Rollouts) -> np.ndarray:
-    """[B] mean over the tokens of the prompts' previous responses of ``|logp_then - logp_now|``; 0 without one."""
+    """[B] mean of ``|logp_then - logp_now|`` over the tokens of each prompt's previous response; 0 without one."""
     if not tables["seen"][at].any():
         return np.zeros(len(at), np.float32)
     mask = tables["mask"][at]

@@ -1,4 +1,4 @@
-"""Who races: objectives by name or as built, and why the others do not."""
+"""Choose who races: objectives given by name or as values, and why the others cannot."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ class Contender(NamedTuple):
     """A contestant.
 
     label: what the table calls it.
-    resolved: its run by the rules of the race.
+    resolved: its run under the rules of the race.
     named: built from its label alone, so an earlier result under this label can be reused.
     """
 
@@ -25,21 +25,21 @@ class Contender(NamedTuple):
 
 
 def fill(name: str, given: Mapping[str, Any], steps: int, max_new_tokens: int) -> dict[str, Any]:
-    """``given``, and the hyperparameters that are a share of a run's budget."""
+    """Add to ``given`` the hyperparameters that are a share of a run's budget."""
     return {**registry.entry(name).of_run(max_new_tokens, steps, given), **given}
 
 
 def with_protocol(protocol: str | None, objective: Objective) -> Objective:
-    """The objective with another protocol, named as in ``judged`` or ``judged(pairs='random')``; None = its own.
+    """Give the objective another protocol, such as ``judged`` or ``judged(pairs='random')``; None = keep its own.
 
     Raises:
-      ValueError: no such protocol, an argument that it does not have, or one that the objective's hyperparameters set.
+      ValueError: no such protocol or argument, or an argument that the objective's hyperparameters set.
     """
     if protocol is None:
         return objective
     calls = parse_calls(protocol)
     if len(calls) != 1:
-        raise ValueError(f"protocol: an objective has one, not {protocol!r}")
+        raise ValueError(f"protocol: an objective has exactly one, found {protocol!r}")
     _, name, options = calls[0]
     registry.check_arguments(f"protocol {name!r}", options, registry.entry(name, "protocol").parameters)
     taken = objective.protocol.options if name == objective.protocol.name else {}
@@ -49,8 +49,10 @@ def with_protocol(protocol: str | None, objective: Objective) -> Objective:
 
 
 def named(text: str, rules: Rules, max_new_tokens: int) -> tuple[dict[str, Objective], dict[str, str]]:
-    """Registered objectives by label, as `parse_calls` reads them, ``all`` for every one; and those that cannot be
-    made, with the reason."""
+    """Build the objectives that ``text`` names (`parse_calls`; ``all`` names every registered one).
+
+    Returns the objectives by label; and those of ``all`` that cannot be built, with the reason.
+    """
     found: dict[str, Objective] = {}
     left_out: dict[str, str] = {}
     for label, name, given in parse_calls(text):
@@ -72,14 +74,14 @@ def named(text: str, rules: Rules, max_new_tokens: int) -> tuple[dict[str, Objec
 def select(
     contenders: str | Mapping[str, Objective], rules: Rules, max_new_tokens: int
 ) -> tuple[list[Contender], dict[str, str]]:
-    """Who races, and who does not with the reason.
+    """Select the contenders that can race; return them, and the others with the reason.
 
     Args:
-      contenders: objectives by label, or registered ones by name, with the protocol among the arguments:
-        ``dpo(protocol="judged(pairs='random')")``; ``all`` stands for every one.
+      contenders: objectives by label; or a text that names registered ones, with the protocol among the arguments:
+        ``dpo(protocol="judged(pairs='random')")``. ``all`` names every registered objective.
 
     Raises:
-      ValueError: an unknown name or hyperparameter, the same twice, or nobody left.
+      ValueError: an unknown name or hyperparameter, a label given twice, or no contender left.
     """
     by_name = isinstance(contenders, str)
     objectives, left_out = named(contenders, rules, max_new_tokens) if by_name else (dict(contenders), {})

@@ -2,10 +2,10 @@
 
 All seeds of an objective take their optimizer steps in one compiled function (``vmap``); samplers, scorers and warm
 start are compiled once for all objectives (`jaxpo.race.setup`). Seed i gives every objective the same start, prompts
-and uniforms, so that differences are differences of the objectives. Those with a protocol of their own gather by it,
-seed after seed (`jaxpo.race.seeds`); what they sample beyond the others is in the table. Objectives of preferences
-train on as many rows of right and wrong answers, and most of them sample nothing; or, with ``protocol='judged'``, on
-the policy's own answers, which the task's verifier compares.
+and random numbers, so results differ only because the objectives do. An objective with its own protocol gathers rows
+by it, one seed after the other (`jaxpo.race.seeds`); the table shows how much it samples. Preference objectives train
+on the same number of rows, of right and wrong answers, and most of them sample nothing; with ``protocol='judged'`` they
+train on the policy's own answers, which the task's verifier compares.
 
 >>> race({"mine": my_objective, "grpo": make("grpo", beta=0.0)}, seeds=3).show()
 """
@@ -30,11 +30,11 @@ from jaxpo.storage.rundir import Progress
 
 
 def run(contender: Contender, setup: Setup, rules: Rules, progress: Callable[[dict[str, float]], None]) -> dict:
-    """Train all seeds of one contender; what `Results.objectives` holds of it."""
+    """Train all seeds of one contender; return its entry in `Results.objectives`."""
     resolved, began = contender.resolved, time.perf_counter()
     rollout = resolved.config.rollout
     rules = replace(rules, prompts=rollout.prompts, responses=rollout.responses)
-    # What is trained on: of a judge's prompts perhaps fewer rows than were sampled.
+    # The rows to train on: with a judge, perhaps fewer for each prompt than were sampled.
     rows = replace(rules, responses=resolved.rows_per_prompt)
     seeds = contest(resolved, setup, rules)
     curve, compiling, skipped = [], 0.0, 0
@@ -73,14 +73,15 @@ def race(
     """Race objectives and return the `Results`.
 
     Args:
-      contenders: label -> objective; or registered ones by name, ``"grpo,grpo(eps_high=0.3)"``, ``"all"``.
-        Hyperparameters that are a share of a run's budget are filled in for those given by name.
-      rules: what all get alike. changes: fields of it, as in ``race(..., seeds=3)``.
-      out: folder for ``results.json`` and ``curves.png``, written after each objective. What it already holds of a race
-        with the same rules is kept, and contenders given by name that it holds are not run again.
+      contenders: label -> objective; or a text that names registered ones, ``"grpo,grpo(eps_high=0.3)"``, ``"all"``.
+        For those given by name, hyperparameters that are a share of a run's budget are filled in.
+      rules: the same for all contenders.
+      out: folder for ``results.json`` and ``curves.png``, written after each objective. Results that it already holds
+        from a race with the same rules are kept; contenders given by name that it holds are not run again.
+      **changes: fields of ``rules`` to change, as in ``race(..., seeds=3)``.
 
     Raises:
-      ValueError: unknown names (with the nearest), rules that cannot be, or a folder with a race by other rules.
+      ValueError: unknown names (with the nearest), rules that are not possible, or a folder with a race by other rules.
     """
     known = [f.name for f in fields(Rules)]
     if odd := sorted(set(changes) - set(known)):

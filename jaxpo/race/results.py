@@ -1,4 +1,4 @@
-"""What a race came to: table, picture and file."""
+"""Results of a race: table, figure and file."""
 
 import json
 import math
@@ -22,7 +22,7 @@ RESULTS, CURVES = "results.json", "curves.png"
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean over seeds and its 95% interval by Student's t, inside [0, 1]; NaN bounds for one seed."""
+    """The mean over seeds and its 95% interval by Student's t, inside [0, 1]; NaN bounds for one seed."""
     x, n = np.asarray(values, np.float64), len(values)
     half = stdtrit(n - 1, 0.975) * x.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
     low, high = (float(np.clip(x.mean() + sign * half, 0, 1)) for sign in (-1, 1))
@@ -31,15 +31,20 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 
 @dataclass(frozen=True)
 class Results:
-    """What a race came to, as ``results.json`` holds it.
+    """Results of a race, as ``results.json`` holds them.
 
-    rules: its `Rules`.
+    rules: the fields of its `Rules`.
     points: iterations at which accuracy was measured.
-    warm_start_seconds: shared by all.
-    objectives: label -> what `jaxpo.race.race.run` returns: final and area, greedy accuracy at the end and its mean
-      over the course (area under the learning curve), one number a seed; curve, [points][seeds]; seconds, and of those
-      compiling, of the first iteration; sampled, completions of a seed in an iteration; skipped, optimizer steps that
-      were not finite; idle, iterations of a seed in which its protocol found nothing to train on.
+    warm_start_seconds: time of the warm start, which all contenders share.
+    objectives: label -> the entry that `jaxpo.race.race.run` returns:
+      final: greedy accuracy at the end, one number for each seed.
+      area: mean of greedy accuracy over the race (area under the learning curve), one number for each seed.
+      curve: greedy accuracy, [points][seeds].
+      seconds: time of the contender.
+      compiling: seconds of its first iteration, part of ``seconds``.
+      sampled: completions of one seed in one iteration.
+      skipped: optimizer steps that were not finite.
+      idle: iterations, summed over seeds, in which the protocol found nothing to train on.
     left_out: label -> why it did not race.
     """
 
@@ -50,7 +55,7 @@ class Results:
     left_out: dict[str, str] = None
 
     def ranking(self) -> list[str]:
-        """Labels, the best mean final accuracy first, then the larger area."""
+        """The labels, best mean final accuracy first; in a tie, larger area first."""
         means = {k: (np.mean(r["final"]), np.mean(r["area"])) for k, r in self.objectives.items()}
         return sorted(means, key=lambda label: means[label], reverse=True)
 
@@ -67,7 +72,10 @@ class Results:
         return out
 
     def show(self) -> None:
-        """Print the table, what was lost, and who did not race. samples: completions of a seed in an iteration."""
+        """Print the table, skipped steps and idle iterations, and who did not race.
+
+        The column ``samples`` holds the completions of one seed in one iteration.
+        """
         rules, start = self.rules, interval(next(iter(self.objectives.values()))["curve"][0])[0]
         closing_table(
             f"{rules['task']}: greedy accuracy after {rules['steps']} iterations, {rules['seeds']} seeds, "
@@ -84,7 +92,7 @@ class Results:
             print(f"{label} did not race: {why}")
 
     def figure(self) -> Figure:
-        """Small multiples in the order of the ranking: each objective's mean and range over seeds, all others grey."""
+        """Draw one panel for each objective, in order of rank: mean and range over seeds, all others in grey."""
         labels = self.ranking()
         columns = min(6, math.ceil(math.sqrt(len(labels))))
         rows = -(-len(labels) // columns)
@@ -121,17 +129,17 @@ class Results:
         axes.tick_params(which="both", colors=PALE, labelcolor="#5c5c5c", labelsize=7, length=0)
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write ``results.json`` and ``curves.png``; readers see the old files or the new ones."""
+        """Write ``results.json`` and ``curves.png``, each atomically: a reader sees the old file or the new one."""
         text = json.dumps(asdict(self), indent=1)
         write_atomically(Path(folder) / RESULTS, lambda file: file.write(text.encode()))
         write_atomically(Path(folder) / CURVES, lambda file: self.figure().savefig(file, format="png"))
 
 
 def earlier(folder: Path, rules: Rules) -> Results | None:
-    """The results in ``folder``, None if there are none.
+    """Read the results in ``folder``; None if there are none.
 
     Raises:
-      ValueError: they are of a race with other rules; the first that differs is named.
+      ValueError: they come from a race with other rules; the error names the first difference.
     """
     if not (folder / RESULTS).is_file():
         return None
@@ -140,6 +148,6 @@ def earlier(folder: Path, rules: Rules) -> Results | None:
         if found.rules.get(name) != value:
             raise ValueError(
                 f"{folder / RESULTS} is of a race with {name}={found.rules.get(name)}, and this one has "
-                f"{name}={value}: take the same or another folder"
+                f"{name}={value}: use the same value, or another folder"
             )
     return found

@@ -11,7 +11,7 @@ from jaxpo.config.fields import default
 from jaxpo.config.resolve import resolve
 from jaxpo.config.resolved import Resolved
 from jaxpo.fields import JUDGED, PAIR
-from jaxpo.learning.needs import Form, is_reward_model, models_of
+from jaxpo.learning.needs import Form, form_of, is_reward_model, models_of
 from jaxpo.objectives import Objective, make
 from jaxpo.protocols.preference_data import rows as rows_of_unit
 
@@ -99,6 +99,7 @@ def resolved_by(rules: Rules, label: str, objective: Objective, max_new_tokens: 
         return resolve(config, 1, objective=objective)
 
     if reads_data(objective):
+        check_pairs(objective, form_of(objective, rules.responses))
         return attempt(in_units(rules, rows_of_unit(objective, rules.responses)), data=dict(name="task"))
     alone = replace(rules, prompts=rules.prompts * rules.responses, responses=1)
     try:
@@ -140,8 +141,6 @@ def check_fit(resolved: Resolved) -> None:
         raise ValueError("does not ask for rewards: it would imitate its own completions")
     if "soup" in resolved.references:
         raise ValueError("needs logp_soup, log-probs of a model that a race does not have")
-    if reads_data(objective):
-        check_pairs(objective, resolved.form)
 
 
 def check_pairs(objective: Objective, form: Form | None) -> None:

@@ -1,7 +1,7 @@
-"""What all objectives of a race share: task, policy, warm start, and one sampler and scorer for all seeds at once.
+"""The parts that all objectives of a race share: task, policy, warm start, and a sampler and scorer for all seeds.
 
-On the toy task rewards are part of the compiled sampler; elsewhere vmapped sampling and verifiers on the host take
-turns. Leaves have a leading axis of seeds S throughout.
+On the toy task, rewards are part of the compiled sampler; on other tasks, vmapped sampling alternates with verifiers on
+the host. Arrays for all seeds have a leading axis of seeds S.
 """
 
 import time
@@ -32,10 +32,10 @@ from jaxpo.tasks.base import task_arguments
 from jaxpo.tasks.toy import ReverseDigits
 from jaxpo.text.tokenizers import CharTokenizer, Tokenizer
 
-ROOM = 2  # tokens that a completion may be longer than the longest answer
-# Programs this small run as fast without the compiler's costliest passes, and compile in three quarters of the time.
+ROOM = 2  # tokens by which a completion may be longer than the longest answer
+# Small programs run as fast without the compiler's costliest passes, and compile in three quarters of the time.
 QUICK = {"xla_backend_optimization_level": 1}
-TASK_SIZES = {"train_size": 2000, "test_size": 200, "seed": 0}  # of a task that asks for them
+TASK_SIZES = {"train_size": 2000, "test_size": 200, "seed": 0}  # arguments of a task that has them
 EVERYTHING = frozenset({"logp", "entropy"})
 
 
@@ -43,8 +43,8 @@ class Course(NamedTuple):
     """Task and policy of a race, before anything is compiled.
 
     questions: the task as tokens.
-    game: the task's rewards inside the graph, if it has them.
-    model: the policy's.
+    game: the task's rewards as jax code; None if it has none.
+    model: the model of the policy.
     """
 
     questions: Questions
@@ -54,16 +54,16 @@ class Course(NamedTuple):
 
 @dataclass(frozen=True)
 class Setup:
-    """What all contenders share, compiled.
+    """The compiled parts that all contenders share.
 
     course: task and policy.
     start: [S, ...] parameters after the warm start.
-    sample: (params, draws) -> `Rollouts` [S, B, ...] of all seeds, judged if the task's rewards are in the graph.
-    score: (params, rows as a policy reads them [S, B, ...]) -> `TokenStats` of all seeds.
+    sample: (params, draws) -> `Rollouts` [S, B, ...] of all seeds, with rewards if they are part of the graph.
+    score: (params, rows [S, B, ...]) -> `TokenStats` of all seeds.
     go_on: (params, tokens, length, budget, key, options, responses[, partner, share]) -> `Rollouts` of one seed.
     score_one: (params, rows) -> `TokenStats` of one seed.
-    accuracy: (params) -> [S], greedy, on the test prompts.
-    seconds: of the warm start, compilation included.
+    accuracy: (params) -> greedy accuracy [S] on the test prompts.
+    seconds: time of the warm start, with compilation.
     """
 
     course: Course
@@ -77,10 +77,10 @@ class Setup:
 
 
 def make_task(text: str) -> tuple[Task, Tokenizer, ReverseDigits | None]:
-    """The task that ``text`` names, its tokenizer, and the game whose rewards can be part of the graph."""
+    """Build the task that ``text`` names; also its tokenizer, and its rewards as jax code (None if it has none)."""
     calls = parse_calls(text)
     if len(calls) != 1:
-        raise ValueError(f"task: a race has one, not {text!r}")
+        raise ValueError(f"task: a race has exactly one, found {text!r}")
     _, name, given = calls[0]
     arguments = {k: v for k, v in TASK_SIZES.items() if k in task_arguments(name)} | given
     task = build({"name": name, **arguments})
@@ -92,10 +92,10 @@ def make_task(text: str) -> tuple[Task, Tokenizer, ReverseDigits | None]:
 
 
 def survey(rules: Rules) -> Course:
-    """Task and policy of a race.
+    """Build the task and the policy of a race.
 
     Raises:
-      ValueError: a task that does not exist, or one whose answers are missing or too long.
+      ValueError: the task does not exist, or its answers are missing or too long.
     """
     task, tokenizer, game = make_task(rules.task)
     budget = rules.max_new_tokens
@@ -114,7 +114,7 @@ def survey(rules: Rules) -> Course:
 
 
 def set_up(rules: Rules) -> Setup:
-    """Warm start of all seeds, and the compiled samplers and scorers."""
+    """Warm-start all seeds, and make the compiled samplers and scorers."""
     course, began = survey(rules), time.perf_counter()
     questions, model = course.questions, course.model
     start = jax.block_until_ready(warm_start(course, rules))
@@ -148,7 +148,7 @@ def options_of(questions: Questions) -> SamplingOptions:
 
 
 def sample(course: Course, responses: int, params: Params, draws: "Draws", tokens: Array, length: Array) -> Rollouts:
-    """Completions of the drawn prompts, labelled, of one seed."""
+    """Sample completions of the drawn prompts, for one seed, with role, count, prompt and seed filled in."""
     i, questions = draws.prompt, course.questions
     options = dict(responses=responses, pad_id=questions.tokenizer.pad_id)
     key, how = draws.key, options_of(questions)
@@ -158,7 +158,7 @@ def sample(course: Course, responses: int, params: Params, draws: "Draws", token
 
 
 def answer(course: Course, params: Params, tokens: Array, length: Array) -> Rollouts:
-    """Greedy completions of prompts, of one seed."""
+    """Complete prompts greedily, for one seed."""
     greedy, pad_id = options_of(course.questions).replace(greedy=True), course.questions.tokenizer.pad_id
     key = jax.random.key(0)
     out = generate(course.model, params, tokens, key, greedy, prompt_length=length, pad_id=pad_id)
@@ -177,13 +177,13 @@ def continued(
     partner: Params | None = None,
     share: Array | None = None,
 ) -> Rollouts:
-    """Continuations of rows of tokens, of one seed."""
+    """Continue rows of tokens, for one seed."""
     given = dict(prompt_length=length, budget=budget, responses=responses, partner=partner, share=share)
     return generate(course.model, params, tokens, key, options, **given, pad_id=course.questions.tokenizer.pad_id)
 
 
 def rated(course: Course, sample: Callable[..., Rollouts]) -> Callable[..., Rollouts]:
-    """``sample``, compiled, with ``reward`` and ``correct`` of what it gives if the task allows it in the graph."""
+    """Compile ``sample``; if the task has rewards as jax code, its result gets ``reward`` and ``correct``."""
     game = course.game
 
     def in_graph(*arguments: Any) -> Rollouts:
@@ -196,7 +196,7 @@ def rated(course: Course, sample: Callable[..., Rollouts]) -> Callable[..., Roll
 
 
 def verified(questions: Questions, prompts: Prompts, batch: Rollouts) -> Rollouts:
-    """The batch [..., B] with ``reward`` and ``correct`` by the task's verifier, unless they are there already."""
+    """Add ``reward`` and ``correct`` by the task's verifier to a batch [..., B], unless it has them already."""
     if batch.reward is not None:
         return batch
     shape = batch.mask.shape[:-1]
@@ -235,13 +235,14 @@ def warm_start(course: Course, rules: Rules) -> Params:
 
 
 class Draws(NamedTuple):
-    """What is random in an iteration, for every seed: a function of seed and iteration alone, drawn on the host (its
-    code would cost seconds of compilation).
+    """The random numbers of an iteration for every seed, a function of seed and iteration alone.
 
-    prompt: [S, G] indices.
-    seed: [S, B] of the rows.
-    key: [S] of the uniforms.
-    rows: [S, steps, R] of each optimizer step.
+    They are drawn on the host, since compiling this code would take seconds.
+
+    prompt: [S, G] indices of the prompts.
+    seed: [S, B] seeds of the rows.
+    key: [S] keys for sampling.
+    rows: [S, steps, R] rows of each optimizer step.
     """
 
     prompt: np.ndarray
@@ -251,7 +252,7 @@ class Draws(NamedTuple):
 
 
 def draws(rules: Rules, prompts: int, iteration: int) -> Draws:
-    """The `Draws` of an iteration, out of ``prompts`` training prompts; an optimizer step sees whole groups."""
+    """Draw the `Draws` of an iteration from ``prompts`` training prompts; an optimizer step sees whole groups."""
     out = []
     for seed in range(rules.seeds):
         rng = np.random.default_rng((seed, iteration))

@@ -1,8 +1,8 @@
-"""Generation in one compiled function: prefill once per prompt, then a loop that ends when every row has.
+"""Generation in one compiled function: prefill once per prompt, then decode in a loop until every row has ended.
 
-The K responses to a prompt share its keys and values; each row keeps only those of its own completion. Layers are
-unrolled, so that each layer's cache is a buffer of its own that the loop updates in place, or scanned: one compiled
-layer and one stacked cache, which the layers update in turn.
+The K responses to a prompt share its keys and values; each row keeps only the keys and values of its own completion.
+Layers are either unrolled or scanned. Unrolled, each layer's cache is a separate buffer that the loop updates in place.
+Scanned, there is one compiled layer and one stacked cache, which the layers update in turn.
 """
 
 from functools import partial
@@ -21,7 +21,7 @@ from jaxpo.policy.transformer import Attend, Model, Params, softcap
 from jaxpo.primitives.preferences import geometric_mixture
 from jaxpo.rollout.sampling import SamplingOptions, log_prob, sample
 
-POSITIONS_AT_ONCE = 1024  # of a row's cache, when it is read
+POSITIONS_AT_ONCE = 1024  # positions of a row's cache that are read at a time
 
 # Keys and values [rows, KV, positions, d] of each layer: a list, or, scanned, one pair with a leading axis of layers.
 Cache = list[tuple[Array, Array]] | tuple[Array, Array]
@@ -57,7 +57,8 @@ def prefill(
 def decode(
     model: Model, layers: Any, x: Array, positions: Array, of_prompt: Cache, own: Cache, ok: Array, t: Array
 ) -> tuple[Array, Cache]:
-    """One new token of each row, x [B, D], through all layers: the new x, and the cache with position ``t`` filled."""
+    """Run one new token of each row, x [B, D], through all layers. Returns the new x, and the cache with position ``t``
+    filled."""
     attend = partial(decode_attend, model.config, ok=ok, t=t)
     if isinstance(own, list):
         new = []
@@ -84,11 +85,11 @@ def decode_attend(
     t: Array,
     layer: Array | None = None,
 ) -> Attend:
-    """Attention of one new token per row: over the prompt's keys [G, KV, P, d] and the row's own [B, KV, T, d] up to
-    and with position ``t``; with ``layer``, ``own`` is that of all layers [L, B, KV, T, d].
+    """Attention of one new token per row: to the prompt's keys [G, KV, P, d], and to the row's own keys [B, KV, T, d]
+    up to and including position ``t``. With ``layer``, ``own`` is the cache of all layers [L, B, KV, T, d].
 
-    A long cache is read `POSITIONS_AT_ONCE` positions at a time, and only as far as it is filled, with the running
-    maximum and sums of an online softmax (arXiv:1805.02867) in float32.
+    A long cache is read `POSITIONS_AT_ONCE` positions at a time, and only as far as it is filled. The running maximum
+    and sums of the online softmax (arXiv:1805.02867) are float32.
     """
     kp, vp = of_prompt
     g, kv, p, d = kp.shape
@@ -138,8 +139,8 @@ def decode_attend(
 
 
 def empty_cache(of_prompt: Cache, rows: int, width: int, mesh: Mesh | None) -> Cache:
-    """Room for ``width`` positions of each row beside the cache of its prompt: rows and heads where the mesh has
-    theirs."""
+    """An empty cache for ``width`` positions of each row, next to the cache of its prompt. Rows and heads are sharded
+    over the mesh."""
     if width > POSITIONS_AT_ONCE:
         width += -width % POSITIONS_AT_ONCE
 
@@ -155,8 +156,8 @@ def empty_cache(of_prompt: Cache, rows: int, width: int, mesh: Mesh | None) -> C
 
 
 def decode_trips(width: int) -> tuple[float, ...]:
-    """Trips of the loops of `generate` for completions that are all ``width`` tokens long, by depth: tokens, and parts
-    of the cache that one of them reads, on average."""
+    """Trips of the nested loops of `generate` if all completions have ``width`` tokens: the number of tokens, and the
+    average number of parts of the cache that a token reads."""
     read = max(width - 1, 1)  # the first comes from the prompt
     if read <= POSITIONS_AT_ONCE:
         return (read,)
@@ -182,25 +183,25 @@ def generate(
     """Sample ``responses`` completions of each prompt; jit it with ``options`` as an ordinary argument.
 
     Args:
-      prompts: [G, P] ids, left-padded. prompt_length: [G] real tokens; None = all.
-      budget: [G] at most so many tokens of each completion, within ``options.max_new_tokens``; None = all of those.
+      prompts: [G, P] ids, left-padded.
       key: source of the uniforms (one per row and position).
+      prompt_length: [G] number of real tokens; None = all.
+      budget: [G] most tokens of each completion, within ``options.max_new_tokens``; None = ``max_new_tokens``.
       policy_temperature: the temperature at which the trainer scores.
-      scan_layers: one compiled layer for all: a deep model compiles in a minute and not in many, and reads its cache
-        through a slice of a larger buffer.
-      partner, share: parameters of a second policy of the same model, and its exponent: every token is drawn from
-        ``params^(1 - share) partner^share``, normalised (Nash-MD, arXiv:2312.00886). ``logp_sampler`` is still of
+      scan_layers: compile one layer for all. A deep model then compiles in one minute instead of many, but reads its
+        cache through a slice of a larger buffer.
+      partner, share: parameters of a second policy of the same model, and its exponent. Every token is drawn from
+        ``params^(1 - share) partner^share``, normalised (Nash-MD, arXiv:2312.00886). ``logp_sampler`` still belongs to
         ``params`` alone.
 
-    On ``model.mesh`` (None = the partitioner decides) rows are spread over all axes but "tensor", over which heads are:
-    a token at a time has no use for an axis of positions.
+    On ``model.mesh`` (None = the partitioner decides) heads are spread over "tensor" and rows over all other axes:
+    decoding one token at a time has no use for an axis of positions.
 
     Returns:
-      Rollouts of B = G * responses rows in the order of the prompts: ``tokens``, ``mask`` (1 up to and with the token
-      that ended the row),
-      ``truncated`` (the length limit ended it), ``logp_beh`` under the sampling distribution,
-      ``per_token["logp_sampler"]`` under the plain
-      policy when that is another one, ``group`` and ``shared_prompt``.
+      Rollouts of B = G * responses rows in the order of the prompts: ``tokens``; ``mask`` (1 up to and including the
+      token that ended the row); ``truncated`` (the length limit ended the row); ``logp_beh`` under the sampling
+      distribution; ``per_token["logp_sampler"]`` under the plain policy, if that is another distribution; ``group``
+      and ``shared_prompt``.
     """
     g, p = prompts.shape
     b, width, mesh = g * responses, options.max_new_tokens, model.mesh
@@ -219,7 +220,7 @@ def generate(
     last_state = None if options.stop_table is None else options.stop_table.shape[0] - 1
 
     def running(t: Array, state: dict[str, Any]) -> Array:
-        """[B] rows that get a token at position ``t``."""
+        """[B] bool: the row gets a token at position ``t``."""
         return ~state["done"] if limit is None else ~state["done"] & (t < limit)
 
     def draw(t: Array, hidden: list[Array], state: dict[str, Any]) -> dict[str, Any]:

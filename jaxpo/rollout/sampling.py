@@ -1,4 +1,4 @@
-"""Drawing tokens from logits: temperature, top-k, top-p, min-p, greedy; one uniform number per row."""
+"""Draw tokens from logits: temperature, top-k, top-p, min-p, greedy; one uniform number per row."""
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,15 @@ from jaxpo.primitives.token_advantages import entropy_position
 
 @struct.dataclass
 class EntropyTemperature:
-    """A temperature for each token, by the entropy of what may come next (HAPO, arXiv:2509.16591).
+    """A temperature for each token that follows from the entropy of the next token (HAPO, arXiv:2509.16591).
 
-    ``T = base (1 + slope clip(h, -1, 1))``, ``h`` the place of the entropy of ``softmax(logits / base)`` among those of
-    an earlier batch. Call it with logits [B, V]; it gives T [B].
+    ``T = base (1 + slope clip(h, -1, 1))``; ``h`` compares the entropy of ``softmax(logits / base)`` with the entropies
+    of an earlier batch. Call it with logits [B, V]; it returns T [B].
 
     Attributes:
-      numbers: q, s, high, low of `jaxpo.primitives.token_advantages.entropy_signal`; all 0 (no batch yet): T = base.
-      official: (static) the sign of the released code, in which h is never negative.
+      numbers: q, s, high, low of `jaxpo.primitives.token_advantages.entropy_signal`; all 0 (no batch yet) gives T =
+        base.
+      official: (static) use the sign of the released code, in which h is never negative.
     """
 
     base: float | Array
@@ -48,8 +49,8 @@ class SamplingOptions:
       top_p: keep the smallest set of most probable tokens that holds this much probability.
       min_p: keep tokens at least this likely relative to the most probable one.
       adaptive: the temperature of each token, from its logits, in place of ``temperature`` (which must be 1).
-      stop_table: [S, V] transitions of the stop strings' automaton (`jaxpo.rollout.stopping`); a state >= its last
-        row ends the row.
+      stop_table: [S, V] transitions of the automaton of the stop strings (`jaxpo.rollout.stopping`); its last state
+        ends the completion.
     """
 
     max_new_tokens: Whole = struct.field(pytree_node=False)
@@ -64,17 +65,17 @@ class SamplingOptions:
 
     @property
     def plain(self) -> bool:
-        """Whether what is sampled is the policy itself (as far as can be known before the values are)."""
+        """Whether tokens are sampled from the unchanged policy, as far as static and concrete values tell."""
         unit = isinstance(self.temperature, int | float) and self.temperature == 1
         cut = self.top_k is not None or self.top_p is not None or self.min_p is not None
         return unit and not self.greedy and not cut and self.adaptive is None
 
 
 def validate(options: SamplingOptions) -> SamplingOptions:
-    """Check ranges and contradictions of concrete values.
+    """Check the ranges of concrete values, and that they do not contradict each other. Returns the options.
 
     Raises:
-      ValueError: naming the field; also for a setting that greedy decoding would ignore.
+      ValueError: names the field; also for a setting that greedy decoding would ignore.
     """
 
     check_record(options, "sampling.")
@@ -98,8 +99,8 @@ def truncate(z: Array, options: SamplingOptions) -> Array:
         keep = jnp.ones(values.shape, bool)
         if options.top_p is not None:
             p = jax.nn.softmax(values, -1)
-            before = jnp.cumsum(p, -1) - p  # a token stays while those before it do not yet hold top_p
-            # ... and all stay at 1, which a rounded sum reaches before the tail
+            before = jnp.cumsum(p, -1) - p  # keep a token while the tokens before it hold less than top_p
+            # At top_p = 1 keep all tokens: a rounded sum reaches 1 before the tail.
             keep = (before < options.top_p) | (jnp.asarray(options.top_p) >= 1)
         kept = jnp.zeros(z.shape, bool).at[jnp.arange(z.shape[0])[:, None], ids].set(keep)
         z = jnp.where(kept, z, -jnp.inf)
@@ -111,16 +112,16 @@ def truncate(z: Array, options: SamplingOptions) -> Array:
 def inverse_cdf(weight: Array, total: Array, u: Array, *, block: int = 256) -> Array:
     """Index [B] drawn with probability ``weight / total`` from uniforms ``u`` [B] in [0, 1).
 
-    Two levels of cumulative sums (blocks, then inside one block) keep the additions short, hence float32 exact to
-    about 1e-7 of the total, and
-    cost one pass over ``weight`` [B, V]. An index of weight 0 is never returned (unless all are 0).
+    Two levels of cumulative sums (over blocks, then inside one block) keep the additions short, so that float32 is
+    exact to about 1e-7 of the total. They cost one pass over ``weight`` [B, V]. An index of weight 0 is never returned
+    (unless all are 0).
     """
     b, v = weight.shape
     n = -(-v // block)
     blocks = jnp.pad(weight, ((0, 0), (0, n * block - v))).reshape(b, n, block)
     sums = blocks.sum(-1)
     cumulative = jnp.cumsum(sums, -1)
-    # Scaled by the sum of this very cumulation, so that the target cannot lie beyond it by rounding of another sum.
+    # Scale by the last entry of this same cumulative sum: another sum may be rounded differently, and lie beyond it.
     target = u * jnp.minimum(total, cumulative[:, -1])
 
     def first_above(cumulative: Array, weight: Array, target: Array) -> Array:
@@ -132,7 +133,7 @@ def inverse_cdf(weight: Array, total: Array, u: Array, *, block: int = 256) -> A
     inside = jnp.take_along_axis(blocks, i[:, None, None], 1)[:, 0]
     before = jnp.take_along_axis(cumulative - sums, i[:, None], 1)[:, 0]
     token = i * block + first_above(jnp.cumsum(inside, -1), inside, jnp.maximum(target - before, 0))
-    return jnp.minimum(token, v - 1)  # NaN logits: a token all the same, whose log-prob says what happened
+    return jnp.minimum(token, v - 1)  # NaN logits still give a valid token, and its log-prob shows the NaN
 
 
 def log_prob(z: Array, token: Array) -> Array:
@@ -146,12 +147,12 @@ def sample(
     """Draw one token per row.
 
     Args:
-      logits: [B, V] float32. u: [B] uniforms in [0, 1); unused when greedy.
+      logits: [B, V] float32.
+      u: [B] uniforms in [0, 1); unused when greedy.
       policy_temperature: the temperature at which the trainer scores.
 
     Returns:
-      token [B], its log-prob under the distribution that was sampled from, and under the plain policy. Under greedy
-      decoding the former is 0.
+      token [B], its log-prob under the sampling distribution (0 when greedy), and its log-prob under the plain policy.
     """
     if options.greedy:
         token = jnp.argmax(logits, -1)

@@ -1,9 +1,8 @@
 """Stop strings on the device: an automaton over token ids, exact for every tokenizer.
 
 A stop string may be spelt by many token sequences, and may begin inside one token and end inside another. So the
-strings are compiled into an
-Aho-Corasick automaton over *bytes*, and each token into the state it leads to from each state: stopping costs one
-table look-up a token.
+strings are compiled into an Aho-Corasick automaton over *bytes*, and a table says which state each token leads to from
+each state. Stopping costs one table look-up per token.
 """
 
 from collections import deque
@@ -13,15 +12,15 @@ import numpy as np
 
 
 def stop_table(strings: Sequence[str], token_bytes: Sequence[bytes]) -> np.ndarray:
-    """[S + 1, V] int32: the next state after each token; state 0 is the start, state S means "a stop string has
-    occurred" and is absorbing.
+    """[S + 1, V] int32: the next state after each token. State 0 is the start; state S means that a stop string has
+    occurred, and is never left.
 
     Args:
-      strings: the stop strings. token_bytes: what each id appends to the text; b"" (special tokens) starts the
-        match anew.
+      strings: the stop strings.
+      token_bytes: the bytes that each id appends to the text; b"" (special tokens) restarts the match.
 
     Raises:
-      ValueError: no strings, or an empty one (it would end every row at once).
+      ValueError: no strings, or an empty string (it would end every row at once).
     """
     if not strings or any(not s for s in strings):
         raise ValueError(f"sampling.stop must hold non-empty strings, not {list(strings)!r}")
@@ -42,7 +41,7 @@ def stop_table(strings: Sequence[str], token_bytes: Sequence[bytes]) -> np.ndarr
 
 
 def _aho_corasick(patterns: Sequence[bytes]) -> tuple[list[list[int]], set[int]]:
-    """Complete transition table [state][byte] and the states in which a pattern has just ended."""
+    """The complete transition table [state][byte], and the states in which a pattern has just ended."""
     children: list[dict[int, int]] = [{}]
     final: set[int] = set()
     for pattern in patterns:

@@ -1,4 +1,4 @@
-"""SIGTERM asks a run for a clean end."""
+"""End a run cleanly on SIGTERM."""
 
 import signal
 
@@ -6,13 +6,13 @@ from jaxpo.parallel.distributed import anywhere
 
 
 class Interrupt:
-    """SIGTERM asks for a clean end: the iteration under way is finished, saved, and the run exits."""
+    """Catch SIGTERM: the run finishes the current iteration, saves it, and exits."""
 
     def __init__(self):
         self.here = False
 
     def asked(self) -> bool:
-        """Whether any process was asked; all of them have to call."""
+        """Whether any process got SIGTERM; all processes must call this."""
         return anywhere(self.here)
 
     def __enter__(self) -> "Interrupt":
@@ -21,7 +21,7 @@ class Interrupt:
 
         try:
             self._before = signal.signal(signal.SIGTERM, ask)
-        except ValueError:  # not in the main thread (a notebook's executor): the caller keeps its own signals
+        except ValueError:  # not in the main thread (as in a notebook): leave the signals as they are
             self._before = None
         return self
 

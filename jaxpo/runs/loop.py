@@ -1,4 +1,4 @@
-"""The iterations of a run: each is logged, evaluated and saved when that is due."""
+"""The loop of a run: iterate, and log, evaluate and save when it is due."""
 
 import math
 import time
@@ -27,7 +27,7 @@ from jaxpo.storage.checkpoint import Checkpoints
 from jaxpo.storage.plots import plot_curves
 from jaxpo.storage.rundir import Elsewhere, Progress, RunDirectory, read_metrics
 
-PROFILE_AFTER = 2  # iterations before a profile, which compile
+PROFILE_AFTER = 2  # iterations before a profile starts, since they compile
 
 
 class Diverged(RuntimeError):
@@ -38,9 +38,9 @@ class Diverged(RuntimeError):
 class Session:
     """What one process holds while it runs.
 
-    workspace: the surroundings.
-    gatherer: what the protocol may call.
-    stage: what an iteration is made of.
+    workspace: everything that stays the same during the run.
+    gatherer: the calls that a protocol may make.
+    stage: the parts of an iteration.
     keys: independent random keys by purpose.
     log: where metrics and samples are written.
     checkpoints: where states are saved.
@@ -59,7 +59,7 @@ class Session:
 
 
 def keys_of(seed: int) -> dict[str, Array]:
-    """Independent keys of a run; everything random is a function of them and the iteration."""
+    """Independent keys of a run; all randomness is a function of these keys and the iteration."""
     return {
         name: jax.random.fold_in(jax.random.key(seed), i)
         for i, name in enumerate(("params", "rollout", "evaluate", "update", "protocol"))
@@ -67,7 +67,7 @@ def keys_of(seed: int) -> dict[str, Array]:
 
 
 def minibatches(config: ConfigDict, key: Array, batch: Rollouts) -> Iterator[np.ndarray]:
-    """The rows of each optimizer step of an iteration; minibatches are made of whole groups."""
+    """Yield the rows of each optimizer step of an iteration; a minibatch holds whole groups."""
     responses = math.lcm(batch.shared_prompt, max(len(batch.layout), 1))
     groups = batch.rows // responses
     for epoch in range(config.training.epochs):
@@ -79,7 +79,7 @@ def minibatches(config: ConfigDict, key: Array, batch: Rollouts) -> Iterator[np.
 
 
 def merge_steps(steps: list[dict[str, Array]]) -> dict[str, float]:
-    """Mean over an iteration's optimizer steps; the largest for maxima, the sum for counts."""
+    """Merge the metrics of an iteration's optimizer steps: the mean; the largest of maxima; the sum of counts."""
     steps = jax.device_get(steps)
     out = {}
     for name in steps[0]:
@@ -87,15 +87,14 @@ def merge_steps(steps: list[dict[str, Array]]) -> dict[str, float]:
         out[name] = float(
             values.max() if name.endswith("max") else values.sum() if name.startswith("step/") else values.mean()
         )
-    # Only the first optimizer step has the rollout's own parameters; later ones differ from the sampler because they
-    # have learned.
+    # Only the first optimizer step has the sampler's own parameters; later steps differ because they have learned.
     if "mismatch/logp_abs_max" in out:
         out["mismatch/logp_abs_max"] = float(steps[0]["mismatch/logp_abs_max"])
     return out
 
 
 def loop(session: Session, run: Run, progress: Progress, interrupt: Interrupt, profile_steps: int) -> tuple[Run, bool]:
-    """Iterations up to the last; returns the run and whether SIGTERM ended it."""
+    """Iterate up to the last step; return the run, and whether SIGTERM ended it."""
     config, watch, log, checkpoints = session.workspace.config, session.watch, session.log, session.checkpoints
     skipped, drawn, first = 0, time.perf_counter(), run.iteration
     trace = range(first + PROFILE_AFTER, first + PROFILE_AFTER + profile_steps)
@@ -111,7 +110,7 @@ def loop(session: Session, run: Run, progress: Progress, interrupt: Interrupt, p
         if trace and run.iteration == trace.stop:
             jax.profiler.stop_trace()
             progress.print(f"profile of {profile_steps} iterations in {log.path}/profile")
-        # A step that was skipped for want of tokens is no sign of divergence; one that was not finite is.
+        # A step skipped because it had no tokens is no sign of divergence; a step that was not finite is.
         nonfinite = int(metrics["step/nonfinite"])
         skipped = skipped + nonfinite if nonfinite == session.workspace.resolved.optimizer_steps else 0
         judged = {}
@@ -143,7 +142,7 @@ def loop(session: Session, run: Run, progress: Progress, interrupt: Interrupt, p
 
 
 def timed_iteration(session: Session, run: Run) -> tuple[Run, dict[str, float]]:
-    """`iterate` with its time by phase and what the protocol noted."""
+    """Run `iterate`; add its time by phase and the notes of the protocol to the metrics."""
     config, watch = session.workspace.config, session.watch
     start, spent = time.perf_counter(), dict(watch.seconds)
     key = jax.random.fold_in(session.keys["rollout"], run.iteration)
@@ -161,7 +160,7 @@ def timed_iteration(session: Session, run: Run) -> tuple[Run, dict[str, float]]:
 
 
 def evaluate_greedy(session: Session, run: Run, logged: int | None = None) -> dict[str, float]:
-    """What `evaluated` says during the run; a few samples are logged (None = as many as configured)."""
+    """Evaluate during the run and log ``logged`` samples (None = as many as configured); return the metrics."""
     workspace = session.workspace
     logged = workspace.config.logging.samples if logged is None else logged
     with session.watch.phase("evaluate"):
@@ -176,8 +175,10 @@ def _last_good(checkpoints: Checkpoints) -> str:
 
 
 def evaluated(workspace: Workspace, run: Run) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, Any]]:
-    """Metrics, samples, and the bins of a reliability picture: of a policy its greedy answers, of a reward model how
-    well it orders held-out pairs; of both what held-out pairs say."""
+    """Evaluate a run; return metrics, samples, and the bins of the reliability plot.
+
+    A policy gives greedy answers; a reward model orders held-out pairs. Both are measured on held-out preferences.
+    """
     metrics = pairs.held_out(workspace, run)
     if not is_reward_model(workspace.objective):
         greedy, samples = answers.greedy(workspace, run.state.params, workspace.questions.test)
@@ -189,5 +190,5 @@ def evaluated(workspace: Workspace, run: Run) -> tuple[dict[str, float], list[di
 
 
 def draw_curves(workdir: str) -> None:
-    """Refresh ``curves.png``."""
+    """Draw ``curves.png`` anew."""
     plot_curves({str(workdir): read_metrics(workdir)}, f"{workdir}/curves.png")

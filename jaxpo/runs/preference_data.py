@@ -1,4 +1,4 @@
-"""The preferences of a run: read or made, in the form that its objective takes, as tokens; tasks of prompts alone."""
+"""The preferences of a run, as tokens in the form that its objective takes; and their prompts as a task."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,16 @@ from jaxpo.text.tokenizers import Tokenizer, question_of
 
 @dataclass(frozen=True)
 class Preferences:
-    """Units to train on and units held out, with the shapes of their batches: P and T tokens."""
+    """Units to train on and held-out units, as tokens.
+
+    form: the form that the objective takes.
+    train: units to train on.
+    test: held-out units.
+    prompt_width: P, tokens of a prompt in a batch.
+    width: T, tokens of an answer in a batch.
+    pad_id: token id of the padding.
+    report: counts of rows, as metrics.
+    """
 
     form: Form
     train: Encoded
@@ -35,7 +44,7 @@ class Preferences:
     report: dict[str, float]
 
     def units(self, indices: Sequence[int], seed: Sequence[int], *, held_out: bool = False) -> Rollouts:
-        """The units at these places; of roles that the policy samples there are none. ``seed``: of the rows' seeds."""
+        """The units with these indices, without the rows that the policy will sample itself. seed: seeds the rows."""
         source = self.test if held_out else self.train
         batch = units(
             [source[i] for i in indices],
@@ -54,7 +63,7 @@ class Preferences:
 
 
 def read(config: ConfigDict, task: Task | None) -> PreferenceSet | None:
-    """The preference set of ``config.data``; None without one."""
+    """Read or make the preference set of ``config.data``; None if it names none."""
     if config.data.name is None:
         return None
     parameters = sets.set_arguments(config.data.name)
@@ -63,7 +72,7 @@ def read(config: ConfigDict, task: Task | None) -> PreferenceSet | None:
 
 
 def traced(data: PreferenceSet, tracer: Tracer) -> PreferenceSet:
-    """The set with the tool calls that ``tracer`` makes of each question and answer, after those answers."""
+    """The set with tool calls after each answer, which ``tracer`` makes from the question and the answer."""
 
     def of(row: Row) -> Row:
         question = question_of(row.prompt)
@@ -74,11 +83,13 @@ def traced(data: PreferenceSet, tracer: Tracer) -> PreferenceSet:
 
 
 def encoded(resolved: Resolved, data: PreferenceSet, tokenizer: Tokenizer) -> Preferences | None:
-    """The set as tokens, in the form that the objective takes; None where a judge says of the policy's own answers what
-    the objective asks, and the data give the prompts alone.
+    """Encode the set in the form that the objective takes.
+
+    Returns None if a judge tells what the objective needs to know of the policy's own answers; the data then give only
+    the prompts.
 
     Raises:
-      ValueError: it takes no preferences or other ones, a bad row, or none is left.
+      ValueError: the objective takes no preferences or another kind, a row is bad, or no row is left.
     """
     config, objective, form = resolved.config, resolved.objective, resolved.form
     if resolved.protocol.facts.judges and (form is None or set(form.numbers) & set(NUMBERS)):
@@ -86,7 +97,7 @@ def encoded(resolved: Resolved, data: PreferenceSet, tokenizer: Tokenizer) -> Pr
     if form is None:
         raise ValueError(
             f"config.data.name: objective {config.objective.name!r} takes no preferences"
-            + (f" of this kind: a unit of it is {objective.unit.layout}" if objective.unit.layout else "")
+            + (f" of this kind: its unit is {objective.unit.layout}" if objective.unit.layout else "")
         )
     options = dict(
         roles=form.given,
@@ -116,7 +127,7 @@ def encoded(resolved: Resolved, data: PreferenceSet, tokenizer: Tokenizer) -> Pr
     most = max(map(len, [*train, *test]))
     if form.kind == "scored" and most > form.size:
         raise ValueError(
-            f"{data.name} has up to {most} scored answers a prompt: set config.rollout.responses to {most}, not "
+            f"{data.name} has up to {most} scored answers for a prompt: set config.rollout.responses to {most}, not "
             f"{form.size}"
         )
     width = widths([*train, *test])[0]
@@ -125,7 +136,7 @@ def encoded(resolved: Resolved, data: PreferenceSet, tokenizer: Tokenizer) -> Pr
 
 
 def templates_of(objective: Objective, data: PreferenceSet) -> dict[str, str]:
-    """The templates of prompts that the objective's units ask for; ``ValueError`` if the data have one of others."""
+    """The prompt templates that the objective's units need; ``ValueError`` if the data give one that is not needed."""
     layout = objective.unit.layout
     asked = {"draft_prompt": any("_given_" in r for r in layout), "rationale_prompt": "rationale" in layout}
     unused = [name for name in data.templates if not asked[name]]
@@ -135,7 +146,7 @@ def templates_of(objective: Objective, data: PreferenceSet) -> dict[str, str]:
 
 
 def check_weights(config: ConfigDict, form: Form, name: str, rows: Sequence[Row]) -> None:
-    """``ValueError`` for weights of tokens that not a single row gives."""
+    """Raise ``ValueError`` if the objective weighs tokens and no row gives the weights."""
     for weight in form.weights if rows else ():
         if not any(weight in a.weights for row in rows for a in row.answers):
             raise ValueError(
@@ -145,8 +156,10 @@ def check_weights(config: ConfigDict, form: Form, name: str, rows: Sequence[Row]
 
 
 def task_of(data: PreferenceSet) -> Task:
-    """The prompts of a preference set as a task that nothing verifies; the preferred answers are demonstrations (of an
-    expert's edits both, the truth and the revision)."""
+    """Make a task without a verifier from the prompts of a preference set.
+
+    The preferred answers are its demonstrations; of an expert's edits, both the truth and the revision.
+    """
 
     def examples(rows: Sequence[Row]) -> list[Example]:
         best = {}
@@ -165,8 +178,10 @@ def task_of(data: PreferenceSet) -> Task:
 
 
 def preferred(row: Row) -> list[str | None]:
-    """The best answer of a row: chosen, of the highest score, or with a good label, None if there is none; of an
-    expert's edits the truth and the revision."""
+    """The best answers of a row: of an expert's edits the truth and the revision, of other rows one answer.
+
+    That is the chosen answer, the one with the highest score, or the one with a good label (None for a bad label).
+    """
     roles = {a.role for a in row.answers}
     if roles >= set(EDITS):
         return [row.answer(role).text for role in EDITS[:2]]

@@ -1,4 +1,4 @@
-"""A task as tokens: its prompts, completions as text, what the verifier says of them, and its own answers."""
+"""A task as tokens: encode its prompts, decode and verify completions, and encode its own answers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ class Questions:
     """A task as tokens.
 
     task: examples, verifier, demonstrations.
-    tokenizer: of prompts and answers.
+    tokenizer: encodes prompts and answers.
     train: prompts to train on.
     test: prompts to evaluate on.
-    width: T, tokens of an answer at most.
+    width: T, the most tokens of an answer.
     stop: strings at which an answer ends.
     """
 
@@ -45,8 +45,10 @@ class Questions:
         return texts
 
     def verdicts(self, examples: Sequence[Example], rollouts: Rollouts) -> np.ndarray:
-        """reward, correct and error (0 or 1) [B, 3] of the rows, which answer ``examples`` [B]. Each process verifies
-        rows of its own; all get the whole."""
+        """Verify the rows, which answer ``examples`` [B]; returns reward, correct and error (0 or 1) [B, 3].
+
+        Each process verifies its own rows; every process gets all results.
+        """
         rows = own_rows(rollouts.tokens)
         said = Rollouts(tokens=rollouts.tokens, mask=rollouts.mask)
         own = jax.tree.map(lambda x: take_rows(x, rows), said)
@@ -55,7 +57,7 @@ class Questions:
         return from_rows(values, rows, rollouts.rows)
 
     def answers(self, column: Rollouts, prompts: np.ndarray) -> np.ndarray:
-        """[n, K] the texts of the answers (NumPy) to these of the prompts of a generated batch."""
+        """The texts [n, K] of the answers to the prompts with these indices in a generated batch (NumPy)."""
         k = column.shared_prompt
         rows = (prompts[:, None] * k + np.arange(k)).reshape(-1)
         texts = self.texts(Rollouts(tokens=column.tokens[rows], mask=column.mask[rows]))
@@ -64,12 +66,12 @@ class Questions:
     def compare(
         self, opinion: Opinion, examples: Sequence[Example], *columns: Rollouts, whole: bool = False
     ) -> Verdict:
-        """What a judge says of answers to the same prompts, of generated batches side by side.
+        """Ask a judge about the answers of several generated batches to the same prompts, side by side.
 
         Args:
           opinion: the judge's ``(examples [G], answers [G][K]) -> Verdict``.
-          whole: every process hands the judge all answers, since it computes on the mesh; otherwise each of several
-            processes decodes and judges a share of the prompts, and all get the whole.
+          whole: every process gives the judge all answers, for a judge that computes on the mesh. Otherwise each
+            process decodes and judges its share of the prompts, and every process gets the whole verdict.
         """
         columns = tuple(to_host(column) for column in columns)
         at = columns[0].prompt[:: columns[0].shared_prompt]
@@ -82,8 +84,9 @@ class Questions:
         return said if whole else Verdict(*(from_rows(x, own, len(at)) for x in said))
 
     def demonstrations(self, indices: np.ndarray, drop_last: float = 0.0, seed: int = 0) -> Rollouts:
-        """The task's own answers to training prompts, which end with the first EOS id; of a share ``drop_last`` of them
-        the last character is missing.
+        """The task's own answers to training prompts, each ending with the first EOS id.
+
+        A share ``drop_last`` of them lose their last character.
 
         Raises:
           ValueError: the task has no answers, or one is longer than ``width``.
@@ -109,14 +112,14 @@ class Questions:
 def tokenize(
     examples: Sequence[Example], tokenizer: Tokenizer, width: int | None
 ) -> tuple[list[Example], list[list[int]]]:
-    """The examples whose prompt has at most ``width`` tokens (None = any), and those prompts."""
+    """Encode prompts; return the examples whose prompt has at most ``width`` tokens (None = any), and these prompts."""
     ids = [tokenizer.encode(tokenizer.render(e.question)) for e in examples]
     kept = [i for i, x in enumerate(ids) if width is None or len(x) <= width]
     return [examples[i] for i in kept], [ids[i] for i in kept]
 
 
 def pad_prompts(examples: Sequence[Example], ids: Sequence[Sequence[int]], width: int, pad_id: int) -> Prompts:
-    """Left-pad to ``width``."""
+    """Pad prompts on the left to ``width``."""
     tokens = np.full((len(ids), width), pad_id, np.int32)
     for row, x in zip(tokens, ids, strict=True):
         row[width - len(x) :] = x

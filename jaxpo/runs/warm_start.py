@@ -1,4 +1,4 @@
-"""Supervised training on a task's own demonstrations: objective `sft`, the same optimizer step as everything else."""
+"""Supervised training on a task's own demonstrations: the objective `sft` and the ordinary optimizer step."""
 
 import time
 from collections.abc import Callable
@@ -19,9 +19,9 @@ from jaxpo.storage.rundir import Progress, RunDirectory
 def warm_start(
     workspace: Workspace, params: Params, log: RunDirectory, *, report: Callable[[str], None] = print
 ) -> Params:
-    """Train ``params`` by ``config.warm_start`` and return them; they are donated.
+    """Train ``params`` as ``config.warm_start`` says, and return them; the given ones are donated.
 
-    Logged as ``sft/*`` under steps up to 0: reinforcement learning goes on from there.
+    Metrics are logged as ``sft/*`` at steps up to 0, where reinforcement learning starts.
     """
     config, mesh, objective = workspace.config.warm_start, workspace.mesh, make("sft")
     optimizer = make_optimizer(config.optimizer.to_dict(), config.steps)

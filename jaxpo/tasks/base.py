@@ -1,6 +1,6 @@
-"""What a task is: examples to train and test on, a verifier, and, where the task has answers, demonstrations.
+"""A task: examples to train and test on, a verifier, and, where the task has answers, demonstrations.
 
-Everything here is host side and plain Python, so that it can be imported by processes that must not load jax.
+Everything here is plain Python on the host, so that processes that must not load jax can import it.
 """
 
 import importlib
@@ -17,7 +17,14 @@ from jaxpo.registry import entry as registered
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt. ``task.train[e.index] is e`` (likewise for test); ``entry`` is what the verifier needs."""
+    """One prompt.
+
+    Attributes:
+      index: its place in the set: ``task.train[e.index] is e`` (likewise for test).
+      question: the text to answer.
+      answer: the right answer, if it is known.
+      entry: data for the verifier.
+    """
 
     index: int
     question: str
@@ -27,7 +34,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Score:
-    """The verdict on one completion. ``error``: the verifier raised, timed out or returned nonsense; counted apart."""
+    """The verdict on one completion.
+
+    Attributes:
+      reward: the number to train on.
+      correct: whether the completion counts as right.
+      error: why there is no verdict: the verifier raised, timed out or returned nonsense. Errors are counted apart.
+    """
 
     reward: float
     correct: bool
@@ -40,11 +53,12 @@ class Task:
 
     Attributes:
       name: for logs.
-      train, test: the examples; no question of ``test`` occurs in ``train``.
-      score: examples and the decoded completions, one each, to one ``Score`` each, in order; ``None`` when nothing
-        verifies answers.
-      demonstrate: a correct completion of an example; ``None`` when the task has no answers.
-      report: what was found while building, as metrics (``train/size``, ``train/removed``, ``test/unseen_share``, ...).
+      train: examples to train on.
+      test: examples to evaluate on; none of their questions occurs in ``train``.
+      score: ``(examples, completions) -> scores``, one decoded completion and one ``Score`` for each example, in order;
+        ``None`` when nothing verifies answers.
+      demonstrate: gives a correct completion of an example; ``None`` when the task has no answers.
+      report: metrics of the data, found while building (``train/size``, ``train/removed``, ``test/unseen_share``, ...).
     """
 
     name: str
@@ -55,7 +69,7 @@ class Task:
     report: Mapping[str, float]
 
 
-# Where the factories live; a factory is imported when it is asked for. Tasks of one's own:
+# Where the factories live; a factory is imported when it is asked for. To add a task of your own:
 # @jaxpo.registry.register("task").
 TASKS = {
     "jsonl": "jaxpo.tasks.jsonl:jsonl",
@@ -67,18 +81,18 @@ register_later("task", TASKS)
 
 
 def build(config: Mapping[str, Any]) -> Task:
-    """The task that ``config`` describes: ``{"name": "reasoning_gym", "dataset": "spell_backward", ...}``.
+    """Build the task that ``config`` describes: ``{"name": "reasoning_gym", "dataset": "spell_backward", ...}``.
 
     Raises:
-      ValueError: no name, or a name or argument that does not exist (with the nearest one), or a required argument
-        that is absent; before any example is made.
+      ValueError: no name, an unknown name or argument (with the nearest one), or a required argument is missing. Raised
+        before any example is made.
     """
     if "name" not in config:
         raise ValueError(f"task: field 'name' is missing; known: {', '.join(_choices())}")
     arguments = {k: v for k, v in config.items() if k != "name"}
     name, parameters = config["name"], task_arguments(config["name"])
     plain = {k: p for k, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
-    # A factory with **options checks those itself: only it knows which of them exist.
+    # A factory with **options checks them itself: only it knows which ones exist.
     given = arguments if len(plain) == len(parameters) else plain.keys() & arguments.keys()
     check_arguments(f"task {name!r}", given, plain)
     return _factory(name)(**arguments)
@@ -106,13 +120,13 @@ def locate(path: str) -> Any:
 
 
 def split(train: Sequence[Example], test: Sequence[Example]) -> tuple[list[Example], list[Example], dict[str, float]]:
-    """Removes from ``train`` every example whose question occurs in ``test``, renumbers both, and reports.
+    """Remove from ``train`` every example whose question occurs in ``test``, renumber both sets, and report.
 
-    Seeds or files that differ prove nothing in a small task space; only the text of the question decides.
+    Questions are compared as text: in a small task, different seeds or files can still give the same question.
 
     Returns:
       train, test, and a report: sizes, ``train/removed``, ``test/unseen_share`` (of the sets returned),
-      ``test/distinct_share`` (a test set that repeats itself says less than its size).
+      ``test/distinct_share`` (a test set with repeated questions tells less than its size suggests).
 
     Raises:
       ValueError: a set is empty, or nothing is left of ``train``.
@@ -141,7 +155,7 @@ def _renumbered(examples: Sequence[Example]) -> list[Example]:
 
 
 def verdict(value: Any, error: str | None, partial_credit: bool) -> Score:
-    """The score for what a verifier returned (a number in [0, 1]) or for the error it ended with."""
+    """Turn the result of a verifier, a number in [0, 1] or an error, into a score."""
     if error is not None:
         return Score(0.0, False, error)
     domain = domain_of(Share)
@@ -152,15 +166,15 @@ def verdict(value: Any, error: str | None, partial_credit: bool) -> Score:
 
 
 def imperfect(demonstrate: Callable[[Example], str], drop_last: float = 0.6, seed: int = 0) -> Callable[[Example], str]:
-    """A demonstrator that makes mistakes, as data found on the web does: it omits the last character of some answers.
+    """A demonstrator that makes mistakes, as data from the web do: it omits the last character of some answers.
 
-    Whether it does is a function of ``(example.index, seed)`` alone: a run can be repeated, and an example shown again
-    is spoiled again.
+    Which examples are spoiled depends on ``(example.index, seed)`` alone: a run can be repeated, and a spoiled example
+    stays spoiled when it is shown again.
 
     Args:
-      demonstrate: the demonstrator that is right.
+      demonstrate: the correct demonstrator.
       drop_last: share of examples whose demonstration loses its last character, in [0, 1].
-      seed: another one spoils other examples.
+      seed: selects which examples are spoiled.
     """
     check("drop_last", drop_last, Share)
 

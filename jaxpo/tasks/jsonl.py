@@ -35,16 +35,16 @@ def jsonl(
 
     Args:
       path: the training items.
-      test_path: the test items; or
-      test_size: how many questions to take out of ``path`` for testing, drawn by ``seed``. Give exactly one of the two.
-      seed: of that draw.
-      question_field, answer_field: their names in the objects; a question is a string, an answer a string or a number.
-      demonstration_field: a worked solution to imitate; by default demonstrations are made of the answer.
+      test_path: the test items. Give either this or ``test_size``.
+      test_size: how many questions to take out of ``path`` for testing, drawn by ``seed``.
+      seed: seed of that draw.
+      question_field, answer_field: field names in the objects. A question is a string, an answer a string or a number.
+      demonstration_field: field with a worked solution to imitate; by default a demonstration is made from the answer.
       reward: ``exact``, ``numeric``, ``regex``, ``math``, ``"module:function"``, or a function
         ``(completion, answer) -> float in [0, 1]`` from an importable module.
       timeout, workers: seconds for one verdict and number of worker processes. ``exact`` and ``numeric`` run in this
         process unless one of the two is given; all others run in workers, with 5 s by default.
-      **reward_options: options of the reward (``extract``, ``tolerance``, ``pattern``, ``ignore_case``, ...).
+      **reward_options: passed to the reward (``extract``, ``tolerance``, ``pattern``, ``ignore_case``, ...).
 
     Raises:
       ValueError: unknown reward or option (with the nearest), a bad line (names file, line and field), both or none of
@@ -56,7 +56,7 @@ def jsonl(
         raise ValueError(unknown(f"argument of jsonl with reward {reward!r}", name, [*own, *option_names(reward)]))
     judge = make_reward(reward, **reward_options)
     if (test_path is None) == (test_size is None):
-        raise ValueError("give test_path or test_size, one of the two, to say which items are held out")
+        raise ValueError("give exactly one of test_path and test_size, to say which items are held out")
     fields = [f for f in (question_field, answer_field, demonstration_field) if f is not None]
     if test_path is not None:
         if seed:
@@ -77,8 +77,7 @@ def jsonl(
             return example.entry[demonstration_field]
         return present(example.answer, reward_options.get("extract", "text"))
 
-    # An answer that is a pattern, or that a function of the user's reads in its own way, is not something to write
-    # down.
+    # A pattern, or an answer that only the user's own function understands, is not a text to imitate.
     writable = demonstration_field is not None or reward in ("exact", "numeric", "math")
     return Task(f"jsonl/{Path(path).name}", train, test, score, demonstrate if writable else None, report)
 
@@ -86,7 +85,7 @@ def jsonl(
 def _read(
     path: str | os.PathLike, fields: list[str], reward: str | Reward, options: Mapping[str, Any]
 ) -> list[Example]:
-    """The examples of a file; ``fields`` are question, answer and, if asked for, demonstration. Skips blank lines."""
+    """Read the examples of a file, without blank lines. ``fields``: question, answer and, if wanted, demonstration."""
     examples = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
         if not line.strip():
@@ -121,7 +120,7 @@ def _read(
 def _hold_out(
     examples: list[Example], size: int, seed: int, path: str | os.PathLike
 ) -> tuple[list[Example], list[Example]]:
-    """``size`` distinct questions drawn for testing (their first occurrences), and all else, later occurrences too."""
+    """Draw ``size`` distinct questions (their first occurrences) for testing; return them and all other examples."""
     first: dict[str, Example] = {}
     for example in examples:
         first.setdefault(example.question, example)

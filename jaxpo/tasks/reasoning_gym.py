@@ -13,13 +13,13 @@ from jaxpo.tasks.base import Example, Score, Task, split, verdict
 from jaxpo.tasks.rewards import extract_answer, present
 from jaxpo.tasks.workers import runner
 
-# Verifiers that pay for anything: to train on them is to train on nothing.
+# Datasets whose verifiers reward wrong answers: training on them teaches nothing.
 REFUSED = {
     "game_of_life_halting": "its verifier gives full credit to any completion",
     "puzzle24": "its verifier ignores which numbers are used",
 }
-# Verifiers that evaluate the completion (eval, sympy, Fraction("1e999999999")): they can hang, so they run in worker
-# processes.
+# Datasets whose verifiers evaluate the completion (eval, sympy, Fraction("1e999999999")). They can hang, so they run in
+# worker processes.
 EVALUATES = frozenset(
     {
         "binary_matrix",
@@ -34,7 +34,7 @@ EVALUATES = frozenset(
     }
 )
 
-# An item's seed is `seed + index`. Every run seed owns a block of consecutive item seeds, half for testing, half for
+# An item's seed is `seed + index`. Every run seed owns a block of consecutive item seeds: half for testing, half for
 # training.
 HALF = 1_000_000
 SEEDS = 2**32 // (2 * HALF)  # some datasets seed numpy, which takes 32 bits
@@ -64,21 +64,21 @@ def reasoning_gym(
     Args:
       dataset: its name in reasoning_gym.
       train_size, test_size: items to generate, at most 1,000,000 each: more would share item seeds.
-      seed: two seeds have no item seed in common, nor have training and testing.
-      partial_credit: pay what the verifier says; otherwise 1 for its full score and 0 for less. Off by default,
-        because some verifiers' partial credit grows with padding.
+      seed: different seeds share no item seed, and neither do training and testing.
+      partial_credit: the reward is the verifier's score; otherwise it is 1 for the full score and 0 for less. Off by
+        default, because some verifiers' partial credit grows with padding.
       extract: where the completion has its answer (``rewards.EXTRACT``); ``text`` is all of it, stripped.
-      prompt_field: metadata of the item that is asked in place of the whole question ("word"): a policy trained from
-        scratch has no use for the instructions, which are the same in every item. None = the question.
-      prompt: what is asked, with ``{}`` for the question or field: "What is {}? Answer with the number only."
+      prompt_field: field of the item's metadata to ask instead of the whole question, such as "word": a policy trained
+        from scratch cannot use the instructions, which are the same in every item. None = the question.
+      prompt: template of the prompt, with ``{}`` for the question or field: "What is {}? Answer with the number only."
       timeout, workers: seconds for one verdict and number of worker processes. Verifiers that evaluate the completion
         run in workers with 5 s by default; the others run in this process unless one of the two is given.
       **dataset_config: fields of the dataset's own config.
 
     Raises:
       ValueError: unknown dataset, field or ``extract`` (with the nearest), a value the dataset refuses, sizes or a seed
-        out of range, or a dataset whose verifier is worthless; before anything is built. Also if no training item is
-        left.
+        out of range, or a dataset whose verifier is worthless (all raised before anything is built); or no training
+        item is left.
     """
     from reasoning_gym.factory import DATASETS, create_dataset
 
@@ -144,7 +144,7 @@ def _verify(dataset: str, config: bytes, extract: str, entry: dict[str, Any], co
 
 @functools.lru_cache(maxsize=8)
 def _source(dataset: str, config: bytes) -> Any:
-    """The dataset that verifies. Made from its name where it is needed, because some datasets cannot be pickled."""
+    """The dataset that verifies. Each process builds it from its name, because some datasets cannot be pickled."""
     from reasoning_gym.factory import create_dataset
 
     return create_dataset(dataset, size=1, seed=0, **pickle.loads(config))

@@ -1,9 +1,13 @@
-r"""Reward functions ``(completion, answer) -> float in [0, 1]``, usable alone and chosen by name.
+r"""Reward functions ``(completion, answer) -> float in [0, 1]``, for direct use or chosen by name.
 
-Each first takes the answer out of the completion (``extract``):
-``text`` all of it, stripped; ``last_number``; ``boxed`` the last ``\boxed{...}``; ``answer_tag`` the last
-``<answer>...</answer>``.
-A completion in which there is nothing to take is wrong (0). An exception means that the pair could not be judged.
+Each function first takes the answer out of the completion (``extract``):
+
+  text         the whole text, stripped
+  last_number  the last number
+  boxed        the last ``\boxed{...}``
+  answer_tag   the last ``<answer>...</answer>``
+
+A completion without such an answer is wrong (0). An exception means that the pair could not be judged.
 """
 
 import functools
@@ -35,7 +39,7 @@ def last_number(text: str) -> str | None:
 
 
 def boxed(text: str) -> str | None:
-    r"""What stands in the last closed ``\boxed{...}``, braces inside it matched; ``None`` if there is none."""
+    r"""The content of the last closed ``\boxed{...}``, braces inside it matched; ``None`` if there is none."""
     for start in reversed([m.end() for m in re.finditer(r"\\boxed\s*\{", text)]):
         depth = 1
         for end in range(start, len(text)):
@@ -46,7 +50,7 @@ def boxed(text: str) -> str | None:
 
 
 def answer_tag(text: str) -> str | None:
-    """What stands in the last ``<answer>...</answer>``; ``None`` if there is none."""
+    """The content of the last ``<answer>...</answer>``; ``None`` if there is none."""
     found = _ANSWER_TAG.findall(text)
     return found[-1].strip() if found else None
 
@@ -68,12 +72,12 @@ def extract_answer(completion: str, how: str) -> str | None:
 
 
 def present(answer: str, how: str) -> str:
-    """A completion from which ``extract_answer`` takes ``answer``: what a demonstration has to look like."""
+    """Write ``answer`` as a completion from which ``extract_answer`` takes it, for demonstrations."""
     return _PRESENT[how].format(answer)
 
 
 def exact(completion: str, answer: str, *, extract: str = "text", ignore_case: bool = False) -> float:
-    """1 if the extracted text is the answer, apart from white space at both ends."""
+    """1 if the extracted text equals the answer, apart from white space at both ends."""
     found = extract_answer(completion, extract)
     if found is None:
         return 0.0
@@ -96,7 +100,7 @@ def numeric(completion: str, answer: str, *, extract: str = "last_number", toler
 def regex(completion: str, answer: str, *, pattern: str | None = None, extract: str = "text") -> float:
     """1 if the last match of ``pattern`` in the extracted text (its first group, if it has one) is the answer.
 
-    Without ``pattern`` the answer is one itself, and the extracted text has to match it from end to end.
+    Without ``pattern`` the answer itself is the pattern, and must match the whole extracted text.
     """
     found = extract_answer(completion, extract)
     if found is None:
@@ -113,8 +117,8 @@ def regex(completion: str, answer: str, *, pattern: str | None = None, extract: 
 def mathematical(completion: str, answer: str, *, extract: str = "text") -> float:
     r"""1 if math-verify finds the completion's expression equal to the answer's; needs the extra ``[math]``.
 
-    With ``extract="text"`` math-verify looks for the expression in the completion by its own rules, of which the last
-    resort is lenient (``12\pi`` without ``$`` reads as 12): prefer ``boxed`` where the model can be told to box.
+    With ``extract="text"`` math-verify looks for the expression in the completion by its own rules, and the last
+    one is lenient (``12\pi`` without ``$`` reads as 12). Prefer ``boxed`` if the model can be told to box.
 
     It can hang: tasks run it in worker processes, so its own time-outs, which work in a main thread only, are off.
 
@@ -139,7 +143,7 @@ def mathematical(completion: str, answer: str, *, extract: str = "text") -> floa
 
 
 def _delimited(expression: str) -> str:
-    """Bare LaTeX in dollars: without them math-verify reads ``12\\pi`` as 12 and ``x^2+1`` as nothing."""
+    """Put bare LaTeX between dollar signs: without them math-verify reads ``12\\pi`` as 12 and ``x^2+1`` as nothing."""
     return expression if re.search(r"\$|\\boxed|\\\(|\\\[", expression) else f"${expression.strip()}$"
 
 
@@ -161,7 +165,7 @@ def _check_number(answer: str) -> Fraction:
 
 
 def _with_options(reward: Callable[..., float]) -> Callable[..., Reward]:
-    """A factory of a reward's options: its keyword-only parameters."""
+    """A factory that takes a reward's options (its keyword-only parameters) and returns the reward."""
 
     @functools.wraps(reward)
     def factory(**options: object) -> Reward:
@@ -179,7 +183,7 @@ MAY_HANG = frozenset({"regex", "math"})  # backtracking, symbolic algebra: run i
 
 
 def make_reward(reward: str | Reward, **options: object) -> Reward:
-    """The reward function for a registered verifier, ``"module:function"`` or a function, with its options filled in.
+    """The reward function of a registered name, a ``"module:function"`` or a function, with its options filled in.
 
     Raises:
       ValueError: unknown name, option or ``extract`` (with the nearest), or a pattern that is not a regular expression.
@@ -199,7 +203,7 @@ def make_reward(reward: str | Reward, **options: object) -> Reward:
 
 
 def preparation(reward: str | Reward) -> Callable[[], object] | None:
-    """What a worker process should do before the first verdict, so that its imports are not taken for a slow item."""
+    """What a worker process must import before the first verdict, so that the import does not count as a slow item."""
     return functools.partial(importlib.import_module, "math_verify") if reward == "math" else None
 
 
@@ -214,7 +218,7 @@ def option_names(reward: str | Reward) -> list[str]:
 
 
 def check_answer(reward: str | Reward, answer: str, **options: object) -> None:
-    """Raises ``ValueError`` if the reward could never judge against this answer; cheap enough for whole data files."""
+    """Raise ``ValueError`` if the reward can never judge against this answer. Cheap enough for whole data files."""
     if reward == "numeric":
         _check_number(answer)
     if reward == "regex" and options.get("pattern") is None:

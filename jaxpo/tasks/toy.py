@@ -25,7 +25,7 @@ class ReverseDigits:
     Attributes:
       digits: digits a prompt.
       base: digits are in [0, base).
-      partial_credit: pay the share of right positions instead of 1 for all of them and 0 for less.
+      partial_credit: the reward is the share of right positions; otherwise it is 1 if all are right and 0 if not.
     """
 
     digits: Whole = 3
@@ -45,7 +45,7 @@ class ReverseDigits:
         return jnp.concatenate([digits, jnp.ones((n, 1), jnp.int32)], axis=1)
 
     def targets(self, prompt_tokens: jax.Array) -> jax.Array:
-        """The right completions [B, digits + 1], end of sequence included. Prompts may be padded on the left."""
+        """The right completions [B, digits + 1], with the end of sequence. Prompts may be padded on the left."""
         answer = prompt_tokens[:, -2 : -2 - self.digits : -1]
         return jnp.pad(answer, ((0, 0), (0, 1)))  # the end of sequence is token 0
 
@@ -53,8 +53,8 @@ class ReverseDigits:
         """The reward [B], float32, of completions.
 
         Args:
-          prompt_tokens: [B, P] int; a longer P is padding on the left.
-          completion: [B, T] int; what is written is the sampled tokens before the end of sequence.
+          prompt_tokens: [B, P] int; if P is larger than digits + 1, the rest is padding on the left.
+          completion: [B, T] int; only the sampled tokens before the end of sequence are read.
           mask: [B, T]; 1 on tokens that were sampled.
 
         Raises:
@@ -65,12 +65,12 @@ class ReverseDigits:
         written = (mask > 0) & (completion != 0)
         answer = self.targets(prompt_tokens)[:, :-1]
         right = jnp.sum(written[:, : self.digits] & (completion[:, : self.digits] == answer), axis=1)
-        # Writing more than the answer dilutes it: there is no credit in padding.
+        # Longer text lowers the share, so padding earns nothing.
         share = right / jnp.maximum(self.digits, jnp.sum(written, axis=1))
         return (share if self.partial_credit else share == 1).astype(jnp.float32)
 
     def score(self, question: str, text: str) -> float:
-        """The same reward for texts, on the host."""
+        """The same reward, computed from texts on the host."""
         right = sum(a == b for a, b in zip(question[::-1], text, strict=False))
         share = right / max(self.digits, len(text))
         return share if self.partial_credit else float(share == 1)
@@ -86,11 +86,11 @@ def toy(
     with replacement and those that occur in the test set are removed, so ``train`` may be shorter than ``train_size``.
 
     Raises:
-      ValueError: sizes that are not positive, too many digits, or a test set that is all there is.
+      ValueError: sizes that are not positive, too many digits, or a test set that takes every prompt.
     """
     game = ReverseDigits(digits, base, partial_credit)
     if base**digits > sys.maxsize:
-        raise ValueError(f"digits={digits} of base {base} are more prompts than can be numbered")
+        raise ValueError(f"digits={digits} of base {base} give more prompts than can be numbered")
     if test_size >= base**digits:
         raise ValueError(f"test_size={test_size} leaves nothing to train on: {base**digits} different prompts exist")
     rng, prompts = random.Random(seed), range(base**digits)

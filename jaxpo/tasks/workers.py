@@ -31,14 +31,14 @@ STARTUP = 120.0  # seconds for a worker to import what it needs, on a machine th
 
 
 class Outcome(NamedTuple):
-    """What a call came to: its value, or the reason why there is none."""
+    """The value of a call, or the error that it ended with."""
 
     value: Any
     error: str | None
 
 
 def attempt(function: Callable, call: Sequence[Any]) -> Outcome:
-    """``function(*call)`` in this process, with no time limit; an exception is an outcome."""
+    """Run ``function(*call)`` in this process, without a time limit; an exception becomes the outcome's ``error``."""
     try:
         return Outcome(function(*call), None)
     except Exception as error:
@@ -53,7 +53,10 @@ def runner(
     workers: int | None = None,
     prepare: Callable[[], Any] | None = None,
 ) -> Callable[[Sequence[tuple]], list[Outcome]]:
-    """How a verifier is run: in worker processes if it may hang (``isolate``) or if a time limit or number is given."""
+    """Choose how to run a verifier.
+
+    It runs in worker processes if it may hang (``isolate``) or if a ``timeout`` or a number of ``workers`` is given.
+    """
     if not isolate and timeout is None and workers is None:
         return lambda calls: [attempt(function, call) for call in calls]
     return WorkerPool(
@@ -65,7 +68,7 @@ def runner(
 
 
 def default_workers() -> int:
-    """Half of the processors, at most 16: generation and training want the others."""
+    """Half of the processors, at most 16: generation and training need the rest."""
     return max(1, min(16, (os.cpu_count() or 1) // 2))
 
 
@@ -79,21 +82,21 @@ class _Worker:
 
 
 class WorkerPool:
-    """Calls one function in worker processes: ``WorkerPool(f, timeout=5).map([(a, b), (c, d)])``.
+    """Call one function in worker processes: ``WorkerPool(f, timeout=5).map([(a, b), (c, d)])``.
 
-    A call that takes longer than the limit is killed with its worker and becomes an error, and so does one whose worker
-    dies. The other calls are not touched, and a new worker takes over. Workers start with the first ``map``, stay for
-    the next ones, and end with ``close``, with the pool itself, or with this process. Any thread may use it; calls of
-    ``map`` wait for each other.
+    A call that takes longer than the limit is killed with its worker and becomes an error. So does a call whose worker
+    dies. The other calls go on, and a new worker replaces the old one. Workers start with the first ``map``, stay for
+    the next ones, and end with ``close``, with the pool itself, or with this process. Any thread may use the pool;
+    calls of ``map`` wait for each other.
 
     Args:
       function: importable by name from a module (no lambda, not from ``__main__``), or a ``functools.partial`` of one.
       workers: how many processes.
       timeout: seconds of wall clock for one call.
-      prepare: called once in every new worker, outside the time limit: imports that take a while.
+      prepare: called once in every new worker, outside the time limit; for slow imports.
 
     Raises:
-      ValueError: a function cannot be sent to another process, or a number is not positive.
+      ValueError: a function cannot be sent to another process, or ``workers`` or ``timeout`` is not positive.
     """
 
     def __init__(
@@ -119,12 +122,12 @@ class WorkerPool:
         with self._lock:
             try:
                 return self._map(list(calls))
-            except BaseException:  # replies still on their way would be taken for those of the next map
+            except BaseException:  # late replies would be read as replies to the next map
                 _end(self._workers)
                 raise
 
     def close(self) -> None:
-        """Ends the worker processes; a later ``map`` starts new ones."""
+        """End the worker processes; a later ``map`` starts new ones."""
         with self._lock:
             _end(self._workers)
 
@@ -158,9 +161,9 @@ class WorkerPool:
 
     def _start(self) -> _Worker:
         pipe, theirs = Pipe()
-        # -P: this file's folder stays off the path, where tokenizers.py would hide the library of that name. A session
-        # of its own: Ctrl-C and a SIGTERM to the group reach the main process only. A verifier that does import jax
-        # must not take the TPU.
+        # -P keeps this file's folder off the path: its modules must not hide libraries of the same name. A new session:
+        # Ctrl-C and a SIGTERM to the group reach the main process only. A verifier that imports jax must not take the
+        # TPU.
         process = subprocess.Popen(
             [sys.executable, "-P", "-W", "ignore", __file__, str(theirs.fileno())],
             stdin=subprocess.DEVNULL,
@@ -205,7 +208,7 @@ class WorkerPool:
 
 
 def _end(workers: list[_Worker]) -> None:
-    """Ends processes, whatever they are doing, and empties the list. They hold no state, so killing loses nothing."""
+    """Kill the processes and empty the list. They hold no state, so nothing is lost."""
     while workers:
         worker = workers.pop()
         worker.process.kill()
@@ -248,13 +251,12 @@ def _serve(pipe: Connection) -> None:
             call = pipe.recv_bytes()
         except EOFError:
             return
-        # The parent keeps the time. Should it be killed meanwhile, the kernel ends this process too, even inside C
-        # code.
+        # The parent keeps the time. If it is killed meanwhile, the kernel ends this process too, even inside C code.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, 2 * timeout + 1)
         try:
             reply = (function(*pickle.loads(call)), None)
-        except BaseException as error:  # exit() in an evaluated text, math-verify's own time-out
+        except BaseException as error:  # such as exit() in an evaluated text, or math-verify's own time-out
             reply = (None, _describe(error))
         signal.setitimer(signal.ITIMER_REAL, 0)
         try:

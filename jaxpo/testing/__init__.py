@@ -1,10 +1,10 @@
-"""The contracts that every objective keeps, each a function of its own: `check` runs them all.
+"""The contracts that every objective must keep, one function each; `check` runs them all.
 
 >>> jaxpo.testing.check("grpo", eps_high=0.28)     # a registered objective
 >>> jaxpo.testing.check(my_objective)              # an `Objective`, or a function that builds one
 
-A contract takes a `Case` (an objective with a small example batch), raises ``AssertionError`` with the numbers when it
-is broken, and returns one line on what it compared. ``padding_invariance(case("grpo"))`` runs a single one.
+A contract takes a `Case` (an objective with a small example batch). It raises ``AssertionError`` with the numbers if it
+is broken, and returns one line about what it compared. ``padding_invariance(case("grpo"))`` runs a single one.
 """
 
 from collections.abc import Callable, Sequence
@@ -70,7 +70,12 @@ __all__ = [
 
 
 class Report(NamedTuple):
-    """What `check` did: contract -> what was compared, and contract -> why it does not apply."""
+    """The result of `check`.
+
+    objective: its name.
+    checked: contract -> what was compared.
+    skipped: contract -> why it does not apply.
+    """
 
     objective: str
     checked: dict[str, str]
@@ -90,12 +95,12 @@ def check(
     contracts: Sequence[Callable[[Case], str]] | None = None,
     **hyperparameters: Any,
 ) -> Report:
-    """Run every contract (or those of ``contracts``) on a registered objective, or on a user's own.
+    """Run all contracts (or those in ``contracts``) on a registered objective or your own.
 
-    Other arguments: as `case`. With 8 devices (``jax_num_cpu_devices``) the mesh is checked too.
+    The other arguments are those of `case`. With 8 devices (``jax_num_cpu_devices``) it also checks the mesh.
 
     Raises:
-      AssertionError: listing every contract that is broken, with the numbers.
+      AssertionError: lists every broken contract, with the numbers.
     """
     subject = case(objective, batch, **hyperparameters)
     checked, skipped, broken = {}, {}, {}
@@ -105,7 +110,7 @@ def check(
             checked[contract.__name__] = contract(subject)
         except NotChecked as reason:
             skipped[contract.__name__] = str(reason)
-        except Exception as error:  # whatever an objective raises where it should compute is a broken contract
+        except Exception as error:  # an objective that raises any error breaks the contract
             line = str(error).strip().split("\n")[0]
             broken[contract.__name__] = line if isinstance(error, AssertionError) else f"{type(error).__name__}: {line}"
     if broken:

@@ -1,4 +1,4 @@
-"""Cases: an objective with a small example batch, the two ways to evaluate it, and how outcomes are compared."""
+"""Cases: an objective with a small example batch, two ways to evaluate it, and the comparison of outcomes."""
 
 import dataclasses
 import inspect
@@ -21,7 +21,7 @@ from jaxpo.testing.examples import WIDTH, bigram, example, parameters
 from jaxpo.testing.variants import Given, bfloat16, grown_variants, is_float, stacked, variants
 
 Subject = str | Objective | Callable[..., Objective]
-# Contracts compile much and compute little: quick compilation halves their time.
+# Contracts compile a lot and compute little: quick compilation halves their time.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 quick_jit = partial(jax.jit, compiler_options=QUICK)
 
@@ -31,7 +31,12 @@ class NotChecked(Exception):
 
 
 class Outcome(NamedTuple):
-    """What one evaluation gives: a scalar, gradients (a tree), metrics by name."""
+    """The result of one evaluation.
+
+    loss: a scalar.
+    grads: a tree of gradients.
+    metrics: metrics by name.
+    """
 
     loss: Array
     grads: Any
@@ -40,10 +45,17 @@ class Outcome(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """An objective, how it was built if that is known, and an example batch, with what several contracts look at.
+    """An objective and an example batch, with results that several contracts use.
 
-    Variants of one shape share one program. A single evaluation runs op by op: operations on arrays of one shape are
-    compiled once for all objectives.
+    name: the objective's name.
+    objective: the objective.
+    batch: the example batch.
+    factory: the function that built the objective, if it is known.
+    hyperparameters: arguments of that function.
+    source: its paper, if it is registered.
+
+    Variants of one shape share one compiled program. A single evaluation runs op by op: an operation on arrays of one
+    shape is compiled once for all objectives.
     """
 
     name: str
@@ -60,12 +72,12 @@ class Case:
 
     @cached_property
     def stats(self) -> TokenStats:
-        """What `bigram` says of the batch, as plain arrays."""
+        """The statistics of the batch under `bigram`, as plain arrays."""
         return bigram(self.objective, self.objective.asks.wants | self.objective.asks.peeks, self.params, self.batch)
 
     @cached_property
     def arrays(self) -> tuple[TokenStats, Rollouts]:
-        """Both in NumPy, for variants to be made of."""
+        """Statistics and batch in NumPy, to make variants from."""
         return jax.tree.map(np.asarray, (self.stats, self.batch))
 
     @cached_property
@@ -95,7 +107,7 @@ class Case:
 
     @cached_property
     def weighed(self) -> tuple[Rollouts, Any]:
-        """Batch and state, ready for the loss."""
+        """The batch with its weights, and the state: ready for the loss."""
         return weighed(self.objective, self.params, self.batch)
 
     @cached_property
@@ -117,7 +129,7 @@ class Case:
 
     @property
     def unit(self) -> int:
-        """Rows that make one unit of the objective's layout."""
+        """The number of rows in one unit of the objective's layout."""
         return max(len(self.objective.unit.layout), 1)
 
     @property
@@ -130,15 +142,16 @@ class Case:
 
 
 def case(objective: Subject, batch: Rollouts | None = None, /, **hyperparameters: Any) -> Case:
-    """The case of a registered name, of a function that builds an objective, or of an `Objective`.
+    """Make the case of a registered name, of a function that builds an objective, or of an `Objective`.
 
     Args:
-      batch: rows to check it on, instead of `example`. With tokens from 0 to 6, a multiple of 8 units, and no ties.
-      hyperparameters: of a name or function. Those that a run takes from its generation budget are taken from the
-        width of the example.
+      objective: the name, function or objective.
+      batch: rows to check it on, instead of `example`: tokens from 0 to 6, a multiple of 8 units, no ties.
+      **hyperparameters: arguments of the function. Those that a run takes from its generation budget are taken from
+        the width of the example.
 
     Raises:
-      ValueError: unknown name or hyperparameter; hyperparameters beside a finished objective.
+      ValueError: unknown name or hyperparameter; or hyperparameters given with a finished objective.
     """
     if isinstance(objective, Objective):
         if hyperparameters:
@@ -161,7 +174,7 @@ def case(objective: Subject, batch: Rollouts | None = None, /, **hyperparameters
 
 
 def direct(objective: Objective, stats: TokenStats, batch: Rollouts, state: Any = None) -> Outcome:
-    """`evaluate` of plain arrays; ``grads`` is (gradient into them, gradient into every float of the batch)."""
+    """Evaluate on plain arrays; ``grads`` is (gradient of the statistics, gradient of every float of the batch)."""
     floats = jax.tree.map(lambda x: x if is_float(x) else None, batch)
 
     def loss(stats: TokenStats, floats: Rollouts) -> tuple[Array, dict[str, Array]]:
@@ -174,12 +187,12 @@ def direct(objective: Objective, stats: TokenStats, batch: Rollouts, state: Any 
 
 
 def replicas() -> int:
-    """Devices that variants are spread over."""
+    """The number of devices that variants are spread over."""
     return max(1, min(8, jax.device_count()) // 2)
 
 
 def together(objective: Objective, given: Mapping[str, Given], devices: Sequence[jax.Device]) -> dict[str, Outcome]:
-    """`direct` of every variant in one compiled call: by vmap on each of the devices."""
+    """Run `direct` on every variant in one compiled call, by vmap on each device."""
     mesh = jax.make_mesh((len(devices),), ("replica",), axis_types=(AxisType.Auto,), devices=devices)
     spec = PartitionSpec("replica")
     apart = quick_jit(jax.shard_map(jax.vmap(partial(direct, objective)), mesh=mesh, in_specs=spec, out_specs=spec))
@@ -192,7 +205,7 @@ def together(objective: Objective, given: Mapping[str, Given], devices: Sequence
 def weighed(
     objective: Objective, params: dict[str, Array], batch: Rollouts, microbatches: int = 1
 ) -> tuple[Rollouts, Any]:
-    """The batch with its weights, as `bigram` is peeked at for them, and the state it was prepared with."""
+    """Prepare and weigh the batch, peeking at `bigram` if the objective asks for it; also return the state."""
     batch, state = objective.prepare(batch, objective.init())
     peek = None
     if objective.asks.peeks:
@@ -203,13 +216,13 @@ def weighed(
 def of_slice(
     objective: Objective, params: dict[str, Array], batch: Rollouts, state: Any, microbatches: int = 1
 ) -> tuple[Array, Any, Any]:
-    """Loss, gradient and report of rows of a weighed batch."""
+    """Compute loss, gradient and report of the rows of a weighed batch."""
     apply = partial(bigram, objective, objective.asks.wants)
     return accumulate(objective, apply, params, batch, state, microbatches=microbatches)
 
 
 def train(objective: Objective, params: dict[str, Array], batch: Rollouts, microbatches: int = 1) -> Outcome:
-    """What an optimizer step computes with the policy `bigram`; ``grads`` is the gradient of its parameters."""
+    """Compute the same as an optimizer step with the policy `bigram`; ``grads`` is the gradient of its parameters."""
     value, grads, report = of_slice(
         objective, params, *weighed(objective, params, batch, microbatches), microbatches=microbatches
     )
@@ -222,9 +235,10 @@ def leaves_of(tree: Any) -> dict[str, np.ndarray]:
 
 
 def same(what: str, got: Any, expected: Any, tolerance: float = 1e-6) -> str:
-    """Compare two trees leaf by leaf; the error names the worst leaf, the note tells the largest difference.
+    """Compare two trees leaf by leaf; return a note with the largest difference.
 
-    Differences are taken relative to the largest entry of the leaf where that is above 1.
+    A difference is relative to the largest entry of its leaf if that is above 1. The ``AssertionError`` names the first
+    leaf that differs by more than ``tolerance``, at its worst entry.
     """
     got, expected = leaves_of(got), leaves_of(expected)
     odd = sorted(set(got) ^ set(expected))

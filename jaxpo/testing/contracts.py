@@ -1,5 +1,8 @@
-"""The contracts: each takes a `Case`, raises ``AssertionError`` with the numbers when it is broken, and returns one
-line on what it compared."""
+"""The contracts.
+
+Each takes a `Case`, raises ``AssertionError`` with the numbers if it is broken, and returns one line about what it
+compared.
+"""
 
 import inspect
 import tempfile
@@ -35,7 +38,7 @@ from jaxpo.testing.variants import as_dtype, form, permutation, replaced, replic
 
 
 def finite_on_hostile_input(case: Case) -> str:
-    """Loss, gradient and metrics are finite whatever is thrown at them."""
+    """Loss, gradient and metrics are finite on every extreme input."""
     inputs = {name: out for name, out in case.outcomes.items() if name.startswith("hostile: ")}
     inputs["bfloat16"] = case.narrow
     bad = [line for what, out in inputs.items() for line in not_finite(what.removeprefix("hostile: "), out)]
@@ -44,7 +47,7 @@ def finite_on_hostile_input(case: Case) -> str:
 
 
 def padding_invariance(case: Case) -> str:
-    """More padding of T and P and more filler rows change neither loss, gradient nor metrics."""
+    """More padding of T and P and more filler rows do not change loss, gradient or metrics."""
     b, t = case.batch.mask.shape
     out = case.grown["padded"]
     note = same("padded", _cropped(out, case), _cropped(case.base, case))
@@ -60,21 +63,21 @@ def padding_invariance(case: Case) -> str:
 
 
 def _cropped(out: Outcome, case: Case) -> Outcome:
-    """Only the gradient into the statistics, on the rows and tokens of the case's own batch."""
+    """The outcome with only the gradient of the statistics, on the rows and tokens of the case's own batch."""
     b, t = case.batch.mask.shape
     own = jax.tree.map(lambda x, s: x[:b, :t] if s.shape[:2] == (b, t) else x[:b], out.grads[0], case.stats)
     return out._replace(grads=own)
 
 
 def permutation_equivariance(case: Case) -> str:
-    """Rows in another order (units whole, groups apart): the same loss and metrics, the gradient in that order."""
+    """Permuting rows (keeping units whole) leaves loss and metrics the same, and permutes the gradient."""
     rows, out = permutation(case), case.outcomes["permuted"]
     expected = case.base._replace(grads=jax.tree.map(lambda x: x[rows], case.base.grads[0]))
     return same("permuted", out._replace(grads=out.grads[0]), expected)
 
 
 def count_is_multiplicity(case: Case) -> str:
-    """A row of count 2 is the row written twice; rows of count 0 are rows that are not there, whatever they hold."""
+    """A row of count 2 has the effect of the row written twice; rows of count 0 have no effect, whatever they hold."""
     a, b, r = case.outcomes["count 2"], case.outcomes["written twice"], case.unit
     together = jax.tree.map(lambda g: np.concatenate([g[:r] + g[r : 2 * r], 0 * g[:r], g[2 * r :]]), b.grads[0])
     note = same("count 2", a._replace(grads=a.grads[0]), b._replace(grads=together))
@@ -82,7 +85,7 @@ def count_is_multiplicity(case: Case) -> str:
 
 
 def microbatch_invariance(case: Case) -> str:
-    """One slice, or as many as units (groups, if it looks at groups): the same loss, gradient and metrics."""
+    """One slice, and one for each unit (or group, if groups are coupled), give the same loss, gradient and metrics."""
     batch, most = case.batch, case.units
     if case.objective.unit.coupling == "group":
         if batch.shared_prompt == 1:
@@ -105,7 +108,7 @@ def _mesh(case: Case, most: int = 8) -> jax.sharding.Mesh:
 
 
 def mesh_invariance(case: Case) -> str:
-    """The batch on one device and sharded over 8, or fewer that divide its units: the same loss, gradient, metrics."""
+    """One device, and up to 8 devices that divide the units, give the same loss, gradient and metrics."""
     mesh = _mesh(case)
     batch = jax.device_put(case.batch, NamedSharding(mesh, PartitionSpec("data")))
     params = jax.device_put(case.params, NamedSharding(mesh, PartitionSpec()))
@@ -113,7 +116,7 @@ def mesh_invariance(case: Case) -> str:
 
 
 def independent_replicas(case: Case) -> str:
-    """Replicas with their own policies and batches, by vmap on each of several devices: each as it would be alone."""
+    """Replicas with their own policies and batches, run by vmap on several devices, each give what they give alone."""
     alone = direct(case.objective, *jax.tree.map(jnp.asarray, replica(case)))
     what = f"vmap over {len(case.outcomes)} on {replicas()} device(s)"
     return same(what, case.outcomes["replica"], alone)
@@ -128,7 +131,7 @@ def gradient_only_into_the_policy(case: Case) -> str:
 
 
 def masked_positions_get_no_gradient(case: Case) -> str:
-    """The gradient at masked positions is exactly 0, and not 0 everywhere."""
+    """The gradient is exactly 0 at masked positions, but not everywhere."""
     masked = np.asarray(case.batch.mask) == 0
     leaves = {path: x for path, x in leaves_of(case.base.grads[0]).items() if x.shape[:2] == masked.shape}
     for path, x in leaves.items():
@@ -138,16 +141,16 @@ def masked_positions_get_no_gradient(case: Case) -> str:
 
 
 def jit_equals_eager(case: Case) -> str:
-    """Compiled or not: the same loss, gradient and metrics."""
+    """Compiled and eager evaluation give the same loss, gradient and metrics."""
     return same("eager", case.eager, case.base)
 
 
 def vmap_over_hyperparameters(case: Case) -> str:
-    """An objective built from traced numbers inside vmap gives what it gives for each of them in a loop.
+    """An objective built from traced numbers inside vmap gives the same as a loop over the numbers.
 
-    Every hyperparameter annotated ``float`` is tried, with its value and with another one. Left out is one whose change
-    the function refuses (``ValueError``: without effect in this setting, or in conflict); a function that accepts a
-    number and breaks on a traced one breaks the contract.
+    Every hyperparameter annotated ``float`` is tried, with its value and with another one. It is left out if the
+    function refuses the change (``ValueError``: without effect in this setting, or in conflict). A function that
+    accepts a number but fails on a traced one breaks the contract.
     """
     if case.factory is None:
         raise NotChecked("it needs the function that builds the objective")
@@ -163,13 +166,13 @@ def vmap_over_hyperparameters(case: Case) -> str:
     while changed := _accepted(case, left, now):
         start = {n: changed[n] if now[n] is None else now[n] for n in changed}
         notes.append(_vmap_equals_loop(case, start, changed))
-        # What is absent by default often is in conflict with something given, so what was refused is tried without.
+        # A hyperparameter that is None by default often conflicts with a given one: try the refused ones by themselves.
         left = [n for n in absent if n in left and n not in changed]
     return "; ".join(notes) or "no hyperparameter is a float"
 
 
 def _accepted(case: Case, names: list[str], now: Mapping[str, Any]) -> dict[str, float]:
-    """A new value for each hyperparameter that takes one: alone, and beside those found before it."""
+    """A new value for each hyperparameter that accepts one together with the new values found before it."""
     changed: dict[str, float] = {}
     for name in names:
         tries = (0.5, 2.0) if now[name] is None else (now[name] * 1.25 if now[name] else 0.1,)
@@ -197,13 +200,13 @@ def _vmap_equals_loop(case: Case, start: Mapping[str, float], changed: Mapping[s
 
 
 def _is_built(case: Case, numbers: Mapping[str, float]) -> bool:
-    """Whether the case's objective has these numbers."""
+    """Whether the case's objective was built with these numbers."""
     default = inspect.signature(case.factory).parameters
     return all(case.hyperparameters.get(name, default[name].default) == x for name, x in numbers.items())
 
 
 def float32_accumulation(case: Case) -> str:
-    """bfloat16 arrays give the loss and metrics of the same numbers in float32, and its gradient rounded."""
+    """bfloat16 arrays give the loss and metrics of the same numbers in float32, and the same gradient, rounded."""
     a, b = case.narrow, case.outcomes["rounded"]
     assert jnp.finfo(a.loss.dtype).bits >= 32, f"the loss of bfloat16 inputs is {a.loss.dtype}"
     note = same("bfloat16", a._replace(grads=()), b._replace(grads=()), 1e-5)
@@ -214,7 +217,7 @@ def float32_accumulation(case: Case) -> str:
 
 
 def float32_agrees_with_float64(case: Case) -> str:
-    """The loss and its gradient in float32 are those of the same numbers in float64, up to 1e-4 of the largest."""
+    """float32 gives the loss and gradient of float64, up to 1e-4 of the largest entry."""
     with jax.enable_x64(True):
         objective = case.objective if case.factory is None else case.factory(**case.hyperparameters)
         stats, batch = jax.tree.map(jnp.asarray, as_dtype(case.arrays, np.float64))
@@ -229,7 +232,11 @@ def float32_agrees_with_float64(case: Case) -> str:
 
 
 def needs_is_exact(case: Case) -> str:
-    """Every field of ``needs`` is asked for by name and has an effect; no other is needed (but tokens and mask)."""
+    """``needs`` is exact: nothing is missing and nothing is unused.
+
+    An error names each field of ``needs`` that is missing; each has an effect; and no other field is needed, except
+    tokens and mask.
+    """
     objective, batch = case.objective, case.batch
     for name in sorted(objective.asks.needs):
         try:
@@ -252,12 +259,12 @@ def needs_is_exact(case: Case) -> str:
     standard = jax.eval_shape(lambda batch: results(standard_metrics(case.stats, batch)), seen)
 
     def effects(what: str) -> dict[str, np.ndarray]:
-        """Of the first iteration and of the second, in which the objective may remember the first."""
+        """Results of the first iteration, and of the second, where the objective may remember the first."""
         outs = []
         for name in ((what or "as it is"), f"later {what}".strip()):
             if name in case.outcomes:
                 out = case.outcomes[name]
-                own = {n: x for n, x in out.metrics.items() if n not in standard}  # which every objective reports
+                own = {n: x for n, x in out.metrics.items() if n not in standard}  # not reported by all
                 outs.append(out._replace(grads=out.grads[0], metrics=own))
         return leaves_of(outs)
 
@@ -274,7 +281,7 @@ def _without(batch: Rollouts, name: str) -> Rollouts:
 
 
 def state_survives_a_checkpoint(case: Case) -> str:
-    """State is a pytree of arrays of one form, counts iterations and steps, and comes back from disk bit for bit."""
+    """The state is a pytree of arrays of fixed form, counts iterations and steps, and survives a checkpoint bitwise."""
     objective = case.objective
     begin = objective.init()
     prepared, stepped = case.stepped
@@ -297,12 +304,12 @@ def state_survives_a_checkpoint(case: Case) -> str:
 
 
 def documented(case: Case) -> str:
-    """The registry names a source and the docstring says the shapes."""
+    """The registry names a source, and the docstring states the shapes."""
     if case.factory is None:
         raise NotChecked("it needs the function that builds the objective")
     assert case.source is None or case.source.strip(), "register it with a source: paper and arXiv id"
     said = inspect.getdoc(case.factory) or ""
-    assert "Shapes" in said, "the docstring does not say the shapes ('Shapes: logp [B, T], ...')"
+    assert "Shapes" in said, "the docstring does not state the shapes ('Shapes: logp [B, T], ...')"
     return case.source or "not registered: docstring only"
 
 

@@ -1,4 +1,6 @@
-"""The example batch that contracts are checked on, and a policy of two tables that says something of it."""
+"""The example batch for checking contracts, and a small policy of two tables to score it."""
+
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -6,39 +8,29 @@ import numpy as np
 from jax import Array
 
 from jaxpo.batch import Compared, Rollouts, TokenStats, complete, from_logits
-from jaxpo.fields import role_id
+from jaxpo.fields import FIELDS, role_id
 from jaxpo.objectives import Objective
 
 VOCABULARY, PROMPT, WIDTH, GROUP = 7, 3, 6, 4
-ROWS = 48  # of units of 1, 2, 3, 4 or 6 rows: operations on arrays of one shape are compiled once for all objectives
+ROWS = 48  # for units of 1, 2, 3, 4 or 6 rows: with one shape, operations compile once for all objectives
 
 
 def example(objective: Objective) -> Rollouts:
     """A small batch with every field the objective may read: groups of 4 (or units), holes in the mask, no ties.
 
     Raises:
-      ValueError: the objective needs a field that is no field of `Rollouts`; bring a batch that has it.
+      ValueError: the objective needs a field that is not in `jaxpo.fields.FIELDS`; give `check` a batch that has it.
     """
     rng, unit = np.random.default_rng(0), max(len(objective.unit.layout), 1)
     b = ROWS if ROWS % unit == 0 else 8 * unit
     lengths = np.resize([WIDTH, 3, 5, 1, 4, 6, 2], b)
     mask = (np.arange(WIDTH) < lengths[:, None]).astype(np.float32)
-    mask[::3, 1] = 0  # a hole: a token that the policy did not write
+    mask[::3, 1] = 0  # a hole: a token that the policy did not sample
 
     def logp() -> np.ndarray:
         return rng.normal(-2, 0.5, (b, WIDTH)).astype(np.float32)
 
-    per_row = {
-        "rewards_multi": rng.uniform(size=(b, 3)),
-        "tracker_value": rng.uniform(size=b),
-        "edge_adv": rng.normal(size=b),
-        "mc_value": rng.uniform(size=(b, WIDTH)),
-    }
-    per_row |= preference_extras(b)
-    known = {"logp", *Rollouts.__dataclass_fields__, *per_row}
-    strange = sorted(n for n in objective.asks.needs if n not in known and not n.startswith("logp_"))
-    if strange:
-        raise ValueError(f"no example of {strange[0]!r}, which this objective needs: give check a batch that has it")
+    asked = drawn(objective.asks.needs, b)
     group = np.arange(b, dtype=np.int32) // (GROUP if unit == 1 else unit)
     roles = [
         role_id(r)
@@ -60,7 +52,7 @@ def example(objective: Objective) -> Rollouts:
         value_old=logp(),
         layout=objective.unit.layout,
     )
-    # The first row, which `count_is_multiplicity` doubles, is at the end of its group's order.
+    # The first row, which `count_is_multiplicity` doubles, comes last when its group is sorted by entropy.
     batch.entropy_old[:] *= np.resize([0.1, 1, 0.4, 0.7], b)[:, None]
     batch = jax.tree.map(jnp.asarray, batch)
     slots = {n.removeprefix("logp_") for n in objective.asks.needs if n.startswith("logp_")} - {"old", "beh"}
@@ -70,8 +62,7 @@ def example(objective: Objective) -> Rollouts:
         return x + jnp.asarray(rng.normal(0, scale, x.shape), jnp.float32)
 
     old = near(said, 0.3)  # some ratios are clipped and some are not
-    asked = {n: jnp.asarray(x, jnp.float32) for n, x in per_row.items() if n in objective.asks.needs}
-    per_token = {n: x for n, x in asked.items() if x.shape == batch.mask.shape}
+    per_token = {n: x for n, x in asked.items() if FIELDS[n].home == "per_token"}
     return complete(
         batch.replace(
             logp_old=old,
@@ -86,40 +77,30 @@ def example(objective: Objective) -> Rollouts:
     )
 
 
-def preference_extras(b: int) -> dict[str, np.ndarray]:
-    """What preference objectives ask for besides: win rates, labels, scores, weights and kinds of tokens."""
-    rng = np.random.default_rng(2)
-    return {
-        "label": np.resize([1, 0, 0, 1, 0, 1], b),
-        **{name: rng.uniform(size=b) for name in ("win", "pref_prob", "pref_opp")},
-        **{name: rng.normal(size=b) for name in ("rm", "pref_score", "margin")},
-        **{name: rng.normal(size=(b, 3)) for name in ("cand_scores", "adapter_logits", "obj_scores")},
-        "rm_scores": rng.normal(size=(b, 2)),
-        **{name: rng.uniform(0.5, 3, (b, WIDTH)) for name in ("severity", "relevance")},
-        "segment": rng.integers(0, 4, (b, WIDTH)),
-        **{name: rng.normal(size=(b, 2)) for name in ("pos_ll", "neg_ll")},
-        **{name: rng.normal(size=b) for name in ("rel_query", "rel_answer")},
-        "open_ended": np.resize([1, 0, 0], b),
-        "num_words": rng.integers(1, 9, b),
-        "num_tri": np.resize([4, 0, 6], b),
-        "uniq_tri": np.resize([3, 0, 5], b),
-        "likert": rng.integers(1, 6, b),
-        "choice": rng.integers(-1, 3, b),
-        "satisfies": rng.integers(0, 2, (b, 3)),
-        "cost": rng.uniform(1, 3, (b, 3)),
-    }
+def drawn(needs: Collection[str], rows: int) -> dict[str, Array]:
+    """Draw examples of the needed fields that are not attributes of `Rollouts`, as `jaxpo.fields.FIELDS` says.
+
+    Raises:
+      ValueError: a needed field is not in that table.
+    """
+    own = {"logp", *Rollouts.__dataclass_fields__}
+    names = sorted(n for n in needs if n not in own and not n.startswith("logp_"))
+    if strange := [n for n in names if n not in FIELDS]:
+        raise ValueError(f"no example of {strange[0]!r}, which this objective needs: give check a batch that has it")
+    examples = {n: FIELDS[n].example(np.random.default_rng(2 + i), rows, WIDTH) for i, n in enumerate(names)}
+    return {n: jnp.asarray(x, jnp.float32) for n, x in examples.items()}
 
 
 def parameters() -> dict[str, Array]:
     """Parameters of the policy `bigram`."""
     rng = np.random.default_rng(1)
     shapes = {"table": (VOCABULARY, VOCABULARY), "head": (VOCABULARY,)}
-    scale = {"table": 6, "head": 1}  # some tokens are all but certain and some all but impossible
+    scale = {"table": 6, "head": 1}  # some tokens are almost certain, and some almost impossible
     return {name: jnp.asarray(scale[name] * rng.normal(size=x), jnp.float32) for name, x in shapes.items()}
 
 
 def allowed(objective: Objective, reward: Array) -> Array:
-    """The rewards, squeezed in their order into the range that the objective is defined for."""
+    """Squash the rewards into the range that the objective allows; their order stays the same."""
     if objective.asks.rewards is None:
         return reward
     low, high = objective.asks.rewards
@@ -133,8 +114,10 @@ def others_logits(before: Array) -> Array:
 
 
 def bigram(objective: Objective, wants: frozenset[str], params: dict[str, Array], batch: Rollouts) -> TokenStats:
-    """A policy of two small tables: logits of a token given the one before it. Gives the statistics in ``wants``, also
-    those that the objective derives from logits."""
+    """A policy of two small tables: the previous token gives the logits of the next.
+
+    It returns the statistics in ``wants``, with those that the objective derives from logits.
+    """
     before = batch.tokens[:, batch.prompt_width - 1 : -1]
     logits = params["table"][before]
     logps = jax.nn.log_softmax(logits)

@@ -1,4 +1,4 @@
-"""Variants: the changed examples that contracts compare. Those of one shape are evaluated together, in one pass.
+"""Variants: the changed examples that contracts compare. Variants of one shape are evaluated in one pass.
 
 They are made in NumPy, which compiles nothing.
 """
@@ -15,13 +15,13 @@ from jaxpo.batch import Rollouts, TokenStats, concatenate, pad, take
 from jaxpo.objectives import Objective
 from jaxpo.testing.examples import allowed, bigram
 
-Given = tuple[TokenStats, Rollouts, Any]  # what `direct` takes: statistics, batch, state of the objective
+Given = tuple[TokenStats, Rollouts, Any]  # arguments of `direct`: statistics, batch, state of the objective
 TOKEN_FIELDS = ("logp_old", "logp_beh", "entropy_old", "value_old", "per_token")
-EXTRA_ROWS = 12  # of filler, or of rows that do not count
+EXTRA_ROWS = 12  # rows to add: filler, or rows of count 0
 
 
 class Example(Protocol):
-    """What variants are made of: `jaxpo.testing.cases.Case`, whose docstrings say what these are."""
+    """The parts of `jaxpo.testing.cases.Case` that variants are made from; see its docstrings."""
 
     @property
     def objective(self) -> Objective: ...
@@ -40,7 +40,7 @@ class Example(Protocol):
 
 
 def variants(case: Example) -> dict[str, Given]:
-    """Every variant of the example that has its shape, by name."""
+    """Every variant that has the example's shape, by name."""
     stats, batch = case.arrays
     begin = jax.tree.map(np.asarray, case.objective.init())
     found = {"as it is": (stats, batch)}
@@ -61,10 +61,10 @@ def variants(case: Example) -> dict[str, Given]:
 
 
 def grown_variants(case: Example) -> dict[str, Given]:
-    """The example in a larger shape: with fillers, and with rows of count 0 that hold something."""
+    """The example in a larger shape: with filler rows, and with rows of count 0 that hold values."""
     stats, batch = case.arrays
     more = max(2 * case.unit, EXTRA_ROWS - EXTRA_ROWS % case.unit)
-    rows = case.rows([0, 1])  # they have tokens, and other rewards than their groups
+    rows = case.rows([0, 1])  # they have tokens, and their rewards differ from their groups'
     ghosts = take(batch, rows)
     reward = None if ghosts.reward is None else 3 * ghosts.reward + 1
     ghosts = ghosts.replace(count=np.zeros(rows.size, np.float32), reward=reward)
@@ -79,7 +79,7 @@ def grown_variants(case: Example) -> dict[str, Given]:
 
 
 def hostile(case: Example) -> Iterator[tuple[str, TokenStats, Rollouts]]:
-    """What an objective has to survive."""
+    """Yield the extreme inputs that an objective must survive, by name."""
     stats, batch = case.arrays
     ones, index = np.ones(batch.rows, np.float32), np.arange(batch.rows)
     by_turns = np.where((index[:, None] + np.arange(batch.width)) % 2 == 0, 40.0, -40.0)
@@ -112,12 +112,12 @@ def hostile(case: Example) -> Iterator[tuple[str, TokenStats, Rollouts]]:
 
 
 def permutation(case: Example) -> np.ndarray:
-    """Rows in another order: units whole, groups apart."""
+    """A random order of the rows that keeps units whole but not groups."""
     return case.rows(np.random.default_rng(2).permutation(case.units))
 
 
 def doubled(case: Example) -> tuple[tuple[TokenStats, Rollouts], tuple[TokenStats, Rollouts]]:
-    """The first unit twice and the second not at all: said by ``count``, and written out."""
+    """The first unit twice and the second not at all: once by ``count``, once written out."""
     (stats, batch), r = case.arrays, case.unit
     count = batch.count.copy()
     count[:r], count[r : 2 * r] = 2, 0
@@ -126,7 +126,7 @@ def doubled(case: Example) -> tuple[tuple[TokenStats, Rollouts], tuple[TokenStat
 
 
 def replica(case: Example) -> tuple[TokenStats, Rollouts]:
-    """Another batch, and what the policy with other parameters says of it."""
+    """Another batch, and its statistics under the policy with other parameters."""
     batch = take(case.arrays[1], case.rows(np.roll(np.arange(case.units), 1)))
     if batch.reward is not None:
         batch = batch.replace(reward=batch.reward * np.float32(0.5 if case.objective.asks.rewards else 2))
@@ -138,7 +138,7 @@ def replica(case: Example) -> tuple[TokenStats, Rollouts]:
 
 
 def chosen(stats: TokenStats, batch: Rollouts, rows: np.ndarray) -> tuple[TokenStats, Rollouts]:
-    """The given rows of both."""
+    """The given rows of statistics and batch."""
     return jax.tree.map(lambda x: x[rows], stats), take(batch, rows)
 
 
@@ -159,7 +159,7 @@ def bfloat16(tree: Any) -> Any:
 
 
 def form(state: Any) -> Any:
-    """What a compiled program fixes of a state: its structure, shapes and dtypes."""
+    """The form of a state, which a compiled program fixes: structure, shapes and dtypes."""
     return jax.tree.structure(state), [(np.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(state)]
 
 
@@ -168,7 +168,7 @@ def same_form(a: Any, b: Any) -> bool:
 
 
 def replaced(batch: Rollouts, name: str, value: Array | None) -> Rollouts:
-    """The batch with another field, slot or extra of that name; None removes it."""
+    """The batch with ``value`` in the field of this name; None removes the field."""
     for group, key in (("per_row", name), ("per_token", name)):
         held = dict(getattr(batch, group))
         if key in held and name not in Rollouts.__dataclass_fields__:
@@ -178,12 +178,12 @@ def replaced(batch: Rollouts, name: str, value: Array | None) -> Rollouts:
 
 
 def grow(batch: Rollouts, rows: int) -> Rollouts:
-    """Padded by fixed amounts in width, so that all objectives share the shape."""
+    """Pad to ``rows`` rows, and P and T by fixed amounts, so that all objectives share a shape."""
     return pad(batch, rows=rows, width=batch.width + 3, prompt_width=batch.prompt_width + 2)
 
 
 def pad_stats(stats: TokenStats, batch: Rollouts, value: float) -> TokenStats:
-    """The statistics of a grown batch: ``value`` on everything that was added."""
+    """Pad statistics to the shape of a grown batch, with ``value`` on all added entries."""
     b, t = stats.logp.shape
 
     def grow(x: np.ndarray) -> np.ndarray:
@@ -196,7 +196,7 @@ def pad_stats(stats: TokenStats, batch: Rollouts, value: float) -> TokenStats:
 
 
 def where_masked(tree: Any, mask: np.ndarray, value: float) -> Any:
-    """``value`` at the masked positions of every [B, T, ...] float array."""
+    """Put ``value`` at the masked positions of every [B, T, ...] float array."""
 
     def fill(x: np.ndarray) -> np.ndarray:
         if not is_float(x) or x.shape[:2] != mask.shape:
@@ -207,5 +207,5 @@ def where_masked(tree: Any, mask: np.ndarray, value: float) -> Any:
 
 
 def stacked(trees: Sequence[Any]) -> Any:
-    """Trees of one form along a new first axis."""
+    """Stack trees of one form along a new first axis."""
     return jax.tree.map(lambda *x: np.stack(x), *trees)

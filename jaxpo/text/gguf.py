@@ -1,8 +1,8 @@
 """GGUF files as a source of weights: their tensors under the names of Hugging Face, their metadata as a config.json.
 
-A GGUF is one file with metadata, vocabulary and (quantized) tensors. What is here translates; the file is parsed and
-its numbers are dequantized by the ``gguf`` package, so that every type it knows can be read. Metadata is parsed once;
-a tensor is read when asked for, the asked rows only, and nothing of it is kept.
+A GGUF is one file with metadata, vocabulary and (quantized) tensors. The ``gguf`` package parses the file and
+dequantizes its numbers, so every type that it knows can be read; this module translates names and metadata. Metadata
+are parsed once. A tensor is read on request, only the rows that are asked for, and is not cached.
 """
 
 import functools
@@ -18,8 +18,8 @@ import numpy as np
 
 from jaxpo.registry import unknown
 
-# The file's name -> Hugging Face's, by architecture; {} is the block. Files of Llama hold the rows of q and k of a head
-# in pairs, as rotary positions were first written; Hugging Face holds the first of every pair, then the second.
+# The file's tensor name -> Hugging Face's; {} is the block. In Llama files the rows of q and k of a head are in pairs,
+# as rotary positions were first written. Hugging Face has the first row of every pair, then the second of every pair.
 LLAMA = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -33,13 +33,19 @@ LLAMA = {
     "blk.{}.ffn_up.weight": "model.layers.{}.mlp.up_proj.weight",
     "blk.{}.ffn_down.weight": "model.layers.{}.mlp.down_proj.weight",
 }
-HEAD = {"output.weight": "lm_head.weight"}  # absent where it is the embedding
+HEAD = {"output.weight": "lm_head.weight"}  # absent if the head is the embedding
 ARCHITECTURES = {"llama": LLAMA}
-ROWS_AT_ONCE = 4096  # dequantized at a time: what is held besides the result
+ROWS_AT_ONCE = 4096  # rows that are dequantized at a time, and held besides the result
 
 
 class Tensor(NamedTuple):
-    """Where a tensor of a file lies. order: the file's rows in the order of Hugging Face; None = they are in it."""
+    """The place of a tensor in a file.
+
+    shape: as Hugging Face has it.
+    kind: the type that the numbers are stored as.
+    offset, bytes: where the tensor begins in the file, and its size.
+    order: the file's row for each row of Hugging Face; None = the same order.
+    """
 
     shape: tuple[int, ...]
     kind: Any  # gguf.GGMLQuantizationType
@@ -50,7 +56,12 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True)
 class GGUF:
-    """An open file. config: as in a config.json; tensors: by Hugging Face's names; metadata: the file's own fields."""
+    """An open file.
+
+    config: the content of a config.json.
+    tensors: by Hugging Face's names.
+    metadata: the file's own fields.
+    """
 
     path: Path
     config: Mapping[str, Any]
@@ -81,10 +92,10 @@ class GGUF:
 
 
 def of_package(package: str, remedy: str) -> Path:
-    """The GGUF file that an installed package brings along; the package itself is not imported.
+    """The path of the GGUF file in an installed package; the package itself is not imported.
 
     Raises:
-      FileNotFoundError: the package is not installed, or has no (or more than one) such file; ``remedy`` is named.
+      FileNotFoundError: the package is not installed, or has no or several such files; the error says ``remedy``.
     """
     spec = importlib.util.find_spec(package)
     files = [] if spec is None else [f for d in spec.submodule_search_locations or () for f in Path(d).glob("*.gguf")]
@@ -95,12 +106,12 @@ def of_package(package: str, remedy: str) -> Path:
 
 
 def open_source(path: str | Path) -> GGUF:
-    """Open a file: everything that can be wrong with it is found here, before any tensor is read.
+    """Open a file and check all of it before any tensor is read.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: it is truncated or no GGUF, of an unknown architecture, it lacks a tensor or has one that the
-        architecture does not know, or a tensor is stored in a way that cannot be dequantized.
+      FileNotFoundError: there is no such file.
+      ValueError: it is truncated or no GGUF file, the architecture is unknown, a tensor is missing or unknown to the
+        architecture, or a tensor is stored in a type that cannot be dequantized.
     """
     path = Path(path)
     if not path.is_file():
@@ -153,7 +164,7 @@ def _parse(path: Path, size: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _expected(path: Path, table: Mapping[str, str], blocks: int, stored: Mapping[str, Tensor]) -> dict[str, str]:
-    """Hugging Face's name -> the file's, for exactly the tensors that the file has and must have."""
+    """Hugging Face's name -> the file's name, for all tensors. ``ValueError`` if one is missing or unknown."""
     names = {}
     for theirs, ours in table.items():
         for block in range(blocks) if "{}" in theirs else (0,):
@@ -174,7 +185,7 @@ def _expected(path: Path, table: Mapping[str, str], blocks: int, stored: Mapping
 
 
 def _config(path: Path, family: str, metadata: Mapping[str, Any], stored: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The metadata in the words of a config.json."""
+    """The metadata with the keys of a config.json."""
 
     def field(name: str, default: Any = None) -> Any:
         value = metadata.get(f"{family}.{name}", default)

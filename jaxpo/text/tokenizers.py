@@ -1,6 +1,6 @@
 """Text to token ids and back: characters for policies trained from scratch, ``transformers`` for pretrained ones.
 
-Which positions count is never read off token ids: the pad id may well be the end-of-sequence id.
+Masks are never made from token ids: the pad id may be the same as the end-of-sequence id.
 """
 
 import importlib
@@ -22,10 +22,10 @@ Question = str | Sequence[Mapping[str, str]]  # a text, or messages {"role", "co
 
 
 def question_of(question: Question) -> str:
-    """The text of a question without a chat template: its own, or that of a single message of the user.
+    """The text of a question without a chat template: the string itself, or the content of a single user message.
 
     Raises:
-      ValueError: several messages, or another role's.
+      ValueError: there are several messages, or the message has another role.
     """
     if isinstance(question, str):
         return question
@@ -38,7 +38,7 @@ def question_of(question: Question) -> str:
 
 
 class Tokenizer(Protocol):
-    """What the rest of jaxpo asks of a tokenizer.
+    """The interface of tokenizers in jaxpo.
 
     Attributes:
       vocab_size: ids are in [0, vocab_size).
@@ -57,13 +57,13 @@ class Tokenizer(Protocol):
         """The text of ids; special tokens (pad, end of sequence) are left out."""
 
     def token_bytes(self) -> list[bytes]:
-        """For every id the bytes it appends to a text; ``b""`` for special ones."""
+        """For every id the bytes that it appends to a text; ``b""`` for special tokens."""
 
     def render(self, question: Question) -> str:
-        """The prompt that asks a question; ``ValueError`` for messages that it has no template for."""
+        """The prompt that asks a question; ``ValueError`` for messages if there is no chat template for them."""
 
     def to_json(self) -> dict[str, Any]:
-        """Enough for ``from_json`` to rebuild the tokenizer."""
+        """The data from which ``from_json`` rebuilds the tokenizer."""
 
 
 class _Symbols:
@@ -100,11 +100,11 @@ class _Symbols:
 
 
 class CharTokenizer(_Symbols):
-    """One token a character: pad 0, end of sequence 1, then the alphabet in sorted order.
+    """One token for each character: id 0 is pad, 1 is end of sequence, then comes the alphabet in sorted order.
 
     Args:
-      alphabet: the characters that occur; order and repetition do not matter.
-      separator: ends the question in ``render``; it joins the alphabet.
+      alphabet: all characters that may occur; order and repetition do not matter.
+      separator: the character that ends the question in ``render``; it is added to the alphabet.
     """
 
     def __init__(self, alphabet: Iterable[str], separator: str = "\n"):
@@ -126,7 +126,8 @@ Base = Annotated[int, Domain(2, 36, whole=True)]
 
 
 class IntegerTokenizer(_Symbols):
-    """Digits of a base up to 36: id 0 is pad and end of sequence at once, 1 the separator ``=``, ``2 + d`` digit d."""
+    """One token for each digit of a base up to 36: id 0 is both pad and end of sequence, 1 is the separator ``=``, and
+    ``2 + d`` is digit d."""
 
     def __init__(self, base: Base):
         self.base = check("base", base, Base)
@@ -143,13 +144,13 @@ class PretrainedTokenizer:
     Args:
       tokenizer: a folder, GGUF file or hub name to load it from, or the object itself.
       chat_template: ask questions through the model's chat template (instruct models). Otherwise a question is followed
-        by a newline, and preceded by the beginning-of-sequence token if the tokenizer is one that adds it.
-      eos: further tokens that end a completion, by their text. The tokenizer's own comes first; those of a
-        ``generation_config.json`` in the folder are added.
+        by a newline; the beginning-of-sequence token comes before it if the tokenizer adds that token to texts.
+      eos: texts of further tokens that end a completion. The tokenizer's own end-of-sequence token comes first, and
+        those in a ``generation_config.json`` in the folder come last.
 
     Raises:
-      ValueError: not a fast tokenizer, no chat template, no end-of-sequence token, or an ``eos`` that is no token (with
-        the nearest).
+      ValueError: not a fast tokenizer, no chat template, no end-of-sequence token, or an ``eos`` that is not a token
+        (the nearest one is named).
     """
 
     def __init__(self, tokenizer: Any, chat_template: bool, eos: Sequence[str] = ()):
@@ -182,11 +183,11 @@ class PretrainedTokenizer:
         return self._tokenizer.decode(kept, clean_up_tokenization_spaces=False)
 
     def token_bytes(self) -> list[bytes]:
-        """For every id the bytes it appends to a text; ``ValueError`` for a vocabulary that is no sequence of bytes."""
+        """For every id the bytes that it appends to a text; ``ValueError`` if the tokens cannot be read as bytes."""
         spec = json.loads(self._tokenizer.backend_tokenizer.to_str())
         to_bytes = _byte_reader(spec)
         table = [b""] * self.vocab_size
-        added = {t["id"]: t["content"] for t in spec["added_tokens"]}  # in plain text, not in the model's alphabet
+        added = {t["id"]: t["content"] for t in spec["added_tokens"]}  # plain text, not coded like other tokens
         for token, i in self._tokenizer.get_vocab().items():
             if i not in self._special:
                 table[i] = added[i].encode() if i in added else to_bytes(token)
@@ -209,7 +210,7 @@ class PretrainedTokenizer:
         return f"{prefix}{question}\n"
 
     def to_json(self) -> dict[str, Any]:
-        """The whole tokenizer, not its path: a checkpoint has to be usable when the folder or the hub is gone."""
+        """The whole tokenizer, not its path: a checkpoint must be usable when the folder or the hub is gone."""
         t = self._tokenizer
         names = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")
         options = {name: getattr(t, name) for name in names if getattr(t, name) is not None}
@@ -225,8 +226,8 @@ class PretrainedTokenizer:
 
 
 def first_difference(a: Tokenizer, b: Tokenizer) -> int | None:
-    """The first id by which two tokenizers mean different tokens; None = they have the same. Special tokens have no
-    text, so they may be called differently, and one tokenizer may have more of them."""
+    """The first id that two tokenizers give to different tokens; None = they have the same tokens. Special tokens have
+    no text, so their names may differ, and one tokenizer may have more of them."""
     both = all(isinstance(t, PretrainedTokenizer) for t in (a, b))
     ours, theirs = (t.token_names() if both else t.token_bytes() for t in (a, b))
     common = min(len(ours), len(theirs))
@@ -235,41 +236,46 @@ def first_difference(a: Tokenizer, b: Tokenizer) -> int | None:
     return min([*differs, *more], default=None)
 
 
-# ---- by name: factories of their options, which return (texts of the run) -> Tokenizer
+# ---- tokenizers by name: functions of the options that return (texts of the run) -> Tokenizer
 
 FromTexts = Callable[[Callable[[], Iterable[str]]], Tokenizer]
 
 
 @register("tokenizer")
 def characters() -> FromTexts:
-    """A token for each character that occurs in the task's questions and answers and in the data."""
+    """One token for each character in the task's questions and answers and in the data."""
     return lambda texts: CharTokenizer.from_texts(texts())
 
 
 @register("tokenizer")
 def integers(base: int = 10) -> FromTexts:
-    """A token for each digit of a base up to 36."""
+    """One token for each digit of a base up to 36."""
     return lambda texts: IntegerTokenizer(base)
 
 
 @register("tokenizer")
 def pretrained(path: str, chat_template: bool = True) -> FromTexts:
-    """The tokenizer of a folder, a GGUF file or a hub name; ``chat_template``: ask through the model's template."""
+    """The tokenizer of a pretrained model.
+
+    Args:
+      path: a folder, a GGUF file or a hub name.
+      chat_template: ask questions through the model's chat template.
+    """
     return lambda texts: PretrainedTokenizer(path, chat_template)
 
 
-# How a GGUF's ``tokenizer.ggml.pre`` cuts a text before the merges: what comes before GPT-2's own expression.
+# How a GGUF's ``tokenizer.ggml.pre`` cuts a text before the merges: steps that come before GPT-2's own expression.
 GGUF_CUTS = {"gpt-2": [], "default": [], "smollm": [{"type": "Digits", "individual_digits": True}]}
-CONTROL, USER_DEFINED = 3, 4  # of ``tokenizer.ggml.token_type``
+CONTROL, USER_DEFINED = 3, 4  # values of ``tokenizer.ggml.token_type``
 
 
 def gguf_tokenizer(path: str | Path) -> Any:
-    """The ``PreTrainedTokenizerFast`` of a GGUF file's vocabulary, merges, special tokens and chat template.
+    """A ``PreTrainedTokenizerFast`` with a GGUF file's vocabulary, merges, special tokens and chat template.
 
-    transformers itself reads GGUF only where torch is installed, and without the cuts of ``tokenizer.ggml.pre``.
+    transformers itself reads GGUF files only if torch is installed, and ignores the cuts of ``tokenizer.ggml.pre``.
 
     Raises:
-      ValueError: a vocabulary that is no byte-level BPE, or one whose text is cut in a way that is not known here.
+      ValueError: the vocabulary is not byte-level BPE, or ``tokenizer.ggml.pre`` is unknown.
     """
     fields = gguf.open_source(path).metadata
     kind, cut = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "default")
@@ -320,7 +326,7 @@ def _begin_with(token: str, i: int) -> dict[str, Any]:
 
 
 def from_json(spec: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer whose ``to_json`` is ``spec``. Raises ``ValueError`` for an unknown kind."""
+    """Rebuild the tokenizer whose ``to_json`` is ``spec``. Raises ``ValueError`` for an unknown kind."""
     kinds = {
         "characters": lambda s: CharTokenizer(s["alphabet"], s["separator"]),
         "integers": lambda s: IntegerTokenizer(s["base"]),
@@ -345,7 +351,7 @@ def _pretrained_from_json(spec: Mapping[str, Any]) -> PretrainedTokenizer:
 
 
 def for_transformers(tokenizer: Tokenizer) -> Any:
-    """The tokenizer as one of transformers: its own where it is one, else a vocabulary of single characters."""
+    """The tokenizer as an object of transformers: its own if it has one, else a vocabulary of single characters."""
     if isinstance(tokenizer, PretrainedTokenizer):
         return tokenizer._tokenizer
     library = importlib.import_module("tokenizers")
@@ -368,7 +374,7 @@ def _generation_eos(path: str | Path | None) -> list[int]:
 
 
 def _byte_reader(spec: Mapping[str, Any]) -> Callable[[str], bytes]:
-    """How a token of this vocabulary is read as bytes, by the decoder in its tokenizer.json."""
+    """The function that turns a token of this vocabulary into bytes, chosen by the decoder in its tokenizer.json."""
     decoder = spec.get("decoder") or {}
     steps = {step["type"] for step in decoder.get("decoders", [decoder]) if step}
     if "ByteLevel" in steps:
@@ -388,15 +394,15 @@ def _sentencepiece_bytes(token: str) -> bytes:
 
 
 def _bytes_to_unicode() -> dict[int, str]:
-    """GPT-2's table: printable bytes stand for themselves, the others are shifted to 256 and up, in order."""
+    """GPT-2's table: printable bytes stand for themselves; the others become characters from 256 up, in order."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)}
 
 
 def transformers_library() -> ModuleType:
-    """transformers, which looks for a library called ``kernels`` and, in a checkout of this project, would find our
-    folder of that name and load every module of it a second time."""
+    """Import transformers without our ``kernels``. It looks for a library of that name; in a checkout of this project
+    it would find our folder, and load all of its modules a second time."""
     spec = importlib.util.find_spec("kernels") if "kernels" not in sys.modules else None
     if spec is not None and spec.origin and (Path(spec.origin).parent / "token_logprob").is_dir():
         sys.modules["kernels"] = None  # importing it fails: transformers takes it for not installed

@@ -1,7 +1,6 @@
 """Named blocks bring their own fields, flags change them, and what is wrong fails before anything is compiled."""
 
 import itertools
-import json
 
 import jax
 import pytest
@@ -17,10 +16,7 @@ from jaxpo.objectives import make, names
 from jaxpo.objectives.grammar.base import Unit
 from jaxpo.registry import entry
 from jaxpo.runs.train import train_rl
-from jaxpo.runs.workspace import make_tokenizer
 from jaxpo.storage.rundir import RunDirectory
-from jaxpo.tasks import Example, Task
-from jaxpo.text.tokenizers import CharTokenizer, IntegerTokenizer
 from tests.runs import tiny
 
 FILE = f"--config={tiny.FILE}"
@@ -496,20 +492,3 @@ def test_sizes_of_heads(objective, sizes, found):
             heads_of(make(objective), given)
     else:
         assert heads_of(make(objective), given) == found
-
-
-def test_characters_are_those_of_the_run_that_is_started_from(tmp_path):
-    """Other data have other characters, and parameters know theirs by number."""
-    run, other = (
-        resolved(f"--config.init_from={tmp_path}", "--config.tokenizer.name=characters"),
-        Task("other", [Example(0, "xyz", "y", {})], [], None, None, {}),
-    )
-    for held in (CharTokenizer.from_texts(["abc"]), IntegerTokenizer(4)):
-        (tmp_path / "tokenizer.json").write_text(json.dumps(held.to_json()))
-        if isinstance(held, CharTokenizer):
-            assert make_tokenizer(run, other).to_json() == held.to_json()
-        else:
-            with pytest.raises(ValueError, match="has another tokenizer: name that"):
-                make_tokenizer(run, other)
-    run.config.init_from = None
-    assert set("xyz") <= set(make_tokenizer(run, other).to_json()["alphabet"])

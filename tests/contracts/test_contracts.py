@@ -225,6 +225,14 @@ def test_check_lists_all_that_is_broken_with_numbers(monkeypatch):
     assert "\n  masked_positions_get_no_gradient: logp has a gradient of 1" in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["dcpo_distribution", "hapo", "r2vpo"])
+def test_what_is_remembered_is_float64_under_x64(name):
+    with jax.enable_x64(True):
+        case = testing.case(name)
+        assert {x.dtype for x in case.objective.init().memory.values()} == {jnp.dtype(jnp.float64)}
+        testing.state_survives_a_checkpoint(case)
+
+
 def test_is_reached_from_the_package(monkeypatch):
     monkeypatch.delattr(jaxpo, "testing")
     assert jaxpo.testing is testing

@@ -116,8 +116,8 @@ def samplers(monkeypatch):
         said.append(value(who.params(run)))
         return types.SimpleNamespace(shared_prompt=2)
 
-    monkeypatch.setattr("jaxpo.protocols.judged.sampled", sampled)
-    monkeypatch.setattr("jaxpo.protocols.judged.arranged", lambda *args: "batch")
+    monkeypatch.setattr("jaxpo.protocols.comparisons.sampled", sampled)
+    monkeypatch.setattr("jaxpo.protocols.comparisons.arranged", lambda *args: "batch")
     return said
 
 
@@ -176,17 +176,17 @@ def test_extrapolation_of_iterates(alpha):
 @pytest.mark.parametrize(
     "protocol, options, message",
     [
-        ("apo_accelerated", dict(alpha=1.0), "alpha must lie in"),
+        ("apo_accelerated", dict(alpha=1.0), r"alpha must be a number in \[0, 1\), not 1.0"),
         ("apo_accelerated", dict(source="dta"), "data"),
         ("nash_mp", dict(stage=0), "stage must be"),
         ("egpo", dict(pairs="best"), "best_worst"),
         ("seppo", dict(size=1), "size must be"),
         ("preference_data", dict(rejected="none"), "policy"),
         ("judged", dict(ref_every=0), "ref_every must be"),
-        ("nash_ema", dict(b=1.5), "b must lie in"),
-        ("ipo_md", dict(beta=-1), "beta must lie in"),
+        ("nash_ema", dict(b=1.5), r"b must be a number in \[0, 1\], not 1.5"),
+        ("ipo_md", dict(beta=-1), r"beta must be a number in \[0, 1\], not -1"),
         ("rso", dict(n=3), "even number"),
-        ("rso", dict(beta=0), "beta must be positive"),
+        ("rso", dict(beta=0), "beta must be a positive number, not 0"),
     ],
 )
 def test_options_out_of_range(protocol, options, message):

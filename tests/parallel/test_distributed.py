@@ -228,7 +228,7 @@ def test_a_first_process_that_is_not_there_is_named():
         (["--coordinator=here", "--processes=2", "--process=0"], "the first one as host:port"),
         (["--coordinator=here:1", "--processes=2", "--process=2"], "--process=2 must be from 0 to 1"),
         (["--coordinator=here:1", "--processes=2"], "--process=-1 must be from 0 to 1"),
-        (["--processes=two"], "--processes=two: it is a number, how many processes the run has"),
+        (["--processes=two"], "--processes=two must be a number: how many processes the run has"),
     ],
 )
 def test_wrong_flags(flags, message):

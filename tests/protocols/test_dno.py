@@ -50,9 +50,9 @@ def test_old_pairs_that_are_not_there_do_not_count():
 
 
 REFUSED = [
-    (dict(old=0.5), "must lie in"),
+    (dict(old=0.5), "old must be"),
     (dict(old=0.0), "contradict"),
-    (dict(own_gap=0.0), "must be positive"),
+    (dict(own_gap=0.0), "own_gap must be a positive number, not 0.0"),
     (dict(repeats=1), "repeats must be a whole number of at least 2"),
 ]
 

@@ -9,18 +9,8 @@ import pytest
 from jaxpo.batch import Rollouts
 from jaxpo.fields import role_id
 from jaxpo.objectives import make
-from jaxpo.protocols.judged import (
-    answer_fields,
-    arranged,
-    judged,
-    labels,
-    nash_md,
-    ordered,
-    pick,
-    rso,
-    rso_sampler,
-    with_labels,
-)
+from jaxpo.protocols.comparisons import answer_fields, arranged, labels, ordered, pick, with_labels
+from jaxpo.protocols.judged import judged, nash_md, rso, rso_sampler
 from jaxpo.protocols.preference_data import with_samples, without_equal_pairs
 from jaxpo.runs import questions
 from jaxpo.runs.judges import judge
@@ -229,11 +219,11 @@ def test_who_gets_pairs_and_labels_of_a_judge():
 
 def test_rejection_sampling_of_the_best_and_of_the_first():
     scores = np.array([[0.0, 3.0, 1.0, 2.0]])
-    places, there = rso_sampler(scores, jax.random.key(0), beta=1e-6, n=3)
+    places, there = rso_sampler(beta=1e-6, n=3)(scores, jax.random.key(0))
     assert places.tolist() == [[1, 3, 2]] and there.all()
-    places, _ = rso_sampler(scores, jax.random.key(0), beta=1e9, n=3)
+    places, _ = rso_sampler(beta=1e9, n=3)(scores, jax.random.key(0))
     assert places.tolist() == [[0, 1, 2]]
-    assert rso_sampler(scores, jax.random.key(0), n=6)[1].tolist() == [[True] * 4 + [False] * 2]
+    assert rso_sampler(n=6)(scores, jax.random.key(0))[1].tolist() == [[True] * 4 + [False] * 2]
 
 
 # ---- data and samples side by side

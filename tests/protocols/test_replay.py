@@ -151,8 +151,8 @@ def test_tables_are_replaced_and_never_edited():
 @pytest.mark.parametrize(
     ("options", "message"),
     (
-        (dict(fraction=0.0), "fraction must be between 0 and 1, not 0.0"),
-        (dict(fraction=1.0), "fraction must be between 0 and 1, not 1.0"),
+        (dict(fraction=0.0), r"fraction must be a number in \(0, 1\), not 0"),
+        (dict(fraction=1.0), r"fraction must be a number in \(0, 1\), not 1"),
         (dict(capacity=0), "capacity must be a whole number of at least 1, not 0"),
         (dict(capacity=1.5), "capacity must be a whole number"),
     ),

@@ -299,14 +299,17 @@ def test_a_branch_stops_at_the_budget():
     (
         (dict(form="star"), "form"),
         (dict(interval=0), "interval must be a whole number of at least 1, not 0"),
-        (dict(form="tree", branching=(6, 0)), "branching must be a whole number of at least 1, not 0"),
+        (
+            dict(form="tree", branching=(6, 0)),
+            r"branching must be a tuple .each a whole number of at least 1., not \(6, 0\)",
+        ),
         (dict(form="tree", branching=()), "branching must name the children"),
         (dict(form="tree", segment=2.5), "segment must be a whole number"),
         (dict(form="tree", rollouts=3), "rollouts"),
         (dict(form="chain", segment=3), "segment"),
         (dict(form="chain", max_edges=3), "max_edges"),
-        (dict(form="chain", branching=(2, 2)), "branching and divide_std have no effect here"),
-        (dict(form="chain", divide_std=True), "branching and divide_std have no effect here"),
+        (dict(form="chain", branching=(2, 2)), "branching has no effect with form='chain'"),
+        (dict(form="chain", divide_std=True), "divide_std has no effect with form='chain'"),
     ),
 )
 def test_hyperparameters_are_checked(options, message):

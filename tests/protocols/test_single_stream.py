@@ -178,10 +178,10 @@ def test_more_prompts_than_there_are():
 @pytest.mark.parametrize(
     ("options", "message"),
     (
-        (dict(n0=-1), "n0 must be 0"),
+        (dict(n0=-1), "n0 must be a whole number of at least 0, not -1"),
         (dict(d_half=0.0), "d_half must be a positive number"),
         (dict(floor=0.0), "floor must be a positive number"),
-        (dict(rho_min=0.9, rho_max=0.8), r"rho_max in \[rho_min, 1\]"),
+        (dict(rho_min=0.9, rho_max=0.8), "rho_max must be at least rho_min, not 0.8 beside 0.9"),
     ),
 )
 def test_hyperparameters_are_checked(options, message):

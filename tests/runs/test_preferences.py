@@ -145,7 +145,7 @@ REFUSED = [
     ({"objective": {"name": "dno", "variant": "prct"}, "protocol": {"name": "dno_prct"}}, "is a grade from 1 to 6"),
     (DPO | {"training.microbatches": 8}, "would cut units of 2 rows"),
     (DPO | {"soup.of": ("a",)}, "config.soup.of"),
-    (DPO | {"sampling.max_new_tokens": 2}, "sampling.max_new_tokens, the limit, is 2"),
+    (DPO | {"sampling.max_new_tokens": 2}, "the limit sampling.max_new_tokens is 2"),
     (DPO | {"task": {"name": None}}, "config.task.name is None"),
     (
         {"objective": {"name": "nash_md"}, "protocol": {"name": None, "mixture": 0.5}},

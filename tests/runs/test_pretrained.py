@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from experiments import export, train_rl
 from jaxpo.config.fill import fill
-from jaxpo.config.resolved import transformer_of
+from jaxpo.config.resolve import resolve
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.hf import export as write_model
 from jaxpo.policy.hf import read_config
@@ -59,7 +59,7 @@ def test_out_of_a_run_into_another_and_out_again(finished, folder, tmp_path):
     shutil.rmtree(here)
     workspace, params, _ = open_finished(str(tmp_path / "run"), 0)
     tiny.assert_same_params(params, finished.result.params)
-    assert workspace.model.config == transformer_of(started_from(folder))
+    assert workspace.model.config == resolve(started_from(folder), 1).transformer()
     export.main([f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'again'}", "--step=0"])
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
     assert read_config(tmp_path / "again") == read_config(folder)
@@ -116,7 +116,7 @@ def test_tables_may_be_padded(tmp_path, vocab_size, fits):
 def test_how_to_compute_is_chosen_and_the_shape_is_not(folder):
     numerics = dict(dtype="bfloat16", param_dtype="bfloat16", scan_layers=False, remat="full")
     config = fill(started_from(folder, {f"policy.{name}": value for name, value in numerics.items()}))
-    made = transformer_of(config)
+    made = resolve(config, 1).transformer()
     assert {name: getattr(made, name) for name in numerics} == numerics and made.width == 16
     config.unlock()
     config.policy.width = 32

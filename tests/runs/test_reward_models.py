@@ -110,7 +110,7 @@ def test_several_models_and_what_weighs_them(reward_model, tmp_path, monkeypatch
         ((("one",), None, None, None), "either their weights or an adapter"),
         ((("one",), (1.0, 2.0), None, None), "not one for each of 1 paths"),
         ((("one",), None, "two", None), "is no run of preference_orchestrator"),
-        ((("one",), None, "adapter", None), "weighs 2 models, not 1"),
+        ((("one",), None, "adapter", None), "weighs 2 models, but paths names 1"),
     ):
         with pytest.raises(ValueError, match=message):
             judges.by_models(*arguments)

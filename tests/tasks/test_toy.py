@@ -94,7 +94,7 @@ def test_errors():
         game.reward(encoded(game, ["123"]), jnp.zeros((1, 3), int), jnp.ones((1, 3)))
     with pytest.raises(ValueError, match="digits must be a whole number of at least 1, not 0"):
         ReverseDigits(digits=0)
-    with pytest.raises(ValueError, match="digits=30 of base 10 are more prompts than can be numbered"):
+    with pytest.raises(ValueError, match="digits=30 of base 10 give more prompts than can be numbered"):
         toy(5, 5, seed=0, digits=30)
     with pytest.raises(ValueError, match="base must be a whole number in"):
         ReverseDigits(base=1)

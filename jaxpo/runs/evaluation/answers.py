@@ -1,4 +1,4 @@
-"""Accuracy with honest error bars: greedy decoding and unbiased pass@k."""
+"""Accuracy with error bars: greedy decoding and unbiased pass@k."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -19,22 +19,24 @@ Z95 = 1.959963984540054
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """``1 - C(n - c, k) / C(n, k)``: unbiased estimate of the chance that one of k samples is right, from n
-    (arXiv:2107.03374, eq. 1)."""
+    """Estimate, without bias, the chance that at least one of k samples is right (arXiv:2107.03374, eq. 1).
+
+    ``1 - C(n - c, k) / C(n, k)`` from n samples, c of them correct.
+    """
     if not 1 <= k <= n:
         raise ValueError(f"pass@{k} needs 1 <= k <= n samples, and there are {n}")
     return 1.0 - math.prod((n - correct - i) / (n - i) for i in range(k))
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
-    """95% Wilson interval of a share."""
+    """The 95% Wilson interval of the share ``successes / n``."""
     p, z2 = successes / n, Z95**2
     middle, half = (p + z2 / (2 * n)) / (1 + z2 / n), Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean over prompts and its 95% normal interval, inside [0, 1]."""
+    """The mean over prompts and its 95% interval (normal; Wilson if all values are 0 or all are 1), inside [0, 1]."""
     x = np.asarray(values, np.float64)
     if len(x) and x.min() == x.max() and x[0] in (0, 1):
         return float(x[0]), *wilson(int(x.sum()), len(x))
@@ -52,8 +54,10 @@ def complete(
     responses: int = 1,
     chunk: int | None = None,
 ) -> Iterator[tuple[np.ndarray, Rollouts]]:
-    """Generate for all prompts in chunks of one shape; yields (indices of the chunk's prompts, their rollouts as
-    numpy)."""
+    """Generate completions of all prompts, in chunks of one shape.
+
+    Yields (indices of the chunk's prompts, their rollouts in NumPy).
+    """
     params = workspace.programs.sampler_params(params)
     chunk = chunk or min(len(prompts), workspace.config.rollout.prompts * workspace.config.rollout.responses)
     chunk = -(-chunk // shard_count(workspace)) * shard_count(workspace)
@@ -67,8 +71,11 @@ def complete(
 
 
 def greedy(workspace: Workspace, params: Params, prompts: Prompts) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Greedy accuracy: ``eval/greedy`` with its Wilson interval (``_lo``, ``_hi``), ``eval/reward``, ``eval/errors``,
-    and every decoded sample. Where nothing verifies answers there are samples alone, of the first chunk."""
+    """Measure greedy accuracy; return metrics and every decoded sample.
+
+    The metrics are ``eval/greedy`` with its Wilson interval (``_lo``, ``_hi``), ``eval/reward`` and ``eval/errors``. If
+    nothing verifies answers, there are no metrics, and only the samples of the first chunk.
+    """
     options = workspace.sampling.replace(greedy=True, temperature=1.0, top_k=None, top_p=None, min_p=None)
     samples, verdicts = [], np.zeros((0, 3))
     for indices, rollouts in complete(workspace, params, prompts, options, jax.random.key(0)):
@@ -97,8 +104,10 @@ def greedy(workspace: Workspace, params: Params, prompts: Prompts) -> tuple[dict
 def sampled(
     workspace: Workspace, params: Params, prompts: Prompts, key: Array, *, samples: int, ks: Sequence[int]
 ) -> dict[str, float]:
-    """``eval/pass@k`` for each k with its 95% interval over prompts, from ``samples`` completions of each prompt at
-    the run's sampling settings."""
+    """Measure ``eval/pass@k`` for each k, with its 95% interval over prompts.
+
+    It uses ``samples`` completions of each prompt at the run's sampling settings.
+    """
     responses = workspace.config.rollout.responses
     right = np.zeros(len(prompts), np.int64)
     drawn = 0

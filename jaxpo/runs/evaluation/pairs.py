@@ -1,4 +1,4 @@
-"""What a run has learned of preferences that it was not trained on: metrics of held-out units."""
+"""Metrics of held-out units: how well a run does on preferences that it was not trained on."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -22,24 +22,26 @@ from jaxpo.runs.iteration import score_references
 from jaxpo.runs.workspace import Workspace
 
 SHOWN = ("eval/accuracy", "eval/ece", "eval/margin", "eval/ranking_accuracy", "eval/idealized_accuracy")
-START = "start_logp"  # table: log-probs of the held-out answers under the policy at the start [units, rows of a unit]
-LABELS_ONLY = 0.75  # share of annotators who agree with a hard label, where nothing says it (arXiv:2405.19534)
+START = "start_logp"  # table [units, rows of a unit]: log-probs of the held-out answers under the first policy
+LABELS_ONLY = 0.75  # assumed share of annotators who agree with a hard label (arXiv:2405.19534)
 
 
 def measurable(workspace: Workspace) -> bool:
-    """Whether there are held-out units, of answers that are all given."""
+    """Whether there are held-out units whose answers are all in the data."""
     data = workspace.preferences
     return data is not None and bool(data.test) and len(data.form.given) == len(data.form.layout)
 
 
 def how_many(workspace: Workspace) -> str:
-    """How many held-out pairs, or labelled answers, there are."""
+    """The number of held-out pairs or labelled answers, in words."""
     return f"{len(workspace.preferences.test)} held-out {'pairs' if workspace.preferences.form.layout else 'answers'}"
 
 
 def chunks(workspace: Workspace) -> Iterator[tuple[np.ndarray, Rollouts]]:
-    """Held-out units in batches of the size of an iteration: their places, and the rows; the last batch is filled up
-    with rows of count 0."""
+    """Yield the held-out units in batches of the size of an iteration: their indices, and the rows.
+
+    The last batch is filled up with rows of count 0.
+    """
     data, n = workspace.preferences, workspace.config.rollout.prompts
     for start in range(0, len(data.test), n):
         real = np.arange(start, min(start + n, len(data.test)))
@@ -50,7 +52,7 @@ def chunks(workspace: Workspace) -> Iterator[tuple[np.ndarray, Rollouts]]:
 
 
 def sums(workspace: Workspace, params: Params) -> np.ndarray:
-    """[units, rows of a unit] log-probs of the held-out answers."""
+    """Log-probs of the held-out answers [units, rows of a unit]."""
     out = []
     for real, batch in chunks(workspace):
         logp = to_host(workspace.score(params, as_scored(batch)).logp)
@@ -60,7 +62,7 @@ def sums(workspace: Workspace, params: Params) -> np.ndarray:
 
 
 def tables(workspace: Workspace) -> dict[str, np.ndarray]:
-    """The table that a checkpoint holds, of pairs that the policy itself is to rank."""
+    """The table of first log-probs that a checkpoint holds, if the policy itself ranks held-out pairs; {} otherwise."""
     data = workspace.preferences
     scores = workspace.objective.asks.wants & set(heads.NAMES)  # a reward model's log-probs say nothing
     if data is None or not data.test or data.form.kind != "pair" or scores:
@@ -69,28 +71,36 @@ def tables(workspace: Workspace) -> dict[str, np.ndarray]:
 
 
 def started(workspace: Workspace, params: Params, tables: dict[str, Any]) -> dict[str, Any]:
-    """The tables at the start of a run."""
+    """The tables at the start of a run, filled with the log-probs of ``params``."""
     return {**tables, START: sums(workspace, params).astype(np.float32)} if START in tables else tables
 
 
 def held_out(workspace: Workspace, run: Run) -> dict[str, float]:
-    """``eval/<metric>`` of the objective on held-out units (not where fresh samples belong to them, as in HyPO), and of
-    pairs how log-probs have moved since the start of the run and how the policy ranks answers; {} without held-out
-    units.
+    """Measure the run on held-out units; {} without them.
 
-    ``eval/accuracy``, ``eval/margin``: of the objective's own margin. ``eval/logp_<role>``, ``eval/drift_<role>``: mean
-    log-prob of the answers, and its change. ``eval/reward_accuracy``: share of pairs whose chosen answer has gained
-    more; ``eval/ranking_accuracy``: share whose chosen answer is more likely; ``eval/idealized_accuracy``: the share
-    that the optimum of DPO with the objective's beta would rank right (arXiv:2405.19534), if it has one
-    (`Objective.beta`). ``eval/kl``: mean of ``logp - logp_ref`` over whole answers of the policy's own, if there is a
-    reference.
+    The objective's own metrics (not if a unit needs fresh samples, as in HyPO):
+
+      eval/loss                   the objective's loss
+      eval/<metric>               its preference metrics, such as ``eval/accuracy`` and ``eval/margin`` (of its margin)
+
+    For pairs that the policy ranks:
+
+      eval/logp_<role>            mean log-prob of the answers
+      eval/drift_<role>           its change since the start of the run
+      eval/reward_accuracy        share of pairs whose chosen answer has gained more log-prob than the rejected one
+      eval/ranking_accuracy       share of pairs whose chosen answer is more likely
+      eval/difficulty             mean log-prob of the rejected answer minus the chosen one, at the start of the run
+      eval/idealized_accuracy     share that the optimum of DPO with the objective's beta (`Objective.beta`) would rank
+                                  right (arXiv:2405.19534); only if it has one
+      eval/kl                     mean of ``logp - logp_ref``, summed over whole answers that the policy samples; only
+                                  with a reference
     """
     out = measured(workspace, run) if measurable(workspace) else {}
     return out | ranked(workspace, run) | implicit_kl(workspace, run) if START in run.tables else out
 
 
 def measured(workspace: Workspace, run: Run) -> dict[str, float]:
-    """The objective's loss and its metrics of preferences, of all held-out units as one batch."""
+    """The objective's loss and preference metrics, with all held-out units as one batch."""
     stage, batches = make_stage(workspace, Watch()), []
     for i, (_, batch) in enumerate(chunks(workspace)):
         batch = batch.replace(group=batch.group + i * batch.rows)  # groups of different chunks stay apart
@@ -102,13 +112,15 @@ def measured(workspace: Workspace, run: Run) -> dict[str, float]:
 
 
 def implicit_kl(workspace: Workspace, run: Run) -> dict[str, float]:
-    """``eval/kl``: mean of ``sum_t (logp - logp_ref)`` over answers that the policy samples to ``rollout.prompts`` test
-    prompts; {} without a reference."""
+    """Measure ``eval/kl``: the mean of ``sum_t (logp - logp_ref)`` over answers that the policy samples.
+
+    It samples for ``rollout.prompts`` test prompts; {} without a reference.
+    """
     if "ref" not in run.references:
         return {}
     n, params = workspace.config.rollout.prompts, run.state.params
     prompts = workspace.questions.test
-    at = np.resize(np.arange(len(prompts)), n)  # whole batches: in turn, if there are fewer
+    at = np.resize(np.arange(len(prompts)), n)  # a whole batch: prompts repeat if there are fewer
     first = prompts.take(at)
     options = dict(responses=workspace.config.rollout.responses, chunk=n)
     (_, rollouts), *_ = answers.complete(workspace, params, first, workspace.sampling, jax.random.key(0), **options)
@@ -118,7 +130,7 @@ def implicit_kl(workspace: Workspace, run: Run) -> dict[str, float]:
 
 
 def ranked(workspace: Workspace, run: Run) -> dict[str, float]:
-    """Drift and ranking of held-out pairs."""
+    """Metrics of how log-probs of held-out pairs have moved, and of how the policy ranks them."""
     now, start, layout = sums(workspace, run.state.params), run.tables[START], workspace.preferences.form.layout
     w, l = (layout.index(role) for role in PAIR)  # noqa: E741
     pref_prob = [entry[w].numbers.get("pref_prob", LABELS_ONLY) for entry in workspace.preferences.test]

@@ -1,8 +1,8 @@
 """How good a reward or preference model is: accuracy and calibration on held-out pairs.
 
-Calibration asks whether it is right as often as it is sure: of the pairs on which the model gives an answer a
-probability of winning of about 0.8, about 80 % should be won. ``reliability.json`` and ``reliability.png`` in the run
-directory show it bin by bin.
+A calibrated model is right as often as it is sure: among pairs where it gives one answer a probability of winning of
+about 0.8, that answer should win about 80 %. ``reliability.json`` and ``reliability.png`` in the run directory show
+this bin by bin.
 """
 
 from typing import Any
@@ -23,9 +23,11 @@ BINS = 10
 
 
 def stated(workspace: Workspace, params: Params) -> tuple[np.ndarray, np.ndarray]:
-    """[N] the model's probability that the chosen answer of a held-out pair beats the rejected one, and what is known
-    of it: pref_prob where the data give it, 1 otherwise. Of labelled answers the probability of a good label, and the
-    label."""
+    """The model's probabilities on held-out data, and the known outcomes: two arrays [N].
+
+    For pairs: the probability that the chosen answer beats the rejected one, and pref_prob if the data give it,
+    otherwise 1. For labelled answers: the probability of a good label, and the label.
+    """
     form, said = workspace.preferences.form, []
     w, l = (form.layout.index(role) for role in PAIR) if form.layout else (0, 0)  # noqa: E741
     for real, batch in chunks(workspace):
@@ -41,11 +43,12 @@ def stated(workspace: Workspace, params: Params) -> tuple[np.ndarray, np.ndarray
 
 
 def calibration(p: np.ndarray, outcome: np.ndarray) -> tuple[dict[str, float], dict[str, Any]]:
-    """Metrics, and the bins of the reliability picture.
+    """Compute metrics of calibration, and the bins of the reliability plot.
 
-    ``eval/accuracy``: share of pairs ordered as labelled, with its Wilson interval; ``eval/confidence``: mean
-    ``max(p, 1 - p)``; ``eval/ece``: expected calibration error over 10 bins from 1/2 to 1; ``eval/brier``: mean
-    ``(p - outcome)^2``.
+    eval/accuracy: share of pairs ordered as labelled, with its Wilson interval (``_lo``, ``_hi``).
+    eval/confidence: mean ``max(p, 1 - p)``.
+    eval/ece: expected calibration error over 10 bins from 1/2 to 1.
+    eval/brier: mean ``(p - outcome)^2``.
     """
     confidence, right = diagnostics.confident(p, outcome)
     accuracy = float(np.mean(right))

@@ -1,1 +1,1 @@
-"""Who decides between answers."""
+"""Judges: they decide which of several answers is better."""

@@ -1,7 +1,7 @@
-"""Who decides between answers: a verifier, a function of the user's, or a trained reward or preference model.
+"""Judges of answers: a verifier, the user's own function, or a trained reward or preference model.
 
-A judge looks at all answers to a prompt at once and gives a `Verdict`; ``config.judge`` names it. It is registered as a
-factory of its options that returns ``(workspace) -> opinion``, and an opinion is ``(examples [G], answers [G][K]) ->
+A judge sees all answers to a prompt at once and gives a `Verdict`; ``config.judge`` names it. A judge is registered as
+a function of its options that returns ``(workspace) -> opinion``; an opinion is ``(examples [G], answers [G][K]) ->
 Verdict``.
 """
 
@@ -28,19 +28,20 @@ from jaxpo.tasks.base import locate
 from jaxpo.tasks.preferences.encode import with_trace
 from jaxpo.text.tokenizers import question_of
 
-STEP = 32  # widths of what a model judges are rounded up to this: few shapes are compiled
-ON_MESH = ("model", "models", "follow_ups")  # judges that compute on it
+STEP = 32  # widths of rows to judge are rounded up to multiples of this, so that few shapes are compiled
+ON_MESH = ("model", "models", "follow_ups")  # judges that compute on the mesh
 
 
 Judge = Callable[[Workspace], Opinion]
 
 
 def make_judge(workspace: Workspace) -> Callable[..., Verdict]:
-    """``(examples, *columns) -> Verdict`` of the judge that the config names. ``columns``: batches with answers to the
-    same prompts in the same order; their answers stand side by side.
+    """Make ``(examples, *columns) -> Verdict`` from the judge that the config names.
+
+    ``columns`` are batches with answers to the same prompts in the same order; their answers are judged side by side.
 
     Raises:
-      ValueError: the run has no verifier, or what is named is no judge.
+      ValueError: the run has no verifier, or the name is not a judge.
     """
     block = workspace.config.judge
     opinion = made(block, "judge")(workspace)
@@ -49,25 +50,33 @@ def make_judge(workspace: Workspace) -> Callable[..., Verdict]:
 
 @register("judge")
 def verifier(scale: float | None = None) -> Judge:
-    """The task's rewards are the scores.
+    """Judge by the task's rewards as scores.
 
     Args:
-      scale: ``P(i beats j) = sig(scale (s_i - s_j))``; None: the higher score wins.
+      scale: ``P(i beats j) = sigmoid(scale (s_i - s_j))``; None = the higher score wins.
     """
     return lambda workspace: partial(verified, workspace.task, scale)
 
 
 @register("judge")
 def function(path: str, scale: float | None = None) -> Judge:
-    """A function ``"module:function"`` of (questions [G], answers [G][K]) gives scores [G, K], or win probabilities
-    [G, K, K]. scale: as of `verifier`."""
+    """Judge by a function of (questions [G], answers [G][K]) that gives scores [G, K] or win probabilities [G, K, K].
+
+    Args:
+      path: ``"module:function"``.
+      scale: as for `verifier`; for scores only.
+    """
     return lambda workspace: partial(by_function, path, scale)
 
 
 @register("judge")
 def model(path: str, scale: float | None = None) -> Judge:
-    """The run directory of ``experiments.train_reward``: scores of its score head, or preferences of its embeddings.
-    scale: as of `verifier`; None = 1."""
+    """Judge by a trained model: the scores of its score head, or the preferences of its embeddings.
+
+    Args:
+      path: a run directory of ``experiments.train_reward``.
+      scale: as for `verifier`, but None = 1; for scores only.
+    """
     return lambda workspace: by_model(path, scale, characters(workspace))
 
 
@@ -75,15 +84,27 @@ def model(path: str, scale: float | None = None) -> Judge:
 def models(
     paths: tuple = (), weights: tuple | None = None, adapter: str | None = None, scale: float | None = None
 ) -> Judge:
-    """Several run directories of reward models: a sum of their scores by ``weights`` (RLUF), or by what the run
-    ``adapter`` gives to each prompt (Preference Orchestrator). scale: as of `verifier`."""
+    """Judge by a weighted sum of the scores of several reward models.
+
+    Args:
+      paths: run directories of the reward models.
+      weights: one fixed weight for each model (RLUF). Give this or ``adapter``.
+      adapter: run directory of a model that weighs them for each prompt (Preference Orchestrator).
+      scale: as for `verifier`.
+    """
     return lambda workspace: by_models(tuple(paths), weights, adapter, scale, characters(workspace))
 
 
 @register("judge", id="follow_ups")
 def what_comes_next(path: str, file: str, between: str = "\n", scale: float | None = None) -> Judge:
-    """The run directory of a language model: how likely it finds what a happy user says next
-    (`jaxpo.runs.judges.follow_ups`). scale: as of `verifier`."""
+    """Judge by how likely a language model finds the reply of a happy user (`jaxpo.runs.judges.follow_ups`).
+
+    Args:
+      path: run directory of the language model.
+      file: the file of follow-ups.
+      between: the text between an answer and a follow-up.
+      scale: as for `verifier`.
+    """
 
     def judge(workspace: Workspace) -> Opinion:
         scores = follow_ups.scorer(path, file, between)
@@ -93,7 +114,10 @@ def what_comes_next(path: str, file: str, between: str = "\n", scale: float | No
 
 
 def of_scores(scores: np.ndarray, scale: float | None) -> Verdict:
-    """``P(i beats j) = sig(scale (s_i - s_j))``; without a scale the higher score wins, equal ones are even."""
+    """The verdict of scores: ``P(i beats j) = sigmoid(scale (s_i - s_j))``.
+
+    Without a scale the higher score wins, and equal scores give 1/2.
+    """
     scores = np.asarray(scores, np.float64)
     if not np.isfinite(scores).all():
         raise ValueError("the judge's scores are not finite")
@@ -103,7 +127,10 @@ def of_scores(scores: np.ndarray, scale: float | None) -> Verdict:
 
 
 def of_wins(wins: np.ndarray) -> Verdict:
-    """An answer's score is its mean win probability against the answers to its prompt, itself among them (SPPO)."""
+    """The verdict of win probabilities.
+
+    An answer's score is its mean win probability against all answers to its prompt, itself included (SPPO).
+    """
     wins = np.asarray(wins, np.float64)
     if not ((wins >= 0) & (wins <= 1)).all():
         raise ValueError("the judge's win probabilities must lie in [0, 1]")
@@ -111,7 +138,7 @@ def of_wins(wins: np.ndarray) -> Verdict:
 
 
 def verified(task: Task, scale: float | None, examples: Sequence[Example], answers: Answers) -> Verdict:
-    """By the task's rewards."""
+    """Judge by the task's rewards."""
     if task.score is None:
         raise ValueError(
             "config.judge.name is 'verifier', but nothing verifies answers: set config.task.name or a judge"
@@ -122,7 +149,7 @@ def verified(task: Task, scale: float | None, examples: Sequence[Example], answe
 
 
 def by_function(path: str, scale: float | None, examples: Sequence[Example], answers: Answers) -> Verdict:
-    """By a function of the user's."""
+    """Judge by the user's own function."""
     said = np.asarray(locate(path)([e.question for e in examples], answers), np.float64)
     shape = (len(answers), len(answers[0]))
     if said.shape == shape:
@@ -141,10 +168,10 @@ def characters(workspace: Workspace) -> list[str]:
 
 
 def by_model(path: str, scale: float | None, characters: Sequence[str] = ()) -> Opinion:
-    """By a trained model: its score head, or its embeddings and gate (general preference model).
+    """Judge by a trained model: its score head, or its embeddings and gate (general preference model).
 
     Raises:
-      ValueError: no run directory, not of such a model, or one that cannot read all of these ``characters``.
+      ValueError: no run directory, a run of another kind of model, or a model that cannot read all ``characters``.
     """
     try:
         workspace, params, _ = open_finished(path, examples=False)
@@ -163,7 +190,7 @@ def by_model(path: str, scale: float | None, characters: Sequence[str] = ()) -> 
         except ValueError as error:
             raise ValueError(
                 f"config.judge.path {path!r}: the model cannot read what this run asks or may answer: {error}; train "
-                "it with a tokenizer that has all of its characters"
+                "it with a tokenizer that has all of this run's characters"
             ) from None
 
     def judge(examples: Sequence[Example], answers: Answers) -> Verdict:
@@ -181,24 +208,27 @@ def by_models(
     scale: float | None,
     characters: Sequence[str] = (),
 ) -> Opinion:
-    """By the sum of the scores of M trained models, weighed by fixed numbers, or by the gate of a finished run of
-    `preference_orchestrator`, prompt by prompt: what the rewards ``rluf`` and ``preference_orchestrator`` say."""
+    """Judge by a weighted sum of the scores of M trained models.
+
+    The weights are fixed (reward ``rluf``), or the gate of a finished run of `preference_orchestrator` gives them for
+    each prompt (reward ``preference_orchestrator``).
+    """
     if not paths or (weights is None) == (adapter is None):
         raise ValueError("config.judge: name the models in paths, and give either their weights or an adapter")
     models = [by_model(path, None, characters) for path in paths]
     if adapter is None:
         if len(weights) != len(paths):
-            raise ValueError(f"config.judge.weights {tuple(weights)} are not one for each of {len(paths)} paths")
+            raise ValueError(f"config.judge.weights {tuple(weights)} must hold a weight for each of {len(paths)} paths")
         reward = make("rluf", "reward", weights=tuple(weights))
     else:
         workspace, params, _ = open_finished(adapter, examples=False)
         if workspace.objective.asks.wants & JUDGING != {"gate"}:
             raise ValueError(
-                f"config.judge.adapter {adapter!r} is no run of preference_orchestrator: it has no such gate"
+                f"config.judge.adapter {adapter!r} is not a run of preference_orchestrator: it lacks the gate"
             )
         if workspace.config.heads.gate != len(paths):
             raise ValueError(
-                f"config.judge.adapter weighs {workspace.config.heads.gate} models, not {len(paths)} of paths"
+                f"config.judge.adapter weighs {workspace.config.heads.gate} models, but paths names {len(paths)}"
             )
         reward = make("preference_orchestrator", "reward")
 
@@ -206,7 +236,7 @@ def by_models(
         scores = np.stack([model(examples, answers).scores for model in models], -1)
         flat, k = scores.reshape(-1, len(paths)), scores.shape[1]
         said = {"obj_scores": flat}
-        if adapter is not None:  # the gate reads the prompt alone, whatever is answered
+        if adapter is not None:  # the gate reads the prompt alone, so the answer is empty
             gate = heads_say(workspace, params, examples, [[""]] * len(examples)).gate
             said = {"cand_scores": flat, "adapter_logits": np.repeat(gate, k, 0)}
         batch = Rollouts(mask=np.ones((len(flat), 1)), **said)
@@ -216,7 +246,7 @@ def by_models(
 
 
 def heads_say(workspace: Workspace, params: Params, examples: Sequence[Example], answers: Answers) -> TokenStats:
-    """What the heads say of K answers to each of G prompts: rows [G K] (NumPy)."""
+    """The outputs of the heads for K answers to each of G prompts: rows [G K] (NumPy)."""
     rows = rows_of(workspace, examples, answers)
     spread = pad(rows, rows=-(-rows.rows // shard_count(workspace)) * shard_count(workspace))
     stats = to_host(workspace.programs.score_heads(params, workspace.put(spread)))
@@ -224,8 +254,15 @@ def heads_say(workspace: Workspace, params: Params, examples: Sequence[Example],
 
 
 def of_stats(workspace: Workspace, stats: TokenStats, shape: tuple[int, int], scale: float | None = None) -> Verdict:
-    """Of what the heads of a reward model say of K answers to each of G prompts: ``shape`` is (G, K), rows in that
-    order. The score of a model of labels (`rluf`) is the probability of a good one."""
+    """Turn the head outputs of a reward model into a verdict.
+
+    Args:
+      stats: head outputs for K answers to each of G prompts, rows in that order.
+      shape: (G, K).
+      scale: as for `verifier`; None = 1. Scores only.
+
+    A model of labels (`rluf`) scores an answer by the probability of a good label.
+    """
     if "score" in workspace.objective.asks.wants:
         score = np.asarray(stats.score, np.float64).reshape(shape)
         score = 1 / (1 + np.exp(-score)) if "label" in workspace.objective.asks.needs else score
@@ -235,7 +272,7 @@ def of_stats(workspace: Workspace, stats: TokenStats, shape: tuple[int, int], sc
 
 
 def rows_of(workspace: Workspace, examples: Sequence[Example], answers: Answers) -> Rollouts:
-    """Questions and answers, and the tool calls of its trace, in the model's own tokens."""
+    """Rows of questions and answers, with the tool calls of the model's trace, in the model's own tokens."""
     tokenizer = workspace.tokenizer
     questions = [tokenizer.encode(tokenizer.render(e.question)) for e in examples]
     tracer = locate(workspace.config.trace) if workspace.config.trace else lambda question, answer: ()

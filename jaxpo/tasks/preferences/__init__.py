@@ -1,1 +1,1 @@
-"""Preferences: records of answers, sets of them from files or tasks, and their encoding as rows of tokens."""
+"""Preferences: records of answers, sets of records from files or tasks, and their encoding as rows of tokens."""

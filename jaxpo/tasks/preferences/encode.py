@@ -1,4 +1,4 @@
-"""From rows of preferences to batches: kinds turned into each other, tokens, and units of consecutive rows."""
+"""Turn rows of preferences into batches: convert between kinds, encode as tokens, and lay out units of rows."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ from jaxpo.tasks.preferences.traces import Trace
 from jaxpo.text.tokenizers import Tokenizer
 
 NONE: Mapping[str, Any] = MappingProxyType({})
-# How a prompt holds a draft, for roles like chosen_given_rejected, and both answers, for a rationale.
+# Prompts that hold a draft (for roles like chosen_given_rejected) or both answers (for a rationale).
 TEMPLATES = {
     "draft_prompt": "{prompt}\n\nDraft: {draft}\n\nBetter:",
     "rationale_prompt": "{prompt}\n\nA: {chosen}\n\nB: {rejected}\n\nWhy is A better?",
@@ -27,8 +27,16 @@ TEMPLATES = {
 
 
 class Tokens(NamedTuple):
-    """An answer as tokens, its end among them, with its prompt's. ``segment``: what each token of it belongs to (0, or
-    of `jaxpo.tasks.preferences.traces.KINDS`). ``weights``: of its tokens, by name."""
+    """An answer and its prompt as tokens.
+
+    Attributes:
+      role: the answer's role.
+      prompt: token ids of the prompt.
+      answer: token ids of the answer, with the end-of-sequence id.
+      numbers: what is known of the answer, by name.
+      segment: the segment of each answer token: 0, or a value of `jaxpo.tasks.preferences.traces.KINDS`.
+      weights: weights of the answer tokens, by name.
+    """
 
     role: str
     prompt: list[int]
@@ -38,22 +46,22 @@ class Tokens(NamedTuple):
     weights: Mapping[str, Sequence[float]] = {}
 
 
-Encoded = list[tuple[Tokens, ...]]  # an entry a row
+Encoded = list[tuple[Tokens, ...]]  # one entry for each row
 
 
 # ---- kinds
 
 
 def as_kind(rows: Sequence[Row], have: str, want: str) -> list[Row]:
-    """Rows of another kind (of `jaxpo.tasks.preferences.records.KINDS`).
+    """Convert rows to another kind (`jaxpo.tasks.preferences.records.KINDS`).
 
-    A pair is two labelled answers (1, 0) or two scored ones (1, 0); scored answers make the pair of the best and the
-    worst (ties to the first), with their scores as ``rm`` and the difference as ``margin``; of an expert's edits the
-    ground truth is chosen and the model's own answer rejected.
+    A pair becomes two labelled answers (1, 0) or two scored answers (1, 0). Scored answers become the pair of the best
+    and the worst (the first one in a tie), with their scores as ``rm`` and the difference as ``margin``. In a row of an
+    expert's edits the ground truth becomes chosen and the model's own answer rejected.
 
     Raises:
-      ValueError: labelled answers do not say which other answer they are to be compared with, and nothing else is an
-        expert's edit.
+      ValueError: labelled answers cannot become another kind (nothing says which two to compare), and no other kind can
+        become an expert's edits.
     """
     if want not in KINDS:
         raise ValueError(unknown("kind of preferences", want, KINDS))
@@ -61,8 +69,8 @@ def as_kind(rows: Sequence[Row], have: str, want: str) -> list[Row]:
         return list(rows)
     if have == "label":
         raise ValueError(
-            f"the data are labelled answers, and this objective needs {want!r} rows: choose kto, or another objective "
-            "of labels, or data with " + " and ".join(KINDS[want])
+            f"the data are labelled answers, and this objective needs {want!r} rows: choose an objective of "
+            "labels, such as kto, or data with " + " and ".join(KINDS[want])
         )
     if want == "edited":
         raise ValueError(f"the data are {have!r} rows, and this objective needs the fields {', '.join(KINDS[want])}")
@@ -79,7 +87,7 @@ def as_kind(rows: Sequence[Row], have: str, want: str) -> list[Row]:
 
 
 def best_against_worst(row: Row) -> Row:
-    """The pair of the highest and the lowest score."""
+    """The pair of the answers with the highest and the lowest score."""
     scores = [a.numbers["reward"] for a in row.answers]
     best, worst, _ = preference_data.best_and_worst(np.asarray([scores], np.float64))
     gap = max(scores) - min(scores)
@@ -121,22 +129,25 @@ def encode(
     bad: str = "error",
     templates: Mapping[str, str] = NONE,
 ) -> tuple[Encoded, dict[str, float]]:
-    """The rows as tokens, and what was dropped (as `Sieve.report`).
+    """Encode rows as tokens; also return counts of the dropped rows (`Sieve.report`).
 
-    A prompt is rendered as a question (messages by the chat template), an answer ends with the first end-of-sequence
-    id.
+    A prompt is rendered as a question (messages by the chat template), and an answer ends with the first
+    end-of-sequence id.
 
     Args:
-      roles: those a unit has; () = the row's own. A role ``A_given_B`` that a row lacks is its answer A to a prompt
-        that holds its answer B; a rationale without a prompt of its own is given to one that holds both answers.
-      templates: of those prompts, instead of ``TEMPLATES``.
-      numbers: that every answer must have; sizes: how many there are of each, where they are lists.
-      weights: of tokens, by name: those of the spans that the row weighs, 1 elsewhere.
-      prompt_width, width: tokens of the longest prompt and answer that are let in; None = any.
-      bad: "error" or "drop", as of `jaxpo.tasks.preferences.sets`.
+      roles: the roles of a unit; () = the roles of each row. If a row lacks a role ``A_given_B``, its answer A is used,
+        after a prompt that holds its answer B. A rationale without its own prompt follows a prompt that holds both
+        answers.
+      numbers: names of the numbers that every answer must have.
+      sizes: the length of each number that is a list, by name.
+      weights: names of token weights to encode. Tokens in a weighted span get its weight, other tokens 1.
+      prompt_width: the most tokens of a prompt; None = any number.
+      width: the most tokens of an answer; None = any number.
+      bad: what to do with a bad row: "error" or "drop" (`jaxpo.tasks.preferences.sets`).
+      templates: templates for prompts that hold answers, instead of ``TEMPLATES``.
 
     Raises:
-      ValueError: a bad row, if that is an error: too long, without a role or a number, of unknown characters, or with
+      ValueError: with ``bad="error"``, a row that is too long, lacks a role or a number, has unknown characters, or has
         answers that are equal as tokens.
     """
     sieve, out = Sieve(bad), []
@@ -156,7 +167,7 @@ def encode_row(
     encode_answer: Callable[[Row, Answer], Tokens],
     check: Callable[[Tokens], None],
 ) -> tuple[Tokens, ...]:
-    """The answers of one row in the order of ``roles``; `BadRow` as `encode` says."""
+    """Encode the answers of one row in the order of ``roles``; `BadRow` for the errors that `encode` lists."""
     out = tuple(encode_answer(row, a) for a in ([with_role(row, r, templates) for r in roles] or row.answers))
     for tokens in out:
         check(tokens)
@@ -167,7 +178,7 @@ def encode_row(
 
 
 def encode_answer(row: Row, answer: Answer, tokenizer: Tokenizer, weights: Mapping[str, Sequence[bytes]]) -> Tokens:
-    """An answer and its prompt as tokens; ``weights``: names of weights -> the tokenizer's bytes by id."""
+    """Encode an answer and its prompt; ``weights``: name of a weight -> the bytes of each token id."""
     try:
         prompt = tokenizer.encode(tokenizer.render(row.prompt if answer.prompt is None else answer.prompt))
         text, segment = with_trace(tokenizer, answer.text, answer.trace)
@@ -181,16 +192,22 @@ def encode_answer(row: Row, answer: Answer, tokenizer: Tokenizer, weights: Mappi
 
 
 def token_weights(answer: Answer, name: str, ids: Sequence[int], pieces: Sequence[bytes], size: int) -> np.ndarray:
-    """[size] weights of the tokens of an answer, of which ``ids`` are its text's: a token that shares a byte with a
-    span has its weight (of two spans the later one's), others 1."""
+    """The weights [size] of an answer's tokens.
+
+    A token that shares a byte with a span gets the span's weight (the later span's, if it touches two); others get 1.
+
+    Args:
+      ids: tokens of the answer's text, the first of the ``size`` tokens.
+      pieces: the bytes of each token id.
+    """
     out, text = np.ones(size), answer.text
     spans = place(text, answer.weights.get(name, ()), name)
     if not spans:
         return out
     lengths = np.array([len(pieces[i]) for i in ids])
-    ahead = int(lengths.sum()) - len(text.encode())  # what the tokenizer puts before a text
+    ahead = int(lengths.sum()) - len(text.encode())  # bytes that the tokenizer puts before a text
     if ahead < 0 or b"".join(pieces[i] for i in ids)[ahead:] != text.encode():
-        raise BadRow("not_encodable", f"the tokens of {text!r:.60} do not spell it: its spans cannot be found in them")
+        raise BadRow("not_encodable", f"the tokens of {text!r:.60} do not decode to it, so its spans cannot be found")
     ends = np.cumsum(lengths) - ahead
     for start, end, weight in spans:
         first, last = len(text[:start].encode()), len(text[:end].encode())
@@ -201,7 +218,7 @@ def token_weights(answer: Answer, name: str, ids: Sequence[int], pieces: Sequenc
 def check_known(
     tokens: Tokens, numbers: Sequence[str], sizes: Mapping[str, int], prompt_width: int | None, width: int | None
 ) -> None:
-    """`BadRow` for an answer without a number, with another number of them, or too long."""
+    """Raise `BadRow` if an answer lacks a number, has a list of the wrong length, or it or its prompt is too long."""
     absent = [name for name in numbers if name not in tokens.numbers]
     if absent:
         have = ", ".join(tokens.numbers) or "no numbers"
@@ -210,20 +227,21 @@ def check_known(
         found = len(tokens.numbers[name])
         if found != sizes[name]:
             raise BadRow(
-                "wrong_size",
-                f"{found} {name} of the {tokens.role} answer; config.heads.gate, their number, is {sizes[name]}",
+                "wrong_size", f"the {tokens.role} answer has {found} {name}, but config.heads.gate is {sizes[name]}"
             )
     for what, ids, limit, field in (
         ("prompt", tokens.prompt, prompt_width, "rollout.prompt_width"),
         ("answer", tokens.answer, width, "sampling.max_new_tokens"),
     ):
         if limit is not None and len(ids) > limit:
-            raise BadRow(f"{what}_too_long", f"the {what} has {len(ids)} tokens; {field}, the limit, is {limit}")
+            raise BadRow(f"{what}_too_long", f"the {what} has {len(ids)} tokens; the limit {field} is {limit}")
 
 
 def with_trace(tokenizer: Tokenizer, text: str, trace: Trace = ()) -> tuple[list[int], list[int]]:
-    """Tokens of an answer and of the tool calls after it, and the segment of each; both end with the first
-    end-of-sequence id."""
+    """Tokens of an answer and of the tool calls after it, and the segment of each token.
+
+    The answer and the whole trace each end with the first end-of-sequence id.
+    """
     ids, segment = [*tokenizer.encode(text), tokenizer.eos_ids[0]], [0]
     segment *= len(ids)
     for i, (kind, part) in enumerate(trace):
@@ -234,7 +252,7 @@ def with_trace(tokenizer: Tokenizer, text: str, trace: Trace = ()) -> tuple[list
 
 
 def with_role(row: Row, role: str, templates: Mapping[str, str] = TEMPLATES) -> Answer:
-    """The answer of a role: the row's, or one to a prompt that holds others of its answers."""
+    """The row's answer of a role; for ``A_given_B``, answer A after a prompt that holds answer B."""
     own = [a for a in row.answers if a.role == role]
     if role == "rationale" and own and own[0].prompt is None:
         texts = {name: row.answer(name).text for name in PAIR}
@@ -246,7 +264,7 @@ def with_role(row: Row, role: str, templates: Mapping[str, str] = TEMPLATES) -> 
 
 
 def filled(prompt: Prompt, template: str, texts: Mapping[str, str]) -> Prompt:
-    """The template with a text in each {place}, and the prompt's (that of its last message) in {prompt}."""
+    """Fill each {place} of the template with its text, and {prompt} with the prompt (or its last message)."""
     if isinstance(prompt, str):
         return re.sub(r"\{(\w+)\}", lambda found: {"prompt": prompt, **texts}.get(found[1], found[0]), template)
     last = {**prompt[-1], "content": filled(prompt[-1]["content"], template, texts)}
@@ -257,7 +275,7 @@ def filled(prompt: Prompt, template: str, texts: Mapping[str, str]) -> Prompt:
 
 
 def unit_size(encoded: Encoded) -> int:
-    """Rows of a unit: the most answers that any entry has."""
+    """The number of rows of a unit: the most answers that any entry has."""
     return max(map(len, encoded))
 
 
@@ -275,21 +293,29 @@ def units(
     pad_id: int = 0,
     seed: int = 0,
 ) -> Rollouts:
-    """`Rollouts` (NumPy) of N units of R consecutive rows; ``group`` is the unit, ``prompt`` its place in ``encoded``.
+    """Lay out entries as `Rollouts` (NumPy): N units of R consecutive rows.
+
+    ``group`` is the unit, ``prompt`` its index in ``encoded``.
 
     Args:
-      encoded: entries of `encode`. layout: the roles of a unit, which every entry must have; () = an entry's answers
-        as they are, filled up to ``size`` with rows of count 0.
-      numbers: put into ``per_row`` as [B], lists as [B, M] ("reward" into its field), 0 on rows without them.
-      mismatched: after each row one of role "kl": the previous entry's answer to this prompt (KTO). For one answer an
-        entry, and at least two entries.
-      segments: put the tokens' segments into ``per_token`` as "segment" [B, T]. weights: names of token weights
-        that are put there, too.
-      prompt_width, width: P and T; None = the longest.
-      seed: of the rows' seeds.
+      encoded: entries from `encode`.
+      layout: the roles of a unit, which every entry must have; () = the answers of each entry, filled up to ``size``
+        with rows of count 0.
+      numbers: names of numbers to put into ``per_row`` as [B], lists as [B, M] ("reward" into its own field). Rows
+        without them get 0.
+      size: rows of a unit; None = the most answers of any entry.
+      mismatched: after each row, add one of role "kl": the previous entry's answer after this prompt (KTO). Needs one
+        answer in each entry, and at least two entries.
+      segments: put the tokens' segments into ``per_token`` as "segment" [B, T].
+      weights: names of token weights to put into ``per_token``, too.
+      prompt_width: P; None = the longest prompt.
+      width: T; None = the longest answer.
+      pad_id: token id of the padding.
+      seed: seeds the rows' seeds.
 
     Raises:
-      ValueError: an entry without a role of the layout, more answers than ``size``, or nothing to be mismatched with.
+      ValueError: an entry lacks a role of the layout or has more answers than ``size``, or ``mismatched`` has no other
+        answer to take.
     """
     entries = [tuple(in_layout(entry, layout)) if layout else tuple(entry) for entry in encoded]
     if mismatched:
@@ -300,7 +326,7 @@ def units(
         ]
     size = unit_size(entries) if size is None else size
     if unit_size(entries) > size:
-        raise ValueError(f"a unit of {unit_size(entries)} answers does not fit into {size} rows")
+        raise ValueError(f"an entry of {unit_size(entries)} answers does not fit into a unit of {size} rows")
     whole = [[*e, *[e[-1]._replace(answer=[], numbers={}, segment=())] * (size - len(e))] for e in entries]
     rows, n = [t for unit in whole for t in unit], len(entries)
     shared = size if all(t.prompt == unit[0].prompt for unit in whole for t in unit) else 1
@@ -329,7 +355,7 @@ def units(
 
 
 def token_table(rows: Sequence[Sequence[float]], width: int | None, dtype: Any) -> np.ndarray:
-    """[B, T] a number of each token; 0 behind the last one."""
+    """A table [B, T] with one number for each token, 0 after the last one."""
     table = np.zeros((len(rows), max(map(len, rows)) if width is None else width), dtype)
     for row, values in zip(table, rows, strict=True):
         row[: len(values)] = values
@@ -337,18 +363,20 @@ def token_table(rows: Sequence[Sequence[float]], width: int | None, dtype: Any) 
 
 
 def in_layout(entry: Sequence[Tokens], layout: Sequence[str]) -> list[Tokens]:
-    """The answers of an entry in the order of the layout; of a role that occurs several times, one after the other."""
+    """The answers of an entry in the order of the layout; a repeated role takes the next answer of that role."""
     left, out = list(entry), []
     for role in layout:
         found = [t for t in left if t.role == role]
         if not found:
-            raise ValueError(f"no answer {role!r} for layout {tuple(layout)}: {[t.role for t in entry]}")
+            raise ValueError(
+                f"layout {tuple(layout)} needs an answer {role!r}; the entry has {[t.role for t in entry]}"
+            )
         left.remove(found[0])
         out.append(found[0])
     return out
 
 
 def widths(encoded: Sequence[tuple[Tokens, ...]]) -> tuple[int, int]:
-    """Tokens of the longest prompt and answer."""
+    """The lengths in tokens of the longest prompt and the longest answer."""
     tokens = [t for entry in encoded for t in entry]
     return max(len(t.prompt) for t in tokens), max(len(t.answer) for t in tokens)

@@ -1,23 +1,24 @@
-"""Records of preferences, as files hold them: a prompt, its answers, and what is known of those.
+"""Records of preferences, as files hold them: a prompt, its answers, and numbers about the answers.
 
 There are four kinds of rows:
 
   pair      {"prompt", "chosen", "rejected"}         answers chosen, rejected, and any other role that is a field
   label     {"prompt", "completion", "label"}        one answer "own" with the number label (true, false, or in [0, 1])
   scored    {"prompt", "completions", "scores"}      K answers "own" with the number reward
-  edited    {"prompt", "truth", "revised",           an expert's revision of the model's own answer beside the ground
-             "original", "corrupted_prompt"}         truth, and a prompt that has lost what they rest on (OPA-DPO)
+  edited    {"prompt", "truth", "revised",           the ground truth, an expert's revision of the model's own answer,
+             "original", "corrupted_prompt"}         that answer, and a prompt without what they rest on (OPA-DPO)
 
-A prompt is a text or a list of messages ``{"role", "content"}``, which need the chat template of the tokenizer; an
-answer a text or one assistant message, tool calls after it ``"chosen_trace": [["tool", "2+2"], ...]``. Without "prompt"
-chosen and rejected are whole conversations with a common beginning. An answer of a further role may bring a prompt of
-its own: ``{"prompt", "completion"}``.
+A prompt is a text or a list of messages ``{"role", "content"}``. Messages need the chat template of the tokenizer. An
+answer is a text or one assistant message; tool calls follow it as ``"chosen_trace": [["tool", "2+2"], ...]``. Without
+"prompt", chosen and rejected are whole conversations with a common beginning. An answer of any other role may have its
+own prompt: ``{"prompt", "completion"}``.
 
-Of numbers a pair may have those of ``jaxpo.fields.NUMBERS``: one for the pair (``"pref_prob": 0.8``, a soft preference
-for chosen), or one an answer (``"win": {"chosen": 0.7, "rejected": 0.4}`` or ``"win_chosen": 0.7, ...``); a list of
-numbers (``VECTORS``: ``"rm_scores": [0.2, -1.0]``, of M reward models) is the preferred answer's. Weights of an
-answer's tokens (``WEIGHTS``) are spans of its text with a weight, in their order, by the role of the answer:
-``"severity": {"revised": [["in Rome", 2.5]], "original": [["in Oslo", 2.5]]}``; other tokens have the weight 1.
+A pair may have the numbers in ``jaxpo.fields.NUMBERS``: one for the pair (``"pref_prob": 0.8``, a soft preference for
+chosen), or one for each answer (``"win": {"chosen": 0.7, "rejected": 0.4}`` or ``"win_chosen": 0.7, ...``). A list of
+numbers (``VECTORS``: ``"rm_scores": [0.2, -1.0]``, from M reward models) belongs to the preferred answer.
+
+Token weights (``WEIGHTS``) are given by role, as spans of the answer's text with a weight, in the order of the text:
+``"severity": {"revised": [["in Rome", 2.5]], "original": [["in Oslo", 2.5]]}``. Other tokens have weight 1.
 """
 
 import math
@@ -41,8 +42,16 @@ Spans = tuple[tuple[str, float], ...]  # parts of a text in the order in which t
 
 
 class Answer(NamedTuple):
-    """An answer of a row. ``prompt``: its own, if it has not the row's. ``numbers``: what is known of it, by name.
-    ``trace``: of tool calls after it (`jaxpo.tasks.preferences.traces`). ``weights``: of its tokens, by name."""
+    """An answer of a row.
+
+    Attributes:
+      role: one of ``jaxpo.fields.ROLES``.
+      text: the answer itself.
+      numbers: what is known of it, by name.
+      prompt: its own prompt; None = the row's.
+      trace: the tool calls after it (`jaxpo.tasks.preferences.traces`).
+      weights: weighted spans of its text, by name.
+    """
 
     role: str
     text: str
@@ -53,14 +62,14 @@ class Answer(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A prompt with its answers; ``where`` it comes from, for messages."""
+    """A prompt with its answers. ``where``: the place in the file, for messages."""
 
     prompt: Prompt
     answers: tuple[Answer, ...]
     where: str = ""
 
     def answer(self, role: str) -> Answer:
-        """The first answer of a role; `BadRow` without one."""
+        """The first answer of a role; `BadRow` if there is none."""
         for answer in self.answers:
             if answer.role == role:
                 return answer
@@ -68,7 +77,7 @@ class Row(NamedTuple):
 
 
 class BadRow(ValueError):
-    """A row that cannot be used; ``reason`` is what it is counted under when such rows are dropped."""
+    """A row that cannot be used. ``reason``: the name under which dropped rows are counted."""
 
     def __init__(self, reason: str, message: str):
         self.reason = reason
@@ -84,20 +93,21 @@ def roles_of(row: Row) -> list[str]:
 
 
 def row_of(record: Any, fields: Mapping[str, str], kind: str | None = None) -> Row:
-    """The row that a record (of a file) holds.
+    """Turn a record of a file into a row.
 
     Args:
-      fields: our name of a field -> the file's, where they differ. kind: that of the rows before; None = any.
+      fields: our name of a field -> the file's name, where they differ.
+      kind: the kind that the earlier rows have; None = any.
 
     Raises:
-      BadRow: whatever makes it useless.
+      BadRow: the row cannot be used.
     """
     if not isinstance(record, Mapping):
         raise BadRow("wrong_type", f"a JSON object is expected, found {type(record).__name__}")
     record = {**record, **{ours: record[theirs] for ours, theirs in fields.items() if theirs in record}}
     own = kind_of(record)
     if kind is not None and own != kind:
-        raise BadRow("another_kind", f"the rows before have the fields of a {kind!r} row, this one of a {own!r} row")
+        raise BadRow("another_kind", f"this row has the fields of a {own!r} row, but earlier rows are {kind!r} rows")
     absent = [f for f in KINDS[own] if record.get(f) is None]
     if absent:
         raise BadRow("missing_field", f"field {absent[0]!r} is missing: {unknown('field', absent[0], record)}")
@@ -107,7 +117,7 @@ def row_of(record: Any, fields: Mapping[str, str], kind: str | None = None) -> R
 
 
 def kind_of(record: Mapping[str, Any]) -> str:
-    """The kind of which a record has a field; `BadRow` if of none."""
+    """The first kind that shares a field with the record; `BadRow` if none does."""
     for kind, fields in KINDS.items():
         if any(record.get(f) is not None for f in fields):
             return kind
@@ -116,7 +126,7 @@ def kind_of(record: Mapping[str, Any]) -> str:
 
 
 def prompt_of(value: Any) -> Prompt:
-    """A text, or messages; `BadRow` for anything else."""
+    """The prompt, a text or messages; `BadRow` for anything else."""
     if isinstance(value, str):
         if not value.strip():
             raise BadRow("empty_prompt", "field 'prompt' is empty")
@@ -128,7 +138,7 @@ def prompt_of(value: Any) -> Prompt:
 
 
 def messages_of(value: Any, field: str) -> tuple[Mapping[str, str], ...]:
-    """A non-empty list of messages; `BadRow` for anything else."""
+    """The messages of a non-empty list; `BadRow` for anything else."""
 
     def good(m: Any) -> bool:
         return isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
@@ -155,7 +165,7 @@ def text_of(value: Any, field: str) -> str:
 
 
 def number_of(value: Any, name: str) -> float:
-    """A finite number, in [0, 1] where it is a share; `BadRow` otherwise."""
+    """The value as a finite number, in [0, 1] if the field is a share; `BadRow` otherwise."""
     if not isinstance(value, numbers_lib.Real) or not math.isfinite(value):
         raise BadRow("wrong_type", f"field {name!r} must be a finite number, found {value!r}")
     if name in SHARES and not 0 <= value <= 1:
@@ -164,7 +174,7 @@ def number_of(value: Any, name: str) -> float:
 
 
 def pair_row(record: Mapping[str, Any]) -> Row:
-    """Answers chosen, rejected and of all further roles among the fields, with their numbers."""
+    """The answers chosen and rejected, and those of any other role in the record, with their numbers."""
     record = with_prompt(record)
     prompt = prompt_of(record["prompt"])
     roles = [*PAIR, *(r for r in ROLES if r not in PAIR and record.get(r) is not None)]
@@ -175,14 +185,14 @@ def pair_row(record: Mapping[str, Any]) -> Row:
             absent = [f for f in ("prompt", "completion") if f not in value]
             if absent:
                 raise BadRow("missing_field", f"field {role!r}: {absent[0]!r} is missing")
-            # Another answer's prompt may be empty: ORPO's NLL over prompt and answer has both as one text.
+            # Such a prompt may be empty: ORPO's NLL over prompt and answer takes both as one text.
             value, own = value["completion"], value["prompt"] and prompt_of(value["prompt"])
         answers.append(Answer(role, text_of(value, role), numbers_of(record, role), own, trace_of(record, role)))
     return Row(prompt, tuple(answers))
 
 
 def with_prompt(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The record itself, or, without a prompt, one whose prompt is what its two conversations begin with."""
+    """The record; if it has no prompt, the common beginning of its two conversations becomes the prompt."""
     if record.get("prompt") is not None:
         return record
     if any(isinstance(record[role], str) for role in PAIR):
@@ -192,12 +202,14 @@ def with_prompt(record: Mapping[str, Any]) -> Mapping[str, Any]:
     while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
         same += 1
     if not same:
-        raise BadRow("missing_field", "field 'prompt' is missing, and chosen and rejected do not begin alike")
+        raise BadRow(
+            "missing_field", "field 'prompt' is missing, and chosen and rejected begin with different messages"
+        )
     return {**record, "prompt": chosen[:same], "chosen": chosen[same:], "rejected": rejected[same:]}
 
 
 def numbers_of(record: Mapping[str, Any], role: str) -> dict[str, float]:
-    """What a record says of the answer of a role: a number of the whole pair, or that of the role."""
+    """The numbers of the answer with this role: given for the whole pair, or for the role alone."""
     out = {}
     for name in NUMBERS:
         value = record.get(name)
@@ -215,14 +227,14 @@ def numbers_of(record: Mapping[str, Any], role: str) -> dict[str, float]:
 
 
 def vector_of(value: Any, name: str) -> tuple[float, ...]:
-    """A list of finite numbers; `BadRow` otherwise."""
+    """The value as a tuple of finite numbers; `BadRow` otherwise."""
     if not isinstance(value, list | tuple) or not value:
         raise BadRow("wrong_type", f"field {name!r} must be a list of numbers, found {value!r:.60}")
     return tuple(number_of(x, f"{name}[{i}]") for i, x in enumerate(value))
 
 
 def trace_of(record: Mapping[str, Any], role: str) -> Trace:
-    """The tool calls after the answer of a role, from the field ``<role>_trace``; () without it."""
+    """The tool calls after the answer of a role, from the field ``<role>_trace``; () if it is absent."""
     value = record.get(f"{role}_trace")
     try:
         return () if value is None else check_trace(value)
@@ -250,8 +262,9 @@ def scored_row(record: Mapping[str, Any]) -> Row:
 
 
 def edited_row(record: Mapping[str, Any]) -> Row:
-    """The ground truth, the expert's revision and the model's own answer, and the first two after the corrupted
-    prompt."""
+    """The ground truth, the expert's revision and the model's own answer; and again the first two, after the corrupted
+    prompt.
+    """
     prompt, corrupted = (prompt_of(required(record, field)) for field in ("prompt", "corrupted_prompt"))
     for name in WEIGHTS:
         if isinstance(record.get(name), Mapping) and (odd := sorted(record[name].keys() - set(EDITS))):
@@ -266,7 +279,7 @@ def edited_row(record: Mapping[str, Any]) -> Row:
 
 
 def spans_of(record: Mapping[str, Any], name: str, role: str, text: str) -> Spans | None:
-    """The weighted parts of the answer of a role; None if the record names none, `BadRow` if they are not its."""
+    """The weighted parts of a role's answer; None if the record gives none, `BadRow` if one does not occur in it."""
     value = record.get(name)
     value = value.get(role) if isinstance(value, Mapping) else None
     value = record.get(f"{name}_{role}") if value is None else value
@@ -282,8 +295,10 @@ def spans_of(record: Mapping[str, Any], name: str, role: str, text: str) -> Span
 
 
 def place(text: str, spans: Spans, what: str) -> list[tuple[int, int, float]]:
-    """(start, end, weight) of the spans in the text, each searched for behind the one before; `BadRow` for one that is
-    not there."""
+    """Find (start, end, weight) of each span in the text, searching after the one before.
+
+    Raises `BadRow` if a span does not occur there.
+    """
     out, at = [], 0
     for part, weight in spans:
         start = text.find(part, at) if isinstance(part, str) and part else -1
@@ -295,14 +310,14 @@ def place(text: str, spans: Spans, what: str) -> list[tuple[int, int, float]]:
 
 
 def required(record: Mapping[str, Any], field: str) -> Any:
-    """The field of a record; `BadRow` without it."""
+    """A field of a record; `BadRow` if it is missing."""
     if record.get(field) is None:
         raise BadRow("missing_field", f"field {field!r} is missing: {unknown('field', field, record)}")
     return record[field]
 
 
 def check_answers(row: Row, kind: str) -> None:
-    """`BadRow` for answers that nothing can be learned from: those of a pair are equal, or all scored ones are."""
+    """Raise `BadRow` if nothing can be learned: both answers of a pair are equal, or all scored answers are."""
     roles = (EDITS[0], EDITS[2]) if kind == "edited" else PAIR
     compared = [a.text for a in row.answers if kind == "scored" or a.role in roles]
     if kind != "label" and len(set(compared)) < 2:

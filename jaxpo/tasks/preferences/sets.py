@@ -1,11 +1,11 @@
-"""Preference sets: which answers people, verifiers or models prefer, from files or made from a task.
+"""Preference sets: which answers people, verifiers or models prefer, read from files or made from a task.
 
-A set is a list of `records.Row`: a prompt and its answers, from JSON lines or a folder of Hugging Face ``datasets``
-(the records' fields: `jaxpo.tasks.preferences.records`), or made of a task's right and wrong answers.
+A set is a list of `records.Row`: a prompt and its answers. They come from JSON lines or a folder of Hugging Face
+``datasets`` (fields: `jaxpo.tasks.preferences.records`), or from a task's right and wrong answers.
 
-`build(config, task)` reads or makes a set. `jaxpo.tasks.preferences.encode`: ``as_kind(rows, have, want)`` turns pairs
-into labelled or scored answers and scored answers into pairs, ``encode(rows, tokenizer, ...)`` makes tokens of them,
-and ``units(encoded, layout, numbers)`` the `Rollouts` of those: units of consecutive rows in the order of ``layout``.
+`build(config, task)` reads or makes a set. In `jaxpo.tasks.preferences.encode`, ``as_kind(rows, have, want)`` turns
+pairs into labelled or scored answers and scored answers into pairs; ``encode(rows, tokenizer, ...)`` encodes them as
+tokens; ``units(encoded, layout, numbers)`` makes `Rollouts`: units of consecutive rows in the order of ``layout``.
 """
 
 import importlib
@@ -25,15 +25,23 @@ from jaxpo.tasks.base import Task, locate
 from jaxpo.tasks.preferences.records import BadRow, Prompt, Row, row_of
 
 BAD = ("error", "drop")
-# Prompts that hold answers, and what their templates name besides {prompt}.
+# Templates of prompts that hold answers -> the places they must have besides {prompt}.
 PLACES = {"draft_prompt": ("draft",), "rationale_prompt": ("chosen", "rejected")}
 
 
 class PreferenceSet(NamedTuple):
-    """Rows to train on and rows held out; no prompt is in both. ``kind`` is a key of ``KINDS``; ``report`` holds counts
-    as metrics: ``data/size``, ``data/held_out``, ``data/dropped`` and ``data/dropped/<reason>``, ``data/flipped``.
-    ``bad`` says what is to be done with rows that turn out bad as tokens; ``templates`` (keys of ``PLACES``), how
-    prompts that hold answers are made of the row's, where the defaults of `encode` will not do."""
+    """Rows to train on and held-out rows; no prompt is in both.
+
+    Attributes:
+      name: for messages.
+      kind: a key of ``KINDS``.
+      train: rows to train on.
+      test: held-out rows.
+      report: counts as metrics: ``data/size``, ``data/held_out``, ``data/dropped``, ``data/dropped/<reason>``,
+        ``data/flipped``.
+      bad: what to do with rows that turn out bad as tokens: "error" or "drop".
+      templates: templates of prompts that hold answers (keys of ``PLACES``), instead of the defaults of `encode`.
+    """
 
     name: str
     kind: str
@@ -45,7 +53,7 @@ class PreferenceSet(NamedTuple):
 
 
 class Sieve:
-    """Lets good rows pass; a bad one is an error (``bad="error"``) or counted in ``dropped`` by its reason ("drop").
+    """Pass good rows; for a bad row raise an error (``bad="error"``) or count it in ``dropped`` (``"drop"``).
 
     Raises:
       ValueError: ``bad`` is neither.
@@ -57,7 +65,7 @@ class Sieve:
         self.bad, self.dropped = bad, Counter()
 
     def __call__(self, f: Callable[[Any], Any], where: str, x: Any) -> list[Any]:
-        """``[f(x)]``, or ``[]`` for a bad one; ``ValueError`` with ``where`` if that is an error."""
+        """Return ``[f(x)]``, or ``[]`` for a bad row; ``bad="error"`` raises ``ValueError`` that names ``where``."""
         try:
             return [f(x)]
         except BadRow as row:
@@ -67,14 +75,14 @@ class Sieve:
             return []
 
     def report(self) -> dict[str, float]:
-        """Counts as metrics."""
+        """The counts as metrics."""
         by_reason = {f"data/dropped/{reason}": float(n) for reason, n in sorted(self.dropped.items())}
         return {"data/dropped": float(self.dropped.total()), **by_reason}
 
 
 # ---- sets
 
-# Where the factories live: config.data.name.
+# config.data.name -> the place of its factory.
 SETS = {
     "jsonl": "jaxpo.tasks.preferences.sets:jsonl",
     "datasets": "jaxpo.tasks.preferences.sets:datasets",
@@ -83,7 +91,7 @@ SETS = {
 
 
 def set_arguments(name: str) -> Mapping[str, inspect.Parameter]:
-    """The arguments of the preference sets called ``name``, without the task; ``ValueError`` if there are none."""
+    """The arguments of the preference set called ``name``, without the task; ``ValueError`` for an unknown name."""
     if name not in SETS:
         raise ValueError(unknown("preference set", name, SETS))
     parameters = inspect.signature(locate(SETS[name])).parameters
@@ -91,14 +99,14 @@ def set_arguments(name: str) -> Mapping[str, inspect.Parameter]:
 
 
 def build(config: Mapping[str, Any], task: Task | None) -> PreferenceSet:
-    """The preference set that ``config`` describes: ``{"name": "jsonl", "path": "pairs.jsonl"}``.
+    """Build the preference set that ``config`` describes: ``{"name": "jsonl", "path": "pairs.jsonl"}``.
 
     Args:
-      task: what ``{"name": "task"}`` makes its pairs of.
+      task: the task from which ``{"name": "task"}`` makes pairs.
 
     Raises:
-      ValueError: an unknown name or argument (with the nearest), a required one that is absent, or no task to make
-        pairs of.
+      ValueError: an unknown name or argument (with the nearest), a missing required argument, or no task to make pairs
+        from.
     """
     arguments = {k: v for k, v in config.items() if k != "name"}
     check_arguments(f"preference set {config['name']!r}", arguments, set_arguments(config["name"]))
@@ -106,7 +114,7 @@ def build(config: Mapping[str, Any], task: Task | None) -> PreferenceSet:
     if "task" not in inspect.signature(factory).parameters:
         return factory(**arguments)
     if task is None:
-        raise ValueError("config.data.name is 'task', but config.task.name names none to make pairs of")
+        raise ValueError("config.data.name is 'task', but config.task.name names no task to make pairs from")
     return factory(task, **arguments)
 
 
@@ -123,16 +131,19 @@ def jsonl(
     """A preference set from a file with one JSON object a line.
 
     Args:
-      path: rows to train on. test_path: rows held out; or
-      test_size: how many prompts are held out of ``path``, drawn by ``seed``. Neither = nothing is held out.
-      bad: "error", or "drop": rows that cannot be used are left out, counted and reported.
+      path: rows to train on.
+      test_path: held-out rows. Give this, ``test_size`` or neither (nothing is held out).
+      test_size: how many prompts of ``path`` to hold out.
+      seed: seeds the draw of those prompts.
+      bad: what to do with rows that cannot be used: "error", or "drop" (leave them out, count and report them).
       fields: our name of a field -> the file's: ``{"prompt": "question"}``.
-      draft_prompt: the prompt of an answer that improves on a draft (SRPO), of {prompt} and {draft}; rationale_prompt:
-        that of a rationale without a prompt of its own, of {prompt}, {chosen} and {rejected}. None = those of
-        `jaxpo.tasks.preferences.encode`.
+      draft_prompt: template with {prompt} and {draft}: the prompt of an answer that improves on a draft (SRPO).
+      rationale_prompt: template with {prompt}, {chosen} and {rejected}: the prompt of a rationale that has none. For
+        both templates, None = the default in `jaxpo.tasks.preferences.encode`.
 
     Raises:
-      ValueError: a bad row (names file, line and field), or no row left. FileNotFoundError: no such file.
+      ValueError: a bad row (names file, line and field), or no row left.
+      FileNotFoundError: no such file.
     """
 
     def records(file: str | os.PathLike) -> Iterable[tuple[str, Any]]:
@@ -146,7 +157,7 @@ def jsonl(
 
 
 def templates(**given: str | None) -> dict[str, str]:
-    """Those that are given; ``ValueError`` for one that leaves a place out."""
+    """The given templates, without None; ``ValueError`` if one leaves out a place of ``PLACES``."""
     for name, template in given.items():
         absent = [p for p in PLACES[name] if template is not None and f"{{{p}}}" not in template]
         if absent:
@@ -155,7 +166,7 @@ def templates(**given: str | None) -> dict[str, str]:
 
 
 def parsed(line: bytes) -> Any:
-    """The object of a line of JSON; `BadRow` if it is none."""
+    """Parse a line of JSON; `BadRow` if it is not JSON."""
     try:
         return json.loads(line)
     except ValueError as error:
@@ -173,17 +184,21 @@ def datasets(
     draft_prompt: str | None = None,
     rationale_prompt: str | None = None,
 ) -> PreferenceSet:
-    """A preference set from a folder that ``datasets.Dataset.save_to_disk`` or that of a ``DatasetDict`` wrote.
+    """A preference set from a folder that ``save_to_disk`` of a ``datasets.Dataset`` or ``DatasetDict`` wrote.
 
     Args:
-      split, test_split: of a DatasetDict: which part is trained on, and which is held out. The rest as of `jsonl`.
+      path: the folder.
+      split: the part of a DatasetDict to train on; None = "train".
+      test_split: the part of a DatasetDict to hold out.
+      test_size, seed, bad, fields, draft_prompt, rationale_prompt: as for `jsonl`.
 
     Raises:
-      ModuleNotFoundError: the library ``datasets`` is not installed. ValueError: a split that does not exist, splits
-        of a folder that has none, a bad row. FileNotFoundError: no such folder.
+      ModuleNotFoundError: the library ``datasets`` is not installed.
+      ValueError: a split that does not exist, a split of a folder that has none, or a bad row.
+      FileNotFoundError: no such folder.
     """
     if not Path(path).is_dir():
-        raise FileNotFoundError(f"{path} is no folder of a data set")
+        raise FileNotFoundError(f"{path} is not a folder with a data set")
     try:
         library = importlib.import_module("datasets")
     except ModuleNotFoundError:
@@ -217,14 +232,14 @@ def from_records(
     bad: str = "error",
     fields: Mapping[str, str] | None = None,
 ) -> PreferenceSet:
-    """A preference set of records with where they are from: rows to train on, and perhaps rows that are held out."""
+    """A preference set from one or two sources of (place, record): rows to train on, and rows to hold out."""
     sieve, kind, parts = Sieve(bad), None, []
     if check("test_size", test_size, Whole | None) is not None and len(sources) > 1:
         raise ValueError("give held-out rows or test_size, not both")
     for source in sources:
         rows: list[Row] = []
         for where, record in source:
-            known = kind  # bound now
+            known = kind  # a copy for the lambda
             for row in sieve(lambda x, known=known: row_of(parse(x), fields or {}, known), where, record):
                 kind = kind or kind_of_row(row)
                 rows.append(row._replace(where=where))
@@ -235,7 +250,7 @@ def from_records(
 
 
 def kind_of_row(row: Row) -> str:
-    """The key of `jaxpo.tasks.preferences.records.KINDS` that says what a row is."""
+    """The kind of a row: a key of `jaxpo.tasks.preferences.records.KINDS`."""
     first = row.answers[0]
     if first.role == EDITS[0]:
         return "edited"
@@ -243,7 +258,7 @@ def kind_of_row(row: Row) -> str:
 
 
 def hold_out(rows: Sequence[Row], size: int, seed: int) -> list[Row]:
-    """The rows of ``size`` prompts drawn by the seed."""
+    """The rows of ``size`` prompts, drawn by the seed."""
     prompts = list(dict.fromkeys(key_of(row.prompt) for row in rows))
     if size >= len(prompts) and size:
         raise ValueError(f"test_size={size} leaves nothing to train on: there are {len(prompts)} different prompts")
@@ -252,12 +267,12 @@ def hold_out(rows: Sequence[Row], size: int, seed: int) -> list[Row]:
 
 
 def key_of(prompt: Prompt) -> str:
-    """A prompt as a text that is equal for equal prompts."""
+    """A text that is equal for equal prompts."""
     return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
 
 
 def finish(name: str, kind: str, train: list[Row], test: list[Row], report: Mapping[str, float]) -> PreferenceSet:
-    """The set, without training rows whose prompt is held out; ``ValueError`` if nothing is left."""
+    """The finished set, without training rows whose prompt is held out; ``ValueError`` if nothing is left."""
     held_out = {key_of(row.prompt) for row in test}
     kept = [row for row in train if key_of(row.prompt) not in held_out]
     if not kept:

@@ -1,8 +1,8 @@
 """Traces of tool calls after an answer, for tool-augmented reward models (Themis, arXiv:2310.01045).
 
-A trace is a list of (kind, text): what is called ("tool"), what comes back ("observation"), and why the answer is good
-or not ("rationale"). Data bring their own (``chosen_trace``), or ``config.trace`` names a function "module:function" of
-(question, answer) that makes them, when pairs are read and when the trained model judges new answers.
+A trace is a list of (kind, text): the call ("tool"), its result ("observation"), and why the answer is good or not
+("rationale"). Either the data hold traces (``chosen_trace``), or ``config.trace`` names a function "module:function" of
+(question, answer) that makes them, both when pairs are read and when the trained model judges new answers.
 """
 
 import ast
@@ -27,7 +27,7 @@ def check_trace(trace: object) -> tuple[tuple[str, str], ...]:
 
 
 def calculator(question: str, answer: str) -> Trace:
-    """The longest arithmetic expression of the question, and its value; nothing for a question without one."""
+    """The longest arithmetic expression of the question, and its value; [] if the question has none."""
     found = max(EXPRESSION.findall(question), key=len, default="").strip()
     try:
         value = evaluate(ast.parse(found, mode="eval").body)
@@ -37,7 +37,7 @@ def calculator(question: str, answer: str) -> Trace:
 
 
 def evaluate(node: ast.AST) -> float:
-    """The value of numbers under + - * / and parentheses; ``ValueError`` for anything else."""
+    """The value of an expression of numbers, + - * / and parentheses; ``ValueError`` for anything else."""
     match node:
         case ast.Constant(value=int() | float() as value):
             return value
@@ -45,9 +45,9 @@ def evaluate(node: ast.AST) -> float:
             return OPERATORS[type(op)](evaluate(left), evaluate(right))
         case ast.UnaryOp(ast.USub(), operand):
             return -evaluate(operand)
-    raise ValueError("no arithmetic expression")
+    raise ValueError("not an arithmetic expression")
 
 
 def reverser(question: str, answer: str) -> Trace:
-    """The answer backward: what it should be is the question, a word."""
+    """The answer reversed: for a right answer that is the question, a word."""
     return [("tool", answer), ("observation", answer[::-1])]

@@ -1,4 +1,4 @@
-"""Pairs of a right and a wrong answer, from a task with answers and a verifier; some of them labelled the wrong way."""
+"""Pairs of a right and a wrong answer, from a task with answers and a verifier; some can be mislabelled on purpose."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ from jaxpo.tasks.base import Example, Task
 from jaxpo.tasks.preferences.records import Answer, Row
 from jaxpo.tasks.preferences.sets import PreferenceSet, Sieve, finish, templates
 
-TRIES = 64  # wrong answers that are proposed for an example before it is given up
+TRIES = 64  # wrong answers to try for an example before giving up
 
 
 def verified_pairs(
@@ -21,25 +21,28 @@ def verified_pairs(
     bad: str = "error",
     draft_prompt: str | None = None,
 ) -> PreferenceSet:
-    """A right answer against a wrong one for every example of a task, as its verifier says; test examples make the
-    held-out pairs, whose labels are never flipped.
+    """Pair a right answer with a wrong one for every example of a task, as its verifier judges them.
 
-    A wrong answer is the right one with an error in it (a character left out, doubled, replaced or exchanged with its
-    neighbor), or another example's answer; the verifier has refused it. Flipped are exactly ``round(flipped * n)`` of
-    the n training pairs, drawn by the seed.
+    A wrong answer is the right one with an error in it (a character left out, doubled, replaced or swapped with its
+    neighbor), or another example's answer; the verifier must refuse it. Exactly ``round(flipped * n)`` of the n
+    training pairs, drawn by the seed, get their labels exchanged. Test examples make the held-out pairs, whose labels
+    are never exchanged.
 
     Args:
-      size, test_size: pairs at most; None = one for every example.
+      task: a task with answers and a verifier.
+      size: the most training pairs; None = one for every example.
+      test_size: the most held-out pairs; None = one for every example.
       flipped: share of training pairs whose labels are exchanged, in [0, 1].
-      bad: "error", or "drop": pairs that are too long as tokens are left out and counted.
-      draft_prompt: as of `jaxpo.tasks.preferences.sets.jsonl`.
+      seed: seeds the wrong answers and the choice of flipped pairs.
+      bad: what to do with pairs that are too long as tokens: "error", or "drop" (leave them out and count them).
+      draft_prompt: as for `jaxpo.tasks.preferences.sets.jsonl`.
 
     Raises:
-      ValueError: no answers to demonstrate, a share outside [0, 1], a right answer that the verifier refuses, or one
-        that no wrong answer is found for.
+      ValueError: the task has no answers to demonstrate, ``flipped`` is outside [0, 1], the verifier refuses a right
+        answer, or no wrong answer to an example is found.
     """
     if task.demonstrate is None:
-        raise ValueError(f"task {task.name} has no answers to prefer")
+        raise ValueError(f"task {task.name} has no answers to make pairs from")
     check("flipped", flipped, Share)
     check("size", size, Whole | None)
     check("test_size", test_size, Whole | None)
@@ -53,7 +56,7 @@ def verified_pairs(
 
 
 def pairs(task: Task, examples: Sequence[Example], seed: int, part: str) -> list[Row]:
-    """A pair for each example; the verifier is asked about all open ones at once."""
+    """Make a pair for each example. Each call of the verifier covers all examples that still lack a wrong answer."""
     right = [task.demonstrate(e) for e in examples]
     refused = [e for e, score in zip(examples, task.score(examples, right), strict=True) if not score.correct]
     if refused:
@@ -79,7 +82,7 @@ def pairs(task: Task, examples: Sequence[Example], seed: int, part: str) -> list
 
 
 def wrong_answers(right: Sequence[str], i: int, rng: random.Random) -> Iterator[str]:
-    """Endless answers that differ from ``right[i]``, and are not empty."""
+    """Endless non-empty answers that differ from ``right[i]``."""
     text, others = right[i], sorted(set("".join(right)))
     while True:
         at = rng.randrange(len(text)) if text else 0
@@ -99,6 +102,6 @@ def wrong_answers(right: Sequence[str], i: int, rng: random.Random) -> Iterator[
 
 
 def exchanged(row: Row) -> Row:
-    """The pair with its labels the other way round."""
+    """The pair with its labels exchanged."""
     chosen, rejected = row.answers
     return row._replace(answers=(rejected._replace(role=PAIR[0]), chosen._replace(role=PAIR[1])))

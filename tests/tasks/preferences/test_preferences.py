@@ -167,7 +167,7 @@ def test_right_against_wrong_with_an_exact_share_of_flips():
     assert build({"name": "task", "flipped": 0.4, "seed": 5}, task) == noisy
     assert build({"name": "task", "flipped": 0.4, "seed": 6}, task).train != noisy.train
     assert len(build({"name": "task", "size": 7, "test_size": 3}, task).train) == 7
-    with pytest.raises(ValueError, match="share of pairs"):
+    with pytest.raises(ValueError, match=r"flipped must be a number in \[0, 1\], not 1.2"):
         build({"name": "task", "flipped": 1.2}, task)
     with pytest.raises(ValueError, match="names none"):
         build({"name": "task"}, None)
@@ -245,7 +245,7 @@ LONG = {
 
 @pytest.mark.parametrize("reason", LONG)
 def test_rows_that_do_not_fit_are_errors_or_dropped(reason):
-    with pytest.raises(ValueError, match="the limit, is|has no 'rm'"):
+    with pytest.raises(ValueError, match="the limit .* is|has no 'rm'"):
         encode(pairs(), TOKENIZER, **LONG[reason])
     encoded, report = encode(pairs(), TOKENIZER, bad="drop", **LONG[reason])
     assert report[f"data/dropped/{reason}"] == 3 - len(encoded) > 0

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from jaxpo.tasks.preferences import sets
+from jaxpo import fields
+from jaxpo.tasks.preferences import sets, traces
 from jaxpo.tasks.preferences.encode import encode, units
-from jaxpo.tasks.preferences.sets import records, traces
 from jaxpo.text.tokenizers import CharTokenizer
 
 
@@ -43,16 +43,16 @@ def test_a_trace_in_a_file_becomes_segments(tmp_path):
     row = sets.jsonl(path).train[0]
     assert row.answer("chosen").trace[0] == ("tool", "1+1") and row.answer("rejected").trace == ()
     tokenizer = CharTokenizer.from_texts(["1+1=233ok"])
-    encoded, report = encode([row], tokenizer, roles=records.PAIR)
+    encoded, report = encode([row], tokenizer, roles=fields.PAIR)
     assert report["data/dropped"] == 0
-    batch = units(encoded, records.PAIR, segments=True, width=12)
+    batch = units(encoded, fields.PAIR, segments=True, width=12)
     segment = batch.per_token["segment"]
     # "2", its end, "1+1", "2", "ok", the end of all
     assert segment[0].tolist() == [0, 0, 1, 1, 1, 2, 3, 3, 3, 0, 0, 0] and batch.mask[0].sum() == 9
     assert segment[1].tolist() == [0] * 12 and batch.mask[1].sum() == 3
     ends = batch.completions[0] == tokenizer.eos_ids[0]
     assert np.flatnonzero(ends[:9]).tolist() == [1, 8]
-    assert "segment" not in units(encoded, records.PAIR).per_token
+    assert "segment" not in units(encoded, fields.PAIR).per_token
 
 
 @pytest.mark.parametrize("trace", ("1+1", [["tool"]], [["tol", "1+1"]], [["tool", 2]]))
