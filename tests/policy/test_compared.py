@@ -21,7 +21,7 @@ from tests.oracles.transformer import log_softmax
 B, P, T, V = 8, 3, 4, 13
 LENGTHS = np.array([4, 1, 2, 1, 3, 1, 1, 2])
 POLICY = build(TransformerConfig(vocab_size=V, width=16, layers=1, heads=2))
-TEACHER = build(TransformerConfig(vocab_size=V, width=24, layers=2, heads=4, tied=False, final_softcap=3.0))
+TEACHER = build(TransformerConfig(vocab_size=V, width=24, layers=1, heads=4, tied=False, final_softcap=3.0))
 TEMPERATURE = 0.7
 
 

@@ -35,6 +35,7 @@ from tests.runs import tiny
 QUICK = {
     "warm_start.steps": 0,
     "training.epochs": 1,
+    "training.minibatches": 1,
     "rollout.prompts": 4,
     "rollout.responses": 2,
     "evaluation.pass_at": (),
