@@ -145,8 +145,8 @@ def test_what_is_exported_is_merged(finished, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora.rank": -1}, "lora.rank must be a whole number of at least 1, not -1"),
-        ({"lora.alpha": 0.0}, "config.lora.alpha must be positive, not 0.0"),
+        ({"lora.rank": -1}, "config.lora.rank must be a whole number of at least 0, not -1"),
+        ({"lora.alpha": 0.0}, "config.lora.alpha must be a positive number, not 0.0"),
         ({"lora.targets": ("wz",)}, "unknown lora target 'wz'"),
     ],
 )
