@@ -108,8 +108,8 @@ def test_several_models_and_what_weighs_them(reward_model, tmp_path, monkeypatch
     np.testing.assert_allclose(mixed.scores, weight[..., 0] * one + weight[..., 1] * two, atol=1e-5)
     for arguments, message in (
         ((("one",), None, None, None), "either their weights or an adapter"),
-        ((("one",), (1.0, 2.0), None, None), "not one for each of 1 paths"),
-        ((("one",), None, "two", None), "is no run of preference_orchestrator"),
+        ((("one",), (1.0, 2.0), None, None), "must hold a weight for each of 1 paths"),
+        ((("one",), None, "two", None), "is not a run of preference_orchestrator"),
         ((("one",), None, "adapter", None), "weighs 2 models, but paths names 1"),
     ):
         with pytest.raises(ValueError, match=message):

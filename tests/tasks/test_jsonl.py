@@ -126,9 +126,9 @@ def test_answers_are_checked_when_read(tmp_path):
 
 
 def test_wrong_arguments(tmp_path, sums):
-    with pytest.raises(ValueError, match="give test_path or test_size"):
+    with pytest.raises(ValueError, match="give exactly one of test_path and test_size"):
         jsonl(sums)
-    with pytest.raises(ValueError, match="give test_path or test_size"):
+    with pytest.raises(ValueError, match="give exactly one of test_path and test_size"):
         jsonl(sums, sums, test_size=1)
     with pytest.raises(ValueError, match="seed=3 has no effect"):
         jsonl(sums, sums, seed=3)

@@ -169,7 +169,7 @@ def test_right_against_wrong_with_an_exact_share_of_flips():
     assert len(build({"name": "task", "size": 7, "test_size": 3}, task).train) == 7
     with pytest.raises(ValueError, match=r"flipped must be a number in \[0, 1\], not 1.2"):
         build({"name": "task", "flipped": 1.2}, task)
-    with pytest.raises(ValueError, match="names none"):
+    with pytest.raises(ValueError, match="names no task"):
         build({"name": "task"}, None)
 
 
@@ -339,7 +339,7 @@ def test_lists_of_numbers_are_the_preferred_answers(tmp_path):
     options = dict(roles=("chosen",), numbers=("rm_scores",))
     encoded, _ = encode(data.train, TOKENIZER, sizes={"rm_scores": 2}, **options)
     assert units(encoded, ("chosen",), ("rm_scores",)).per_row["rm_scores"].tolist() == [[1, -0.5]]
-    with pytest.raises(ValueError, match=r"p:1: 2 rm_scores of the chosen answer; config.heads.gate"):
+    with pytest.raises(ValueError, match=r"p:1: the chosen answer has 2 rm_scores, but config.heads.gate is 3"):
         encode(data.train, TOKENIZER, sizes={"rm_scores": 3}, **options)
     with pytest.raises(ValueError, match="'rm_scores' must be a list of numbers"):
         jsonl(write(tmp_path / "q", [PAIR_ROW | {"rm_scores": 2}]))
