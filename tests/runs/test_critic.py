@@ -59,7 +59,10 @@ def test_the_critic_moves_by_its_own_rate_and_a_resumed_run_is_the_same(tmp_path
     (
         ({"objective": {"name": "grpo"}}, "config.optimizers.critic has no effect: no term of objective 'grpo' trains"),
         ({"optimizers.critic.name": None}, "config.optimizers.critic has no effect without a name"),
-        ({"optimizers.critic.learning_rate": None}, "optimizers.critic.learning_rate must be a positive number, not None"),
+        (
+            {"optimizers.critic.learning_rate": None},
+            "optimizers.critic.learning_rate must be a positive number, not None",
+        ),
         ({"optimizers.critic.b3": 0.5}, "unknown field of config.optimizers.critic .*'b3'.*did you mean .*'b1'"),
     ),
 )
