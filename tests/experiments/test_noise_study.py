@@ -61,7 +61,7 @@ def test_who_races_on_pairs_and_who_does_not():
     [
         ("jugded", "did you mean 'judged'"),
         ("judged(pair='random')", "did you mean 'pairs'"),
-        ("judged,rso", "has one"),
+        ("judged,rso", "has exactly one"),
         ("nash_md(mixture=0.5)", "set by the objective's own mixture"),
     ],
 )
