@@ -42,9 +42,8 @@ def default() -> ConfigDict:
             lora=dict(rank=0, alpha=32.0, targets=lora.TARGETS),  # adapters beside a pretrained policy; rank 0 = none
             heads=dict(embed=optional(int), gate=optional(int)),  # sizes of the heads that the objective asks for
             init_from=optional(str),  # run directory whose last checkpoint the parameters come from
-            soup=dict(
-                of=(), alpha=0.5
-            ),  # two run directories; slot "soup" = alpha of the first, the rest of the second
+            # Two run directories: the reference "soup" is alpha of the first and the rest of the second.
+            soup=dict(of=(), alpha=0.5),
             # Models beside the policy, which stay as they are: a pretrained folder, a GGUF file, or a run directory.
             references=dict(teacher=optional(str)),  # for objectives that need logp_teacher or compare with it
             objective=dict(name="grpo"),

@@ -49,7 +49,7 @@ class Compiled:
             again = (
                 ""
                 if self.compilations <= self._expected
-                else f" AGAIN ({self.compilations} times now, {self._expected} expected): {shapes(args)}"
+                else f" AGAIN ({self.compilations} times now, {self._expected} expected): {shapes((args, kwargs))}"
             )
             self._report(f"compiled {self.name} in {seconds:.1f} s{again}")
         return out

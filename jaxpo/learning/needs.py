@@ -1,4 +1,4 @@
-"""What an objective asks the loop for: fields of its batches, frozen companions, heads of the policy, preferences."""
+"""What an objective asks the loop for: fields of its batches, references, heads of the policy, preferences."""
 
 from collections.abc import Collection
 from typing import NamedTuple

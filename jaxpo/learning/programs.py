@@ -462,7 +462,7 @@ def run_step(
         batch,
         microbatches=microbatches,
         fresh=fresh,
-        look=of.seen(beside, peeked),
+        peeked=of.seen(beside, peeked),
         fused=once and (lambda params, *args, **unit: once(of.whole(beside, params), *args, **unit)),
         place=partial(where_parameters_lie, mesh),
     )

@@ -128,7 +128,7 @@ def optimizer_step(
     *,
     microbatches: int = 1,
     fresh: bool = False,
-    look: Apply | None = None,
+    peeked: Apply | None = None,
     fused: Fused | None = None,
     place: Callable[[Params], Params] = lambda grads: grads,
 ) -> tuple[Params, Any, State, dict[str, Array]]:
@@ -141,7 +141,7 @@ def optimizer_step(
     Args:
       fresh: the parameters are those that scored ``logp_old``: the peek is free, and what the policy gives measures
         the gap to the sampler.
-      look: what gives the statistics that the objective peeks at; None = ``apply``.
+      peeked: the policy with the statistics that the objective peeks at; None = ``apply``.
       fused, place: as of `accumulate`.
     """
     peek = None
@@ -151,7 +151,7 @@ def optimizer_step(
         peek = (
             TokenStats(logp=batch.logp_old, entropy=batch.entropy_old)
             if free
-            else score(look or apply, params, batch, microbatches=microbatches)
+            else score(peeked or apply, params, batch, microbatches=microbatches)
         )
     batch = objective.weigh(batch, state, peek)
     slicing = dict(microbatches=microbatches, fused=fused, place=place)

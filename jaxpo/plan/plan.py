@@ -254,11 +254,11 @@ def memory_of(step: Step, planned: Planned, config: ConfigDict, mesh: jax.shardi
     state = {name: shard_bytes(tree) for name, tree in planned.state.items()}
     given = sum(state[name] for name in step.state)
     cache = min(cache_bytes(planned, config, mesh.size), stats.temp_size_in_bytes) if step.name == "rollout" else 0
-    companions = sum(size for name, size in state.items() if name not in ("params", "opt_state", "base", "sampler"))
+    references = sum(size for name, size in state.items() if name not in ("params", "opt_state", "base", "sampler"))
     return dict(
         parameters=state["params"] + state.get("base", 0),
         optimizer=state["opt_state"],
-        reference=companions,
+        reference=references,
         sampler=state["sampler"] if "sampler" in step.state else 0,
         batch=max(stats.argument_size_in_bytes - given, 0),
         cache=cache,

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array, lax
 from scipy.optimize import linprog
 
-from jaxpo.primitives.aggregation import positive
+from jaxpo.arguments import positive
 from jaxpo.primitives.numerics import promote
 from jaxpo.primitives.preferences import categorical_kl
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxpo.primitives.aggregation import positive
+from jaxpo.arguments import positive
 from jaxpo.primitives.grouping import group_constant, group_size, weighted_std
 from jaxpo.primitives.numerics import promote, ratio_or_zero
 

@@ -284,7 +284,7 @@ def make_update(objective: Objective, model: Model, resolved: Resolved) -> Calla
     def step(fresh: bool, state: TrainState, batch: Rollouts, rows: Array) -> tuple[TrainState, dict[str, Array]]:
         part = take(batch, rows, shared_prompt=batch.shared_prompt)
         before = state.params, state.opt_state, state.objective
-        *new, out = optimizer_step(objective, apply, optimizer, *before, part, fresh=fresh, look=peeked)
+        *new, out = optimizer_step(objective, apply, optimizer, *before, part, fresh=fresh, peeked=peeked)
         return TrainState(*new), out
 
     def all_steps(state: TrainState, batch: Rollouts, rows: Array, fresh: bool = False) -> Any:
