@@ -110,7 +110,8 @@ class InTurn:
         self.resolved, self.setup, self.rules = resolved, setup, rules
         self.sampled = self.idle = 0
         self.all = all_seeds(resolved, setup)
-        self.each = self.all._replace(score=scorer(resolved, setup, jax.jit, setup.score_one))
+        one_seed = scorer(resolved, setup, jax.jit, setup.score_one)
+        self.each = self.all._replace(objective=resolved.objective, score=one_seed)
         pairs = race_preferences(resolved, setup.course, rules) if reads_data(resolved.objective) else None
         self.gatherers = [self._gatherer(seed, pairs) for seed in range(rules.seeds)]
         state = first_state(resolved, setup)
@@ -251,13 +252,13 @@ def first_state(resolved: Resolved, setup: Setup) -> TrainState:
 def all_seeds(resolved: Resolved, setup: Setup) -> Stage:
     """The stage of all seeds at once; a protocol that only samples has no further say."""
     protocol, objective = resolved.protocol, resolved.objective
-    prepare = jax.jit(jax.vmap(objective.prepare), compiler_options=QUICK)
+    vmapped = objective._replace(prepare=jax.vmap(objective.prepare), weigh=jax.vmap(objective.weigh))
     return Stage(
-        objective=objective,
+        objective=vmapped,
         protocol=protocol._replace(before=None, after=None) if only_samples(resolved) else protocol,
         steps=resolved.optimizer_steps,
         score=scorer(resolved, setup, lambda f, **options: jax.jit(jax.vmap(f), **options), setup.score),
-        prepare=prepare,
+        prepare=jax.jit(vmapped.prepare, compiler_options=QUICK),
         update=make_update(objective, setup.course.model, resolved),
     )
 

@@ -8,8 +8,10 @@ import pytest
 
 from experiments.race import folder, main
 from jaxpo.calls import parse_calls
-from jaxpo.objectives import make
+from jaxpo.objectives import make, policy_gradient
 from jaxpo.objectives.grammar.base import Gathering
+from jaxpo.objectives.parts import advantages, critics, ratios, surrogates
+from jaxpo.primitives.aggregation import token_mean
 from jaxpo.race import race as racing
 from jaxpo.race.contenders import fill, select
 from jaxpo.race.race import race
@@ -86,6 +88,18 @@ def test_a_second_call_runs_only_what_is_missing(first, monkeypatch):
 def test_an_objective_of_the_users_own_and_the_same_numbers_again(first):
     results = race({"mine": make("grpo")}, **TINY)
     assert results.objectives["mine"]["curve"] == first[1].objectives["grpo"]["curve"]
+
+
+def test_an_objective_that_trains_a_value_head_races():
+    critic = policy_gradient(
+        advantage=advantages.gae(),
+        ratio=ratios.token(),
+        surrogate=surrogates.clipped(0.2, 0.2),
+        aggregate=token_mean,
+        terms=[critics.clipped_value()],
+    )
+    results = race({"critic": critic}, **TINY | {"minibatches": 1})  # so the stage asks whether it must score at all
+    assert np.isfinite(results.objectives["critic"]["curve"]).all()
 
 
 @pytest.mark.slow

@@ -102,4 +102,8 @@ def test_preferences_packed_are_those_that_are_not(objective, devices, tmp_path)
     a, b = (tiny.untimed(run.path / "metrics.jsonl") for run in (plain, packs))
     assert all(0 < line.pop("packing/share") <= 0.75 for line in b if "loss" in line) and len(a) == len(b) >= 5
     for x, y in zip(a, b, strict=True):
-        np.testing.assert_allclose([x[k] for k in x], [y[k] for k in x], rtol=1e-3, atol=1e-4, err_msg=str(x["step"]))
+        # At the start the policy is the reference: margins are 0 but for rounding, and which are above 0 is chance.
+        keys = [k for k in x if x["step"] or not k.endswith("accuracy")]
+        np.testing.assert_allclose(
+            [x[k] for k in keys], [y[k] for k in keys], rtol=1e-3, atol=1e-4, err_msg=str(x["step"])
+        )
