@@ -165,7 +165,7 @@ def test_hapo_is_dynamic_sampling():
 
 
 def test_hapo_needs_the_memory_of_its_objective():
-    with pytest.raises(ValueError, match="protocol 'hapo' reads q, s, high, low from the memory of the objective hapo"):
+    with pytest.raises(ValueError, match="reads q, s, high, low from the objective's memory, which only"):
         make("hapo", "protocol").sampler(SamplingOptions(4), remembering())
 
 

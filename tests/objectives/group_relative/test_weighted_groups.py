@@ -204,7 +204,7 @@ def even(batch):
 
 
 def test_adora_takes_a_rule_of_ones_own():
-    adv, plain = prepared("adora", CASE, rule=even, lam=0.25, **SHORT).adv, prepared("grpo", CASE, beta=0.0).adv
+    adv, plain = prepared("adora", CASE, rule=even, lam=0.25).adv, prepared("grpo", CASE, beta=0.0).adv
     np.testing.assert_allclose(adv, plain * np.where(CASE.group % 2 == 0, 1, 0.25), atol=1e-12)
 
 

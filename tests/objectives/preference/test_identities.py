@@ -68,7 +68,8 @@ def test_ipo_over_both_orders_aims_at_the_soft_label():
 
 
 def test_slic_hinge_without_violations_has_no_gradient():
-    full = replace(PAIRS, mask=np.ones_like(PAIRS.mask), logp=np.where((PAIRS.role == "chosen")[:, None], -1.0, -2.0))
+    logp = np.where((PAIRS.role == "chosen")[:, None], -1.0, np.full_like(PAIRS.logp, -2.0))
+    full = replace(PAIRS, mask=np.ones_like(PAIRS.mask), logp=logp)
     close(evaluate("slic_hinge", full, lam=0.0)[1]["logp"], 0)
 
 
@@ -194,9 +195,8 @@ def test_rdpo_minus_dpo():
     close(loss("rdpo", PAIRS, eps=eps) - loss("dpo", PAIRS), -eps / (1 - 2 * eps) * np.mean(0.1 * margin(PAIRS)))
 
 
-@pytest.mark.parametrize("nll", ("seq_sum", "token_mean"))
-def test_rpo_without_nll_is_dpo(nll):
-    close(loss("rpo", PAIRS, beta=0.1, eta=0.0, nll=nll), loss("dpo", PAIRS))
+def test_rpo_without_nll_is_dpo():
+    close(loss("rpo", PAIRS, beta=0.1, eta=0.0), loss("dpo", PAIRS))
 
 
 def test_rpo_gradient():
