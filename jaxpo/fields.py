@@ -37,14 +37,14 @@ GIVERS: dict[str, str] = {
 class Field(NamedTuple):
     """A field of a batch.
 
-    axes: "row" = [B], "token" = [B, T], "vector" = [B, M].
+    axes: "row" = [B], "token" = [B, T], "vector" = [B, M], "token vector" = [B, T, M].
     says: what it is, in a line.
     givers: who may give it; keys of ``GIVERS``.
     share: whether it must lie in [0, 1].
     example: ``(rng, B, T) -> array``, what the contracts draw.
     """
 
-    axes: Literal["row", "token", "vector"]
+    axes: Literal["row", "token", "vector", "token vector"]
     says: str
     givers: tuple[Giver, ...]
     share: bool = False
@@ -53,12 +53,12 @@ class Field(NamedTuple):
     @property
     def home(self) -> str:
         """The dictionary of `jaxpo.batch.Rollouts` that holds it, if it is no attribute of its own."""
-        return "per_token" if self.axes == "token" else "per_row"
+        return "per_token" if self.axes.startswith("token") else "per_row"
 
     @property
     def shape(self) -> str:
         """Its shape, for messages."""
-        return {"row": "[B]", "token": "[B, T]", "vector": "[B, M]"}[self.axes]
+        return {"row": "[B]", "token": "[B, T]", "vector": "[B, M]", "token vector": "[B, T, M]"}[self.axes]
 
 
 def uniform(low: float = 0.0, high: float = 1.0, *more: int) -> Draw:
@@ -155,6 +155,26 @@ FIELDS: dict[str, Field] = {
         ("protocol",),
         example=tokens(lambda rng, shape: rng.uniform(size=shape)),
     ),
+    "returns": Field("token", "what the critic learns, written by `prepare`", (), example=tokens(logp)),
+    # ---- a chain of Gaussian steps, in place of tokens
+    "mean_ref": Field(
+        "token vector",
+        "mean of each step under the reference policy",
+        ("user",),
+        example=lambda rng, b, t: rng.normal(size=(b, t, 3)),
+    ),
+    "sigma": Field(
+        "token",
+        "standard deviation of each step",
+        ("user",),
+        example=tokens(lambda rng, shape: rng.uniform(0.5, 1, shape)),
+    ),
+    "sqrt_dt": Field(
+        "token",
+        "square root of each step's length",
+        ("user",),
+        example=tokens(lambda rng, shape: rng.uniform(0.1, 0.5, shape)),
+    ),
     # ---- what only the user's own data or rewards know
     "rewards_multi": Field("vector", "several rewards", ("user",), example=uniform(0, 1, 3)),
     "cand_scores": Field("vector", "scores of M reward models", ("user",), example=normal(3)),
@@ -186,7 +206,7 @@ NUMBERS = ("pref_prob", "margin", "win", "rm", "pref_score")  # what data may sa
 VECTORS = tuple(n for n, f in FIELDS.items() if f.axes == "vector" and "data" in f.givers)
 WEIGHTS = ("severity", "relevance")  # of the tokens of an answer
 JUDGED = given_by("judge")
-GIVEN = frozenset(n for n in given_by("data") if FIELDS[n].axes != "token") - {"prompt_length", "role"}
+GIVEN = frozenset(n for n in given_by("data") if FIELDS[n].home == "per_row") - {"prompt_length", "role"}
 
 
 def role_id(name: str) -> int:

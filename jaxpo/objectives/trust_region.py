@@ -4,7 +4,7 @@ penalties."""
 import warnings
 from typing import Literal
 
-from jaxpo.arguments import AboveOne, NonNegative, Positive, PositiveOrInfinite
+from jaxpo.arguments import AboveOne, NonNegative, Positive, PositiveOrInfinite, when
 from jaxpo.objectives.clipped import eps_pair
 from jaxpo.objectives.grammar.base import Gathering, Objective
 from jaxpo.objectives.grammar.policy_gradient import policy_gradient
@@ -94,7 +94,7 @@ def cispo(
     )
 
 
-@register(source="BAPO, arXiv:2510.18927; code of WooooDyy/BAPO")
+@register(source="BAPO, arXiv:2510.18927; code of WooooDyy/BAPO", when={"low_step": when(mode="paper")})
 def bapo(
     mode: Literal["official", "paper"] = "official",
     target: NonNegative | None = None,
@@ -115,10 +115,11 @@ def bapo(
     Shapes: logp [B, T], reward [B]. Bounds are ratio values: ``ppo(r, A; cl, ch, dual_clip)``, token mean.
 
     Args:
-      mode: "official" (``P/(N + 1e-8)``, the lower bound first; in the end it is ``low0`` or ``low_max``) or "paper"
-        (``P/(P+N)`` weighted by the old probabilities, the upper bound first). target, low0, ..., high_step: None =
-        the mode's own: official 1.0, 0.6→0.8 by 0.05, 1.2→2.0 by 0.05; paper 0.4, 0.6→0.9 by 0.02, 1.2→3.0 by
-        0.05."""
+      mode: "official": ``P/(N + 1e-8)``, the lower bound first; it ends at ``low0`` or ``low_max``, whatever
+        ``low_step``. "paper": ``P/(P+N)`` weighted by the old probabilities, the upper bound first.
+      target, low0, ..., high_step: None = the mode's own: official 1.0, 0.6→0.8 by 0.05, 1.2→2.0 by 0.05; paper 0.4,
+        0.6→0.9 by 0.02, 1.2→3.0 by 0.05.
+    """
     return policy_gradient(
         advantage=advantages.group_normalized(adv_eps, singleton=singleton),
         ratio=ratios.token(log_ratio_clip),

@@ -134,4 +134,6 @@ def bigram(objective: Objective, wants: frozenset[str], params: dict[str, Array]
     flat, asked = (logits.reshape(-1, VOCABULARY), batch.completions.reshape(-1)), objective.asks.derived
     others = {f.other: others_logits(before).reshape(flat[0].shape) for f in asked.values() if isinstance(f, Compared)}
     derived = {n: from_logits(f, *flat, others).reshape(batch.mask.shape) for n, f in asked.items() if n in wants}
+    if "mean" in wants:  # of a Gaussian step, [B, T, 3]
+        derived["mean"] = logits[..., :3]
     return TokenStats(**{name: said[name] for name in wants - set(derived)}, derived=derived)

@@ -193,7 +193,8 @@ def squared_residual(tau: Positive = 1.0) -> Surrogate:
 BAPO_DEFAULTS = {"official": (1.0, 0.6, 0.8, 0.05, 1.2, 2.0, 0.05), "paper": (0.4, 0.6, 0.9, 0.02, 1.2, 3.0, 0.05)}
 
 
-@register("surrogate", source="BAPO, arXiv:2510.18927; code of WooooDyy/BAPO")
+# Raising the lower bound only adds to N: officially the search never ends between ``low0`` and ``low_max``.
+@register("surrogate", source="BAPO, arXiv:2510.18927; code of WooooDyy/BAPO", when={"low_step": when(mode="paper")})
 def bapo(
     mode: Literal["official", "paper"] = "official",
     target: NonNegative | None = None,
