@@ -78,7 +78,9 @@ def clip_slope(r, adv, eps):
 
 
 def luffy(gamma=0.1, clip=False, eps=0.2, use_std=False, singleton="zero"):
-    """GRPO over own and expert rows together; on expert rows the ratio is ``f(p) = p / (p + gamma)``, unclipped."""
+    """GRPO over own and expert rows together; on expert rows the ratio is ``f(p) = p / (p + gamma)``, unclipped.
+
+    Shapes: logp [B, T], reward, role [B]."""
     own = surrogates.clipped(eps, eps) if clip else surrogates.linear()
     return policy_gradient(
         advantage=advantages.group_normalized(scale="group" if use_std else "none", singleton=singleton),
@@ -129,7 +131,7 @@ def test_by_role_needs_roles_and_names_a_wrong_one():
 
 
 def ppo(eps_low=0.2, eps_high=0.2, dual_clip=None, eps_v=0.2, c_v=0.1, c_e=0.0, gamma=1.0, lam=0.95, kl_coef=0.0):
-    """PPO with a critic."""
+    """PPO with a critic. Shapes: logp, value_old [B, T], reward [B]."""
     return policy_gradient(
         advantage=advantages.gae(gamma, lam, kl_coef),
         ratio=ratios.token(),
@@ -195,7 +197,7 @@ SIGMA, SQRT_DT = RNG.uniform(0.5, 1, (B, T)), RNG.uniform(0.1, 0.5, (B, T))
 
 
 def flow_grpo(eps=1e-4, beta=0.04, adv_clip=5.0, std="batch", kl_form="code"):
-    """GRPO of denoising chains: a row's tokens are its steps."""
+    """GRPO of denoising chains: a row's tokens are its steps. Shapes: logp, sigma [B, T], mean_ref [B, T, D]."""
     return policy_gradient(
         advantage=advantages.group_normalized(1e-4, std, ddof=0, clip=adv_clip),
         ratio=ratios.token(jnp.inf),

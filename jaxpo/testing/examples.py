@@ -32,10 +32,7 @@ def example(objective: Objective) -> Rollouts:
 
     asked = drawn(objective.asks.needs, b)
     group = np.arange(b, dtype=np.int32) // (GROUP if unit == 1 else unit)
-    roles = [
-        role_id(r)
-        for r in objective.unit.layout or (("own", "own", "own", "kl") if "label" in objective.asks.needs else ("own",))
-    ]
+    roles = [role_id(name) for name in roles_of(objective)]
     batch = Rollouts(
         tokens=rng.integers(0, VOCABULARY, (b, PROMPT + WIDTH)).astype(np.int32),
         mask=mask,
@@ -75,6 +72,15 @@ def example(objective: Objective) -> Rollouts:
             },
         )
     )
+
+
+def roles_of(objective: Objective) -> tuple[str, ...]:
+    """The roles of consecutive rows: those of the unit, or of a group in which one row is not the policy's own."""
+    if objective.unit.layout:
+        return objective.unit.layout
+    if "label" in objective.asks.needs:
+        return ("own", "own", "own", "kl")
+    return ("own", "own", "own", "expert") if "role" in objective.asks.needs else ("own",)
 
 
 def drawn(needs: Collection[str], rows: int) -> dict[str, Array]:

@@ -12,6 +12,7 @@ from jaxpo.batch import complete
 from jaxpo.objectives import Hooks, Objective, Term, Unit, asks_of, from_terms, linearized, preference
 from jaxpo.primitives import aggregation, grouping
 from jaxpo.primitives.numerics import promote
+from tests.test_open_grammar import flow_grpo, luffy, ppo
 
 OPTIONAL = {
     "rloo": {"form": "ppo"},
@@ -55,6 +56,12 @@ def test_registered(name):
 @pytest.mark.parametrize("name", OPTIONAL)
 def test_registered_with_other_hyperparameters(name):
     assert not testing.check(name, **OPTIONAL[name]).skipped
+
+
+@pytest.mark.contracts
+@pytest.mark.parametrize("build", (luffy, ppo, flow_grpo))
+def test_hybrids_critics_and_chains(build):
+    assert not testing.check(build).skipped
 
 
 def dpo(beta: float = 0.1) -> Objective:
