@@ -28,7 +28,7 @@ from jaxpo.race.rules import Rules, adam
 from jaxpo.rollout import SamplingOptions, generate
 from jaxpo.runs.questions import Questions, pad_prompts, tokenize
 from jaxpo.tasks import Task, build
-from jaxpo.tasks.base import task_arguments
+from jaxpo.tasks.base import task_arguments, texts_of
 from jaxpo.tasks.toy import ReverseDigits
 from jaxpo.text.tokenizers import CharTokenizer, Tokenizer
 
@@ -87,8 +87,7 @@ def make_task(text: str) -> tuple[Task, Tokenizer, ReverseDigits | None]:
     if name == "toy":
         game = ReverseDigits(**{f.name: arguments[f.name] for f in fields(ReverseDigits) if f.name in arguments})
         return task, game.tokenizer, game
-    texts = [text for e in (*task.train, *task.test) for text in (e.question, e.answer or "")]
-    return task, CharTokenizer.from_texts(texts), None
+    return task, CharTokenizer.from_texts(texts_of(task)), None
 
 
 def survey(rules: Rules) -> Course:

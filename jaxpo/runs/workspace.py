@@ -35,6 +35,7 @@ from jaxpo.runs import preference_data
 from jaxpo.runs.preference_data import templates_of
 from jaxpo.runs.questions import Questions, pad_prompts, tokenize
 from jaxpo.tasks import Example, Task, build
+from jaxpo.tasks.base import texts_of
 from jaxpo.tasks.preferences.encode import filled
 from jaxpo.tasks.preferences.records import Row
 from jaxpo.tasks.preferences.sets import PLACES, PreferenceSet
@@ -153,7 +154,7 @@ def prepare_process(cache: str | None) -> None:
         keep_freed_memory()
 
 
-def texts_of(row: Row) -> list[str]:
+def texts_of_row(row: Row) -> list[str]:
     """The texts of a row: of its prompts, its answers, and the tool calls after them."""
     prompts = [row.prompt, *(answer.prompt for answer in row.answers if answer.prompt)]
     answers = [text for answer in row.answers for text in (answer.text, *(part for _, part in answer.trace))]
@@ -164,7 +165,7 @@ def make_tokenizer(resolved: Resolved, task: Task, data: PreferenceSet | None = 
     """The tokenizer that the config names.
 
     Characters are those of the run that ``config.init_from`` names, whose parameters know them by their numbers, or
-    come from the task's questions and answers, and from data.
+    come from the task's questions, answers and demonstrations, and from data.
 
     Raises:
       ValueError: the run has a tokenizer of another kind."""
@@ -180,9 +181,9 @@ def make_tokenizer(resolved: Resolved, task: Task, data: PreferenceSet | None = 
         return tokenizer
 
     def texts() -> list[str]:
-        out = [text for e in (*task.train, *task.test) for text in (question_of(e.question), e.answer or "")]
+        out = texts_of(task)
         if data is not None:
-            out += [text for row in (*data.train, *data.test) for text in texts_of(row)]
+            out += [text for row in (*data.train, *data.test) for text in texts_of_row(row)]
             templates = templates_of(resolved.objective, data).items()
             out += [filled("", text, dict.fromkeys(PLACES[name], "")) for name, text in templates]
         return out

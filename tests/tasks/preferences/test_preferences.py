@@ -117,6 +117,8 @@ def test_held_out_prompts_are_never_trained_on(tmp_path):
     data = jsonl(write(tmp_path / "p", rows), test_size=2, seed=3)
     assert len(data.train) == 8 and len(data.test) == 4
     assert not {r.prompt for r in data.train} & {r.prompt for r in data.test}
+    with pytest.raises(ValueError, match="seed=3 has no effect without test_size"):
+        jsonl(write(tmp_path / "p", rows), seed=3)
     two = jsonl(write(tmp_path / "p", rows), test_path=write(tmp_path / "t", rows[:2]))
     assert len(two.train) == 10 and len(two.test) == 2
     with pytest.raises(ValueError, match="6 different prompts"):
