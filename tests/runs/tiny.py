@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import os
+import signal
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,7 +21,8 @@ from jaxpo.batch import Rollouts
 from jaxpo.config.fields import default
 from jaxpo.learning.state import TrainState
 from jaxpo.parallel import rows_over_mesh
-from jaxpo.runs import gatherer, train
+from jaxpo.runs import gatherer, loop, train
+from jaxpo.storage.checkpoint import restore_params
 
 DEVICES = jax.devices()
 FILE = Path(__file__)
@@ -92,6 +94,30 @@ def run(changed: ConfigDict, workdir: Path, **options: Any) -> Finished:
         patch.setattr(gatherer, "prompt_order", recorded)
         result = train.train_rl(changed, str(workdir), **options)
     return Finished(workdir, result, printed.getvalue(), drawn)
+
+
+def stopped_and_resumed(changes: Mapping[str, Any], folder: Path, at: int) -> tuple[Finished, Finished]:
+    """A run, and the same run with SIGTERM in its iteration ``at`` and resumed. Both end with the same, bit for bit."""
+    whole = run(config(changes), folder / "whole")
+    iteration = loop.timed_iteration
+
+    def terminated(session: Any, state: Any) -> Any:
+        if state.iteration == at - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return iteration(session, state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "timed_iteration", terminated)
+        assert run(config(changes), folder / "parts").result.iteration == at
+    rest = run(config(changes), folder / "parts", resume=True)
+    assert "AGAIN" not in whole.printed + rest.printed
+    for name in ("params", "opt_state", "objective", "tables"):
+        ours, position = restore_params(rest.path / "checkpoints", name=name)
+        theirs, expected = restore_params(whole.path / "checkpoints", name=name)
+        assert_same_params(ours, theirs)
+        assert position == expected
+    assert trained(rest.path) == trained(whole.path)
+    return whole, rest
 
 
 @functools.cache
