@@ -135,8 +135,10 @@ def test_as_many_completions_in_the_shape_that_a_protocol_accepts():
         check_fit(run("r2vpo", protocol=Gathering("replay")))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ("dapo", "hapo", "spo_single_stream", "spo_segment"))
+PROTOCOLS = ("dapo", *[pytest.param(n, marks=pytest.mark.slow) for n in ("hapo", "spo_single_stream", "spo_segment")])
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
 def test_protocols_gather_for_each_seed(name):
     results = race(name, **TINY, learning_rate=1e-3)
     result = results.objectives[name]
