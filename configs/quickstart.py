@@ -5,8 +5,8 @@ The transformer has 150k parameters and starts from scratch, on a CPU.
     python -m experiments.train_rl --config=configs/quickstart.py --workdir=runs/quickstart
 
 Expected, seed 0: greedy accuracy on 300 unseen words 0.107 after the warm start, 0.843 after 120 iterations; 118 s on
-2 shared cores. Seeds 1 and 2: 0.340 to 0.760 in 78 s, 0.333 to 0.853 in 83 s. Another type of CPU gave 0.110 to 0.823 for
-seed 0, in 58 s (README.md).
+2 shared cores. Seeds 1 and 2: 0.340 to 0.760 in 78 s, 0.333 to 0.853 in 83 s. Another type of CPU gave 0.110 to 0.823
+for seed 0, in 58 s (README.md).
 """
 
 from ml_collections import ConfigDict

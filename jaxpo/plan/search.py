@@ -53,7 +53,7 @@ def allowed(config: ConfigDict, changes: Changes, devices: int) -> Resolved | No
         return None
 
 
-def unplaced(config: ConfigDict) -> Resolved:
+def on_one_device(config: ConfigDict) -> Resolved:
     """Resolve the run for one device, for facts that do not depend on the mesh (which may not divide the run)."""
     one = {f"mesh.{axis}": 1 for axis in AXES} | {f"rollout.mesh.{axis}": None for axis in AXES}
     return resolve(changed(config, {**one, "training.microbatches": 1, "training.packing": False}), 1)
@@ -186,7 +186,7 @@ def sampling_mesh(config: ConfigDict, where: Topology, model: TransformerConfig,
 
     It does not depend on the mesh that trains. {} if the config names a rollout mesh, or if nothing is sampled.
     """
-    if reshaped_sizes(config.rollout.mesh) or not unplaced(config).samples:
+    if reshaped_sizes(config.rollout.mesh) or not on_one_device(config).samples:
         return {}
     around = max(config.mesh.expert, 1)  # experts are sharded; positions are not when decoding
     best: tuple[float, float, Changes] | None = None
@@ -207,7 +207,7 @@ def ranked(config: ConfigDict, where: Topology, data: Data) -> list[tuple[Change
 
     First those that seem to fit, by time; then the others, by bytes.
     """
-    resolved = unplaced(config)
+    resolved = on_one_device(config)
     model = resolved.transformer(data.vocab_size or 1)
     sizes, rows = sizes_of(resolved, model, data), resolved.rows // config.training.minibatches
     sampling = sampling_mesh(config, where, model, sizes)
@@ -239,7 +239,7 @@ def fastest(config: ConfigDict, where: Topology, *, compile_most: int, say: Say)
     Raises:
       ValueError: no mesh of so many chips divides the config.
     """
-    data = data_of(unplaced(config))
+    data = data_of(on_one_device(config))
     order = ranked(config, where, data)
     if not order:
         raise ValueError(
@@ -257,7 +257,7 @@ def failing(plan: Plan) -> dict[str, StepPlan]:
     return {s.name: s for s in plan.steps if s.error is not None or s.peak > plan.chip.hbm}
 
 
-def ideas(config: ConfigDict, where: Topology, failed: set[str]) -> Iterator[Changes]:
+def smaller_steps(config: ConfigDict, where: Topology, failed: set[str]) -> Iterator[Changes]:
     """Changes that make a step smaller and still divide over the chips, cheapest first."""
     d, f, t = (where.size if n == -1 else n for n in (config.mesh[axis] for axis in SEARCHED))
     n = config.training.microbatches
@@ -279,9 +279,9 @@ def proposals(config: ConfigDict, where: Topology, plan: Plan, *, most: int = 6,
 
     For each change, the steps that failed are compiled first, and the others only if those fit.
     """
-    data, names = data_of(unplaced(config)), set(failing(plan))
+    data, names = data_of(on_one_device(config)), set(failing(plan))
     out = []
-    for changes, _ in zip(ideas(config, where, names), range(most), strict=False):
+    for changes, _ in zip(smaller_steps(config, where, names), range(most), strict=False):
         say(f"trying {described(changes)}")
         other = changed(config, changes)
         tried = make_plan(other, where, data=data, only=names, say=say)

@@ -25,7 +25,7 @@ from jaxpo.race.contenders import Contender, select
 from jaxpo.race.results import Results, earlier, interval
 from jaxpo.race.rules import Rules
 from jaxpo.race.seeds import contest
-from jaxpo.race.setup import Setup, draws, set_up, survey
+from jaxpo.race.setup import Setup, draws, make_course, set_up
 from jaxpo.storage.rundir import Progress
 
 
@@ -87,7 +87,7 @@ def race(
     if odd := sorted(set(changes) - set(known)):
         raise ValueError(registry.unknown("rule of a race", odd[0], known))
     rules = replace(rules or Rules(), **changes)
-    racing, left_out = select(contenders, rules, survey(rules).questions.width)
+    racing, left_out = select(contenders, rules, make_course(rules).questions.width)
     held = earlier(Path(out), rules) if out else None
     results = held or Results(asdict(rules), rules.points, objectives={}, left_out={})
     results.left_out.update(left_out)

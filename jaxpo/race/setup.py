@@ -90,7 +90,7 @@ def make_task(text: str) -> tuple[Task, Tokenizer, ReverseDigits | None]:
     return task, CharTokenizer.from_texts(texts_of(task)), None
 
 
-def survey(rules: Rules) -> Course:
+def make_course(rules: Rules) -> Course:
     """Build the task and the policy of a race.
 
     Raises:
@@ -114,25 +114,27 @@ def survey(rules: Rules) -> Course:
 
 def set_up(rules: Rules) -> Setup:
     """Warm-start all seeds, and make the compiled samplers and scorers."""
-    course, began = survey(rules), time.perf_counter()
+    course, began = make_course(rules), time.perf_counter()
     questions, model = course.questions, course.model
     start = jax.block_until_ready(warm_start(course, rules))
-    lessons, exam = ((jnp.asarray(p.tokens), jnp.asarray(p.length)) for p in (questions.train, questions.test))
+    train_prompts, test_prompts = (
+        (jnp.asarray(p.tokens), jnp.asarray(p.length)) for p in (questions.train, questions.test)
+    )
     score_one = partial(score, stats.policy_of(model, wants=EVERYTHING))
     each_seed = jax.jit(jax.vmap(score_one), compiler_options=QUICK)
     one_seed = jax.jit(score_one, compiler_options=QUICK)
-    draw = rated(course, jax.vmap(partial(sample, course, rules.responses), (0, 0, None, None)))
-    take_exam = rated(course, jax.vmap(partial(answer, course), (0, None, None)))
+    draw = with_rewards(course, jax.vmap(partial(sample, course, rules.responses), (0, 0, None, None)))
+    answer_test = with_rewards(course, jax.vmap(partial(answer, course), (0, None, None)))
 
     def accuracy(params: Params) -> np.ndarray:
-        batch = verified(questions, questions.test, take_exam(params, *exam))
+        batch = verified(questions, questions.test, answer_test(params, *test_prompts))
         return np.asarray(batch.correct.mean(-1))
 
     go_on = partial(continued, course)
     return Setup(
         course,
         start,
-        sample=lambda params, draws: draw(params, draws, *lessons),
+        sample=lambda params, draws: draw(params, draws, *train_prompts),
         score=lambda params, batch: each_seed(params, as_scored(batch)),
         go_on=jax.jit(go_on, static_argnames="responses", compiler_options=QUICK),
         score_one=lambda params, batch: one_seed(params, as_scored(batch)),
@@ -181,7 +183,7 @@ def continued(
     return generate(course.model, params, tokens, key, options, **given, pad_id=course.questions.tokenizer.pad_id)
 
 
-def rated(course: Course, sample: Callable[..., Rollouts]) -> Callable[..., Rollouts]:
+def with_rewards(course: Course, sample: Callable[..., Rollouts]) -> Callable[..., Rollouts]:
     """Compile ``sample``; if the task has rewards as jax code, its result gets ``reward`` and ``correct``."""
     game = course.game
 

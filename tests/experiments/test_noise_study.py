@@ -17,7 +17,7 @@ from jaxpo.race import race as racing
 from jaxpo.race.contenders import select
 from jaxpo.race.rules import Rules, in_units, resolved_by
 from jaxpo.race.seeds import InTurn, one, race_preferences
-from jaxpo.race.setup import draws, set_up, survey
+from jaxpo.race.setup import draws, make_course, set_up
 from jaxpo.runs.iteration import finish
 
 TINY = dict(
@@ -37,7 +37,7 @@ TINY = dict(
 
 def resolved(rules, name, **hyperparameters):
     """The run of an objective by the rules."""
-    return resolved_by(rules, name, make(name, **hyperparameters), survey(rules).questions.width)
+    return resolved_by(rules, name, make(name, **hyperparameters), make_course(rules).questions.width)
 
 
 def test_who_races_on_pairs_and_who_does_not():
@@ -77,7 +77,7 @@ def test_as_many_rows_in_pairs_of_which_a_share_is_labelled_wrong():
     rules = Rules(**TINY)
     paired = in_units(rules, 2)
     assert paired.prompts * paired.responses == rules.prompts * rules.responses and paired.responses == 2
-    course = survey(rules)
+    course = make_course(rules)
     questions = course.questions
 
     def units(name: str, share: float) -> Rollouts:

@@ -263,7 +263,7 @@ def test_meshes():
 
 def test_ranking_keeps_to_what_divides_and_prefers_what_fits():
     config = tiny.config()
-    data = trace.data_of(search.unplaced(config))
+    data = trace.data_of(search.on_one_device(config))
     order = search.ranked(config, V5E, data)
     assert order and all(m["mesh.tensor"] <= 2 for m, _ in order)  # two heads
     assert all(m["mesh.data"] * m["mesh.fsdp"] * m["mesh.tensor"] == 8 for m, _ in order)

@@ -19,7 +19,7 @@ from jaxpo.tasks import Example, Score
 from tests.protocols.fake_gatherer import fake
 
 SCORES = np.array([[0.0, 2.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
-VERDICT = judge.of_scores(SCORES, None)
+VERDICT = judge.verdict_of_scores(SCORES, None)
 
 
 def answers(k=4, prompts=2):
@@ -39,14 +39,14 @@ def answers(k=4, prompts=2):
 
 def test_scores_as_win_probabilities():
     assert VERDICT.wins[0, 1].tolist() == [1, 0.5, 1, 1] and VERDICT.wins[0, 2, 3] == 0.5
-    soft = judge.of_scores(SCORES, 2.0).wins
+    soft = judge.verdict_of_scores(SCORES, 2.0).wins
     assert soft[0, 1, 0] == pytest.approx(1 / (1 + np.exp(-4))) and np.allclose(soft + soft.swapaxes(1, 2), 1)
-    by_wins = judge.of_wins(VERDICT.wins)
+    by_wins = judge.verdict_of_wins(VERDICT.wins)
     assert by_wins.scores[0].tolist() == pytest.approx([1 / 8, 7 / 8, 1 / 2, 1 / 2])
     with pytest.raises(ValueError, match="not finite"):
-        judge.of_scores(np.array([[np.nan, 1]]), None)
+        judge.verdict_of_scores(np.array([[np.nan, 1]]), None)
     with pytest.raises(ValueError, match=r"lie in \[0, 1\]"):
-        judge.of_wins(np.full((1, 2, 2), 1.5))
+        judge.verdict_of_wins(np.full((1, 2, 2), 1.5))
 
 
 def longest(questions, texts):
@@ -102,7 +102,7 @@ def test_each_process_judges_the_answers_to_its_own_prompts(monkeypatch):
 
     def opinion(examples, texts):
         asked.append([e.question for e in examples])
-        return judge.of_scores(np.array([[len(t) for t in row] for row in texts]), 1.0)
+        return judge.verdict_of_scores(np.array([[len(t) for t in row] for row in texts]), 1.0)
 
     compare = Worded(None, None, None, None, 2).compare
     whole = compare(opinion, examples, *columns)
@@ -174,7 +174,7 @@ def test_what_is_said_of_an_answer():
     assert alone["pref_opp"][0].tolist() == pytest.approx([0, 1, 1 / 2, 1 / 2])
     game = answer_fields(VERDICT, 2)  # the last two are the opponent's
     assert game["pref_opp"][0].tolist() == game["win"][0].tolist() == [0, 1] and game["rm"].shape == (2, 2)
-    soft = answer_fields(judge.of_scores(SCORES, 1.0), 2)
+    soft = answer_fields(judge.verdict_of_scores(SCORES, 1.0), 2)
     assert soft["pref_score"][0].tolist() == pytest.approx([-1, 1], abs=1e-5)  # GPO: mean score over the samples
     single = arranged(make("nash_md"), answers(2), VERDICT, None)
     assert single.per_row["pref_opp"].tolist() == [0, 1, 0.5, 0.5] and single.layout == () and single.shared_prompt == 2

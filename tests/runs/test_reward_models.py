@@ -101,7 +101,7 @@ def test_several_models_and_what_weighs_them(reward_model, tmp_path, monkeypatch
     fixed = judges.by_models(("one", "love"), (0.9, 0.1), None, None)(examples, answers)
     np.testing.assert_allclose(fixed.scores, 0.9 * one + 0.1 * love, atol=1e-6)
     assert set(np.unique(fixed.wins)) <= {0, 0.5, 1}  # without a scale the higher score wins
-    gate = judges.heads_say(gates, heads, examples, answers).gate.reshape(2, 3, 2)
+    gate = judges.score_heads(gates, heads, examples, answers).gate.reshape(2, 3, 2)
     np.testing.assert_allclose(gate, gate[:, :1].repeat(3, 1), atol=1e-6)  # of the prompt alone
     weight = np.exp(gate) / np.exp(gate).sum(-1, keepdims=True)
     mixed = judges.by_models(("one", "two"), None, "adapter", 1.0)(examples, answers)

@@ -16,7 +16,7 @@ from jaxpo.primitives import preference_diagnostics as diagnostics
 from jaxpo.protocols.rows import as_scored
 from jaxpo.runs.evaluation.answers import wilson
 from jaxpo.runs.evaluation.pairs import chunks
-from jaxpo.runs.judges.judge import of_stats
+from jaxpo.runs.judges.judge import verdict_of_stats
 from jaxpo.runs.workspace import Workspace
 
 BINS = 10
@@ -33,7 +33,7 @@ def stated(workspace: Workspace, params: Params) -> tuple[np.ndarray, np.ndarray
     for real, batch in chunks(workspace):
         stats = to_host(workspace.programs.score_heads(params, as_scored(batch)))
         if form.layout:
-            p = of_stats(workspace, stats, (batch.rows // form.size, form.size)).wins[:, w, l]
+            p = verdict_of_stats(workspace, stats, (batch.rows // form.size, form.size)).wins[:, w, l]
         else:
             p = 1 / (1 + np.exp(-np.asarray(stats.score, np.float64)))
         said.append(p[: len(real)])

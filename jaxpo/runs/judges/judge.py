@@ -96,7 +96,7 @@ def models(
 
 
 @register("judge", id="follow_ups")
-def what_comes_next(path: str, file: str, between: str = "\n", scale: float | None = None) -> Judge:
+def by_follow_ups(path: str, file: str, between: str = "\n", scale: float | None = None) -> Judge:
     """Judge by how likely a language model finds the reply of a happy user (`jaxpo.runs.judges.follow_ups`).
 
     Args:
@@ -108,12 +108,12 @@ def what_comes_next(path: str, file: str, between: str = "\n", scale: float | No
 
     def judge(workspace: Workspace) -> Opinion:
         scores = follow_ups.scorer(path, file, between)
-        return lambda examples, answers: of_scores(scores(examples, answers), scale)
+        return lambda examples, answers: verdict_of_scores(scores(examples, answers), scale)
 
     return judge
 
 
-def of_scores(scores: np.ndarray, scale: float | None) -> Verdict:
+def verdict_of_scores(scores: np.ndarray, scale: float | None) -> Verdict:
     """The verdict of scores: ``P(i beats j) = sigmoid(scale (s_i - s_j))``.
 
     Without a scale the higher score wins, and equal scores give 1/2.
@@ -126,7 +126,7 @@ def of_scores(scores: np.ndarray, scale: float | None) -> Verdict:
     return Verdict(scores, np.asarray(preference_data.win_matrix(scale * scores)))
 
 
-def of_wins(wins: np.ndarray) -> Verdict:
+def verdict_of_wins(wins: np.ndarray) -> Verdict:
     """The verdict of win probabilities.
 
     An answer's score is its mean win probability against all answers to its prompt, itself included (SPPO).
@@ -145,7 +145,7 @@ def verified(task: Task, scale: float | None, examples: Sequence[Example], answe
         )
     flat = [text for row in answers for text in row]
     scores = task.score([e for e, row in zip(examples, answers, strict=True) for _ in row], flat)
-    return of_scores(np.array([s.reward for s in scores]).reshape(len(answers), -1), scale)
+    return verdict_of_scores(np.array([s.reward for s in scores]).reshape(len(answers), -1), scale)
 
 
 def by_function(path: str, scale: float | None, examples: Sequence[Example], answers: Answers) -> Verdict:
@@ -153,10 +153,10 @@ def by_function(path: str, scale: float | None, examples: Sequence[Example], ans
     said = np.asarray(locate(path)([e.question for e in examples], answers), np.float64)
     shape = (len(answers), len(answers[0]))
     if said.shape == shape:
-        return of_scores(said, scale)
+        return verdict_of_scores(said, scale)
     if said.shape != (*shape, shape[1]):
         raise ValueError(f"config.judge.path {path!r} gave an array {said.shape}: scores {shape} or wins are expected")
-    return of_wins(said)
+    return verdict_of_wins(said)
 
 
 def characters(workspace: Workspace) -> list[str]:
@@ -194,8 +194,8 @@ def by_model(path: str, scale: float | None, characters: Sequence[str] = ()) -> 
             ) from None
 
     def judge(examples: Sequence[Example], answers: Answers) -> Verdict:
-        return of_stats(
-            workspace, heads_say(workspace, params, examples, answers), (len(answers), len(answers[0])), scale
+        return verdict_of_stats(
+            workspace, score_heads(workspace, params, examples, answers), (len(answers), len(answers[0])), scale
         )
 
     return judge
@@ -237,15 +237,15 @@ def by_models(
         flat, k = scores.reshape(-1, len(paths)), scores.shape[1]
         said = {"obj_scores": flat}
         if adapter is not None:  # the gate reads the prompt alone, so the answer is empty
-            gate = heads_say(workspace, params, examples, [[""]] * len(examples)).gate
+            gate = score_heads(workspace, params, examples, [[""]] * len(examples)).gate
             said = {"cand_scores": flat, "adapter_logits": np.repeat(gate, k, 0)}
         batch = Rollouts(mask=np.ones((len(flat), 1)), **said)
-        return of_scores(np.asarray(reward.fn(batch, None)).reshape(-1, k), scale)
+        return verdict_of_scores(np.asarray(reward.fn(batch, None)).reshape(-1, k), scale)
 
     return judge
 
 
-def heads_say(workspace: Workspace, params: Params, examples: Sequence[Example], answers: Answers) -> TokenStats:
+def score_heads(workspace: Workspace, params: Params, examples: Sequence[Example], answers: Answers) -> TokenStats:
     """The outputs of the heads for K answers to each of G prompts: rows [G K] (NumPy)."""
     rows = rows_of(workspace, examples, answers)
     spread = pad(rows, rows=-(-rows.rows // shard_count(workspace)) * shard_count(workspace))
@@ -253,7 +253,9 @@ def heads_say(workspace: Workspace, params: Params, examples: Sequence[Example],
     return jax.tree.map(lambda x: x[: rows.rows], stats)
 
 
-def of_stats(workspace: Workspace, stats: TokenStats, shape: tuple[int, int], scale: float | None = None) -> Verdict:
+def verdict_of_stats(
+    workspace: Workspace, stats: TokenStats, shape: tuple[int, int], scale: float | None = None
+) -> Verdict:
     """Turn the head outputs of a reward model into a verdict.
 
     Args:
@@ -266,9 +268,9 @@ def of_stats(workspace: Workspace, stats: TokenStats, shape: tuple[int, int], sc
     if "score" in workspace.objective.asks.wants:
         score = np.asarray(stats.score, np.float64).reshape(shape)
         score = 1 / (1 + np.exp(-score)) if "label" in workspace.objective.asks.needs else score
-        return of_scores(score, 1.0 if scale is None else scale)
+        return verdict_of_scores(score, 1.0 if scale is None else scale)
     by_prompt = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), stats)
-    return of_wins(np.asarray(jax.vmap(workspace.objective.wins)(by_prompt)))
+    return verdict_of_wins(np.asarray(jax.vmap(workspace.objective.wins)(by_prompt)))
 
 
 def rows_of(workspace: Workspace, examples: Sequence[Example], answers: Answers) -> Rollouts:
