@@ -39,8 +39,8 @@ def test_givers_are_known_and_every_reference_has_its_field():
 @pytest.mark.parametrize("name", sorted(set(FIELDS) - set(LOOP) - {"prompt_length", "adv", "logp_sampler"}))
 def test_an_example_has_the_shape_that_the_table_says(name):
     field, example = FIELDS[name], np.asarray(FIELDS[name].example(np.random.default_rng(0), 6, 3))
-    assert example.shape[0] == 6 and example.ndim == (1 if field.axes == "row" else 2)
-    assert (example.shape[1:] == (3,)) or field.axes != "token"
+    assert example.shape[0] == 6 and example.ndim == {"row": 1, "token": 2, "vector": 2, "token vector": 3}[field.axes]
+    assert example.shape[1:2] == (3,) or field.home != "per_token"
     batch = Rollouts(mask=np.ones((6, 3)), **{name: example})
     assert getattr(batch, fields.home_of(name))[name] is example is batch.get(name)
 

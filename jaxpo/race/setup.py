@@ -26,9 +26,9 @@ from jaxpo.protocols.gatherer import Prompts
 from jaxpo.protocols.rows import as_scored
 from jaxpo.race.rules import Rules, adam
 from jaxpo.rollout import SamplingOptions, generate
-from jaxpo.runs.questions import Questions, pad_prompts, tokenize
+from jaxpo.runs.questions import Questions, pad_prompts, texts_of, tokenize
 from jaxpo.tasks import Task, build
-from jaxpo.tasks.base import task_arguments, texts_of
+from jaxpo.tasks.base import task_arguments
 from jaxpo.tasks.toy import ReverseDigits
 from jaxpo.text.tokenizers import CharTokenizer, Tokenizer
 

@@ -10,7 +10,7 @@ from jaxpo.batch import Demonstrations, Rollouts
 from jaxpo.parallel.distributed import from_rows, own_rows, take_rows, to_host
 from jaxpo.protocols.gatherer import Prompts, Verdict
 from jaxpo.tasks import Example, Task, imperfect
-from jaxpo.text.tokenizers import Tokenizer
+from jaxpo.text.tokenizers import Tokenizer, question_of
 
 Answers = list[list[str]]
 Opinion = Callable[[Sequence[Example], Answers], Verdict]
@@ -107,6 +107,13 @@ class Questions:
         questions = [prompts.tokens[i, width - prompts.length[i] :].tolist() for i in indices]
         sizes = dict(prompt_width=width, width=self.width, pad_id=self.tokenizer.pad_id)
         return Demonstrations(questions, answers, **sizes)
+
+
+def texts_of(task: Task) -> list[str]:
+    """Every text of a task: questions, answers, and demonstrations, which may hold more than the answer."""
+    examples = [*task.train, *task.test]
+    shown = [task.demonstrate(e) for e in examples] if task.demonstrate else []
+    return [text for e in examples for text in (question_of(e.question), e.answer or "")] + shown
 
 
 def tokenize(

@@ -33,9 +33,8 @@ from jaxpo.rollout import SamplingOptions
 from jaxpo.rollout.stopping import stop_table
 from jaxpo.runs import preference_data
 from jaxpo.runs.preference_data import templates_of
-from jaxpo.runs.questions import Questions, pad_prompts, tokenize
+from jaxpo.runs.questions import Questions, pad_prompts, texts_of, tokenize
 from jaxpo.tasks import Example, Task, build
-from jaxpo.tasks.base import texts_of
 from jaxpo.tasks.preferences.encode import filled
 from jaxpo.tasks.preferences.records import Row
 from jaxpo.tasks.preferences.sets import PLACES, PreferenceSet

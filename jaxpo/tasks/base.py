@@ -13,7 +13,6 @@ from typing import Any
 from jaxpo.arguments import Share, check, domain_of
 from jaxpo.registry import check_arguments, names, register_later, unknown
 from jaxpo.registry import entry as registered
-from jaxpo.text.tokenizers import question_of
 
 
 @dataclass(frozen=True)
@@ -79,13 +78,6 @@ TASKS = {
     "toy": "jaxpo.tasks.toy:toy",
 }
 register_later("task", TASKS)
-
-
-def texts_of(task: Task) -> list[str]:
-    """Every text of a task: questions, answers, and demonstrations, which may hold more than the answer."""
-    examples = [*task.train, *task.test]
-    shown = [task.demonstrate(e) for e in examples] if task.demonstrate else []
-    return [text for e in examples for text in (question_of(e.question), e.answer or "")] + shown
 
 
 def build(config: Mapping[str, Any]) -> Task:
