@@ -110,7 +110,7 @@ FIELDS: dict[str, Field] = {
     "value_old": Field("token", "values of the critic at the start of the iteration", ("loop",)),
     "adv": Field("token", "advantages, written by `prepare`", ()),
     "logp_sampler": Field("token", "log-probs under the sampler's own distribution", ("loop",)),
-    # ---- log-probs under frozen references
+    # ---- what frozen references say
     "logp_ref": Field("token", "log-probs under the reference policy", ("reference",), example=tokens(logp)),
     "logp_prev": Field(
         "token", "log-probs under the policy of the previous round", ("reference",), example=tokens(logp)
@@ -118,6 +118,7 @@ FIELDS: dict[str, Field] = {
     "logp_ema": Field("token", "log-probs under an average of past policies", ("reference",), example=tokens(logp)),
     "logp_soup": Field("token", "log-probs under the average of two models", ("reference",), example=tokens(logp)),
     "logp_teacher": Field("token", "log-probs under a teacher model", ("reference",), example=tokens(logp)),
+    "model_score": Field("row", "score of the reward model beside the policy", ("reference",)),
     # ---- preferences
     "pref_prob": Field("row", "probability that chosen is preferred", ("data", "judge"), True, uniform()),
     "win": Field("row", "probability that the answer beats its opponents", ("data", "judge"), True, uniform()),

@@ -6,7 +6,7 @@ import pytest
 from jaxpo import fields
 from jaxpo.batch import Rollouts
 from jaxpo.fields import FIELDS, GIVEN, GIVERS, JUDGED, LOOP, NUMBERS, SHARES, VECTORS, WEIGHTS
-from jaxpo.learning.references import SCORED
+from jaxpo.learning.references import GIVEN_BY
 from jaxpo.objectives import make
 from jaxpo.registry import entry, names
 
@@ -33,7 +33,7 @@ def test_which_are_probabilities_and_which_are_lists():
 
 def test_givers_are_known_and_every_reference_has_its_field():
     assert {giver for field in FIELDS.values() for giver in field.givers} == {*GIVERS}
-    assert {f"logp_{name}" for name in SCORED} == fields.given_by("reference")
+    assert set(GIVEN_BY) == fields.given_by("reference")
 
 
 @pytest.mark.parametrize("name", sorted(set(FIELDS) - set(LOOP) - {"prompt_length", "adv", "logp_sampler"}))

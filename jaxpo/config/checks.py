@@ -11,12 +11,14 @@ from jaxpo.config.fields import default
 from jaxpo.config.resolved import Resolved
 from jaxpo.learning.needs import is_reward_model
 from jaxpo.learning.optimizers import make_optimizer
+from jaxpo.learning.references import SCORED
 from jaxpo.parallel import AXES, POSITIONS, ROWS, TOKENS
 from jaxpo.parallel.mesh import mesh_shape, reshaped_sizes
 from jaxpo.policy import lora
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.registry import unknown
 
+FOLDERS = "a model folder, a GGUF file or a run directory"
 WHOLE = (
     *("rollout.prompts", "rollout.responses"),
     *("training.epochs", "training.minibatches", "training.microbatches"),
@@ -63,6 +65,7 @@ def check_resolved(resolved: Resolved, policy: TransformerConfig, devices: int) 
     _check_division(resolved, policy, devices)
     _check_offload(resolved)
     _check_models(resolved)
+    _check_critic(resolved)
     _check_checkpoint(config)
     _check_judge(resolved)
     if objective.unit.layout and resolved.protocol.facts.rows is None:
@@ -147,12 +150,23 @@ def _check_models(resolved: Resolved) -> None:
     for model, path in config.references.items():
         needed = model in resolved.models
         if path is not None and not needed:
-            raise ValueError(f"config.references.{model} has no effect: objective {name!r} needs no logp_{model}")
+            field = SCORED[model].gives or f"logp_{model}"
+            raise ValueError(f"config.references.{model} has no effect: objective {name!r} needs no {field}")
         if path is None and needed:
             raise ValueError(
-                f"config.references.{model} is None, but objective {name!r} needs the model: set it to a model folder, "
-                "a GGUF file or a run directory"
+                f"config.references.{model} is None, but objective {name!r} needs the model: set it to "
+                + ("a run directory of train_reward" if SCORED[model].gives == "model_score" else FOLDERS)
             )
+
+
+def _check_critic(resolved: Resolved) -> None:
+    """Protocols that move or go back to whole parameters would leave a critic of its own behind."""
+    moved = [name for name in resolved.protocol.facts.references if name not in ("ref", "prev")]
+    if resolved.config.critic.path is not None and moved:
+        raise ValueError(
+            f"config.critic.path: protocol {resolved.protocol_name!r} moves the policy by its reference {moved[0]!r}, "
+            "and a critic of its own would stay behind: leave config.critic.path out"
+        )
 
 
 def _check_checkpoint(config: ConfigDict) -> None:

@@ -45,7 +45,13 @@ def default() -> ConfigDict:
             # Two run directories: the reference "soup" is alpha of the first and the rest of the second.
             soup=dict(of=(), alpha=0.5),
             # Models beside the policy, which stay as they are: a pretrained folder, a GGUF file, or a run directory.
-            references=dict(teacher=optional(str)),  # for objectives that need logp_teacher or compare with it
+            references=dict(
+                teacher=optional(str),  # for objectives that need logp_teacher or compare with it
+                reward_model=optional(str),  # a run of train_reward, for objectives that need model_score
+            ),
+            # A critic of its own starts from this model (a folder, a GGUF file or a run, also of train_reward); None =
+            # the critic, where the objective has one, is a head on the policy.
+            critic=dict(path=optional(str)),
             objective=dict(name="grpo"),
             optimizer=_optimizer(1e-4),
             # Of the parameters that a term of the objective trains apart; name None = the same as config.optimizer.

@@ -37,7 +37,7 @@ def resolve(config: ConfigDict, devices: int, *, objective: Objective | None = N
         protocol_name=name,
         protocol=protocol,
         references=tuple(references_of(objective, protocol.facts.provides)),
-        heads=heads_of(objective, config.heads),
+        heads=policy_heads(objective, config),
         form=form_of(objective, responses),
         rows_per_prompt=protocol.facts.rows(objective, responses) if protocol.facts.rows else responses,
     )
@@ -46,6 +46,16 @@ def resolve(config: ConfigDict, devices: int, *, objective: Objective | None = N
     resolved.sampling()
     check_resolved(resolved, resolved.transformer(), devices)
     return resolved
+
+
+def policy_heads(objective: Objective, config: ConfigDict) -> dict[str, tuple[int, ...]]:
+    """The shapes of the heads on the policy, besides that of the vocabulary; a critic of its own has the value head."""
+    wanted = heads_of(objective, config.heads)
+    if config.critic.path is None:
+        return wanted
+    if "value" not in wanted:
+        raise ValueError(f"config.critic.path has no effect: objective {config.objective.name!r} asks for no values")
+    return {name: shape for name, shape in wanted.items() if name != "value"}
 
 
 def protocol_of(config: ConfigDict, objective: Objective, name: str) -> Protocol:

@@ -25,7 +25,7 @@ class Resolved:
     objective: what is minimized.
     protocol_name: id of the protocol.
     protocol: how data is gathered.
-    references: frozen models whose log-probs the objective needs.
+    references: frozen models that the objective needs to score a batch.
     heads: shapes of the heads that the objective asks for, besides that of the vocabulary.
     form: in which form the objective takes preferences; None = it takes none.
     rows_per_prompt: rows that an iteration trains on for each of its prompts (or units of data).
@@ -43,7 +43,7 @@ class Resolved:
     @property
     def models(self) -> list[str]:
         """Models beside the policy that the objective needs; none of them is a copy of it."""
-        return models_of(self.objective)
+        return models_of(self.objective, self.references)
 
     @property
     def rows(self) -> int:

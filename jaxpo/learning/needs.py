@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from jaxpo.batch import MissingField, Rollouts, compared
 from jaxpo.fields import EDITS, GIVEN, LOOP, PAIR, VECTORS, WEIGHTS, missing
-from jaxpo.learning.references import SCORED
+from jaxpo.learning.references import GIVEN_BY, SCORED
 from jaxpo.objectives import Objective, State
 from jaxpo.policy import heads
 from jaxpo.registry import unknown
@@ -58,7 +58,7 @@ def form_of(objective: Objective, responses: int) -> Form | None:
 
 
 def references_of(objective: Objective, provides: Collection[str] = ()) -> list[str]:
-    """The references whose log-probs the objective needs (``ref`` = the policy at the start of the run).
+    """The references that the objective needs to score a batch (``ref`` = the policy at the start of the run).
 
     Args:
       provides: fields that its protocol adds to a batch.
@@ -68,16 +68,12 @@ def references_of(objective: Objective, provides: Collection[str] = ()) -> list[
     """
     provided = LOOP | {f"logp_{name}" for name in objective.asks.derived} | {*provides}
     lacking = sorted(objective.asks.needs - provided)
-    wanted = [name.removeprefix("logp_") for name in lacking if name.startswith("logp_")]
-    other = [name for name in lacking if not name.startswith("logp_")] + [
-        f"logp_{w}" for w in wanted if w not in SCORED
-    ]
-    if other:
+    if other := [name for name in lacking if name not in GIVEN_BY]:
         raise ValueError(
             f"the objective needs {', '.join(other)} ({missing(other[0])}); the training loop provides "
-            f"{', '.join(sorted(provided))} and {', '.join(f'logp_{s}' for s in SCORED)}"
+            f"{', '.join(sorted(provided))} and {', '.join(GIVEN_BY)}"
         )
-    return wanted
+    return [GIVEN_BY[name] for name in lacking]
 
 
 def compared_of(objective: Objective) -> frozenset[str]:
@@ -85,17 +81,18 @@ def compared_of(objective: Objective) -> frozenset[str]:
 
     Raises:
       ValueError: a name that is no reference of its own model."""
-    asks, models = objective.asks, [name for name, reference in SCORED.items() if reference.model]
+    asks, models = objective.asks, [name for name, r in SCORED.items() if r.model and r.gives is None]
     named = compared(asks.derived, asks.wants | asks.peeks | derived_needs(objective))
     if wrong := sorted(named.difference(models)):
         raise ValueError(f"a statistic of two models: {unknown('other model', wrong[0], models)}")
     return frozenset(named)
 
 
-def models_of(objective: Objective) -> list[str]:
-    """The references of the objective that are models of their own, not copies of the policy."""
-    known = compared_of(objective)
-    return [name for name, r in SCORED.items() if r.model and (name in known or f"logp_{name}" in objective.asks.needs)]
+def models_of(objective: Objective, references: Collection[str]) -> list[str]:
+    """The references of the objective that are models of their own, not copies of the policy: those of `references_of`,
+    and those that its statistics compare the policy with."""
+    known = compared_of(objective).union(references)
+    return [name for name, reference in SCORED.items() if reference.model and name in known]
 
 
 def must_score(objective: Objective, batch: Rollouts, state: State) -> bool:

@@ -117,11 +117,11 @@ def _is_active(label: str, step: Array, active: Mapping[str, Array], **_: Any) -
 
 
 def labels(params: Any) -> Any:
-    """The label of each parameter: "critic" in the value head, "policy" in all else."""
+    """The label of each parameter: "critic" in the value head and in a critic of its own, "policy" in all else."""
 
     def label(path: tuple[Any, ...], _: Any) -> str:
         names = [getattr(key, "key", None) for key in path[:2]]
-        return "critic" if names == ["heads", "value"] else "policy"
+        return "critic" if names == ["heads", "value"] or names[0] == "critic" else "policy"
 
     return jax.tree_util.tree_map_with_path(label, params)
 

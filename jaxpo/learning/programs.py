@@ -17,9 +17,10 @@ from jaxpo.batch import Rollouts, TokenStats, compared, take
 from jaxpo.learning.compiled import Compiled
 from jaxpo.learning.needs import JUDGING, compared_of, derived_needs
 from jaxpo.learning.optimizers import by_label, make_optimizer
+from jaxpo.learning.references import SCORED
 from jaxpo.learning.state import TrainState
 from jaxpo.learning.step import Apply, Fused, accumulate, in_slices, optimizer_step, score
-from jaxpo.learning.trainable import seen_with_base, with_base
+from jaxpo.learning.trainable import policy_alone, seen_with_base, with_base
 from jaxpo.metrics import Metrics, merge
 from jaxpo.objectives import Objective, State
 from jaxpo.parallel import batch_shards, constrain_rows, lay_out, replicated, reshaped, shardings
@@ -95,6 +96,7 @@ class Computation:
     rows: of a microbatch.
     base: frozen weights that adapters are trained beside; None = everything is trained.
     others: models beside the policy by name, with their parameters (or the shapes of them).
+    critic: a critic of its own, trained beside the policy; None = it is a head, or there is none.
     """
 
     config: ConfigDict
@@ -105,6 +107,7 @@ class Computation:
     rows: int
     base: Params | None = None
     others: Mapping[str, Other] = field(default_factory=dict)
+    critic: Model | None = None
 
     @property
     def beside(self) -> Beside:
@@ -133,7 +136,7 @@ class Computation:
 
     def policy(self, asked: frozenset[str] | None = None) -> Apply:
         """``(params, batch) -> TokenStats``; see `policy_of`."""
-        return policy_of(self.model, self.config, self.objective, asked, mesh=self.mesh)
+        return policy_of(self.model, self.config, self.objective, asked, mesh=self.mesh, critic=self.critic)
 
     @property
     def peeked(self) -> Apply:
@@ -149,8 +152,8 @@ class Computation:
         return seen_with_base(self.config, beside.base, apply)
 
     def whole(self, beside: Beside, params: Params) -> Params:
-        """The parameters that the policy computes with."""
-        return with_base(self.config, beside.base, params)
+        """The parameters that the policy samples with."""
+        return with_base(self.config, beside.base, policy_alone(params))
 
 
 # ---- what is compiled; `of` and `beside` are bound
@@ -212,7 +215,10 @@ def run_score(
     """What the policy says of a batch, with what the objective needs of the old policy."""
     # What is not of a block is small, and used in several places; blocks are fetched in turn (`Model.run_block`).
     params = {name: x if name == "blocks" else fetched(x) for name, x in params.items()}
-    old = partial(of.policy(asked_of_old(of.objective, batch)), bins=bins)
+    asked = asked_of_old(of.objective, batch)
+    if of.critic and stats.CRITIC not in params:  # a reference has no critic
+        asked -= {"value"}
+    old = partial(of.policy(asked), bins=bins)
     return score(of.seen(beside, old), params, with_plan(batch, plan), microbatches=of.slices)
 
 
@@ -229,11 +235,14 @@ def asked_of_old(objective: Objective, batch: Rollouts) -> frozenset[str]:
 def run_score_other(
     of: Computation, name: str, params: Params, batch: Rollouts, plan: Array | None = None, bins: int = 0
 ) -> TokenStats:
-    """What the model ``name`` says of a batch; with its hidden states, if the policy is compared with it."""
-    wants = {"logp", stats.HIDDEN} if name in of.compared else {"logp"}
+    """What the model ``name`` says of a batch; with its hidden states, if the policy is compared with it; its score
+    alone, if it is a reward model."""
+    scores = SCORED[name].gives == "model_score"
+    wants = {"score"} if scores else {"logp", stats.HIDDEN} if name in of.compared else {"logp"}
     options = dict(wants=frozenset(wants), temperature=of.config.policy_temperature, mesh=several(of.mesh), bins=bins)
     other = stats.policy_of(of.others[name].model, **options)
-    return score(other, params, with_plan(batch, plan), microbatches=of.slices)
+    said = score(other, params, with_plan(batch, plan), microbatches=of.slices)
+    return said.replace(logp=None, entropy=None) if scores else said  # so that nothing of the vocabulary is computed
 
 
 def run_noise(of: Computation, beside: Beside, state: TrainState, batch: Rollouts, halves: Array) -> dict[str, Array]:
@@ -274,8 +283,9 @@ def compile_programs(of: Computation, compiles: Mapping[str, int], report: Calla
         return Compiled(name, partial(f, of), report=report, expected=expected, bound=(beside,), **options)
 
     sampling = dict(beside=Beside(None if of.moves else of.base, {}), static_argnames="responses")
-    # Scoring compiles once more for parameters in the memory of the host.
-    scoring = dict(shapes=(1 + training.offload_reference) * packings, static_argnames="bins")
+    # Scoring compiles once more for references in the memory of the host, or without the policy's critic.
+    again = training.offload_reference or of.critic is not None
+    scoring = dict(shapes=(1 + again) * packings, static_argnames="bins")
     return Programs(
         reshard=compiled("reshard", run_reshard, beside=Beside(of.base, {})) if of.moves else None,
         # training rollouts and greedy evaluation differ in shape and in what is compiled
@@ -364,12 +374,13 @@ def policy_of(
     objective: Objective,
     asked: frozenset[str] | None = None,
     mesh: Mesh | None = None,
+    critic: Model | None = None,
 ) -> Apply:
     """``(params, batch) -> TokenStats`` with what is asked (None = what the objective wants), and the entropy for the
     metrics (it costs nothing more). With a ``mesh`` of several devices the head is used where it lies."""
     wants = (objective.asks.wants if asked is None else asked) | {"entropy"}
     options = dict(derived=objective.asks.derived, temperature=config.policy_temperature, mesh=several(mesh))
-    return stats.policy_of(model, wants=wants, **options)
+    return stats.policy_of(model, wants=wants, critic=critic, **options)
 
 
 def fused_of(model: Model, config: ConfigDict, objective: Objective, mesh: Mesh) -> Fused | None:

@@ -1,8 +1,9 @@
 """Frozen models beside the policy: one table from the name of a reference to what it holds and how it moves.
 
 A reference lies in ``Run.references``, on the same devices as the policy, and is checkpointed with it. Where an
-objective needs ``logp_<name>``, the loop holds the reference and scores every batch with it. A protocol may keep
-further ones and say how they move: ``keeps``, name -> options. At the start they share one copy of the policy.
+objective needs ``logp_<name>``, or ``model_score`` of a reward model, the loop holds the reference and scores every
+batch with it. A protocol may keep further ones and say how they move: ``keeps``, name -> options. At the start they
+share one copy of the policy.
 """
 
 import inspect
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxpo.learning.trainable import policy_alone
 from jaxpo.objectives import Objective
 from jaxpo.policy.transformer import Params
 from jaxpo.primitives import preferences
@@ -59,26 +61,30 @@ class Reference(NamedTuple):
     update: (reference, policy, iteration, **options) -> the reference after so many iterations.
     each_step: whether ``update`` runs after every optimizer step instead.
     model: whether it is a model of its own, loaded from a path, and no copy of the policy.
+    gives: the field of a batch that scoring with it gives; None = ``logp_<name>``.
     """
 
     says: str
     update: Callable[..., Params]
     each_step: bool = False
     model: bool = False
+    gives: str | None = None
 
     @property
     def options(self) -> dict[str, inspect.Parameter]:
         return dict(list(inspect.signature(self.update).parameters.items())[3:])
 
 
-# Objectives may need the log-probs of these ...
+# Objectives may need what these say of a batch ...
 SCORED: Mapping[str, Reference] = {
     "ref": Reference("the policy at the start of the run", kept),
     "prev": Reference("the policy at the start of the round", renewed),
     "ema": Reference("an average of past policies", averaged, each_step=True),
     "soup": Reference("the average of two models (config.soup)", stays),
     "teacher": Reference("another model (config.references.teacher)", stays, model=True),
+    "reward_model": Reference("a reward model (config.references)", stays, model=True, gives="model_score"),
 }
+GIVEN_BY: Mapping[str, str] = {r.gives or f"logp_{name}": name for name, r in SCORED.items()}  # field -> reference
 # ... and protocols keep these besides.
 REFERENCES: Mapping[str, Reference] = {
     **SCORED,
@@ -101,9 +107,10 @@ def check(objective: Objective, keeps: Keeps) -> None:
 
 def held(needed: Iterable[str], keeps: Keeps, policy: Params, opt_state: Any) -> dict[str, Any]:
     """The references of a run at its start that are made of the policy (of arrays or of shapes)."""
-    out: dict[str, Any] = dict.fromkeys([n for n in (*needed, *keeps) if not REFERENCES[n].model], policy)
+    alone = policy_alone(policy)
+    out: dict[str, Any] = dict.fromkeys([n for n in (*needed, *keeps) if not REFERENCES[n].model], alone)
     if "pool" in out:
-        out["pool"] = {str(i): policy for i in range(option(keeps, "pool", "size"))}
+        out["pool"] = {str(i): alone for i in range(option(keeps, "pool", "size"))}
     if "center" in out:
         out["center"] = {"params": policy, "opt_state": opt_state}
     return out
@@ -121,6 +128,7 @@ def stored(keeps: Keeps, iteration: int) -> int:
 
 def moved(references: Mapping[str, Any], keeps: Keeps, policy: Params, iteration: int | None = None) -> dict[str, Any]:
     """All references after ``iteration`` finished iterations; None = after an optimizer step within one."""
+    policy = policy_alone(policy)
 
     def one(name: str, frozen: Any) -> Any:
         reference = REFERENCES[name]

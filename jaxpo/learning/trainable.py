@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 
 from jaxpo.learning.step import Apply
 from jaxpo.policy import heads, lora, transformer
+from jaxpo.policy.config import TransformerConfig
+from jaxpo.policy.stats import CRITIC
 from jaxpo.policy.transformer import Model, Params
 
 
@@ -21,12 +23,30 @@ def lora_scale(config: ConfigDict) -> float:
     return config.lora.alpha / config.lora.rank
 
 
-def random_params(config: ConfigDict, model: Model, shapes: Mapping[str, tuple[int, ...]], key: Array) -> Params:
-    """Random parameters to train: a transformer or its adapters, and heads of these ``shapes``."""
+def random_params(
+    config: ConfigDict,
+    model: Model,
+    shapes: Mapping[str, tuple[int, ...]],
+    key: Array,
+    critic: TransformerConfig | None = None,
+) -> Params:
+    """Random parameters to train: a transformer or its adapters, heads of these ``shapes``, and under "critic" a critic
+    of its own."""
     params = transformer.init(model.config, key)
     if config.lora.rank:  # needs only the shapes of the transformer, so none of it is computed
         params = lora.init(params, key, rank=config.lora.rank, targets=config.lora.targets)
-    return {**params, **heads.init(model.config.width, shapes, key)}
+    beside = {} if critic is None else {CRITIC: random_critic(critic, key)}
+    return {**params, **heads.init(model.config.width, shapes, key), **beside}
+
+
+def random_critic(config: TransformerConfig, key: Array) -> Params:
+    """A transformer with a value head that gives 0 everywhere."""
+    return {**transformer.init(config, key), **heads.init(config.width, {"value": ()}, key)}
+
+
+def policy_alone(params: Params) -> Params:
+    """The parameters without a critic of its own: what samples, and what references are copies of."""
+    return {name: x for name, x in params.items() if name != CRITIC}
 
 
 def with_base(config: ConfigDict, base: Params | None, params: Params) -> Params:

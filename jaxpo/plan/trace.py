@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpo.batch import Rollouts
@@ -20,15 +21,17 @@ from jaxpo.learning.trainable import random_params
 from jaxpo.objectives import Objective
 from jaxpo.parallel import ROWS, replicated, shardings
 from jaxpo.parallel.offload import host_shardings, is_on_host
-from jaxpo.policy import transformer
+from jaxpo.policy import heads, transformer
+from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.hf import read_config
 from jaxpo.policy.packing import lanes_of
 from jaxpo.policy.stats import Other
+from jaxpo.policy.transformer import Params
 from jaxpo.protocols.gatherer import Watch
 from jaxpo.protocols.rows import as_scored, labelled
 from jaxpo.rollout.engine import decode_trips
 from jaxpo.runs.iteration import Stage, learn, score_references
-from jaxpo.runs.models import find_models
+from jaxpo.runs.models import find_critic, find_models, heads_read
 from jaxpo.runs.questions import tokenize
 from jaxpo.runs.workspace import make_tokenizer
 from jaxpo.tasks import build
@@ -151,14 +154,16 @@ def trace_run(resolved: Resolved, mesh: Mesh, data: Data) -> Planned:
         return placed(made, shardings(made, mesh))
 
     base = shapes_of(partial(transformer.init, model.config)) if config.lora.rank else None
-    shapes = {n: found.config for n, found in find_models(resolved, model.config, mesh).items()}
+    found = find_models(resolved, model.config, mesh)
     others = {
-        n: Other(transformer.build(c, several(mesh)), shapes_of(partial(transformer.init, c)))
-        for n, c in shapes.items()
+        n: Other(transformer.build(f.config, several(mesh)), shapes_of(partial(with_heads, f.config, heads_read(n))))
+        for n, f in found.items()
     }
-    of = Computation(config, mesh, model, objective, data.pad_id, resolved.microbatch_rows, base, others)
+    start = find_critic(resolved, model.config, mesh)
+    critic = None if start is None else transformer.build(start.config, several(mesh))
+    of = Computation(config, mesh, model, objective, data.pad_id, resolved.microbatch_rows, base, others, critic)
     programs = compile_programs(of, facts.compiles, lambda message: None)
-    params = shapes_of(partial(random_params, config, model, resolved.heads))
+    params = shapes_of(partial(random_params, config, model, resolved.heads, critic=start and start.config))
     moments = jax.eval_shape(optimizer_of(config, resolved.objective).init, params)
     memory = everywhere(jax.eval_shape(objective.init), everywhere_)
     state = TrainState(params, placed(moments, shardings(moments, mesh)), memory)
@@ -172,6 +177,11 @@ def trace_run(resolved: Resolved, mesh: Mesh, data: Data) -> Planned:
     waits = dict(params=params, opt_state=state.opt_state, **kept, **frozen)
     waits |= {part: x for name in others for part, x in parts_of(of, name).items()}
     return Planned(model, data, steps, waits | ({} if sampler is None else {"sampler": sampler}))
+
+
+def with_heads(config: TransformerConfig, names: tuple[str, ...], key: Array) -> Params:
+    """Random parameters of a model beside the policy, with these heads of one number each."""
+    return {**transformer.init(config, key), **heads.init(config.width, dict.fromkeys(names, ()), key)}
 
 
 def parts_of(of: Computation, name: str) -> dict[str, Any]:

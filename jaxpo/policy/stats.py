@@ -23,6 +23,7 @@ from jaxpo.registry import unknown
 # Statistics of the pass that gives the log-probs. Besides the first two they are found in `TokenStats.derived`, "top1"
 # as top1_id and top1_logp.
 AVAILABLE = ("logp", "entropy", "logsumexp", "sum_p2", "top1", "logp_at_temperature")
+CRITIC = "critic"  # entry of the parameters that holds a critic of its own
 HIDDEN = "hidden"  # [B, T, D] in `TokenStats.derived`: the final hidden states, from which each token is predicted
 NONE: Mapping[str, "Other"] = MappingProxyType({})
 
@@ -115,6 +116,7 @@ def token_stats(
     mesh: Mesh | None = None,
     bins: int = 0,
     others: Mapping[str, Other] = NONE,
+    critic: Model | None = None,
 ) -> TokenStats:
     """`TokenStats` of the completion tokens; logp and entropy [B, T] of ``softmax(logits / temperature)``, in float32.
 
@@ -132,6 +134,7 @@ def token_stats(
       bins: into which the rows of a device are packed, by the plan in ``batch.per_row`` (`jaxpo.policy.packing`); 0 =
         they are not.
       others: heads of the models that the policy is compared with (`head_of`).
+      critic: a model of its own that gives the values; its parameters, with a value head, are ``params["critic"]``.
 
     Raises:
       ValueError: ``wants`` holds a statistic that this policy does not give, or one that compares with a model that is
@@ -143,9 +146,13 @@ def token_stats(
             raise ValueError(unknown("policy statistic", name, known))
     asked = {name: f for name, f in derived.items() if name in wants}
     theirs = {name: states_of(name, batch, others) for name in sorted(compared(asked, wants))}
+    apart = {}
+    if critic is not None and "value" in wants:
+        apart = {"value": values_of(critic, params[CRITIC], batch, bins, mesh)}
+    on_policy = wants.difference(apart)
     if bins:
         hidden, tokens, as_rows, by_state, ends = packed_hidden(model, params, batch, bins, mesh)
-        own = head_stats(params, wants, hidden, ends)
+        own = head_stats(params, on_policy, hidden, ends)
         own |= {"value": as_rows(own["value"])} if "value" in own else {}
     else:
         hidden = completion_hidden(model, params, batch, mesh, read_last=not wants.isdisjoint(heads.AFTER_ALL))
@@ -154,7 +161,7 @@ def token_stats(
         def ends(which: int) -> Array:
             return states[jnp.arange(batch.rows), 1 + heads.last(batch.mask)] if which else states[:, 0]
 
-        own = head_stats(params, wants, states[:, : batch.width], ends)
+        own = head_stats(params, on_policy, states[:, : batch.width], ends)
         parts = 1 if mesh is None else mesh.shape[POSITIONS]
         hidden = hidden[:, : -(-batch.width // parts) * parts]
         width = hidden.shape[1]
@@ -182,7 +189,15 @@ def token_stats(
     more |= {HIDDEN: hidden} if HIDDEN in wants else {}
     given = {name: x for name, x in out._asdict().items() if x is not None} | more
     given = {name: as_rows(x) for name, x in given.items()}
-    return TokenStats(logp=given.pop("logp"), entropy=given.pop("entropy", None), derived=given, **own)
+    return TokenStats(logp=given.pop("logp"), entropy=given.pop("entropy", None), derived=given, **own, **apart)
+
+
+def values_of(critic: Model, params: Params, batch: Rollouts, bins: int, mesh: Mesh | None) -> Array:
+    """[B, T] values of the text before each token by a critic of its own."""
+    if bins:
+        hidden, _, as_rows, _, _ = packed_hidden(critic, params, batch, bins, mesh)
+        return as_rows(heads.apply(params, "value", hidden))
+    return heads.apply(params, "value", completion_hidden(critic, params, batch, mesh)[:, : batch.width])
 
 
 def head_stats(params: Params, wants: frozenset[str], before: Array, ends: Callable[[int], Array]) -> dict[str, Array]:

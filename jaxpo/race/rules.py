@@ -10,8 +10,9 @@ from jaxpo.arguments import Count, Positive, Share, Whole, check_record
 from jaxpo.config.fields import default
 from jaxpo.config.resolve import resolve
 from jaxpo.config.resolved import Resolved
-from jaxpo.fields import JUDGED, PAIR
+from jaxpo.fields import FIELDS, JUDGED, PAIR
 from jaxpo.learning.needs import Form, form_of, is_reward_model, models_of
+from jaxpo.learning.references import GIVEN_BY
 from jaxpo.objectives import Objective, make
 from jaxpo.protocols.preference_data import rows as rows_of_unit
 
@@ -90,7 +91,8 @@ def resolved_by(rules: Rules, label: str, objective: Objective, max_new_tokens: 
     """
     if is_reward_model(objective):
         raise ValueError("trains a judge of answers, and a race compares policies by their own answers")
-    if models := models_of(objective):
+    scored = [name for name in GIVEN_BY if name in objective.asks.needs and FIELDS[name].givers == ("reference",)]
+    if models := models_of(objective, [GIVEN_BY[name] for name in scored]):
         raise ValueError(f"needs the model {', '.join(models)} beside the policy, and a race has none")
 
     def attempt(rules: Rules, **changes: Any) -> Resolved:

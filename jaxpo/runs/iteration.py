@@ -70,7 +70,7 @@ def score_references(stage: Stage, run: Run, batch: Rollouts) -> Rollouts:
     """Attach the log-probs under the references, the hidden states of models that the policy is compared with, and what
     the old policy says unless the first optimizer step is its own old policy."""
     for name, ask in stage.others.items():
-        batch = batch.with_token(**said_by(name, ask(batch), stage.objective))
+        batch = with_said(batch, name, ask(batch), stage.objective)
     frozen = references.scored(stage.objective, run.references)
     scored = batch.with_token(**logps({name: stage.score(params, batch).logp for name, params in frozen.items()}))
     always = stage.protocol.facts.stale or stage.steps > 1
@@ -81,11 +81,13 @@ def score_references(stage: Stage, run: Run, batch: Rollouts) -> Rollouts:
     return scored
 
 
-def said_by(name: str, told: TokenStats, objective: Objective) -> dict[str, Array]:
-    """What the objective reads of the model ``name``, as fields of a batch."""
+def with_said(batch: Rollouts, name: str, told: TokenStats, objective: Objective) -> Rollouts:
+    """The batch with what the objective reads of the model ``name``: its score, its log-probs or its hidden states."""
+    if told.score is not None:
+        return batch.with_row(model_score=told.score)
     needed = f"logp_{name}" in objective.asks.needs
     hidden = {hidden_field(name): told.derived[HIDDEN]} if HIDDEN in told.derived else {}
-    return hidden | (logps({name: told.logp}) if needed else {})
+    return batch.with_token(**hidden, **(logps({name: told.logp}) if needed else {}))
 
 
 def learn(stage: Stage, run: Run, batch: Rollouts, order: Order) -> tuple[Run, Rollouts, list[dict[str, Array]]]:

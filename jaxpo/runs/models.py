@@ -1,11 +1,16 @@
-"""Models beside the policy, which are no copies of it (``config.references``): found at a path, checked to know the
-same tokens, and loaded onto the run's mesh. They are not checkpointed: a run that is resumed loads them again."""
+"""Models beside the policy, which are no copies of it: found at a path, checked to know the same tokens, and loaded
+onto the run's mesh.
+
+Those of ``config.references`` are frozen and not checkpointed: a run that is resumed loads them again. The critic that
+``config.critic`` names is trained and checkpointed from there on.
+"""
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -13,15 +18,18 @@ from jax.sharding import Mesh
 from jaxpo.config.checks import check_mesh
 from jaxpo.config.resolved import Resolved, made
 from jaxpo.learning.programs import several
-from jaxpo.learning.trainable import lora_scale, random_params
-from jaxpo.parallel import shardings
-from jaxpo.policy import hf, lora, transformer
+from jaxpo.learning.references import SCORED
+from jaxpo.learning.trainable import lora_scale, random_critic, random_params
+from jaxpo.parallel import replicated, shardings
+from jaxpo.parallel.distributed import place
+from jaxpo.policy import heads, hf, lora, transformer
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.families import config_from_hf
-from jaxpo.policy.stats import Other
+from jaxpo.policy.stats import CRITIC, Other
 from jaxpo.policy.transformer import Params
 from jaxpo.runs.restore import checkpoints_of, config_of, find_checkpoint
-from jaxpo.storage.checkpoint import restore_params
+from jaxpo.runs.workspace import Critic, Models
+from jaxpo.storage.checkpoint import restore_params, saved_paths
 from jaxpo.text.tokenizers import PretrainedTokenizer, Tokenizer, first_difference, from_json
 
 
@@ -30,31 +38,63 @@ class Found(NamedTuple):
 
     config: its shape.
     tokenizer: its own; () -> None where its files hold none.
-    load: (mesh) -> its parameters.
+    heads: its heads besides that of the vocabulary.
+    load: (mesh, heads) -> its parameters, with those of its heads that are named.
     """
 
     config: TransformerConfig
     tokenizer: Callable[[], Tokenizer | None]
-    load: Callable[[Mesh], Params]
+    heads: frozenset[str]
+    load: Callable[[Mesh, tuple[str, ...]], Params]
 
 
-def load_models(resolved: Resolved, tokenizer: Tokenizer, mesh: Mesh) -> dict[str, Other]:
-    """The models beside the policy that the objective needs, by name, with their parameters on the mesh.
+def load_models(resolved: Resolved, tokenizer: Tokenizer, mesh: Mesh) -> Models:
+    """The models that the objective needs beside the policy: frozen ones with their parameters on the mesh, and a
+    critic of its own.
 
     Raises:
       ValueError: a path without a model, a model of other tokens, or one whose sizes the mesh does not divide; the
         message names the field.
     """
-    policy, out = resolved.transformer(tokenizer.vocab_size), {}
+    policy, others = resolved.transformer(tokenizer.vocab_size), {}
     for name, found in find_models(resolved, policy, mesh).items():
         field = field_of(resolved, name)
         check_vocabulary(field, found, tokenizer, policy)
-        try:
-            params = found.load(mesh)
-        except (ValueError, FileNotFoundError) as error:
-            raise ValueError(f"{field}: {error}") from None
-        out[name] = Other(transformer.build(found.config, several(mesh)), params)
-    return out
+        params = loaded(field, found, mesh, heads_read(name))
+        others[name] = Other(transformer.build(found.config, several(mesh)), params)
+    if (found := find_critic(resolved, policy, mesh)) is None:
+        return Models(others, None)
+    field = critic_field(resolved)
+    check_vocabulary(field, found, tokenizer, policy)
+    start = partial(first_critic, field, found, mesh)
+    return Models(others, Critic(transformer.build(found.config, several(mesh)), start))
+
+
+def loaded(field: str, found: Found, mesh: Mesh, heads: tuple[str, ...]) -> Params:
+    """The parameters of a model that was found; ``ValueError`` names its field."""
+    try:
+        return found.load(mesh, heads)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{field}: {error}") from None
+
+
+def first_critic(field: str, found: Found, mesh: Mesh) -> Params:
+    """What a critic of its own starts from: the model with its value head, with its score head in that place (of a
+    reward model), or with a value head that gives 0."""
+    head = next((name for name in ("value", "score") if name in found.heads), None)
+    params = loaded(field, found, mesh, () if head is None else (head,))
+    if head is None:
+        fresh = heads.init(found.config.width, {"value": ()}, jax.random.key(0))
+        params = {**params, **place(fresh, replicated(mesh))}
+    else:
+        params = {**params, "heads": {"value": params["heads"][head]}}
+    trained = jax.eval_shape(partial(random_critic, found.config), jax.random.key(0))
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), params, trained)
+
+
+def heads_read(name: str) -> tuple[str, ...]:
+    """The heads of a frozen model that scoring reads."""
+    return ("score",) if SCORED[name].gives == "model_score" else ()
 
 
 def field_of(resolved: Resolved, name: str) -> str:
@@ -62,26 +102,51 @@ def field_of(resolved: Resolved, name: str) -> str:
     return f"config.references.{name} {resolved.config.references[name]!r}"
 
 
+def critic_field(resolved: Resolved) -> str:
+    """The field of a critic of its own and its value, for messages."""
+    return f"config.critic.path {resolved.config.critic.path!r}"
+
+
 def find_models(resolved: Resolved, policy: TransformerConfig, mesh: Mesh) -> dict[str, Found]:
-    """The models beside the policy by name, without their weights; those in files of others compute in the policy's
-    dtype.
+    """The frozen models beside the policy by name, without their weights; those in files of others compute in the
+    policy's dtype.
 
     Raises:
       ValueError: as of `load_models`, but for the tokens.
     """
+    frozen = replace(policy, param_dtype=policy.dtype, remat="none")
     out = {}
     for name in resolved.models:
-        field, path = field_of(resolved, name), Path(resolved.config.references[name])
-        if not path.exists():
-            raise ValueError(f"{field} does not exist: it is a model folder, a GGUF file or a run directory")
-        try:
-            found = of_run(path) if is_run(path) else of_files(path, policy)
-        except ValueError as error:
-            raise ValueError(f"{field}: {error}") from None
-        sizes = dict(mesh.shape) | ({} if found.config.experts else {"expert": 1})
-        check_mesh("mesh", sizes, found.config, of=field)
-        out[name] = found
+        field = field_of(resolved, name)
+        found = out[name] = find(field, resolved.config.references[name], frozen, mesh)
+        if lacking := [head for head in heads_read(name) if head not in found.heads]:
+            raise ValueError(f"{field} has no {lacking[0]} head: it must be a run directory of train_reward")
     return out
+
+
+def find_critic(resolved: Resolved, policy: TransformerConfig, mesh: Mesh) -> Found | None:
+    """The model that a critic of its own starts from, without its weights; None = the critic is a head, or there is
+    none. It is trained as the policy is: its dtypes and rematerialization are the policy's.
+
+    Raises:
+      ValueError: as of `load_models`, but for the tokens."""
+    if resolved.config.critic.path is None:
+        return None
+    found = find(critic_field(resolved), resolved.config.critic.path, policy, mesh)
+    return found._replace(config=replace(found.config, **how_of(policy)))
+
+
+def find(field: str, path: str, like: TransformerConfig, mesh: Mesh) -> Found:
+    """The model at a path; files of others are read as ``like`` computes."""
+    if not Path(path).exists():
+        raise ValueError(f"{field} does not exist: it is a model folder, a GGUF file or a run directory")
+    try:
+        found = of_run(Path(path)) if is_run(Path(path)) else of_files(Path(path), like)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None
+    sizes = dict(mesh.shape) | ({} if found.config.experts else {"expert": 1})
+    check_mesh("mesh", sizes, found.config, of=field)
+    return found
 
 
 def is_run(path: Path) -> bool:
@@ -101,32 +166,38 @@ def of_run(path: Path) -> Found:
     """What a run has learned by its last checkpoint; adapters are added to the weights that they belong to."""
     config = config_of(path)
     tokenizer = from_json(json.loads((path / "tokenizer.json").read_text()))
-    shape = made(config.policy, "policy")(tokenizer.vocab_size)
+    shape, directory = made(config.policy, "policy")(tokenizer.vocab_size), checkpoints_of(str(path))
+    there = frozenset(p[2] for p in saved_paths(directory) if p[:2] == ("params", "heads"))
 
-    def load(mesh: Mesh) -> Params:
+    def load(mesh: Mesh, heads: tuple[str, ...]) -> Params:
         model = transformer.build(shape, several(mesh))
-        wanted = jax.eval_shape(partial(random_params, config, model, {}), jax.random.key(0))
-        places, heads = shardings(wanted, mesh), [("params", "heads")]
-        params, _ = restore_params(checkpoints_of(str(path)), shardings=places, without=heads)
+        shapes = dict.fromkeys(heads, ())
+        wanted = jax.eval_shape(partial(random_params, config, model, shapes), jax.random.key(0))
+        behind = [("params", CRITIC), *(("params", "heads", name) for name in there.difference(heads))]
+        params, _ = restore_params(directory, shardings=shardings(wanted, mesh), without=behind)
         if not config.lora.rank:
             return params
         base = hf.load(hf.open_source(config.policy.path), shape, mesh)
         return jax.jit(partial(lora.merge, scale=lora_scale(config)))(base, params)
 
-    return Found(shape, lambda: tokenizer, load)
+    return Found(shape, lambda: tokenizer, there, load)
 
 
-def of_files(path: Path, policy: TransformerConfig) -> Found:
+def how_of(policy: TransformerConfig) -> dict[str, Any]:
+    """How a model computes, whatever its shape."""
+    return {name: getattr(policy, name) for name in ("dtype", "param_dtype", "scan_layers", "remat")}
+
+
+def of_files(path: Path, like: TransformerConfig) -> Found:
     """A pretrained model: a folder or a GGUF file."""
-    how = dict(dtype=policy.dtype, param_dtype=policy.dtype, scan_layers=policy.scan_layers)
-    shape = config_from_hf(hf.read_config(path), **how)
+    shape = config_from_hf(hf.read_config(path), **how_of(like))
 
     def tokenizer() -> Tokenizer | None:
         if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
             return None
         return PretrainedTokenizer(str(path), chat_template=False)
 
-    return Found(shape, tokenizer, lambda mesh: hf.load(hf.open_source(path), shape, mesh))
+    return Found(shape, tokenizer, frozenset(), lambda mesh, heads: hf.load(hf.open_source(path), shape, mesh))
 
 
 def check_vocabulary(field: str, found: Found, tokenizer: Tokenizer, policy: TransformerConfig) -> None:

@@ -14,9 +14,11 @@ from jaxpo.learning import references
 from jaxpo.learning.programs import optimizer_of
 from jaxpo.learning.references import held
 from jaxpo.learning.state import Run, TrainState
+from jaxpo.learning.trainable import policy_alone
 from jaxpo.parallel import replicated, shardings
 from jaxpo.policy import heads
 from jaxpo.policy.hf import load, open_source
+from jaxpo.policy.stats import CRITIC
 from jaxpo.policy.transformer import Params
 from jaxpo.registry import unknown
 from jaxpo.runs.workspace import Workspace, prepare_process, setup
@@ -103,20 +105,18 @@ def check_room(directory: str, template: Any, keep: int) -> None:
 
 def load_params(workspace: Workspace, workdir: str, step: int | None = None) -> tuple[Params, int]:
     """Parameters of a run directory's checkpoint (the last whole one), on this mesh, and its step. Heads that this run
-    has and that one had not are fresh; those that only that one had are left behind.
-
+    has and that one had not are fresh; those that only that one had are left behind, as is a critic of its own.
     Raises:
       ValueError: they are those of another model.
     """
-    expected = jax.eval_shape(workspace.init_params, jax.random.key(0))
+    expected = policy_alone(jax.eval_shape(workspace.init_params, jax.random.key(0)))
     directory, own = checkpoints_of(workdir), expected.get("heads", {})
     there = {path[2] for path in saved_paths(directory, step) if path[:2] == ("params", "heads")}
     fresh = {name: head for name, head in own.items() if name not in there}
     wanted = {**expected, "heads": {name: head for name, head in own.items() if name in there}}
     wanted = wanted if wanted["heads"] else {name: x for name, x in wanted.items() if name != "heads"}
-    options = dict(
-        shardings=shardings(wanted, workspace.mesh), without=[("params", "heads", n) for n in there - {*own}]
-    )
+    behind = [("params", CRITIC), *(("params", "heads", name) for name in there - {*own})]
+    options = dict(shardings=shardings(wanted, workspace.mesh), without=behind)
     params, position = restore_params(directory, step, **options)
     if jax.tree.map(lambda x: x.shape, params) != jax.tree.map(lambda x: x.shape, wanted):
         raise ValueError(f"{workdir} holds parameters of another shape than config.policy and the tokenizer ask for")
@@ -202,6 +202,12 @@ def first_references(workspace: Workspace, state: TrainState) -> dict[str, Any]:
 
 
 def first_params(workspace: Workspace, key: Array) -> Params:
+    """The parameters that training starts from: the policy's, and those of a critic of its own."""
+    params = first_policy(workspace, key)
+    return params if workspace.critic is None else {**params, CRITIC: workspace.critic.load()}
+
+
+def first_policy(workspace: Workspace, key: Array) -> Params:
     """Parameters of another run, pretrained ones, or random ones."""
     config = workspace.config
     if config.init_from:
@@ -210,4 +216,4 @@ def first_params(workspace: Workspace, key: Array) -> Params:
         loaded = load(open_source(config.policy.path), workspace.model.config, workspace.mesh)
         fresh = heads.init(workspace.model.config.width, workspace.resolved.heads, key)
         return {**loaded, **workspace.put_whole(fresh)}
-    return workspace.init_params(key)
+    return policy_alone(workspace.init_params(key))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jaxpo.config.resolve import resolve
 from jaxpo.config.resolved import Resolved
 from jaxpo.learning.programs import Computation, Programs, compile_programs, init_state, optimizer_of, packed, several
 from jaxpo.learning.state import TrainState
-from jaxpo.learning.trainable import lora_scale, random_params
+from jaxpo.learning.trainable import lora_scale, policy_alone, random_params
 from jaxpo.objectives import Objective
 from jaxpo.parallel import TOKENS, make_mesh, replicated, reshaped, rows_over_mesh, shardings
 from jaxpo.parallel.distributed import place
@@ -41,8 +41,28 @@ from jaxpo.tasks.preferences.sets import PLACES, PreferenceSet
 from jaxpo.text.tokenizers import CharTokenizer, Tokenizer, from_json, question_of
 
 BLANK = [Example(0, "", None, {})]
-LoadModels = Callable[[Resolved, Tokenizer, Mesh], Mapping[str, Other]]
 NOTHING = Task("nothing", BLANK, BLANK, None, None, {})  # of a workspace without examples
+
+
+class Critic(NamedTuple):
+    """A critic of its own. load: its parameters at the start of a run."""
+
+    model: Model
+    load: Callable[[], Params]
+
+
+class Models(NamedTuple):
+    """Models of a run besides the policy.
+
+    others: frozen ones, by name.
+    critic: a critic of its own; None = it is a head on the policy, or there is none.
+    """
+
+    others: Mapping[str, Other]
+    critic: Critic | None
+
+
+LoadModels = Callable[[Resolved, Tokenizer, Mesh], Models]
 
 
 @dataclass(frozen=True)
@@ -58,7 +78,8 @@ class Workspace:
     sampling: the configured sampling options.
     programs: the compiled functions.
     report: what was found while building, as metrics.
-    models: models beside the policy that the objective needs, by name.
+    models: frozen models beside the policy that the objective needs, by name.
+    critic: a critic of its own.
     """
 
     resolved: Resolved
@@ -71,6 +92,7 @@ class Workspace:
     programs: Programs
     report: dict[str, float]
     models: Mapping[str, Other] = field(default_factory=dict)
+    critic: Critic | None = None
 
     @property
     def config(self) -> ConfigDict:
@@ -94,12 +116,14 @@ class Workspace:
 
     def init_params(self, key: Array) -> Params:
         """Random parameters to train, made where they will live: with LoRA adapters only, and always the heads that the
-        objective asks for."""
-        init = partial(random_params, self.config, self.model, self.resolved.heads)
+        objective asks for, and a critic of its own."""
+        critic = None if self.critic is None else self.critic.model.config
+        init = partial(random_params, self.config, self.model, self.resolved.heads, critic=critic)
         return jax.jit(init, out_shardings=shardings(jax.eval_shape(init, key), self.mesh))(key)
 
     def reference(self, params: Params) -> Params:
-        """A frozen copy of the parameters, where such copies lie."""
+        """A frozen copy of the policy's parameters, where such copies lie."""
+        params = policy_alone(params)
         if self.config.training.offload_reference:
             return to_host_memory(params, self.mesh)
         return jax.tree.map(jnp.copy, params)
@@ -269,8 +293,9 @@ def setup(
     table = None
     if config.sampling.stop:
         table = jnp.asarray(stop_table(config.sampling.stop, [*tokenizer.token_bytes(), *[b""] * unused]))
-    models = load_models(resolved, tokenizer, mesh) if load_models else {}
-    of = Computation(config, mesh, model, objective, tokenizer.pad_id, resolved.microbatch_rows, base, models)
+    models, critic = load_models(resolved, tokenizer, mesh) if load_models else Models({}, None)
+    rows, network = resolved.microbatch_rows, None if critic is None else critic.model
+    of = Computation(config, mesh, model, objective, tokenizer.pad_id, rows, base, models, network)
     return Workspace(
         resolved=resolved,
         questions=questions,
@@ -282,6 +307,7 @@ def setup(
         programs=compile_programs(of, facts.compiles, report),
         report={**task.report, "prompts/dropped": float(dropped), **(pairs.report if pairs else {})},
         models=models,
+        critic=critic,
     )
 
 

@@ -12,20 +12,22 @@ from jaxpo import registry
 from jaxpo.batch import Compared
 from jaxpo.config.resolve import resolve
 from jaxpo.learning.state import Run
-from jaxpo.objectives import Asks, Term, asks_of, from_terms
+from jaxpo.objectives import Asks, Shaping, Term, asks_of, from_terms, policy_gradient
+from jaxpo.objectives.parts import advantages, ratios, surrogates
 from jaxpo.parallel import make_mesh
 from jaxpo.plan import trace
 from jaxpo.plan.plan import shard_bytes
 from jaxpo.policy import hf, transformer
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.stats import token_stats
+from jaxpo.primitives.aggregation import token_mean
 from jaxpo.protocols.gatherer import Watch
 from jaxpo.protocols.rows import as_scored
 from jaxpo.race.rules import Rules, resolved_by
 from jaxpo.runs.gatherer import make_gatherer, make_stage
 from jaxpo.runs.iteration import score_references
 from jaxpo.runs.models import load_models
-from jaxpo.runs.restore import checkpoint_of, checkpoints_of, open_finished
+from jaxpo.runs.restore import checkpoint_of, checkpoints_of, first_params, open_finished
 from jaxpo.runs.workspace import setup
 from jaxpo.storage.checkpoint import Checkpoints
 from jaxpo.text.tokenizers import IntegerTokenizer, for_transformers
@@ -42,6 +44,13 @@ QUICK = {
     "evaluation.every": 100,
     "policy_temperature": 0.8,
 }
+REWARD = {
+    "objective": {"name": "bradley_terry_rm"},
+    "data": {"name": "task"},
+    "policy.width": 24,
+    "policy.heads": 3,
+    "sampling.max_new_tokens": 4,
+}
 FOREIGN = TransformerConfig(vocab_size=6, width=24, layers=2, heads=4, kv_heads=2, qkv_bias=True, tied=False)
 KL = Compared(full_kl)
 
@@ -53,6 +62,18 @@ def taught():
         return -stats.logp * batch.get("logp_teacher")
 
     return from_terms([Term("likely", value)], asks=asks_of("reward", "logp_teacher"))
+
+
+def liked():
+    """REINFORCE on the verifier's reward and the score of a reward model."""
+    both = Shaping(lambda batch, state: batch.reward + batch.get("model_score"), asks_of("reward", "model_score"))
+    return policy_gradient(
+        advantage=advantages.reward(),
+        ratio=ratios.token(),
+        surrogate=surrogates.clipped(0.2, 0.2),
+        aggregate=token_mean,
+        shaping=[both],
+    )
 
 
 def distilled(old: bool = False):
@@ -68,7 +89,7 @@ def distilled(old: bool = False):
 @pytest.fixture(autouse=True, scope="module")
 def quick():
     with tiny.quick(), pytest.MonkeyPatch.context() as patch:
-        for make in (taught, distilled):
+        for make in (taught, distilled, liked):
             entry = registry.Entry("objective", make.__name__, make, "", {})
             patch.setitem(registry._TABLE, ("objective", make.__name__), entry)
         yield
@@ -77,7 +98,7 @@ def quick():
 def save_run(path, changes):
     """A run directory as a run leaves it after no iteration."""
     workspace = setup(tiny.config(QUICK | changes), report=lambda _: None)
-    params = jax.tree.map(lambda x: 3 * x, workspace.init_params(jax.random.key(5)))
+    params = jax.tree.map(lambda x: 3 * x + 0.1, workspace.init_params(jax.random.key(5)))
     checkpoints = Checkpoints(checkpoints_of(str(path)))
     checkpoints.save(0, *checkpoint_of(Run(workspace.init_state(params)), 0))
     checkpoints.close()
@@ -101,6 +122,7 @@ def places(tmp_path_factory):
     """Paths of teachers by name."""
     root = tmp_path_factory.mktemp("teachers")
     save_run(root / "run", {"policy.width": 24, "policy.heads": 3})
+    save_run(root / "reward", REWARD)
     save_run(root / "other tokens", {"tokenizer": {"name": "integers", "base": 5}})
     save_folder(root / "folder")
     save_run(root / "adapters", adapters(root))
@@ -119,7 +141,7 @@ def config_of(path, name="taught", **changes):
 def scored(config):
     """A workspace, and a batch that its policy has sampled, scored as in a run."""
     workspace = setup(config, load_models=load_models, report=lambda _: None)
-    params, gatherer = workspace.init_params(jax.random.key(0)), make_gatherer(workspace, Watch())
+    params, gatherer = first_params(workspace, jax.random.key(0)), make_gatherer(workspace, Watch())
     rollouts = gatherer.reward(gatherer.generate(params, np.arange(4, dtype=np.int32), jax.random.key(1)))
     run = Run(workspace.init_state(params))
     return workspace, score_references(make_stage(workspace, Watch()), run, workspace.put(rollouts))
@@ -144,6 +166,35 @@ def test_log_probs_are_those_of_the_other_model(places, kind):
     assert model.config.width == 24 and set(batch.per_token) == {"logp_sampler", "logp_teacher"}
     inside = np.asarray(batch.mask) > 0
     np.testing.assert_allclose(batch.get("logp_teacher")[inside], expected[inside], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_reward_model_scores_the_rows(places, packing):
+    changes = {"references.reward_model": str(places / "reward"), "training.packing": packing}
+    workspace, batch = scored(tiny.config(QUICK | {"objective": dict(name="liked")} | changes))
+    model, params, _ = open_finished(str(places / "reward"), examples=False)
+    rows = jax.tree.map(jnp.asarray, as_scored(batch).replace(per_token={}))
+    expected = token_stats(model.model, params, rows, wants=frozenset({"score"})).score
+    np.testing.assert_allclose(batch.get("model_score"), expected, rtol=1e-5, atol=1e-5)
+    assert len(set(np.asarray(batch.get("model_score")).round(6))) > 1
+    prepared, _ = workspace.objective.prepare(batch, workspace.objective.init())
+    np.testing.assert_allclose(prepared.reward, batch.reward + batch.get("model_score"), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("place", "objective", "message"),
+    [
+        ("reward", "grpo", "config.references.reward_model has no effect: objective 'grpo' needs no model_score"),
+        (None, "liked", "config.references.reward_model is None, but objective 'liked' needs the model: set it to"),
+        ("run", "liked", "config.references.reward_model '.*run' has no score head: it must be a run dir"),
+        ("folder", "liked", "config.references.reward_model '.*folder' has no score head"),
+    ],
+)
+def test_a_reward_model_that_is_refused(places, place, objective, message):
+    config = tiny.config(QUICK | {"objective": dict(name=objective)})
+    config.references.reward_model = None if place is None else str(places / place)
+    with pytest.raises(ValueError, match=message):
+        setup(config, load_models=load_models)
 
 
 @pytest.mark.parametrize("packing", [False, True])
