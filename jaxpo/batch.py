@@ -271,9 +271,9 @@ def validate(batch: Rollouts) -> Rollouts:
 
 
 def _check_roles(batch: Rollouts) -> None:
-    """``ValueError`` for a role that contradicts ``layout``; traced roles pass."""
+    """``ValueError`` for a role that contradicts ``layout``; roles whose values cannot be read here pass."""
     expected = roles_of(batch.layout, batch.rows // max(len(batch.layout), 1))
-    if not batch.layout or batch.role is None or any(_traced(x) for x in (batch.role, batch.count)):
+    if not batch.layout or batch.role is None or not all(readable(x) for x in (batch.role, batch.count)):
         return
     counted = np.ones(batch.rows, bool) if batch.count is None else np.asarray(batch.count) > 0
     wrong = np.flatnonzero((np.asarray(batch.role) != expected) & counted)
@@ -285,8 +285,10 @@ def _check_roles(batch: Rollouts) -> None:
         )
 
 
-def _traced(x: Any) -> bool:
-    return isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
+def readable(x: Any) -> bool:
+    """Whether the values of an array can be read here: it is neither traced nor spread over several processes."""
+    spread = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and not x.is_fully_addressable
+    return not (spread or isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct))
 
 
 def validate_stats(stats: TokenStats, batch: Rollouts, wants: Collection[str]) -> TokenStats:

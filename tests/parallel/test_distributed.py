@@ -40,6 +40,10 @@ def start(command, process, devices=4, **environment):
     return subprocess.Popen([sys.executable, *command, *process], cwd=tiny.ROOT, env=env, **out)
 
 
+# What gloo says of its connections. Its threads write over each other, so a line may hold a part of a message.
+GLOO = re.compile(r"^(.*(Gloo|peer ranks|connected).*|[ \d]*)\n", re.MULTILINE)
+
+
 def end(processes, seconds):
     """(standard output without gloo's own lines, standard error) of each; they end with status 0."""
     try:
@@ -49,7 +53,7 @@ def end(processes, seconds):
             process.kill()
     for process, (out, err) in zip(processes, printed, strict=True):
         assert process.returncode == 0, out + err
-    return [(re.sub(r"\[Gloo\][^\n]*\n", "", out), err) for out, err in printed]
+    return [(GLOO.sub("", out), err) for out, err in printed]
 
 
 TWO = textwrap.dedent("""
@@ -58,6 +62,8 @@ TWO = textwrap.dedent("""
     assert join(*(sys.argv[1], 2, int(sys.argv[2])), timeout=60) == 2
     from etils import epath
     from jax.sharding import NamedSharding, PartitionSpec as P
+    from jaxpo.batch import Pairs, concatenate
+    from jaxpo.objectives.grammar.checks import check_range
     from jaxpo.parallel import make_mesh, rows_over_mesh
     from jaxpo.storage.checkpoint import Checkpoints, restore
 
@@ -68,6 +74,9 @@ TWO = textwrap.dedent("""
     assert rows.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]][me] and own_rows(x).tolist() == rows.tolist()
     np.testing.assert_array_equal(take_rows(y, rows), x[rows])
     np.testing.assert_array_equal(to_host({"y": y})["y"], x)
+    pairs = rows_over_mesh(Pairs([[1]] * 4, [[2]] * 4, [[3]] * 4), mesh)          # roles lie on both processes
+    assert concatenate([pairs, pairs]).rows == 16
+    check_range("reward", y[:, 0], (0, 1), pairs, "outside, but nobody can read it here")
     rewards = from_rows(np.array([[1 / (3 + row), -0.0] for row in rows]), rows, 8)
     np.testing.assert_array_equal(rewards[:, 0], 1 / (3 + np.arange(8.0)))       # to the bit: jax would round to 32
     assert anywhere(me == 1) and not anywhere(False)

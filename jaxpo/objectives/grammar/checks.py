@@ -1,17 +1,16 @@
 """Checks of the numbers in a batch."""
 
-import jax
 import numpy as np
 from jax import Array
 
-from jaxpo.batch import Rollouts
+from jaxpo.batch import Rollouts, readable
 
 ANY = (-np.inf, np.inf)
 
 
 def check_rewards(allowed: tuple[float, float] | None, batch: Rollouts) -> None:
     """Raise ``ValueError`` for a reward of a counted row that is not finite, or outside the range that an objective is
-    defined for. Traced rewards pass: the training loop looks at them before."""
+    defined for. Rewards that cannot be read here pass: the training loop looks at them before."""
     why = "the range this objective is defined for: scale the rewards, or say the range if the objective takes one"
     for reward in (batch.reward, batch.per_row.get("rewards_multi")):
         if reward is not None:
@@ -20,12 +19,12 @@ def check_rewards(allowed: tuple[float, float] | None, batch: Rollouts) -> None:
 
 def check_range(name: str, x: Array, allowed: tuple[float, float], batch: Rollouts, why: str) -> None:
     """Raise ``ValueError`` for a number of a counted row that is not finite or outside a range, naming the row and the
-    number. Rows of count 0 are not looked at; traced arrays pass.
+    number. Rows of count 0 are not looked at; arrays that are traced or spread over processes pass.
 
     Args:
       x: [B, ...].
       why: what the range is, for the message."""
-    if isinstance(x, jax.core.Tracer) or isinstance(batch.count, jax.core.Tracer):
+    if not (readable(x) and readable(batch.count)):
         return
     numbers = np.asarray(x, np.float64)
     counted = np.ones(len(numbers), bool) if batch.count is None else np.asarray(batch.count) > 0
