@@ -1,14 +1,20 @@
 """The notebooks run from top to bottom, and what is stored in them is of a run without errors."""
 
 import ast
+import importlib
 import json
 import linecache
+import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import matplotlib
 import pytest
 
+OURS = ("jaxpo", "experiments", "configs")
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 
@@ -36,6 +42,31 @@ def test_stored_outputs_are_of_one_run_in_order(path):
     assert [o for o in outputs if "image/png" in o.get("data", ())]
     for cell in code:
         ast.parse("".join(cell["source"]))
+
+
+def imported(tree: ast.Module) -> Iterator[tuple[str, Any]]:
+    """The names that a program imports from this project, with what they name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in OURS:
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name) or importlib.import_module(f"{node.module}.{alias.name}")
+                yield alias.asname or alias.name, getattr(module, alias.name)
+        for alias in node.names if isinstance(node, ast.Import) else ():
+            top = alias.name.split(".")[0]
+            if top in OURS:
+                importlib.import_module(alias.name)
+                yield alias.asname or top, sys.modules[alias.name if alias.asname else top]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_what_it_names_is_there(path):
+    """Every function that a notebook takes from this project exists: the slow test runs the notebooks."""
+    tree = ast.parse("\n".join("".join(c["source"]) for c in cells(path)))
+    names = {name: thing for name, thing in imported(tree) if isinstance(thing, ModuleType)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names:
+            assert hasattr(names[node.value.id], node.attr), f"{node.value.id}.{node.attr} is not there"
 
 
 @pytest.mark.slow
