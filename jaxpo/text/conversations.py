@@ -1,18 +1,20 @@
 """Conversations as data have them: a question is a text, or messages with what a chat template reads beside them.
 
-`messages_of` checks a list of messages and brings it into one form. A message has a role, a content, and whatever else the
-template reads of it: ``tool_calls``, ``name``, ``tool_call_id``, ``reasoning_content``.
+`messages_of` checks a list of messages and brings it into one form. A message has a role, a content, and whatever else
+the template reads of it: ``tool_calls``, ``name``, ``tool_call_id``, ``reasoning_content``.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 Message = Mapping[str, Any]
-MARK = "\ufdd0"  # stands before a control token that is only text (`jaxpo.text.templates`); Unicode calls it no character
-# How ShareGPT calls fields and roles.
-OTHER_ROLES = {"human": "user", "gpt": "assistant"}
+MARK = "\ufdd0"  # no character by Unicode: `jaxpo.text.templates` puts it before control tokens that are only text
+NO_TEXT = re.compile(f"[\ud800-\udfff{MARK}]")
+OTHER_ROLES = {"human": "user", "gpt": "assistant"}  # names that ShareGPT gives to roles
+NAMES = {"name", "tool_call_id", "id"}  # fields that say nothing by themselves
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,21 @@ class Conversation:
 
 
 Question = str | Sequence[Message] | Conversation
+Said = str | Message  # an answer: its text, or the assistant's message
+
+
+class Turn(NamedTuple):
+    """A question and its answer as tokens.
+
+    Attributes:
+      prompt: token ids of what asks.
+      answer: token ids of the answer, with the one that ends it.
+      text: what the answer's tokens spell, without the end.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    text: str
 
 
 def messages_of(value: Any) -> list[dict[str, Any]]:
@@ -49,11 +66,10 @@ def messages_of(value: Any) -> list[dict[str, Any]]:
 
 def check_text(text: str) -> str:
     """The text itself; ``ValueError`` if it holds half of a surrogate pair, or a code point that is no character."""
-    for at, character in enumerate(text):
-        if "\ud800" <= character <= "\udfff":
-            raise ValueError(f"half of a surrogate pair (\\u{ord(character):04x}) at character {at}: it has no encoding")
-        if character == MARK:
-            raise ValueError(f"U+{ord(MARK):04X} at character {at}, which is no character by Unicode")
+    found = NO_TEXT.search(text)
+    if found:
+        what = f"U+{ord(MARK):04X}" if found[0] == MARK else f"half of a surrogate pair, \\u{ord(found[0]):04x},"
+        raise ValueError(f"{what} at character {found.start()}: it is no character and cannot be encoded")
     return text
 
 
@@ -94,6 +110,16 @@ def plain_text(question: Question) -> str:
     return "\n".join(m["content"] for m in conversation_of(question).messages if m["content"])
 
 
+def text_said(answer: Said) -> str:
+    """The text of an answer without a chat template; ``ValueError`` for a message with more than content."""
+    if isinstance(answer, str):
+        return answer
+    more = [name for name in answer if name not in ("role", "content")]
+    if more:
+        raise ValueError(f"an answer with {', '.join(map(repr, more))} needs a chat template that reads it")
+    return answer["content"]
+
+
 def key_of(question: Question) -> str:
     """A text that is equal for equal questions."""
     if isinstance(question, str):
@@ -119,7 +145,7 @@ def _message(value: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"{where} has no role: it must have role and content, and has {', '.join(value) or 'nothing'}")
     where = f"{where} ({role})"
     content = given.pop("content", None)
-    if content is None and not given:
+    if content is None and not given.keys() - NAMES:
         raise ValueError(f"{where}: its content is {'null' if 'content' in value else 'missing'}")
     message = {"role": role, "content": "" if content is None else _content(content, where), **given}
     if "tool_calls" in given:
@@ -143,7 +169,7 @@ def _content(value: Any, where: str) -> str:
         text = part.get("text") if isinstance(part, Mapping) else part
         kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
         if kind != "text" or not isinstance(text, str):
-            raise ValueError(f"{where}: a part of its content is no text, which is all that a policy reads: {part!r:.60}")
+            raise ValueError(f"{where}: a part of its content is no text, all that a policy reads: {part!r:.60}")
         texts.append(text)
     return "".join(texts)
 

@@ -172,7 +172,7 @@ def test_a_saved_folder_with_several_ends(byte_level, tmp_path):
     byte_level.save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
     tokenizer = PretrainedTokenizer(tmp_path, chat_template=True)
-    assert tokenizer.eos_ids == (0, 2)
+    assert tokenizer.eos_ids == (2, 0)  # the template's end of a turn comes first
     assert tokenizer.token_bytes() == PretrainedTokenizer(byte_level, chat_template=True).token_bytes()
 
 
