@@ -1,14 +1,39 @@
 """Stop strings on the device: an automaton over token ids, exact for every tokenizer.
 
+A stop string that is a control token, such as ``<|im_end|>``, is that token.
+
 A stop string may be spelt by many token sequences, and may begin inside one token and end inside another. So the
 strings are compiled into an Aho-Corasick automaton over *bytes*, and a table says which state each token leads to from
 each state. Stopping costs one table look-up per token.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+
+def control_stops(strings: Sequence[str], control: Mapping[str, int]) -> tuple[list[int], list[str]]:
+    """Tell stop strings that are control tokens, which end a row as the end of sequence does, from other strings.
+
+    Args:
+      strings: the stop strings.
+      control: the text of each control token -> its id.
+
+    Returns:
+      ids of control tokens, and the other strings.
+
+    Raises:
+      ValueError: a string has a control token beside other text. It could never occur: control tokens add no text.
+    """
+    rest = [s for s in strings if s not in control]
+    for string in rest:
+        if inside := [token for token in control if token in string]:
+            raise ValueError(
+                f"sampling.stop {string!r} has the control token {max(inside, key=len)!r} beside other text, and a "
+                "control token adds no text: name the token alone"
+            )
+    return [control[s] for s in strings if s in control], rest
 
 
 def stop_table(strings: Sequence[str], token_bytes: Sequence[bytes]) -> np.ndarray:

@@ -30,7 +30,7 @@ from jaxpo.policy.stats import Other
 from jaxpo.policy.transformer import Model, Params
 from jaxpo.protocols.protocol import Protocol
 from jaxpo.rollout import SamplingOptions
-from jaxpo.rollout.stopping import stop_table
+from jaxpo.rollout.stopping import control_stops, stop_table
 from jaxpo.runs import preference_data
 from jaxpo.runs.preference_data import templates_of
 from jaxpo.runs.questions import Questions, pad_prompts, texts_of, tokenize
@@ -38,7 +38,8 @@ from jaxpo.tasks import Example, Task, build
 from jaxpo.tasks.preferences.encode import filled
 from jaxpo.tasks.preferences.records import Row
 from jaxpo.tasks.preferences.sets import PLACES, PreferenceSet
-from jaxpo.text.tokenizers import CharTokenizer, Tokenizer, from_json, question_of
+from jaxpo.text.conversations import plain_text
+from jaxpo.text.tokenizers import CharTokenizer, Tokenizer, from_json
 
 BLANK = [Example(0, "", None, {})]
 LoadModels = Callable[[Resolved, Tokenizer, Mesh], Mapping[str, Other]]
@@ -157,7 +158,7 @@ def texts_of_row(row: Row) -> list[str]:
     """The texts of a row: of its prompts, its answers, and the tool calls after them."""
     prompts = [row.prompt, *(answer.prompt for answer in row.answers if answer.prompt)]
     answers = [text for answer in row.answers for text in (answer.text, *(part for _, part in answer.trace))]
-    return [*map(question_of, prompts), *answers]
+    return [*map(plain_text, prompts), *answers]
 
 
 def make_tokenizer(resolved: Resolved, task: Task, data: PreferenceSet | None = None) -> Tokenizer:
@@ -230,6 +231,15 @@ def questions_of(config: ConfigDict, task: Task, tokenizer: Tokenizer) -> tuple[
     return Questions(task, tokenizer, *prompts, config.sampling.max_new_tokens, tuple(config.sampling.stop)), dropped
 
 
+def stops_of(config: ConfigDict, tokenizer: Tokenizer, unused: int) -> tuple[tuple[int, ...], Array | None]:
+    """The ids that end a completion, and the table of stop strings (`jaxpo.rollout.stopping`); None = there are none.
+
+    unused: vocabulary rows that no token uses."""
+    ids, strings = control_stops(config.sampling.stop, tokenizer.control)
+    table = stop_table(strings, [*tokenizer.token_bytes(), *[b""] * unused]) if strings else None
+    return tuple(dict.fromkeys((*tokenizer.eos_ids, *ids))), None if table is None else jnp.asarray(table)
+
+
 def setup(
     config: ConfigDict,
     *,
@@ -258,6 +268,11 @@ def setup(
     objective, facts = resolved.objective, resolved.protocol.facts
     task, data = examples_of(config) if examples else (NOTHING, None)
     tokenizer = tokenizer or make_tokenizer(resolved, task, data)
+    if data is not None:
+        if data.unread:
+            report(f"{data.name}: nothing reads the columns {', '.join(data.unread)}")
+        data = preference_data.usable(data, tokenizer)
+        task = task if config.task.name else preference_data.task_of(data)
     mesh = make_mesh(config.mesh)
     if config.training.offload_reference:
         check_host_memory(mesh)
@@ -266,9 +281,6 @@ def setup(
     model = transformer.build(resolved.transformer(tokenizer.vocab_size), several(mesh))
     unused = unused_ids(model, tokenizer)
     base = hf.load(hf.open_source(config.policy.path), model.config, mesh) if config.lora.rank else None
-    table = None
-    if config.sampling.stop:
-        table = jnp.asarray(stop_table(config.sampling.stop, [*tokenizer.token_bytes(), *[b""] * unused]))
     models = load_models(resolved, tokenizer, mesh) if load_models else {}
     of = Computation(config, mesh, model, objective, tokenizer.pad_id, resolved.microbatch_rows, base, models)
     return Workspace(
@@ -278,7 +290,7 @@ def setup(
         mesh=mesh,
         model=model,
         base=base,
-        sampling=resolved.sampling(tokenizer.eos_ids, table),
+        sampling=resolved.sampling(*stops_of(config, tokenizer, unused)),
         programs=compile_programs(of, facts.compiles, report),
         report={**task.report, "prompts/dropped": float(dropped), **(pairs.report if pairs else {})},
         models=models,

@@ -120,6 +120,11 @@ def text_said(answer: Said) -> str:
     return answer["content"]
 
 
+def plain_answer(answer: Said) -> str:
+    """The text of an answer, for people, judges and alphabets; of a message, its content."""
+    return answer if isinstance(answer, str) else answer["content"]
+
+
 def key_of(question: Question) -> str:
     """A text that is equal for equal questions."""
     if isinstance(question, str):
