@@ -13,27 +13,28 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 
-def control_stops(strings: Sequence[str], control: Mapping[str, int]) -> tuple[list[int], list[str]]:
-    """Tell stop strings that are control tokens, which end a row as the end of sequence does, from other strings.
+def spelled(strings: Sequence[str], token_bytes: Sequence[bytes], control: Mapping[str, int]) -> list[bytes]:
+    """The bytes of each token for `stop_table`: a control token that is a stop string has the bytes of its name.
 
     Args:
       strings: the stop strings.
+      token_bytes: the bytes that each id appends to the text; b"" for control tokens.
       control: the text of each control token -> its id.
-
-    Returns:
-      ids of control tokens, and the other strings.
 
     Raises:
       ValueError: a string has a control token beside other text. It could never occur: control tokens add no text.
     """
-    rest = [s for s in strings if s not in control]
-    for string in rest:
-        if inside := [token for token in control if token in string]:
+    out = list(token_bytes)
+    for string in strings:
+        inside = [token for token in control if token in string]
+        if inside and string not in control:
             raise ValueError(
                 f"sampling.stop {string!r} has the control token {max(inside, key=len)!r} beside other text, and a "
                 "control token adds no text: name the token alone"
             )
-    return [control[s] for s in strings if s in control], rest
+        if inside:
+            out[control[string]] = string.encode()
+    return out
 
 
 def stop_table(strings: Sequence[str], token_bytes: Sequence[bytes]) -> np.ndarray:

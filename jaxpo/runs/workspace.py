@@ -30,7 +30,7 @@ from jaxpo.policy.stats import Other
 from jaxpo.policy.transformer import Model, Params
 from jaxpo.protocols.protocol import Protocol
 from jaxpo.rollout import SamplingOptions
-from jaxpo.rollout.stopping import control_stops, stop_table
+from jaxpo.rollout.stopping import spelled, stop_table
 from jaxpo.runs import preference_data
 from jaxpo.runs.preference_data import templates_of
 from jaxpo.runs.questions import Questions, pad_prompts, texts_of, tokenize
@@ -231,15 +231,6 @@ def questions_of(config: ConfigDict, task: Task, tokenizer: Tokenizer) -> tuple[
     return Questions(task, tokenizer, *prompts, config.sampling.max_new_tokens, tuple(config.sampling.stop)), dropped
 
 
-def stops_of(config: ConfigDict, tokenizer: Tokenizer, unused: int) -> tuple[tuple[int, ...], Array | None]:
-    """The ids that end a completion, and the table of stop strings (`jaxpo.rollout.stopping`); None = there are none.
-
-    unused: vocabulary rows that no token uses."""
-    ids, strings = control_stops(config.sampling.stop, tokenizer.control)
-    table = stop_table(strings, [*tokenizer.token_bytes(), *[b""] * unused]) if strings else None
-    return tuple(dict.fromkeys((*tokenizer.eos_ids, *ids))), None if table is None else jnp.asarray(table)
-
-
 def setup(
     config: ConfigDict,
     *,
@@ -281,6 +272,10 @@ def setup(
     model = transformer.build(resolved.transformer(tokenizer.vocab_size), several(mesh))
     unused = unused_ids(model, tokenizer)
     base = hf.load(hf.open_source(config.policy.path), model.config, mesh) if config.lora.rank else None
+    table = None
+    if config.sampling.stop:
+        pieces = spelled(config.sampling.stop, tokenizer.token_bytes(), tokenizer.control)
+        table = jnp.asarray(stop_table(config.sampling.stop, [*pieces, *[b""] * unused]))
     models = load_models(resolved, tokenizer, mesh) if load_models else {}
     of = Computation(config, mesh, model, objective, tokenizer.pad_id, resolved.microbatch_rows, base, models)
     return Workspace(
@@ -290,7 +285,7 @@ def setup(
         mesh=mesh,
         model=model,
         base=base,
-        sampling=resolved.sampling(*stops_of(config, tokenizer, unused)),
+        sampling=resolved.sampling(tokenizer.eos_ids, table),
         programs=compile_programs(of, facts.compiles, report),
         report={**task.report, "prompts/dropped": float(dropped), **(pairs.report if pairs else {})},
         models=models,

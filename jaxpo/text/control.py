@@ -33,7 +33,11 @@ def any_of(texts: Iterable[str]) -> re.Pattern:
 
 
 def mark(text: str, control: re.Pattern | None) -> str:
-    """The text with `MARK` before every control token. control: finds them; None = leave the text as it is."""
+    """The text with `MARK` before every control token; ``ValueError`` for a text that has no encoding.
+
+    control: finds control tokens; None = they are meant.
+    """
+    check_text(text)
     return control.sub(lambda found: MARK + found[0], text) if control else text
 
 
@@ -53,7 +57,6 @@ class Encoder:
 
     def __call__(self, text: str) -> list[int]:
         """The ids of a text; ``ValueError`` if it has no encoding."""
-        check_text(text)
         marked = text.marked if isinstance(text, Markup) else mark(text, self.spelled)
         try:
             ids = self.marking(marked) if MARK in marked else self.plain(text)

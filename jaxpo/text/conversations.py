@@ -197,7 +197,7 @@ def from_text(value: Any, what: str) -> Any:
     try:
         return json.loads(value) if isinstance(value, str) else value
     except ValueError as error:
-        raise ValueError(f"{what} are not JSON: {error}") from None
+        raise ValueError(f"{what}: not JSON: {error}") from None
 
 
 def strings(value: Any) -> Iterator[str]:

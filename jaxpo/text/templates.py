@@ -97,9 +97,10 @@ class ChatTemplate:
         said = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
         prompt = self.prompt(talk).marked
         whole = self.write(replace(talk, messages=(*talk.messages, said)), ask=False)
-        if not whole.startswith(prompt):
-            return Markup(prompt), Markup(self.marked(goes_on(prompt, whole, said)))
-        after = whole[len(prompt) :]
+        same = shared(prompt, whole)
+        if prompt[same:].strip():
+            return Markup(prompt), Markup(self.marked(goes_on(prompt[same:], whole[same:], said)))
+        after = whole[same:]  # some templates ask with a line break that they do not write later
         ends = [m.start() for m in re.finditer(f"(?<!{MARK}){re.escape(self.end)}", after)]
         return Markup(prompt), Markup(after[: ends[-1]] if ends else after.removesuffix(self.rest))
 
@@ -181,15 +182,25 @@ def chat_template_of(
     return template if template.end in after else replace(template, rest=after)
 
 
-def goes_on(prompt: str, whole: str, said: Message) -> str:
+def shared(a: str, b: str) -> int:
+    """How many characters two texts share at their beginning."""
+    most = min(len(a), len(b))
+    return next((i for i in range(most) if a[i] != b[i]), most)
+
+
+def goes_on(opened: str, instead: str, said: Message) -> str:
     """The rest of an answer that begins with what only the prompt has: a prompt that opens ``<think>``, and an answer
-    that thinks. ``whole``: what the template writes instead; ``ValueError`` for any other answer."""
-    same = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
-    opened, text = prompt[same:], said["content"].lstrip()
-    if not opened.strip() or said.keys() != {"role", "content"} or not text.startswith(opened.strip()):
+    that thinks; ``ValueError`` for any other answer.
+
+    Args:
+      opened: what only the prompt has.
+      instead: what the template writes there before the answer.
+    """
+    text = said["content"].lstrip()
+    if said.keys() != {"role", "content"} or not text.startswith(opened.strip()):
         raise ValueError(
             f"the chat template asks by a prompt that ends with {opened[-40:]!r}, but it does not begin this answer "
-            f"so: it writes {whole[same:][:40]!r}"
+            f"so: it writes {instead[:40]!r}"
         )
     return text.removeprefix(opened if text.startswith(opened) else opened.strip())
 

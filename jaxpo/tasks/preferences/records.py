@@ -193,7 +193,7 @@ def arguments_of(record: Mapping[str, Any]) -> dict[str, Any]:
         value = record.get(name)
         if value is None or value == "" or value == []:
             continue
-        value = checked(lambda x: conversations.from_text(x, "its value"), value, name)
+        value = checked(lambda x: conversations.from_text(x, "its value is a text"), value, name)
         if name in ARGUMENTS and not (isinstance(value, list | tuple) and all(isinstance(x, Mapping) for x in value)):
             raise BadRow("wrong_type", f"field {name!r} must be a list of objects, found {value!r:.60}")
         if name not in ARGUMENTS and not isinstance(value, Mapping):
@@ -262,15 +262,14 @@ def apart(record: Mapping[str, Any], answers: Mapping[str, Any]) -> tuple[Any, d
             raise BadRow("missing_field", f"field 'prompt' is missing, and {names} begin with different messages")
         return prompt, {f: talk[len(prompt) :] for f, talk in whole.items()}
     beginnings = {f: talk[:-1] for f, talk in whole.items()}
-    field, asked = next(iter(beginnings.items()))
-    same = asks_the_same(prompt, asked)
-    if not same or any(key_of(b) != key_of(asked) for b in beginnings.values()):
-        other = field if not same else next(f for f, b in beginnings.items() if key_of(b) != key_of(asked))
-        raise BadRow(
-            "wrong_type",
-            f"field 'prompt' is {prompt!r:.40}, and field {other!r} is a conversation that begins otherwise "
-            f"(its question is {beginnings[other][-1]['content']!r:.40}): leave out the prompt, or give the answer alone",
-        )
+    asked = next(iter(beginnings.values()))
+    for field, beginning in beginnings.items():
+        if not asks_the_same(prompt, beginning) or key_of(beginning) != key_of(asked):
+            raise BadRow(
+                "wrong_type",
+                f"field 'prompt' is {prompt!r:.40}, and field {field!r} is a conversation that begins otherwise (its "
+                f"question is {beginning[-1]['content']!r:.40}): leave out the prompt, or give the answer alone",
+            )
     return asked, {**answers, **{f: talk[-1:] for f, talk in whole.items()}}
 
 
