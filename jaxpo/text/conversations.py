@@ -48,7 +48,7 @@ class Turn(NamedTuple):
 
 
 def messages_of(value: Any) -> list[dict[str, Any]]:
-    """Check a list of messages and return it in one form.
+    """Check a list of messages, or one message, and return the list in one form.
 
     Null fields are left out. Content that is null beside another field is "", as the assistant has it that calls a
     tool. Content parts of type text are joined. Arguments of tool calls that are JSON as text are read, as templates
@@ -57,6 +57,8 @@ def messages_of(value: Any) -> list[dict[str, Any]]:
     Raises:
       ValueError: no messages, or one that is none; the line says which one, and what was found.
     """
+    if isinstance(value, Mapping):
+        value = [value]
     if not isinstance(value, list | tuple):
         raise ValueError(f"must be a text or a list of messages, found {value!r:.60}")
     if not value:
@@ -110,6 +112,15 @@ def plain_text(question: Question) -> str:
     return "\n".join(m["content"] for m in conversation_of(question).messages if m["content"])
 
 
+def as_json(question: Question) -> Any:
+    """The question as JSON can hold it: the text, the messages, or an object with messages and arguments."""
+    if isinstance(question, str):
+        return question
+    talk = conversation_of(question)
+    messages = [dict(m) for m in talk.messages]
+    return {"messages": messages, **talk.arguments} if talk.arguments else messages
+
+
 def text_said(answer: Said) -> str:
     """The text of an answer without a chat template; ``ValueError`` for a message with more than content."""
     if isinstance(answer, str):
@@ -129,8 +140,7 @@ def key_of(question: Question) -> str:
     """A text that is equal for equal questions."""
     if isinstance(question, str):
         return question
-    talk = conversation_of(question)
-    return json.dumps([talk.messages, *([talk.arguments] if talk.arguments else [])], sort_keys=True, default=str)
+    return json.dumps(as_json(question), sort_keys=True, default=str)
 
 
 # ---- one message

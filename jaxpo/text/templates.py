@@ -64,6 +64,7 @@ class ChatTemplate:
     end: the token that ends an answer.
     rest: what the template writes after an answer without such a token.
     headless: what it writes between a question and its answer although it has no generation prompt; "" = nothing.
+    written: the tokenizer's added tokens that it writes around a question or after an answer.
     """
 
     tokenizer: Any
@@ -73,6 +74,7 @@ class ChatTemplate:
     end: str = ""
     rest: str = ""
     headless: str = ""
+    written: frozenset[str] = frozenset()
 
     def prompt(self, talk: Conversation) -> Markup:
         """The prompt that asks for an answer.
@@ -178,6 +180,7 @@ def chat_template_of(
         template,
         end=end or end_of(after, tokenizer),
         headless=lead if asked == unasked and lead.strip() else "",
+        written=frozenset(added_tokens(tokenizer).findall(unasked + after)),
     )
     return template if template.end in after else replace(template, rest=after)
 
@@ -207,8 +210,7 @@ def goes_on(opened: str, instead: str, said: Message) -> str:
 
 def end_of(after: str, tokenizer: Any) -> str:
     """The first token in what a template writes after an answer; the tokenizer's own end if it writes only space."""
-    tokens = [*map(str, tokenizer.added_tokens_decoder.values()), tokenizer.eos_token or ""]
-    found = any_of(t for t in tokens if t.strip()).search(after)
+    found = added_tokens(tokenizer).search(after)
     if found:
         return found[0]
     if after.strip() or not tokenizer.eos_token:
@@ -217,6 +219,12 @@ def end_of(after: str, tokenizer: Any) -> str:
             "to the token that ends answers"
         )
     return tokenizer.eos_token
+
+
+def added_tokens(tokenizer: Any) -> re.Pattern:
+    """Finds the tokens that were added to the vocabulary, special or not, and the end of sequence; none of space."""
+    tokens = [*map(str, tokenizer.added_tokens_decoder.values()), tokenizer.eos_token or ""]
+    return any_of(token for token in tokens if token.strip())
 
 
 def read_by(source: str) -> list[str]:

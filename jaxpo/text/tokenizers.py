@@ -209,7 +209,8 @@ class PretrainedTokenizer:
         added = tokenizer.added_tokens_decoder.items()
         self.control = {str(t): i for i, t in added if (t.special or i in self._special) and str(t).strip()}
         self._ends = any_of(text for text, i in self.control.items() if i in self.eos_ids)
-        self._encode = Encoder(tokenizer, self.control, control_tokens_in_data)
+        written = {t: vocabulary[t] for t in self._template.written} if self._template else {}
+        self._encode = Encoder(tokenizer, {**self.control, **written}, control_tokens_in_data)
         if self._template:
             self._template = replace(self._template, control=self._encode.spelled)
 

@@ -1,14 +1,17 @@
 """Messages in one form, whatever data write; and what is said where they are none."""
 
+import json
+
 import pytest
 
-from jaxpo.text.conversations import Conversation, key_of, messages_of, plain_text, question_of, text_said
+from jaxpo.text.conversations import Conversation, as_json, key_of, messages_of, plain_text, question_of, text_said
 
 USER = {"role": "user", "content": "hi"}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"city": "Paris"}}}
 
 FORMS = {
     "plain": ([USER], [USER]),
+    "one message": (USER, [USER]),
     "null fields": ([{**USER, "name": None, "tool_calls": None}], [USER]),
     "parts": ([{"role": "user", "content": [{"type": "text", "text": "h"}, {"text": "i"}]}], [USER]),
     "ShareGPT": ([{"from": "human", "value": "hi"}], [USER]),
@@ -77,4 +80,7 @@ def test_a_question_as_text():
 def test_equal_questions_have_equal_keys():
     again = {"content": "hi", "role": "user"}
     assert key_of([USER]) == key_of((again,)) == key_of(Conversation((USER,))) != key_of("hi")
-    assert key_of(Conversation((USER,), {"tools": [{"name": "f"}]})) != key_of([USER])
+    asked = Conversation((USER,), {"tools": [{"name": "f"}]})
+    assert key_of(asked) != key_of([USER])
+    assert as_json("hi") == "hi" and as_json((USER,)) == [USER]
+    assert json.loads(json.dumps(as_json(asked))) == {"messages": [USER], "tools": [{"name": "f"}]}

@@ -100,9 +100,16 @@ def test_a_template_that_writes_only_space_after_an_answer_ends_as_the_tokenizer
 def test_an_end_that_no_one_called_special_is_an_end():
     library = tokenizer_of(("</s>",), "</s>", CHATML, plain=("<|im_start|>", "<|im_end|>"))
     tokenizer = PretrainedTokenizer(library, True)
-    turn = tokenizer.turn("say <|im_end|>", "yes")
-    end = library.convert_tokens_to_ids("<|im_end|>")
+    turn = tokenizer.turn("say <|im_end|><|im_start|>", "yes")
+    start, end = library.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     assert turn.answer[-1] == end and turn.prompt.count(end) == 1 and tokenizer.token_bytes()[end] == b""
+    assert turn.prompt.count(start) == 2  # those of the template
+
+
+def test_a_token_that_the_model_writes_in_answers_is_no_control_token(made):
+    library = MODELS["qwen3"][0]()
+    (think,) = library.encode("<think>", add_special_tokens=False)
+    assert think in made("qwen3").encode("<think>") and think in made("qwen3").turn("what is <think>?", "x").prompt
 
 
 REFUSED = {

@@ -26,7 +26,7 @@ from jaxpo.runs.workspace import Workspace, shard_count
 from jaxpo.tasks import Example, Task
 from jaxpo.tasks.base import locate
 from jaxpo.tasks.preferences.encode import with_trace
-from jaxpo.text.conversations import plain_text
+from jaxpo.text.conversations import as_json, plain_text
 
 STEP = 32  # widths of rows to judge are rounded up to multiples of this, so that few shapes are compiled
 ON_MESH = ("model", "models", "follow_ups")  # judges that compute on the mesh
@@ -150,7 +150,7 @@ def verified(task: Task, scale: float | None, examples: Sequence[Example], answe
 
 def by_function(path: str, scale: float | None, examples: Sequence[Example], answers: Answers) -> Verdict:
     """Judge by the user's own function."""
-    said = np.asarray(locate(path)([e.question for e in examples], answers), np.float64)
+    said = np.asarray(locate(path)([as_json(e.question) for e in examples], answers), np.float64)
     shape = (len(answers), len(answers[0]))
     if said.shape == shape:
         return verdict_of_scores(said, scale)

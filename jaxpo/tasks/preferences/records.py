@@ -190,10 +190,10 @@ def arguments_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of the chat template that a row has, as lists and dictionaries or as JSON; `BadRow` for others."""
     out = {}
     for name in (*ARGUMENTS, "chat_template_kwargs"):
-        value = record.get(name)
-        if value is None or value == "" or value == []:
-            continue
+        value = record.get(name) or None
         value = checked(lambda x: conversations.from_text(x, "its value is a text"), value, name)
+        if not value:
+            continue
         if name in ARGUMENTS and not (isinstance(value, list | tuple) and all(isinstance(x, Mapping) for x in value)):
             raise BadRow("wrong_type", f"field {name!r} must be a list of objects, found {value!r:.60}")
         if name not in ARGUMENTS and not isinstance(value, Mapping):
