@@ -11,10 +11,10 @@ from jaxpo.batch import Demonstrations, Rollouts
 from jaxpo.parallel.distributed import from_rows, own_rows, take_rows, to_host
 from jaxpo.protocols.gatherer import Prompts, Verdict
 from jaxpo.tasks import Example, Task, imperfect
-from jaxpo.text.conversations import MARK, Question, Turn, plain_answer, plain_text
+from jaxpo.text.conversations import MARK, Said, Turn, plain_answer, plain_text
 from jaxpo.text.tokenizers import Tokenizer
 
-Answers = list[list[str]]
+Answers = list[list[Said]]  # texts, or messages with more than content
 Opinion = Callable[[Sequence[Example], Answers], Verdict]
 
 
@@ -116,17 +116,26 @@ class Questions:
         return Demonstrations(questions, answers, **sizes)
 
 
-def as_told(tokenizer: Tokenizer, question: Question, answer: str) -> Turn:
+def as_told(tokenizer: Tokenizer, example: Example, answer: Said) -> Turn:
     """A question and any answer that a policy may have written, as tokens.
 
-    An answer that the chat template cannot show follows the prompt as it is.
+    A text that the chat template cannot show follows the prompt as it is.
+
+    Raises:
+      ValueError: the question, or an answer that is a message, has no encoding or is refused by the chat template.
     """
-    try:
-        return tokenizer.turn(question, answer)
-    except ValueError:
-        answer = answer.replace(MARK, "\ufffd")
-        prompt = tokenizer.encode(tokenizer.render(question))
-        return Turn(prompt, [*tokenizer.encode(answer), tokenizer.eos_ids[0]], answer)
+
+    def told() -> Turn:
+        try:
+            return tokenizer.turn(example.question, answer)
+        except ValueError:
+            if not isinstance(answer, str):
+                raise
+            text = answer.replace(MARK, "\ufffd")
+            prompt = tokenizer.encode(tokenizer.render(example.question))
+            return Turn(prompt, [*tokenizer.encode(text), tokenizer.eos_ids[0]], text)
+
+    return named(example, "a judge reads it", told)
 
 
 def texts_of(task: Task) -> list[str]:

@@ -6,7 +6,7 @@ the template reads of it: ``tool_calls``, ``name``, ``tool_call_id``, ``reasonin
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -51,8 +51,8 @@ def messages_of(value: Any) -> list[dict[str, Any]]:
     """Check a list of messages, or one message, and return the list in one form.
 
     Null fields are left out. Content that is null beside another field is "", as the assistant has it that calls a
-    tool. Content parts of type text are joined. Arguments of tool calls that are JSON as text are read, as templates
-    want them. Messages ``{"from": "human", "value": ...}`` become ``{"role": "user", "content": ...}``.
+    tool. Content parts of type text are joined. Arguments of tool calls are objects, or objects as JSON. Messages
+    ``{"from": "human", "value": ...}`` become ``{"role": "user", "content": ...}``.
 
     Raises:
       ValueError: no messages, or one that is none; the line says which one, and what was found.
@@ -163,8 +163,7 @@ def _message(value: Any, where: str) -> dict[str, Any]:
     if content is None and not given.keys() - NAMES:
         raise ValueError(f"{where}: its content is {'null' if 'content' in value else 'missing'}")
     message = {"role": role, "content": "" if content is None else _content(content, where), **given}
-    if "tool_calls" in given:
-        message["tool_calls"] = _tool_calls(given["tool_calls"], where)
+    check_calls(given.get("tool_calls", ()), where)
     for text in strings(message):
         try:
             check_text(text)
@@ -189,17 +188,21 @@ def _content(value: Any, where: str) -> str:
     return "".join(texts)
 
 
-def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """Calls of tools, whose arguments are objects and not JSON as text."""
+def check_calls(value: Any, where: str) -> None:
+    """Raise ``ValueError`` for calls of tools whose arguments are neither objects nor JSON."""
     if not isinstance(value, list | tuple) or not all(isinstance(call, Mapping) for call in value):
         raise ValueError(f"{where}: its tool_calls must be a list of objects, found {value!r:.60}")
-    calls = []
-    for call in value:
-        function = call.get("function", call)
-        if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
-            function = {**function, "arguments": from_text(function["arguments"], f"{where}: arguments of a tool call")}
-        calls.append({**call, "function": function} if "function" in call else dict(function))
-    return calls
+    with_arguments(value, lambda given: from_text(given, f"{where}: arguments of a tool call"))
+
+
+def with_arguments(calls: Sequence[Mapping[str, Any]], form: Callable[[Any], Any]) -> list[Mapping[str, Any]]:
+    """Calls of tools with their arguments in another form."""
+
+    def of(function: Any) -> Any:
+        known = isinstance(function, Mapping) and "arguments" in function
+        return {**function, "arguments": form(function["arguments"])} if known else function
+
+    return [{**call, "function": of(call["function"])} if "function" in call else of(call) for call in calls]
 
 
 def from_text(value: Any, what: str) -> Any:

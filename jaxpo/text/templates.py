@@ -5,14 +5,16 @@ where data spell one, `MARK` is put before it (`jaxpo.text.control`).
 """
 
 import importlib
+import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from jaxpo.registry import unknown
 from jaxpo.text.control import Markup, any_of, mark
-from jaxpo.text.conversations import MARK, Conversation, Message
+from jaxpo.text.conversations import MARK, Conversation, Message, with_arguments
 
 PROBE = Conversation(({"role": "user", "content": "Who asks?"},))
 ANSWER = "Somebody"
@@ -63,7 +65,8 @@ class ChatTemplate:
     control: finds control tokens in data; None = data may hold them.
     end: the token that ends an answer.
     rest: what the template writes after an answer without such a token.
-    headless: what it writes between a question and its answer although it has no generation prompt; "" = nothing.
+    lead: what it writes between its prompt and an answer; None = an answer does not go on from the prompt.
+    headless: whether ``lead`` is a header: the template has no generation prompt.
     written: the tokenizer's added tokens that it writes around a question or after an answer.
     """
 
@@ -73,7 +76,8 @@ class ChatTemplate:
     control: re.Pattern | None
     end: str = ""
     rest: str = ""
-    headless: str = ""
+    lead: str | None = None
+    headless: bool = False
     written: frozenset[str] = frozenset()
 
     def prompt(self, talk: Conversation) -> Markup:
@@ -84,7 +88,7 @@ class ChatTemplate:
         """
         if self.headless:
             raise ValueError(
-                f"the chat template has no generation prompt: it writes {self.headless!r} before an answer, but not "
+                f"the chat template has no generation prompt: it writes {self.lead!r} before an answer, but not "
                 "when it is asked for a prompt (add_generation_prompt)"
             )
         return Markup(self.write(talk, ask=True))
@@ -100,9 +104,13 @@ class ChatTemplate:
         prompt = self.prompt(talk).marked
         whole = self.write(replace(talk, messages=(*talk.messages, said)), ask=False)
         same = shared(prompt, whole)
-        if prompt[same:].strip():
-            return Markup(prompt), Markup(self.marked(goes_on(prompt[same:], whole[same:], said)))
-        after = whole[same:]  # some templates ask with a line break that they do not write later
+        opened, after = prompt[same:], whole[same:]
+        if opened.strip():  # a line break that only the prompt has is no difference
+            text = self.marked(said["content"].strip())
+            before, found, rest = whole.rpartition(text) if text else (whole, "", "")
+            if self.lead is None or not found or not before.endswith(self.lead):
+                return Markup(prompt), Markup(self.marked(goes_on(opened, after, said)))
+            after = self.lead + found + rest  # the template writes the question in another way, but not the answer
         ends = [m.start() for m in re.finditer(f"(?<!{MARK}){re.escape(self.end)}", after)]
         return Markup(prompt), Markup(after[: ends[-1]] if ends else after.removesuffix(self.rest))
 
@@ -115,17 +123,26 @@ class ChatTemplate:
         Raises:
           ValueError: the template refuses the conversation, or does not read a part of it.
         """
-        messages = [Noted(self.marked(m)) for m in talk.messages]
         arguments = {**self.arguments, **self.marked(talk.arguments)}
         source = self.tokenizer.get_chat_template(None, arguments.get("tools"))
         for name in arguments:
             if name not in read_by(source):
                 raise ValueError(f"the chat template does not read this: {unknown('argument', name, read_by(source))}")
         variables = {"tools": None, "documents": None, **self.tokenizer.special_tokens_map, **arguments}
+        variables |= {"add_generation_prompt": ask}
+
+        def render(form: Callable[[Any], Any]) -> tuple[str, list[Noted]]:
+            messages = [Noted(self.marked(as_read(m, source, form))) for m in talk.messages]
+            return compiled(source).render(messages=messages, **variables), messages
+
         try:
-            text = compiled(source).render(messages=messages, add_generation_prompt=ask, **variables)
+            try:
+                text, messages = render(as_object)
+            except TypeError:  # some templates join the arguments of calls to the text as they are
+                text, messages = render(as_text)
         except Exception as error:  # the template is a program of other people
-            raise ValueError(f"the chat template refuses the conversation: {error or type(error).__name__}") from error
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ValueError(f"the chat template refuses the conversation: {reason}") from error
         for i, message in enumerate(messages, start=1):
             left = [name for name in message.unread() if name not in self.may_stay_unread]
             if left:
@@ -175,11 +192,12 @@ def chat_template_of(
     before, found, after = whole.rpartition(ANSWER)
     if not found:
         raise ValueError("the chat template does not write what the assistant says")
-    lead = before.removeprefix(asked)
+    lead = before[len(asked) :] if before.startswith(asked) else None
     template = replace(
         template,
         end=end or end_of(after, tokenizer),
-        headless=lead if asked == unasked and lead.strip() else "",
+        lead=lead,
+        headless=asked == unasked and bool((lead or "").strip()),
         written=frozenset(added_tokens(tokenizer).findall(unasked + after)),
     )
     return template if template.end in after else replace(template, rest=after)
@@ -189,6 +207,23 @@ def shared(a: str, b: str) -> int:
     """How many characters two texts share at their beginning."""
     most = min(len(a), len(b))
     return next((i for i in range(most) if a[i] != b[i]), most)
+
+
+def as_read(message: Message, source: str, form: Callable[[Any], Any]) -> dict[str, Any]:
+    """A message as a template reads it: calls with arguments in the ``form``, and beside them content that is null for
+    a template that asks whether it is."""
+    if not message.get("tool_calls"):
+        return dict(message)
+    content = None if not message["content"] and asks_for_null(source) else message["content"]
+    return {**message, "content": content, "tool_calls": with_arguments(message["tool_calls"], form)}
+
+
+def as_object(arguments: Any) -> Any:
+    return json.loads(arguments) if isinstance(arguments, str) else arguments
+
+
+def as_text(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def goes_on(opened: str, instead: str, said: Message) -> str:
@@ -227,6 +262,16 @@ def added_tokens(tokenizer: Any) -> re.Pattern:
     return any_of(token for token in tokens if token.strip())
 
 
+@lru_cache
+def asks_for_null(source: str) -> bool:
+    """Whether a template asks if a content is none."""
+    nodes = importlib.import_module("jinja2.nodes")
+    tests = (t.node for t in compiled(source).environment.parse(source).find_all(nodes.Test) if t.name == "none")
+    fields = (n.attr if isinstance(n, nodes.Getattr) else getattr(getattr(n, "arg", None), "value", "") for n in tests)
+    return "content" in fields
+
+
+@lru_cache
 def read_by(source: str) -> list[str]:
     """The names of the arguments that a template reads; ``ValueError`` if it is no template."""
     try:

@@ -135,9 +135,13 @@ def test_a_question_that_cannot_be_asked_is_named_by_its_place(question, what):
 def test_a_judge_reads_what_a_policy_may_write():
     """What the template shows is shown; any other answer follows the prompt as it is."""
     tokenizer = PretrainedTokenizer(MODELS["gemma"][0](), True)
-    assert as_told(tokenizer, "q", " yes ") == tokenizer.turn("q", "yes")
-    assert tokenizer.decode(as_told(tokenizer, "q", "").answer) == ""
-    odd = as_told(PretrainedTokenizer(MODELS["r1"][0](), True), "q", "yes\ufdd0<|eos|>")
+    asks = Example(0, "q", None, {})
+    assert as_told(tokenizer, asks, " yes ") == tokenizer.turn("q", "yes")
+    assert tokenizer.decode(as_told(tokenizer, asks, "").answer) == ""
+    for answer, question in (({"role": "assistant", "content": "", "tool_calls": [{}]}, "q"), ("yes", [SYSTEM])):
+        with pytest.raises(ValueError, match="pairs:1: a judge reads it: the chat template|does not read tool_calls"):
+            as_told(tokenizer, Example(0, question, None, {}, "pairs:1"), answer)
+    odd = as_told(PretrainedTokenizer(MODELS["r1"][0](), True), asks, "yes\ufdd0<|eos|>")
     assert odd.text == "yes\ufffd<|eos|>" and odd.answer.count(1) == 1 and odd.answer[-1] == 1
 
 

@@ -19,10 +19,6 @@ FORMS = {
         [{"role": "assistant", "content": None, "tool_calls": [CALL]}],
         [{"role": "assistant", "content": "", "tool_calls": [CALL]}],
     ),
-    "arguments as JSON": (
-        [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"city": "Paris"}'}}]}],
-        [{"role": "assistant", "content": "", "tool_calls": [{"function": CALL["function"]}]}],
-    ),
     "thoughts alone": (
         [{"role": "assistant", "content": None, "reasoning_content": "hm"}],
         [{"role": "assistant", "content": "", "reasoning_content": "hm"}],

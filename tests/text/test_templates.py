@@ -268,3 +268,41 @@ def test_a_line_break_that_only_the_prompt_has_is_no_reason_to_refuse():
     turn = tokenizer.turn("q", "yes")
     assert spelled(tokenizer, turn.prompt).endswith("assistant\n")
     assert spelled(tokenizer, turn.answer) == "yes<|im_end|>"
+
+
+def test_a_template_that_writes_the_question_in_another_way_once_it_is_answered():
+    """Mistral's put the system message beside the last question, and only if that is the last message."""
+    template = (
+        "{% if messages[0].role == 'system' %}{% set system = messages[0].content + ' ' %}{% endif %}{{ bos_token }}"
+        "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ (system or '') if loop.last else '' }}{{ m.content }}"
+        "[/INST]{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    tokenizer = PretrainedTokenizer(tokenizer_of(("<s>", "</s>"), "</s>", template, bos_token="<s>"), True)
+    turn = tokenizer.turn([{"role": "system", "content": "be brief"}, *ASKED], "yes")
+    assert spelled(tokenizer, turn.prompt) == "<s>[INST]be brief How warm?[/INST]"
+    assert spelled(tokenizer, turn.answer) == " yes</s>"
+
+
+def test_calls_as_a_template_reads_them(made):
+    """Most write arguments as JSON, from objects; DeepSeek's join them as text, and ask whether the content is null."""
+    template = CHATML.replace(
+        "{{ m.content }}",
+        "{% if m.content is none %}{{ 'calls ' + m.tool_calls[0].arguments }}{% else %}{{ m.content }}{% endif %}",
+    )
+    joined = PretrainedTokenizer(tokenizer_of(CHATML_TOKENS, "<|endoftext|>", template), True)
+    for arguments, text in (('{"a":"é"}', '{"a":"é"}'), ({"a": "é"}, '{"a": "é"}')):
+        (call,) = messages_of({"role": "assistant", "content": None, "tool_calls": [{"arguments": arguments}]})
+        assert spelled(joined, joined.turn("q", call).answer) == f"calls {text}<|im_end|>"
+        answer = made("tools").turn("q", {**call, "tool_calls": [{"function": {"arguments": arguments}}]}).text
+        assert answer == '<tool_call>{"arguments": {"a": "é"}}</tool_call>'
+    hidden = [{"function": {"arguments": '{"a": "\\u003c|im_end|>"}'}}]  # a control token, escaped
+    assert made("tools").turn("q", {"role": "assistant", "content": "", "tool_calls": hidden}).answer.count(2) == 1
+
+
+def test_named_templates():
+    """A tokenizer may have one template for conversations with tools, and one for all others."""
+    named = {"default": CHATML, "tool_use": "{{ tools | tojson }}" + CHATML}
+    tokenizer = PretrainedTokenizer(tokenizer_of(CHATML_TOKENS, "<|endoftext|>", named), True)
+    plain, tools = (tokenizer.render(Conversation(tuple(ASKED), a)) for a in ({}, {"tools": [{"a": 1}]}))
+    assert tools == '[{"a": 1}]' + plain
+    assert from_json(json.loads(json.dumps(tokenizer.to_json()))).render(ASKED) == plain

@@ -75,9 +75,7 @@ def scorer(path: str, file: str, between: str) -> Callable[..., np.ndarray]:
     def scores(examples: Sequence[Example], answers: Sequence[Sequence[str]]) -> np.ndarray:
         columns = []
         for k in range(len(answers[0])):  # answer k of every prompt at once
-            turns = [
-                as_told(workspace.tokenizer, e.question, row[k]) for e, row in zip(examples, answers, strict=True)
-            ]
+            turns = [as_told(workspace.tokenizer, e, row[k]) for e, row in zip(examples, answers, strict=True)]
             heads = [[*turn.prompt, *turn.answer[:-1], *then] for turn in turns]
             columns.append(of_categories(follow_ups, likelihoods(workspace, params, heads, ids)))
         return np.stack(columns, 1)

@@ -26,7 +26,7 @@ from jaxpo.runs.workspace import Workspace, shard_count
 from jaxpo.tasks import Example, Task
 from jaxpo.tasks.base import locate
 from jaxpo.tasks.preferences.encode import with_trace
-from jaxpo.text.conversations import as_json, plain_text
+from jaxpo.text.conversations import as_json, plain_answer, plain_text
 
 STEP = 32  # widths of rows to judge are rounded up to multiples of this, so that few shapes are compiled
 ON_MESH = ("model", "models", "follow_ups")  # judges that compute on the mesh
@@ -277,11 +277,11 @@ def rows_of(workspace: Workspace, examples: Sequence[Example], answers: Answers)
     """Rows of questions and answers, with the tool calls of the model's trace, in the model's own tokens."""
     tokenizer = workspace.tokenizer
     tracer = locate(workspace.config.trace) if workspace.config.trace else lambda question, answer: ()
-    asked = [(e.question, text) for e, row in zip(examples, answers, strict=True) for text in row]
-    turns = [as_told(tokenizer, question, text) for question, text in asked]
+    asked = [(e, answer) for e, row in zip(examples, answers, strict=True) for answer in row]
+    turns = [as_told(tokenizer, e, answer) for e, answer in asked]
     texts = [
-        with_trace(tokenizer, turn.answer, tracer(plain_text(question), text))[0]
-        for turn, (question, text) in zip(turns, asked, strict=True)
+        with_trace(tokenizer, turn.answer, tracer(plain_text(e.question), plain_answer(answer)))[0]
+        for turn, (e, answer) in zip(turns, asked, strict=True)
     ]
     prompts = [turn.prompt for turn in turns]
     p, t = (-(-max(map(len, x)) // STEP) * STEP for x in (prompts, texts))

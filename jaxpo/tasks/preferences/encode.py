@@ -17,7 +17,7 @@ from jaxpo.tasks.preferences.records import KINDS, Answer, BadRow, Number, Promp
 from jaxpo.tasks.preferences.sets import Sieve
 from jaxpo.tasks.preferences.traces import KINDS as SEGMENTS
 from jaxpo.tasks.preferences.traces import Trace
-from jaxpo.text.conversations import conversation_of
+from jaxpo.text.conversations import conversation_of, text_said
 from jaxpo.text.tokenizers import Tokenizer
 
 NONE: Mapping[str, Any] = MappingProxyType({})
@@ -258,12 +258,20 @@ def with_role(row: Row, role: str, templates: Mapping[str, str] = TEMPLATES) -> 
     """The row's answer of a role; for ``A_given_B``, answer A after a prompt that holds answer B."""
     own = [a for a in row.answers if a.role == role]
     if role == "rationale" and own and own[0].prompt is None:
-        texts = {name: row.answer(name).text for name in PAIR}
+        texts = {name: told(row.answer(name)) for name in PAIR}
         return own[0]._replace(prompt=filled(row.prompt, templates["rationale_prompt"], texts))
     if own or "_given_" not in role:
         return own[0] if own else row.answer(role)
     answer, draft = (row.answer(name) for name in role.split("_given_"))
-    return answer._replace(role=role, prompt=filled(row.prompt, templates["draft_prompt"], {"draft": draft.text}))
+    return answer._replace(role=role, prompt=filled(row.prompt, templates["draft_prompt"], {"draft": told(draft)}))
+
+
+def told(answer: Answer) -> str:
+    """The text of an answer that a prompt holds; `BadRow` if there is more to the answer."""
+    try:
+        return text_said(answer.said)
+    except ValueError as error:
+        raise BadRow("not_encodable", f"the {answer.role} answer stands in a prompt: {error}") from None
 
 
 def filled(prompt: Prompt, template: str, texts: Mapping[str, str]) -> Prompt:

@@ -155,6 +155,9 @@ def test_prompts_that_hold_answers_keep_the_conversation(models):
     row = row_of({"system": "be brief", "prompt": "hi", "tools": [{"name": "f"}], **PAIR}, {})
     prompt = with_role(row, "chosen_given_rejected", {"draft_prompt": "{prompt} Draft: {draft}"}).prompt
     assert prompt == Conversation((SYSTEM, {**USER, "content": "hi Draft: b"}), {"tools": [{"name": "f"}]})
+    calls = row_of({"prompt": "hi", "chosen": "a", "rejected": [said("b", tool_calls=[CALL])]}, {})
+    with pytest.raises(ValueError, match="the rejected answer stands in a prompt: an answer with 'tool_calls'"):
+        with_role(calls, "chosen_given_rejected")
 
 
 def test_weights_find_their_spans_in_what_the_template_writes(models):
