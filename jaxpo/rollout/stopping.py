@@ -22,9 +22,10 @@ def spelled(strings: Sequence[str], token_bytes: Sequence[bytes], control: Mappi
       control: the text of each control token -> its id.
 
     Raises:
-      ValueError: a string has a control token beside other text. It could never occur: control tokens add no text.
+      ValueError: a string that can never occur: it has a control token beside other text, and control tokens add no
+        text; or no token has one of its bytes.
     """
-    out = list(token_bytes)
+    out, known = list(token_bytes), {*b"".join(token_bytes)}
     for string in strings:
         inside = [token for token in control if token in string]
         if inside and string not in control:
@@ -34,6 +35,8 @@ def spelled(strings: Sequence[str], token_bytes: Sequence[bytes], control: Mappi
             )
         if inside:
             out[control[string]] = string.encode()
+        elif lost := [c for c in string if not {*c.encode()} <= known]:
+            raise ValueError(f"sampling.stop {string!r} can never occur: no token of the vocabulary has {lost[0]!r}")
     return out
 
 

@@ -76,11 +76,16 @@ def check_text(text: str) -> str:
 
 
 def conversation_of(question: Question) -> Conversation:
-    """Any question as a conversation: a text is what the user says."""
+    """Any question as a conversation: a text is what the user says. ``ValueError`` as for `messages_of`."""
+    talk = _as_given(question)
+    return Conversation(tuple(messages_of(talk.messages)), talk.arguments)
+
+
+def _as_given(question: Question) -> Conversation:
+    """The same, without a look at the messages."""
     if isinstance(question, Conversation):
         return question
-    said = [{"role": "user", "content": question}] if isinstance(question, str) else question
-    return Conversation(tuple(said))
+    return Conversation(({"role": "user", "content": question},) if isinstance(question, str) else tuple(question))
 
 
 def question_of(question: Question) -> str:
@@ -109,14 +114,14 @@ def plain_text(question: Question) -> str:
     each."""
     if isinstance(question, str):
         return question
-    return "\n".join(m["content"] for m in conversation_of(question).messages if m["content"])
+    return "\n".join(m["content"] for m in _as_given(question).messages if m.get("content"))
 
 
 def as_json(question: Question) -> Any:
     """The question as JSON can hold it: the text, the messages, or an object with messages and arguments."""
     if isinstance(question, str):
         return question
-    talk = conversation_of(question)
+    talk = _as_given(question)
     messages = [dict(m) for m in talk.messages]
     return {"messages": messages, **talk.arguments} if talk.arguments else messages
 

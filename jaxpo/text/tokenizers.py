@@ -19,7 +19,16 @@ from jaxpo.arguments import Domain, check
 from jaxpo.registry import register, unknown
 from jaxpo.text import gguf
 from jaxpo.text.control import Encoder, Markup, any_of, mark
-from jaxpo.text.conversations import Question, Said, Turn, check_text, conversation_of, question_of, text_said
+from jaxpo.text.conversations import (
+    Question,
+    Said,
+    Turn,
+    check_text,
+    conversation_of,
+    messages_of,
+    question_of,
+    text_said,
+)
 from jaxpo.text.templates import chat_template_of
 
 NONE: Mapping[str, Any] = MappingProxyType({})
@@ -248,7 +257,7 @@ class PretrainedTokenizer:
 
     def turn(self, question: Question, answer: Said) -> Turn:
         """A question and its answer as tokens (see `Tokenizer`). An answer that already spells its end has one end."""
-        answer = self._unended(answer)
+        answer = self._unended(answer if isinstance(answer, str) else messages_of(answer)[0])
         if self._template:
             asks, says = self._template.answered(conversation_of(question), answer)
         else:

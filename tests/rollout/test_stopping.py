@@ -73,7 +73,7 @@ def test_nothing_to_stop_at_is_an_error(strings):
 
 def test_a_control_token_is_a_stop_string():
     """It stops by itself, other control tokens do not, and beside other text it could never occur."""
-    token_bytes, control = [b"", b"", b"a", b"<|e"], {"<|end|>": 0, "<|start|>": 1}
+    token_bytes, control = [b"", b"", b"a", b"<|en"], {"<|end|>": 0, "<|start|>": 1}
     strings = ["<|end|>", "aa"]
     table = stop_table(strings, spelled(strings, token_bytes, control))
     last = len(table) - 1
@@ -81,3 +81,5 @@ def test_a_control_token_is_a_stop_string():
     assert spelled(["aa", "<|en"], token_bytes, control) == token_bytes  # a part of its name is text
     with pytest.raises(ValueError, match=r"'<\|end\|>a' has the control token '<\|end\|>' beside other text"):
         spelled(["<|end|>a"], token_bytes, control)
+    with pytest.raises(ValueError, match="'aé' can never occur: no token of the vocabulary has 'é'"):
+        spelled(["aé"], token_bytes, control)
