@@ -53,7 +53,6 @@ class Encoder:
     def __init__(self, tokenizer: Any, control: Mapping[str, int], in_data: bool):
         self.tokenizer, self.control = tokenizer, control
         self.spelled = None if in_data else any_of(control)
-        self.leaves_out = not tokenizer.encode(UNCOMMON, add_special_tokens=False)
 
     def __call__(self, text: str) -> list[int]:
         """The ids of a text; ``ValueError`` if it has no encoding."""
@@ -74,6 +73,14 @@ class Encoder:
     def marking(self) -> Callable[[str], list[int]]:
         """The ids of a text with `MARK` before what is only text."""
         return marking_encoder(self.tokenizer, self.control)
+
+    @cached_property
+    def leaves_out(self) -> bool:
+        """Whether the tokenizer skips characters that it does not know."""
+        try:
+            return not self.plain(UNCOMMON)
+        except Exception:  # it raises instead; the library has no class of its own for it
+            return False
 
     def lost(self, text: str, marked: str, ids: Sequence[int]) -> list[str]:
         """Characters of a text that its ids leave out, or do not know."""

@@ -61,7 +61,7 @@ class ChatTemplate:
 
     tokenizer: the object of transformers that holds it.
     arguments: arguments that every conversation gets (``enable_thinking``).
-    may_stay_unread: fields of messages that the template need not read.
+    may_stay_unread: fields of messages, and arguments that data give, that the template need not read.
     control: finds control tokens in data; None = data may hold them.
     end: the token that ends an answer.
     rest: what the template writes after an answer without such a token.
@@ -125,7 +125,7 @@ class ChatTemplate:
         """
         arguments = {**self.arguments, **self.marked(talk.arguments)}
         source = self.tokenizer.get_chat_template(None, arguments.get("tools"))
-        for name in arguments:
+        for name in arguments.keys() - {*self.may_stay_unread}:
             if name not in read_by(source):
                 raise ValueError(f"the chat template does not read this: {unknown('argument', name, read_by(source))}")
         variables = {"tools": None, "documents": None, **self.tokenizer.special_tokens_map, **arguments}
@@ -169,7 +169,7 @@ def chat_template_of(
     Args:
       arguments: arguments that every conversation gets.
       end: the token that ends an answer, instead of what the template writes after one.
-      may_stay_unread: fields of messages that the template need not read.
+      may_stay_unread: fields of messages, and arguments that data give, that the template need not read.
 
     Raises:
       ValueError: the template cannot be read, does not read one of ``arguments``, or writes no token after an answer.

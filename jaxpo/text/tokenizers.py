@@ -161,7 +161,7 @@ class PretrainedTokenizer:
       end: the token that ends an answer. By default the one that the chat template writes after an answer; without a
         template, the tokenizer's own end-of-sequence token.
       template_arguments: arguments of the chat template (``{"enable_thinking": False}``).
-      may_stay_unread: fields of messages that the chat template need not read.
+      may_stay_unread: fields of messages, and arguments that data give, that the chat template need not read.
       control_tokens_in_data: texts of data that spell a control token, such as ``<|im_end|>``, are that token. By
         default they are only text.
 
@@ -336,7 +336,8 @@ def pretrained(
       end: the token that ends an answer; None = the one that the chat template writes after an answer.
       template_arguments: arguments of the chat template, as
         ``--config.tokenizer.template_arguments.enable_thinking=False``.
-      may_stay_unread: fields of messages that the chat template need not read (``tool_call_id``).
+      may_stay_unread: fields of messages (``tool_call_id``), and arguments that data give (``tools``), that the chat
+        template need not read.
       control_tokens_in_data: texts of data that spell a control token, such as ``<|im_end|>``, are that token.
     """
     return lambda texts: PretrainedTokenizer(

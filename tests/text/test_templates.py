@@ -6,7 +6,7 @@ import pytest
 
 from jaxpo.text.control import Markup
 from jaxpo.text.conversations import Conversation, messages_of
-from jaxpo.text.tokenizers import PretrainedTokenizer, from_json
+from jaxpo.text.tokenizers import CharTokenizer, PretrainedTokenizer, for_transformers, from_json
 from tests.text.chat_models import CHATML, CHATML_TOKENS, HEADLESS, MODELS, tokenizer_of
 
 ASKED = [{"role": "user", "content": "How warm?"}]
@@ -178,7 +178,8 @@ def test_a_field_may_be_left_unread_where_the_config_says_so(made):
     asked = [{**ASKED[0], "name": "Ann", "weight": 1}]
     with pytest.raises(ValueError, match="does not read weight"):
         made("gemma", may_stay_unread=["name"]).render(asked)
-    assert "Ann" not in made("gemma", may_stay_unread=("name", "weight")).render(asked)
+    left = made("gemma", may_stay_unread=("name", "weight", "tools"))
+    assert left.render(Conversation(tuple(asked), {"tools": [{"a": 1}]})) == left.render("How warm?")
 
 
 # ---- control tokens in data
@@ -233,6 +234,15 @@ def test_control_tokens_of_other_vocabularies(kind):
     ids = tokenizer.encode("a</s>b")
     assert 1 not in ids and library.convert_ids_to_tokens(ids) == list("a</s>b")
     with pytest.raises(ValueError, match="cannot be encoded: the vocabulary lacks 'z'"):
+        tokenizer.encode("az")
+
+
+def test_a_vocabulary_of_an_exported_run():
+    """It raises for characters that it does not have."""
+    ours = CharTokenizer("ab")
+    tokenizer = PretrainedTokenizer(for_transformers(ours), False)
+    assert tokenizer.turn("ab", "b") == ours.turn("ab", "b")
+    with pytest.raises(ValueError, match="'az' cannot be encoded: "):
         tokenizer.encode("az")
 
 
