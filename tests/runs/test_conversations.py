@@ -63,6 +63,17 @@ def test_a_model_that_a_template_asks_stops_at_the_templates_end(folders):
     assert setup(config_of(folders / "base", end="<|endoftext|>")).sampling.eos_ids[0] == 0
 
 
+def test_options_of_the_tokenizer_reach_it(folders):
+    default, changed = (
+        setup(config_of(folders / "base", **options)).tokenizer
+        for options in ({}, {"control_tokens_in_data": True, "may_stay_unread": ("name",)})
+    )
+    assert len(default.encode("<|im_end|>")) == 10 and changed.encode("<|im_end|>") == [2]
+    assert changed.render([{**USER, "name": "Ann"}]) == default.render("hi")
+    with pytest.raises(ValueError, match="does not read name"):
+        default.render([{**USER, "name": "Ann"}])
+
+
 def test_a_control_token_stops_as_a_stop_string(folders):
     sampling = setup(config_of(folders / "base", {"sampling.stop": ("<|im_start|>", "so")})).sampling
     table = np.asarray(sampling.stop_table)
@@ -152,7 +163,9 @@ def test_template_arguments_are_flags(tmp_path):
     made = f"def get_config():\n    return tiny.config({{'tokenizer': {block}}})\n"
     file.write_text(f"from tests.runs import tiny\n{made}")
     flag = "--config.tokenizer.template_arguments"
-    config, _ = parse([f"--config={file}", f"{flag}.enable_thinking=false", f"{flag}.n=3", f"{flag}.who=me"])
+    flags = [f"{flag}.enable_thinking=false", f"{flag}.n=3", f"{flag}.who=me"]
+    config, _ = parse([f"--config={file}", *flags, "--config.tokenizer.may_stay_unread=('name',)"])
+    assert config.tokenizer.may_stay_unread == ("name",)
     assert config.tokenizer.template_arguments.to_dict() == dict(day="Monday", enable_thinking=False, n=3, who="me")
     with pytest.raises(ValueError, match="unknown field of config.tokenizer.template_arguments 'day'"):
         resolve(config, 1).tokenizer(list)

@@ -316,3 +316,19 @@ def test_named_templates():
     plain, tools = (tokenizer.render(Conversation(tuple(ASKED), a)) for a in ({}, {"tools": [{"a": 1}]}))
     assert tools == '[{"a": 1}]' + plain
     assert from_json(json.loads(json.dumps(tokenizer.to_json()))).render(ASKED) == plain
+
+
+WHOLE = ("m | tojson", "m.items() | list", "m.values() | list", "dict(m)", "m | dictsort", "dict(**m)", "m | items | list")
+NAMED = [{**ASKED[0], "name": "Ann"}]
+
+
+@pytest.mark.parametrize("whole", WHOLE)
+def test_a_template_that_takes_a_whole_message_reads_it_all(whole):
+    library = tokenizer_of(CHATML_TOKENS, "<|endoftext|>", CHATML.replace("{{ m.content }}", f"{{{{ {whole} }}}}"))
+    assert "Ann" in PretrainedTokenizer(library, True).render(NAMED)
+
+
+def test_the_name_of_a_field_is_not_what_it_says():
+    keys = CHATML.replace("{{ m.content }}", "{{ m.content }}{% for key in m %}{{ key }}{% endfor %}")
+    with pytest.raises(ValueError, match="does not read name"):
+        PretrainedTokenizer(tokenizer_of(CHATML_TOKENS, "<|endoftext|>", keys), True).render(NAMED)
