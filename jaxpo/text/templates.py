@@ -64,6 +64,7 @@ class ChatTemplate:
     may_stay_unread: fields of messages, and arguments that data give, that the template need not read.
     control: finds control tokens in data; None = data may hold them.
     end: the token that ends an answer.
+    own_end: the token that the template writes after an answer, where the end is named; "" = it writes none.
     rest: what the template writes after an answer without such a token.
     lead: what it writes between its prompt and an answer; None = an answer does not go on from the prompt.
     headless: whether ``lead`` is a header: the template has no generation prompt.
@@ -75,6 +76,7 @@ class ChatTemplate:
     may_stay_unread: tuple[str, ...]
     control: re.Pattern | None
     end: str = ""
+    own_end: str = ""
     rest: str = ""
     lead: str | None = None
     headless: bool = False
@@ -193,9 +195,11 @@ def chat_template_of(
     if not found:
         raise ValueError("the chat template does not write what the assistant says")
     lead = before[len(asked) :] if before.startswith(asked) else None
+    found = added_tokens(tokenizer).search(after)
     template = replace(
         template,
         end=end or end_of(after, tokenizer),
+        own_end=found[0] if found else "",
         lead=lead,
         headless=asked == unasked and bool((lead or "").strip()),
         written=frozenset(added_tokens(tokenizer).findall(unasked + after)),

@@ -208,7 +208,8 @@ class PretrainedTokenizer:
         elif template_arguments or may_stay_unread:
             name = "template_arguments" if template_arguments else "may_stay_unread"
             raise ValueError(f"config.tokenizer.{name} has no effect without config.tokenizer.chat_template")
-        ends = [vocabulary.get(end), tokenizer.eos_token_id, *(vocabulary[t] for t in eos), *_generation_eos(path)]
+        named = [end, self._template.own_end if self._template else None, tokenizer.eos_token, *eos]
+        ends = [*(vocabulary.get(token) for token in named), *_generation_eos(path)]
         self.eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
         if not self.eos_ids:
             raise ValueError("this tokenizer has no end-of-sequence token: name one with config.tokenizer.end")

@@ -86,6 +86,9 @@ def test_the_end_can_be_named():
     tokenizer = PretrainedTokenizer(library, True, end="<|im_end|>")
     assert spelled(tokenizer, tokenizer.turn("q", "yes").answer) == "yes<|im_end|>"
     assert tokenizer.eos_ids == (2, 0)
+    other = PretrainedTokenizer(tokenizer_of(CHATML_TOKENS, "<|endoftext|>", CHATML), True, end="<|endoftext|>")
+    assert spelled(other, other.turn("q", "yes").answer) == "yes<|endoftext|>"
+    assert other.eos_ids == (0, 2)  # the model may still end as its template does
     base = PretrainedTokenizer(library, False, end="<|im_end|>")
     assert base.turn("q", "yes").answer[-1] == 2
     with pytest.raises(ValueError, match=r"did you mean '<\|im_end\|>'"):
