@@ -86,7 +86,7 @@ class Encoder:
         """Characters of a text that its ids leave out, or do not know."""
         missing = self.tokenizer.unk_token_id
         if missing in ids and self.tokenizer.unk_token not in marked:
-            return [c for c in dict.fromkeys(text) if missing in self.plain(c)]
+            return [c for c in dict.fromkeys(text) if missing in self.plain(c)] or [text]  # a word may be unknown
         return [c for c in dict.fromkeys(text) if not c.isspace() and not self.plain(c)] if self.leaves_out else []
 
 

@@ -249,6 +249,17 @@ def test_a_vocabulary_of_an_exported_run():
         tokenizer.encode("az")
 
 
+def test_a_word_whose_characters_are_known():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2, "b": 3}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    library = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    with pytest.raises(ValueError, match="the vocabulary lacks 'ab'"):
+        PretrainedTokenizer(library, False).encode("ab")
+
+
 def test_what_a_vocabulary_leaves_out_is_told():
     """A BPE without bytes and without an unknown token skips what it does not have."""
     from tokenizers import Tokenizer, models
