@@ -26,6 +26,7 @@ Token weights (``WEIGHTS``) are given by role, as spans of the answer's text wit
 import math
 import numbers as numbers_lib
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -144,12 +145,13 @@ def kind_of(record: Mapping[str, Any]) -> str:
     raise BadRow("missing_field", f"a row has the fields {wanted}; this one has {', '.join(record) or 'none'}")
 
 
-def columns(kind: str) -> set[str]:
+@cache
+def columns(kind: str) -> frozenset[str]:
     """Every field that a row of this kind may have."""
     roles = {"pair": ROLES, "edited": EDITS}.get(kind, ())
-    named = (*NUMBERS, *VECTORS, *WEIGHTS) if roles else ()
-    of_roles = (*roles, *(f"{n}_{r}" for n in named for r in roles), *(f"{r}_trace" for r in roles))
-    return {*ASKED, *KINDS[kind], *named, *of_roles}
+    named = {"pair": (*NUMBERS, *VECTORS), "edited": (*NUMBERS, *VECTORS, *WEIGHTS)}.get(kind, ())
+    traces = (f"{role}_trace" for role in roles if kind == "pair")
+    return frozenset({*ASKED, *KINDS[kind], *roles, *named, *(f"{n}_{r}" for n in named for r in roles), *traces})
 
 
 def unread(record: Mapping[str, Any], fields: Mapping[str, str], kind: str) -> list[str]:
@@ -227,7 +229,7 @@ def answer_of(role: str, value: Any, field: str, **known: Any) -> Answer:
     if isinstance(value, str):
         text, message = checked(check_text, value, field), None
     else:
-        messages = messages_of([value] if isinstance(value, Mapping) else value, field)
+        messages = messages_of(value, field)
         if [m["role"] for m in messages] != ["assistant"]:
             roles = ", ".join(m["role"] for m in messages)
             raise BadRow("wrong_type", f"field {field!r} must be one message of the assistant, found {roles}")

@@ -117,6 +117,7 @@ def test_the_files_own_names_are_told(tmp_path):
 def test_columns_that_nothing_reads_are_told(tmp_path):
     rows = {"prompt": "p", **PAIR, "id": 3, "source": None, "margin": 1.0}, {"prompt": "q", **PAIR, "topic": "x"}
     assert jsonl(written(tmp_path, *rows)).unread == ("id", "topic")
+    assert jsonl(written(tmp_path, {"prompt": "p", **PAIR, "severity": {}})).unread == ("severity",)
     label = {"prompt": "p", "completion": "a", "label": True, "margin": 1.0}
     assert jsonl(written(tmp_path, label)).unread == ("margin",)
     assert jsonl(written(tmp_path, {"q": "p", **PAIR}), fields={"prompt": "q"}).unread == ()
