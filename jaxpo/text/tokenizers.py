@@ -198,9 +198,9 @@ class PretrainedTokenizer:
         )
         vocabulary = tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values()) + 1
-        for text in (*eos, *([end] if end else [])):
-            if text not in vocabulary:
-                raise ValueError(unknown("eos token", text, tokenizer.all_special_tokens))
+        for text, what in (*((text, "eos token") for text in eos), (end, "token of config.tokenizer.end")):
+            if text is not None and text not in vocabulary:
+                raise ValueError(unknown(what, text, tokenizer.all_special_tokens))
         self._template = None
         if chat_template:
             self._template = chat_template_of(tokenizer, template_arguments, end, may_stay_unread)
