@@ -60,7 +60,7 @@ def score_pairs(pairs: str, judge: str, out: str, gap: float = 1.0, hard: str = 
         if line.strip():
             try:
                 records.append(json.loads(line))
-                rows.append(row_of(records[-1], {}, "pair"))
+                rows.append(row_of(records[-1], {}, "pair")._replace(where=f"{pairs}:{number}"))
             except (BadRow, ValueError) as error:
                 raise ValueError(f"{pairs}:{number}: {error}") from None
     if not rows:
@@ -69,8 +69,8 @@ def score_pairs(pairs: str, judge: str, out: str, gap: float = 1.0, hard: str = 
     with Progress(len(rows), metrics={}, every=10 * BATCH) as bar:
         for start in range(0, len(rows), BATCH):
             part = [rows[min(i, len(rows) - 1)] for i in range(start, start + BATCH)]  # one shape: the last one repeats
-            questions = [Example(i, row.prompt, None, {}) for i, row in enumerate(part)]
-            scores = opinion(questions, [[row.answer(role).text for role in PAIR] for row in part]).scores
+            questions = [Example(i, row.prompt, None, {}, row.where) for i, row in enumerate(part)]
+            scores = opinion(questions, [[row.answer(role).said for role in PAIR] for row in part]).scores
             fields = ({f"rm_{role}": float(x) for role, x in zip(PAIR, both, strict=True)} for both in scores)
             done += [{**record, **said} for record, said in zip(records[start:], fields, strict=False)]
             for _ in rows[start : start + BATCH]:

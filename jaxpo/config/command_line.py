@@ -1,5 +1,6 @@
 """The command line of an experiment: a config file, overrides of its fields, and flags of its own."""
 
+import ast
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from jaxpo.config.blocks import NAMED, OWN, block_of
 from jaxpo.config.fill import fill
 from jaxpo.registry import unknown
 
+OPEN = ("tokenizer.template_arguments",)  # blocks whose fields have any name
 NAMELESS = ("task.name", "data.name", "protocol.name")  # blocks that may have no name
 
 
@@ -79,6 +81,31 @@ def _take_names(config: ConfigDict, overrides: Sequence[tuple[str, str]]) -> Non
             config.protocol.name = value
 
 
+def _take_open(config: ConfigDict, overrides: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Apply overrides in blocks whose fields have any name; return the other overrides.
+
+    Values are read as Python writes them, true and false in any case; what is no such value is a text.
+    """
+    rest = []
+    for path, value in overrides:
+        block, _, field = path.rpartition(".")
+        parent, _, name = block.rpartition(".")
+        if block not in OPEN or name not in block_of(config, parent):
+            rest.append((path, value))
+            continue
+        with config.unlocked():
+            block_of(config, block)[field] = _literal(value)
+    return rest
+
+
+def _literal(value: str) -> Any:
+    """The value that a text writes, or the text."""
+    try:
+        return ast.literal_eval(value.capitalize() if value.lower() in ("true", "false", "none") else value)
+    except (ValueError, SyntaxError):
+        return value
+
+
 def parse(
     argv: Sequence[str], *, config_required: bool = True, **extra: Any
 ) -> tuple[ConfigDict | None, dict[str, Any]]:
@@ -118,6 +145,7 @@ def parse(
         overrides = _take_none(config, overrides)
         _take_names(config, overrides)
         fill(config)
+        overrides = _take_open(config, overrides)
         _check_paths(config, [path for path, _ in overrides])
         argv = [a for a in argv if not a.startswith("--config")]
         argv += [f"--config.{path}={value}" for path, value in overrides]

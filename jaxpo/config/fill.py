@@ -3,7 +3,7 @@
 import inspect
 import types
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -18,6 +18,8 @@ from jaxpo.registry import unknown
 
 def _value(parameter: inspect.Parameter) -> Any:
     """The default as a config value. None keeps the declared type, so that a flag can set a number."""
+    if isinstance(parameter.default, Mapping):  # arguments of any name
+        return ConfigDict(dict(parameter.default))
     if parameter.default is not None and parameter.default is not EMPTY:
         return parameter.default
     options = (

@@ -99,7 +99,7 @@ def make_course(rules: Rules) -> Course:
     task, tokenizer, game = make_task(rules.task)
     budget = rules.max_new_tokens
     if task.demonstrate is not None:
-        longest = max(len(tokenizer.encode(task.demonstrate(e))) + 1 for e in task.train)
+        longest = max(len(tokenizer.turn(e.question, task.demonstrate(e)).answer) for e in task.train)
         budget = budget or longest + ROOM
         if longest > budget:
             raise ValueError(f"max_new_tokens {budget} is too short for answers of {longest} tokens")

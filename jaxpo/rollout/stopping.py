@@ -1,14 +1,43 @@
 """Stop strings on the device: an automaton over token ids, exact for every tokenizer.
 
+A stop string that is a control token, such as ``<|im_end|>``, is that token.
+
 A stop string may be spelt by many token sequences, and may begin inside one token and end inside another. So the
 strings are compiled into an Aho-Corasick automaton over *bytes*, and a table says which state each token leads to from
 each state. Stopping costs one table look-up per token.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+
+def spelled(strings: Sequence[str], token_bytes: Sequence[bytes], control: Mapping[str, int]) -> list[bytes]:
+    """The bytes of each token for `stop_table`: a control token that is a stop string has the bytes of its name.
+
+    Args:
+      strings: the stop strings.
+      token_bytes: the bytes that each id appends to the text; b"" for control tokens.
+      control: the text of each control token -> its id.
+
+    Raises:
+      ValueError: a string that can never occur: it has a control token beside other text, and control tokens add no
+        text; or no token has one of its bytes.
+    """
+    out, known = list(token_bytes), {*b"".join(token_bytes)}
+    for string in strings:
+        inside = [token for token in control if token in string]
+        if inside and string not in control:
+            raise ValueError(
+                f"sampling.stop {string!r} has the control token {max(inside, key=len)!r} beside other text, and a "
+                "control token adds no text: name the token alone"
+            )
+        if inside:
+            out[control[string]] = string.encode()
+        elif lost := [c for c in string if not {*c.encode()} <= known]:
+            raise ValueError(f"sampling.stop {string!r} can never occur: no token of the vocabulary has {lost[0]!r}")
+    return out
 
 
 def stop_table(strings: Sequence[str], token_bytes: Sequence[bytes]) -> np.ndarray:

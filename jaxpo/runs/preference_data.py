@@ -1,5 +1,6 @@
 """The preferences of a run, as tokens in the form that its objective takes; and their prompts as a task."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,8 @@ from jaxpo.tasks.preferences.encode import TEMPLATES, Encoded, as_kind, encode, 
 from jaxpo.tasks.preferences.records import Row
 from jaxpo.tasks.preferences.sets import PreferenceSet
 from jaxpo.tasks.preferences.traces import Tracer, check_trace
-from jaxpo.text.tokenizers import Tokenizer, question_of
+from jaxpo.text.conversations import Said, key_of, plain_text
+from jaxpo.text.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,32 @@ def read(config: ConfigDict, task: Task | None) -> PreferenceSet | None:
     return traced(data, locate(config.trace)) if config.trace else data
 
 
+def usable(data: PreferenceSet, tokenizer: Tokenizer) -> PreferenceSet:
+    """The set without the rows that have no encoding or that the chat template refuses, which are counted.
+
+    Where bad rows are errors the set stays as it is: whoever encodes it raises.
+
+    Raises:
+      ValueError: no row is left to train on.
+    """
+    if data.bad == "error":
+        return data
+    parts, report = [], Counter(data.report)
+    for rows in (data.train, data.test):
+        found = [encode([row], tokenizer, bad="drop") for row in rows]
+        parts.append([row for row, (entries, _) in zip(rows, found, strict=True) if entries])
+        for _, counts in found:
+            report.update(counts)
+    if not parts[0]:
+        raise ValueError(f"{data.name}: no rows to train on: all {len(data.train)} were dropped")
+    return data._replace(train=parts[0], test=parts[1], report=dict(report))
+
+
 def traced(data: PreferenceSet, tracer: Tracer) -> PreferenceSet:
     """The set with tool calls after each answer, which ``tracer`` makes from the question and the answer."""
 
     def of(row: Row) -> Row:
-        question = question_of(row.prompt)
+        question = plain_text(row.prompt)
         answers = (a._replace(trace=check_trace(tracer(question, a.text))) for a in row.answers)
         return row._replace(answers=tuple(answers))
 
@@ -165,27 +188,27 @@ def task_of(data: PreferenceSet) -> Task:
         best = {}
         for row in rows:
             for place, answer in enumerate(preferred(row)):
-                best.setdefault((sets.key_of(row.prompt), place), (row.prompt, answer))
-        return [Example(i, prompt, answer, {}) for i, (prompt, answer) in enumerate(best.values())]
+                best.setdefault((key_of(row.prompt), place), (row.prompt, answer, {}, row.where))
+        return [Example(i, *rest) for i, rest in enumerate(best.values())]
 
-    def demonstrate(example: Example) -> str:
+    def demonstrate(example: Example) -> Said:
         if example.answer is None:
-            raise ValueError(f"{data.name} has no good answer to {str(example.question)[:60]!r} to demonstrate")
+            raise ValueError(f"{data.name} has no good answer to {plain_text(example.question)!r:.60} to demonstrate")
         return example.answer
 
     train, test = examples(data.train), examples(data.test or data.train)
     return Task(data.name, train, test, None, demonstrate, {})
 
 
-def preferred(row: Row) -> list[str | None]:
+def preferred(row: Row) -> list[Said | None]:
     """The best answers of a row: of an expert's edits the truth and the revision, of other rows one answer.
 
     That is the chosen answer, the one with the highest score, or the one with a good label (None for a bad label).
     """
     roles = {a.role for a in row.answers}
     if roles >= set(EDITS):
-        return [row.answer(role).text for role in EDITS[:2]]
+        return [row.answer(role).said for role in EDITS[:2]]
     if roles >= set(PAIR):
-        return [row.answer("chosen").text]
+        return [row.answer("chosen").said]
     best = max(row.answers, key=lambda a: a.numbers.get("reward", a.numbers.get("label", 0.0)))
-    return [best.text if "reward" in best.numbers or best.numbers.get("label", 0.0) > 0.5 else None]
+    return [best.said if "reward" in best.numbers or best.numbers.get("label", 0.0) > 0.5 else None]

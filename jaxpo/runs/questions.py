@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,9 +11,10 @@ from jaxpo.batch import Demonstrations, Rollouts
 from jaxpo.parallel.distributed import from_rows, own_rows, take_rows, to_host
 from jaxpo.protocols.gatherer import Prompts, Verdict
 from jaxpo.tasks import Example, Task, imperfect
-from jaxpo.text.tokenizers import Tokenizer, question_of
+from jaxpo.text.conversations import MARK, Said, Turn, plain_answer, plain_text
+from jaxpo.text.tokenizers import Tokenizer
 
-Answers = list[list[str]]
+Answers = list[list[Said]]  # texts, or messages with more than content
 Opinion = Callable[[Sequence[Example], Answers], Verdict]
 
 
@@ -84,20 +86,24 @@ class Questions:
         return said if whole else Verdict(*(from_rows(x, own, len(at)) for x in said))
 
     def demonstrations(self, indices: np.ndarray, drop_last: float = 0.0, seed: int = 0) -> Rollouts:
-        """The task's own answers to training prompts, each ending with the first EOS id.
+        """The task's own answers to training prompts, each with its end (`jaxpo.text.tokenizers.Tokenizer.turn`).
 
         A share ``drop_last`` of them lose their last character.
 
         Raises:
-          ValueError: the task has no answers, or one is longer than ``width``.
+          ValueError: the task has no answers, one has no encoding or is refused by the chat template, or one is longer
+            than ``width``.
         """
         if self.task.demonstrate is None:
             raise ValueError(f"config.task.name: {self.task.name} has no answers to demonstrate")
         demonstrate, prompts = self.task.demonstrate, self.train
         if drop_last:
             demonstrate = imperfect(demonstrate, drop_last, seed)
-        end = self.tokenizer.eos_ids[0]
-        answers = [[*self.tokenizer.encode(demonstrate(prompts.examples[i])), end] for i in indices]
+
+        def shown(example: Example) -> Turn:
+            return named(example, "demonstration", lambda: self.tokenizer.turn(example.question, demonstrate(example)))
+
+        answers = [shown(prompts.examples[i]).answer for i in indices]
         longest = max(map(len, answers))
         if longest > self.width:
             raise ValueError(
@@ -109,18 +115,53 @@ class Questions:
         return Demonstrations(questions, answers, **sizes)
 
 
+def as_told(tokenizer: Tokenizer, example: Example, answer: Said) -> Turn:
+    """A question and any answer that a policy may have written, as tokens.
+
+    A text that the chat template cannot show follows the prompt as it is.
+
+    Raises:
+      ValueError: the question, or an answer that is a message, has no encoding or is refused by the chat template.
+    """
+
+    def told() -> Turn:
+        try:
+            return tokenizer.turn(example.question, answer)
+        except ValueError:
+            if not isinstance(answer, str):
+                raise
+            text = answer.replace(MARK, "\ufffd")
+            prompt = tokenizer.encode(tokenizer.render(example.question))
+            return Turn(prompt, [*tokenizer.encode(text), tokenizer.eos_ids[0]], text)
+
+    return named(example, "a judge reads it", told)
+
+
 def texts_of(task: Task) -> list[str]:
     """Every text of a task: questions, answers, and demonstrations, which may hold more than the answer."""
     examples = [*task.train, *task.test]
-    shown = [task.demonstrate(e) for e in examples] if task.demonstrate else []
-    return [text for e in examples for text in (question_of(e.question), e.answer or "")] + shown
+    answers = [e.answer for e in examples if e.answer is not None]
+    answers += [task.demonstrate(e) for e in examples] if task.demonstrate else []
+    return [*(plain_text(e.question) for e in examples), *map(plain_answer, answers)]
+
+
+def named(example: Example, what: str, f: Callable[[], Any]) -> Any:
+    """What ``f`` returns; its ``ValueError`` names the example's place."""
+    try:
+        return f()
+    except ValueError as error:
+        raise ValueError(f"{example.where or f'example {example.index}'}: {what}: {error}") from error
 
 
 def tokenize(
     examples: Sequence[Example], tokenizer: Tokenizer, width: int | None
 ) -> tuple[list[Example], list[list[int]]]:
-    """Encode prompts; return the examples whose prompt has at most ``width`` tokens (None = any), and these prompts."""
-    ids = [tokenizer.encode(tokenizer.render(e.question)) for e in examples]
+    """Encode prompts; return the examples whose prompt has at most ``width`` tokens (None = any), and these prompts.
+
+    Raises:
+      ValueError: a question has no encoding, or the chat template refuses it; the line names the example's place.
+    """
+    ids = [named(e, "question", lambda e=e: tokenizer.encode(tokenizer.render(e.question))) for e in examples]
     kept = [i for i, x in enumerate(ids) if width is None or len(x) <= width]
     return [examples[i] for i in kept], [ids[i] for i in kept]
 

@@ -30,7 +30,7 @@ from jaxpo.policy.stats import Other
 from jaxpo.policy.transformer import Model, Params
 from jaxpo.protocols.protocol import Protocol
 from jaxpo.rollout import SamplingOptions
-from jaxpo.rollout.stopping import stop_table
+from jaxpo.rollout.stopping import spelled, stop_table
 from jaxpo.runs import preference_data
 from jaxpo.runs.preference_data import templates_of
 from jaxpo.runs.questions import Questions, pad_prompts, texts_of, tokenize
@@ -38,7 +38,8 @@ from jaxpo.tasks import Example, Task, build
 from jaxpo.tasks.preferences.encode import filled
 from jaxpo.tasks.preferences.records import Row
 from jaxpo.tasks.preferences.sets import PLACES, PreferenceSet
-from jaxpo.text.tokenizers import CharTokenizer, Tokenizer, from_json, question_of
+from jaxpo.text.conversations import plain_text
+from jaxpo.text.tokenizers import CharTokenizer, Tokenizer, from_json
 
 BLANK = [Example(0, "", None, {})]
 NOTHING = Task("nothing", BLANK, BLANK, None, None, {})  # of a workspace without examples
@@ -181,7 +182,7 @@ def texts_of_row(row: Row) -> list[str]:
     """The texts of a row: of its prompts, its answers, and the tool calls after them."""
     prompts = [row.prompt, *(answer.prompt for answer in row.answers if answer.prompt)]
     answers = [text for answer in row.answers for text in (answer.text, *(part for _, part in answer.trace))]
-    return [*map(question_of, prompts), *answers]
+    return [*map(plain_text, prompts), *answers]
 
 
 def make_tokenizer(resolved: Resolved, task: Task, data: PreferenceSet | None = None) -> Tokenizer:
@@ -282,6 +283,11 @@ def setup(
     objective, facts = resolved.objective, resolved.protocol.facts
     task, data = examples_of(config) if examples else (NOTHING, None)
     tokenizer = tokenizer or make_tokenizer(resolved, task, data)
+    if data is not None:
+        if data.unread:
+            report(f"{data.name}: nothing reads the columns {', '.join(data.unread)}")
+        data = preference_data.usable(data, tokenizer)
+        task = task if config.task.name else preference_data.task_of(data)
     mesh = make_mesh(config.mesh)
     if config.training.offload_reference:
         check_host_memory(mesh)
@@ -292,7 +298,8 @@ def setup(
     base = hf.load(hf.open_source(config.policy.path), model.config, mesh) if config.lora.rank else None
     table = None
     if config.sampling.stop:
-        table = jnp.asarray(stop_table(config.sampling.stop, [*tokenizer.token_bytes(), *[b""] * unused]))
+        pieces = spelled(config.sampling.stop, tokenizer.token_bytes(), tokenizer.control)
+        table = jnp.asarray(stop_table(config.sampling.stop, [*pieces, *[b""] * unused]))
     models, critic = load_models(resolved, tokenizer, mesh) if load_models else Models({}, None)
     rows, network = resolved.microbatch_rows, None if critic is None else critic.model
     of = Computation(config, mesh, model, objective, tokenizer.pad_id, rows, base, models, network)

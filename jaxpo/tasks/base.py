@@ -13,6 +13,7 @@ from typing import Any
 from jaxpo.arguments import Share, check, domain_of
 from jaxpo.registry import check_arguments, names, register_later, unknown
 from jaxpo.registry import entry as registered
+from jaxpo.text.conversations import Question, Said, key_of
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,17 @@ class Example:
 
     Attributes:
       index: its place in the set: ``task.train[e.index] is e`` (likewise for test).
-      question: the text to answer.
-      answer: the right answer, if it is known.
+      question: what to answer: a text, or a conversation (`jaxpo.text.conversations`).
+      answer: the right answer, if it is known; an assistant's message where it has more than content.
       entry: data for the verifier.
+      where: its place in a file, for messages.
     """
 
     index: int
-    question: str
-    answer: str | None
+    question: Question
+    answer: Said | None
     entry: Mapping[str, Any]
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Task:
     train: Sequence[Example]
     test: Sequence[Example]
     score: Callable[[Sequence[Example], Sequence[str]], list[Score]] | None
-    demonstrate: Callable[[Example], str] | None
+    demonstrate: Callable[[Example], Said] | None
     report: Mapping[str, float]
 
 
@@ -131,20 +134,20 @@ def split(train: Sequence[Example], test: Sequence[Example]) -> tuple[list[Examp
     Raises:
       ValueError: a set is empty, or nothing is left of ``train``.
     """
-    held_out = {e.question for e in test}
-    kept = [e for e in train if e.question not in held_out]
+    held_out = {key_of(e.question) for e in test}
+    kept = [e for e in train if key_of(e.question) not in held_out]
     if not test or not kept:
         raise ValueError(
             f"nothing to {'train' if test else 'test'} on: {len(train)} training items, {len(test)} test "
             f"items, {len(train) - len(kept)} training items removed because their question is in the "
             "test set"
         )
-    seen = {e.question for e in kept}
+    seen = {key_of(e.question) for e in kept}
     report = {
         "train/size": float(len(kept)),
         "test/size": float(len(test)),
         "train/removed": float(len(train) - len(kept)),
-        "test/unseen_share": sum(e.question not in seen for e in test) / len(test),
+        "test/unseen_share": sum(key_of(e.question) not in seen for e in test) / len(test),
         "test/distinct_share": len(held_out) / len(test),
     }
     return _renumbered(kept), _renumbered(test), report
@@ -165,7 +168,9 @@ def verdict(value: Any, error: str | None, partial_credit: bool) -> Score:
     return Score(float(value) if partial_credit else float(correct), correct)
 
 
-def imperfect(demonstrate: Callable[[Example], str], drop_last: float = 0.6, seed: int = 0) -> Callable[[Example], str]:
+def imperfect(
+    demonstrate: Callable[[Example], Said], drop_last: float = 0.6, seed: int = 0
+) -> Callable[[Example], Said]:
     """A demonstrator that makes mistakes, as data from the web do: it omits the last character of some answers.
 
     Which examples are spoiled depends on ``(example.index, seed)`` alone: a run can be repeated, and a spoiled example
@@ -178,9 +183,11 @@ def imperfect(demonstrate: Callable[[Example], str], drop_last: float = 0.6, see
     """
     check("drop_last", drop_last, Share)
 
-    def spoiled(example: Example) -> str:
-        text = demonstrate(example)
+    def spoiled(example: Example) -> Said:
+        answer = demonstrate(example)
         # A string seeds by its hash digest: the same in every process, unlike hash().
-        return text[:-1] if random.Random(f"{seed}:{example.index}").random() < drop_last else text
+        if random.Random(f"{seed}:{example.index}").random() >= drop_last:
+            return answer
+        return answer[:-1] if isinstance(answer, str) else {**answer, "content": answer["content"][:-1]}
 
     return spoiled

@@ -111,7 +111,7 @@ def _read(
             check_answer(reward, answer, **options)
         except ValueError as error:
             raise ValueError(f"{where}: field {fields[1]!r}: {error}") from error
-        examples.append(Example(len(examples), question, answer, record))
+        examples.append(Example(len(examples), question, answer, record, where))
     if not examples:
         raise ValueError(f"{path}: no items")
     return examples

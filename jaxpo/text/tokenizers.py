@@ -10,31 +10,28 @@ import re
 import string
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Annotated, Any, Protocol
 
 from jaxpo.arguments import Domain, check
 from jaxpo.registry import register, unknown
 from jaxpo.text import gguf
+from jaxpo.text.control import Encoder, Markup, any_of, mark
+from jaxpo.text.conversations import (
+    Question,
+    Said,
+    Turn,
+    check_text,
+    conversation_of,
+    messages_of,
+    question_of,
+    text_said,
+)
+from jaxpo.text.templates import chat_template_of
 
-Question = str | Sequence[Mapping[str, str]]  # a text, or messages {"role", "content"}
-
-
-def question_of(question: Question) -> str:
-    """The text of a question without a chat template: the string itself, or the content of a single user message.
-
-    Raises:
-      ValueError: there are several messages, or the message has another role.
-    """
-    if isinstance(question, str):
-        return question
-    if [m["role"] for m in question] != ["user"]:
-        raise ValueError(
-            f"a conversation ({', '.join(m['role'] for m in question)}) needs a chat template: set "
-            "config.tokenizer.name to pretrained and config.tokenizer.chat_template to True"
-        )
-    return question[0]["content"]
+NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 class Tokenizer(Protocol):
@@ -43,15 +40,18 @@ class Tokenizer(Protocol):
     Attributes:
       vocab_size: ids are in [0, vocab_size).
       pad_id: fills unused positions; may equal an end-of-sequence id.
-      eos_ids: any of these ends a completion; the first one ends a demonstration.
+      eos_ids: any of these ends a completion; the first one ends an answer of data.
+      control: the text of each control token, such as ``<|im_end|>``, and its id.
     """
 
     vocab_size: int
     pad_id: int
     eos_ids: tuple[int, ...]
+    control: Mapping[str, int]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text; no special token is added."""
+        """The ids of a text; no special token is added. A text that spells a control token is only text, unless it is
+        `jaxpo.text.templates.Markup`. ``ValueError`` for a text that has no encoding."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; special tokens (pad, end of sequence) are left out."""
@@ -62,6 +62,12 @@ class Tokenizer(Protocol):
     def render(self, question: Question) -> str:
         """The prompt that asks a question; ``ValueError`` for messages if there is no chat template for them."""
 
+    def turn(self, question: Question, answer: Said) -> Turn:
+        """A question and its answer as tokens: where the answer begins, and how it ends.
+
+        ``ValueError``: they have no encoding, or the chat template refuses them or does not read a part of them.
+        """
+
     def to_json(self) -> dict[str, Any]:
         """The data from which ``from_json`` rebuilds the tokenizer."""
 
@@ -71,12 +77,13 @@ class _Symbols:
 
     def __init__(self, symbols: Sequence[str], first: int, pad_id: int, eos_id: int, separator: str):
         self.pad_id, self.eos_ids, self.vocab_size = pad_id, (eos_id,), first + len(symbols)
-        self.separator = separator
+        self.separator, self.control = separator, {}
         self._text = [""] * first + list(symbols)
         self._ids = {symbol: first + i for i, symbol in enumerate(symbols)}
 
     def encode(self, text: str) -> list[int]:
         """The ids of the characters; ``ValueError`` names the first one that is not in the alphabet."""
+        check_text(text)
         try:
             return [self._ids[c] for c in text]
         except KeyError as error:
@@ -97,6 +104,10 @@ class _Symbols:
     def render(self, question: Question) -> str:
         """The question and the separator, which tells the policy where the question ends."""
         return question_of(question) + self.separator
+
+    def turn(self, question: Question, answer: Said) -> Turn:
+        text = text_said(answer)
+        return Turn(self.encode(self.render(question)), [*self.encode(text), self.eos_ids[0]], text)
 
 
 class CharTokenizer(_Symbols):
@@ -145,15 +156,31 @@ class PretrainedTokenizer:
       tokenizer: a folder, GGUF file or hub name to load it from, or the object itself.
       chat_template: ask questions through the model's chat template (instruct models). Otherwise a question is followed
         by a newline; the beginning-of-sequence token comes before it if the tokenizer adds that token to texts.
-      eos: texts of further tokens that end a completion. The tokenizer's own end-of-sequence token comes first, and
-        those in a ``generation_config.json`` in the folder come last.
+      eos: texts of further tokens that end a completion. The end of an answer comes first, then the tokenizer's own
+        end-of-sequence token; those in a ``generation_config.json`` in the folder come last.
+      end: the token that ends an answer. By default the one that the chat template writes after an answer; without a
+        template, the tokenizer's own end-of-sequence token.
+      template_arguments: arguments of the chat template (``{"enable_thinking": False}``).
+      may_stay_unread: fields of messages, and arguments that data give, that the chat template need not read.
+      control_tokens_in_data: texts of data that spell a control token, such as ``<|im_end|>``, are that token. By
+        default they are only text.
 
     Raises:
-      ValueError: not a fast tokenizer, no chat template, no end-of-sequence token, or an ``eos`` that is not a token
-        (the nearest one is named).
+      ValueError: not a fast tokenizer, no chat template, no token that ends an answer, an ``eos`` or ``end`` that is
+        no token (the nearest one is named), or an argument that the template does not read.
     """
 
-    def __init__(self, tokenizer: Any, chat_template: bool, eos: Sequence[str] = ()):
+    def __init__(
+        self,
+        tokenizer: Any,
+        chat_template: bool,
+        eos: Sequence[str] = (),
+        *,
+        end: str | None = None,
+        template_arguments: Mapping[str, Any] = NONE,
+        may_stay_unread: Sequence[str] = (),
+        control_tokens_in_data: bool = False,
+    ):
         path = tokenizer if isinstance(tokenizer, (str, Path)) else None
         if path is not None:
             of_gguf = Path(path).suffix == ".gguf"
@@ -163,20 +190,42 @@ class PretrainedTokenizer:
         if chat_template and not tokenizer.chat_template:
             raise ValueError("chat_template=True, but this tokenizer has no chat template: it belongs to a base model")
         self._tokenizer, self.chat_template = tokenizer, chat_template
+        self._options = dict(
+            end=end,
+            template_arguments=dict(template_arguments),
+            may_stay_unread=list(may_stay_unread),
+            control_tokens_in_data=control_tokens_in_data,
+        )
         vocabulary = tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values()) + 1
-        for text in eos:
-            if text not in vocabulary:
-                raise ValueError(unknown("eos token", text, tokenizer.all_special_tokens))
-        ends = [tokenizer.eos_token_id, *(vocabulary[text] for text in eos), *_generation_eos(path)]
+        for text, what in (*((text, "eos token") for text in eos), (end, "token of config.tokenizer.end")):
+            if text is not None and text not in vocabulary:
+                raise ValueError(unknown(what, text, tokenizer.all_special_tokens))
+        self._template = None
+        if chat_template:
+            self._template = chat_template_of(tokenizer, template_arguments, end, may_stay_unread)
+            end = self._template.end
+        elif template_arguments or may_stay_unread:
+            name = "template_arguments" if template_arguments else "may_stay_unread"
+            raise ValueError(f"config.tokenizer.{name} has no effect without config.tokenizer.chat_template")
+        named = [end, self._template.own_end if self._template else None, tokenizer.eos_token, *eos]
+        ends = [*(vocabulary.get(token) for token in named), *_generation_eos(path)]
         self.eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
         if not self.eos_ids:
-            raise ValueError("this tokenizer has no end-of-sequence token: name one with eos=[...]")
-        self.pad_id = self.eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+            raise ValueError("this tokenizer has no end-of-sequence token: name one with config.tokenizer.end")
+        pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, self.eos_ids[0])
+        self.pad_id = next(i for i in pads if i is not None)
         self._special = {self.pad_id, *self.eos_ids, *tokenizer.all_special_ids}
+        added = tokenizer.added_tokens_decoder.items()
+        self.control = {str(t): i for i, t in added if (t.special or i in self._special) and str(t).strip()}
+        self._ends = any_of(text for text, i in self.control.items() if i in self.eos_ids)
+        written = {t: vocabulary[t] for t in self._template.written} if self._template else {}
+        self._encode = Encoder(tokenizer, {**self.control, **written}, control_tokens_in_data)
+        if self._template:
+            self._template = replace(self._template, control=self._encode.spelled)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        return self._encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         kept = [int(i) for i in ids if int(i) not in self._special]
@@ -200,14 +249,31 @@ class PretrainedTokenizer:
             names[i] = "" if i in self._special else token
         return names
 
-    def render(self, question: Question) -> str:
-        if self.chat_template:
-            messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        question = question_of(question)
+    def render(self, question: Question) -> Markup:
+        if self._template:
+            return self._template.prompt(conversation_of(question))
         bos = self._tokenizer.bos_token_id
         prefix = self._tokenizer.bos_token if bos is not None and self._tokenizer.encode("a")[0] == bos else ""
-        return f"{prefix}{question}\n"
+        return Markup(f"{prefix}{mark(question_of(question), self._encode.spelled)}\n")
+
+    def turn(self, question: Question, answer: Said) -> Turn:
+        """A question and its answer as tokens (see `Tokenizer`). An answer that already spells its end has one end."""
+        answer = self._unended(answer if isinstance(answer, str) else messages_of(answer)[0])
+        if self._template:
+            asks, says = self._template.answered(conversation_of(question), answer)
+        else:
+            asks, says = self.render(question), Markup(mark(text_said(answer), self._encode.spelled))
+        prompt, whole = self.encode(asks), self.encode(Markup(asks.marked + says.marked))
+        # Where a token reaches over the border, the answer is encoded alone, as the sampler begins it.
+        said = whole[len(prompt) :] if whole[: len(prompt)] == prompt else self.encode(says)
+        return Turn(prompt, [*said, self.eos_ids[0]], str(says))
+
+    def _unended(self, answer: Said) -> Said:
+        """The answer without tokens that end a completion, where its text spells them at its end."""
+        if not isinstance(answer, str):
+            return {**answer, "content": self._unended(answer["content"])}
+        found = [m.start() for m in self._ends.finditer(answer) if m.end() == len(answer.rstrip())]
+        return self._unended(answer[: found[0]]) if found else answer
 
     def to_json(self) -> dict[str, Any]:
         """The whole tokenizer, not its path: a checkpoint must be usable when the folder or the hub is gone."""
@@ -222,6 +288,7 @@ class PretrainedTokenizer:
             "special": extra,
             "chat_template": self.chat_template,
             "eos": [t.convert_ids_to_tokens(i) for i in self.eos_ids],
+            "conversations": self._options,
         }
 
 
@@ -254,14 +321,34 @@ def integers(base: int = 10) -> FromTexts:
 
 
 @register("tokenizer")
-def pretrained(path: str, chat_template: bool = True) -> FromTexts:
+def pretrained(
+    path: str,
+    chat_template: bool = True,
+    end: str | None = None,
+    template_arguments: Mapping[str, Any] = NONE,
+    may_stay_unread: tuple[str, ...] = (),
+    control_tokens_in_data: bool = False,
+) -> FromTexts:
     """The tokenizer of a pretrained model.
 
     Args:
       path: a folder, a GGUF file or a hub name.
       chat_template: ask questions through the model's chat template.
+      end: the token that ends an answer; None = the one that the chat template writes after an answer.
+      template_arguments: arguments of the chat template, as
+        ``--config.tokenizer.template_arguments.enable_thinking=False``.
+      may_stay_unread: fields of messages (``tool_call_id``), and arguments that data give (``tools``), that the chat
+        template need not read.
+      control_tokens_in_data: texts of data that spell a control token, such as ``<|im_end|>``, are that token.
     """
-    return lambda texts: PretrainedTokenizer(path, chat_template)
+    return lambda texts: PretrainedTokenizer(
+        path,
+        chat_template,
+        end=end,
+        template_arguments=template_arguments,
+        may_stay_unread=may_stay_unread,
+        control_tokens_in_data=control_tokens_in_data,
+    )
 
 
 # How a GGUF's ``tokenizer.ggml.pre`` cuts a text before the merges: steps that come before GPT-2's own expression.
@@ -347,7 +434,7 @@ def _pretrained_from_json(spec: Mapping[str, Any]) -> PretrainedTokenizer:
         **spec["options"],
         additional_special_tokens=spec["special"],
     )
-    return PretrainedTokenizer(tokenizer, spec["chat_template"], spec["eos"])
+    return PretrainedTokenizer(tokenizer, spec["chat_template"], spec["eos"], **spec["conversations"])
 
 
 def for_transformers(tokenizer: Tokenizer) -> Any:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxpo.rollout.stopping import stop_table
+from jaxpo.rollout.stopping import spelled, stop_table
 
 
 def walk(table, ids):
@@ -69,3 +69,17 @@ def test_overlapping_prefixes_are_not_lost():
 def test_nothing_to_stop_at_is_an_error(strings):
     with pytest.raises(ValueError, match="sampling.stop must hold non-empty strings"):
         stop_table(strings, [b"a"])
+
+
+def test_a_control_token_is_a_stop_string():
+    """It stops by itself, other control tokens do not, and beside other text it could never occur."""
+    token_bytes, control = [b"", b"", b"a", b"<|en"], {"<|end|>": 0, "<|start|>": 1}
+    strings = ["<|end|>", "aa"]
+    table = stop_table(strings, spelled(strings, token_bytes, control))
+    last = len(table) - 1
+    assert walk(table, [0]) == [last] and walk(table, [2, 2])[-1] == last and walk(table, [2, 1, 2, 3])[-1] != last
+    assert spelled(["aa", "<|en"], token_bytes, control) == token_bytes  # a part of its name is text
+    with pytest.raises(ValueError, match=r"'<\|end\|>a' has the control token '<\|end\|>' beside other text"):
+        spelled(["<|end|>a"], token_bytes, control)
+    with pytest.raises(ValueError, match="'aé' can never occur: no token of the vocabulary has 'é'"):
+        spelled(["aé"], token_bytes, control)

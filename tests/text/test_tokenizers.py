@@ -172,7 +172,7 @@ def test_a_saved_folder_with_several_ends(byte_level, tmp_path):
     byte_level.save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
     tokenizer = PretrainedTokenizer(tmp_path, chat_template=True)
-    assert tokenizer.eos_ids == (0, 2)
+    assert tokenizer.eos_ids == (2, 0)  # the template's end of a turn comes first
     assert tokenizer.token_bytes() == PretrainedTokenizer(byte_level, chat_template=True).token_bytes()
 
 
@@ -191,3 +191,23 @@ def test_wrong_tokenizers_are_refused(byte_level):
     words = PretrainedTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[E]"), chat_template=False)
     with pytest.raises(ValueError, match=r"token_bytes knows .* decodes by \['WordPiece'\]"):
         words.token_bytes()
+
+
+@pytest.mark.parametrize("question, answer", [("a b", "hello"), ("2+2?", " 4"), ("q", "\n\nx"), ("q", "é </s>")])
+def test_a_turn_without_a_template(pretrained, question, answer):
+    """The answer follows the prompt as in one text, and has one end."""
+    turn = pretrained.turn(question, answer)
+    assert turn.prompt == pretrained.encode(pretrained.render(question))
+    assert turn.answer[-1] == pretrained.eos_ids[0] and turn.answer.count(turn.answer[-1]) == 1
+    kept = answer.removesuffix("</s>") if pretrained.control.keys() & {"</s>"} else answer
+    assert pretrained.decode([*turn.prompt, *turn.answer]).endswith(f"{question}\n{kept}")
+    assert b"".join(pretrained.token_bytes()[i] for i in turn.answer).decode() == turn.text == kept
+
+
+def test_characters_take_turns_too():
+    turn = CharTokenizer("ab").turn([{"role": "user", "content": "ab"}], "b")
+    assert turn == ([3, 4, 2], [4, 1], "b")
+    with pytest.raises(ValueError, match="needs a chat template"):
+        CharTokenizer("ab").turn([{"role": "system", "content": "a"}], "b")
+    with pytest.raises(ValueError, match="half of a surrogate pair"):
+        CharTokenizer("ab\ud83d").turn("a\ud83d", "b")

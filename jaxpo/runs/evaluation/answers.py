@@ -14,6 +14,7 @@ from jaxpo.policy.transformer import Params
 from jaxpo.protocols.gatherer import Prompts
 from jaxpo.rollout import SamplingOptions
 from jaxpo.runs.workspace import Workspace, shard_count
+from jaxpo.text.conversations import as_json
 
 Z95 = 1.959963984540054
 
@@ -82,11 +83,11 @@ def greedy(workspace: Workspace, params: Params, prompts: Prompts) -> tuple[dict
         examples, texts = [prompts.examples[i] for i in indices], workspace.questions.texts(rollouts)
         if workspace.task.score is None:
             pairs = zip(examples, texts, strict=True)
-            return {}, [dict(question=e.question, answer=e.answer, completion=t) for e, t in pairs]
+            return {}, [dict(question=as_json(e.question), answer=e.answer, completion=t) for e, t in pairs]
         judged = workspace.questions.verdicts(examples, rollouts)
         verdicts = np.concatenate([verdicts, judged])
         samples += [
-            dict(question=e.question, answer=e.answer, completion=t, reward=float(r), correct=bool(c))
+            dict(question=as_json(e.question), answer=e.answer, completion=t, reward=float(r), correct=bool(c))
             for e, t, (r, c, _) in zip(examples, texts, judged, strict=True)
         ]
     rewards, correct, errors = verdicts.T

@@ -17,9 +17,11 @@ from jaxpo.learning.needs import is_reward_model
 from jaxpo.parallel.distributed import to_host
 from jaxpo.policy.transformer import Params
 from jaxpo.primitives import shaping
+from jaxpo.runs.questions import as_told
 from jaxpo.runs.restore import open_finished
 from jaxpo.runs.workspace import Workspace, shard_count
 from jaxpo.tasks import Example
+from jaxpo.text.control import Markup
 
 STEP = 32  # widths are rounded up to multiples of this, so that few shapes are compiled
 SIGNS = ("positive", "negative")
@@ -56,7 +58,8 @@ def scorer(path: str, file: str, between: str) -> Callable[..., np.ndarray]:
     Args:
       path: a run directory; its policy is the language model.
       file: the file of follow-ups.
-      between: the text between an answer and a follow-up, such as the start of a user message in a chat template.
+      between: the text between an answer and a follow-up, such as the end of the answer and the start of a user
+        message in a chat template; its control tokens are meant.
 
     Raises:
       ValueError: no such run, a run of a reward model, or a file without follow-ups.
@@ -67,14 +70,13 @@ def scorer(path: str, file: str, between: str) -> Callable[..., np.ndarray]:
         raise ValueError(f"config.judge.path {path!r} holds a reward model, which cannot predict what comes next")
     texts = [t for signs in follow_ups.values() for sign in SIGNS for t in signs[sign]]
     ids = [workspace.tokenizer.encode(t) for t in texts]
+    then = workspace.tokenizer.encode(Markup(between))
 
     def scores(examples: Sequence[Example], answers: Sequence[Sequence[str]]) -> np.ndarray:
         columns = []
         for k in range(len(answers[0])):  # answer k of every prompt at once
-            heads = [
-                workspace.tokenizer.encode(workspace.tokenizer.render(e.question) + row[k] + between)
-                for e, row in zip(examples, answers, strict=True)
-            ]
+            turns = [as_told(workspace.tokenizer, e, row[k]) for e, row in zip(examples, answers, strict=True)]
+            heads = [[*turn.prompt, *turn.answer[:-1], *then] for turn in turns]
             columns.append(of_categories(follow_ups, likelihoods(workspace, params, heads, ids)))
         return np.stack(columns, 1)
 

@@ -20,13 +20,13 @@ from jaxpo.primitives import preference_data
 from jaxpo.protocols.gatherer import Verdict
 from jaxpo.registry import make, register
 from jaxpo.runs.judges import follow_ups
-from jaxpo.runs.questions import Answers, Opinion
+from jaxpo.runs.questions import Answers, Opinion, as_told
 from jaxpo.runs.restore import open_finished
 from jaxpo.runs.workspace import Workspace, shard_count
 from jaxpo.tasks import Example, Task
 from jaxpo.tasks.base import locate
 from jaxpo.tasks.preferences.encode import with_trace
-from jaxpo.text.tokenizers import question_of
+from jaxpo.text.conversations import as_json, plain_answer, plain_text
 
 STEP = 32  # widths of rows to judge are rounded up to multiples of this, so that few shapes are compiled
 ON_MESH = ("model", "models", "follow_ups")  # judges that compute on the mesh
@@ -150,7 +150,7 @@ def verified(task: Task, scale: float | None, examples: Sequence[Example], answe
 
 def by_function(path: str, scale: float | None, examples: Sequence[Example], answers: Answers) -> Verdict:
     """Judge by the user's own function."""
-    said = np.asarray(locate(path)([e.question for e in examples], answers), np.float64)
+    said = np.asarray(locate(path)([as_json(e.question) for e in examples], answers), np.float64)
     shape = (len(answers), len(answers[0]))
     if said.shape == shape:
         return verdict_of_scores(said, scale)
@@ -164,7 +164,7 @@ def characters(workspace: Workspace) -> list[str]:
     questions = workspace.questions
     examples = [e for prompts in (questions.train, questions.test) for e in prompts.examples]
     tokens = (workspace.tokenizer.decode([i]) for i in range(workspace.tokenizer.vocab_size))
-    return sorted({c for e in examples for c in question_of(e.question)}.union(*tokens))
+    return sorted({c for e in examples for c in plain_text(e.question)}.union(*tokens))
 
 
 def by_model(path: str, scale: float | None, characters: Sequence[str] = ()) -> Opinion:
@@ -276,13 +276,13 @@ def verdict_of_stats(
 def rows_of(workspace: Workspace, examples: Sequence[Example], answers: Answers) -> Rollouts:
     """Rows of questions and answers, with the tool calls of the model's trace, in the model's own tokens."""
     tokenizer = workspace.tokenizer
-    questions = [tokenizer.encode(tokenizer.render(e.question)) for e in examples]
     tracer = locate(workspace.config.trace) if workspace.config.trace else lambda question, answer: ()
+    asked = [(e, answer) for e, row in zip(examples, answers, strict=True) for answer in row]
+    turns = [as_told(tokenizer, e, answer) for e, answer in asked]
     texts = [
-        with_trace(tokenizer, text, tracer(question_of(e.question), text))[0]
-        for e, row in zip(examples, answers, strict=True)
-        for text in row
+        with_trace(tokenizer, turn.answer, tracer(plain_text(e.question), plain_answer(answer)))[0]
+        for turn, (e, answer) in zip(turns, asked, strict=True)
     ]
-    prompts = [q for q, row in zip(questions, answers, strict=True) for _ in row]
+    prompts = [turn.prompt for turn in turns]
     p, t = (-(-max(map(len, x)) // STEP) * STEP for x in (prompts, texts))
     return from_sequences(prompts, texts, prompt_width=p, width=t, pad_id=tokenizer.pad_id)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from jaxpo.tasks.preferences.records import KINDS, Answer, BadRow, Number, Promp
 from jaxpo.tasks.preferences.sets import Sieve
 from jaxpo.tasks.preferences.traces import KINDS as SEGMENTS
 from jaxpo.tasks.preferences.traces import Trace
+from jaxpo.text.conversations import conversation_of, text_said
 from jaxpo.text.tokenizers import Tokenizer
 
 NONE: Mapping[str, Any] = MappingProxyType({})
@@ -32,7 +34,7 @@ class Tokens(NamedTuple):
     Attributes:
       role: the answer's role.
       prompt: token ids of the prompt.
-      answer: token ids of the answer, with the end-of-sequence id.
+      answer: token ids of the answer, with the one that ends it.
       numbers: what is known of the answer, by name.
       segment: the segment of each answer token: 0, or a value of `jaxpo.tasks.preferences.traces.KINDS`.
       weights: weights of the answer tokens, by name.
@@ -95,7 +97,7 @@ def best_against_worst(row: Row) -> Row:
         raise ValueError(f"{row.where}: all scores are {scores[0]:g}: no answer is preferred")
     return row._replace(
         answers=tuple(
-            Answer(role, row.answers[int(at[0])].text, {"rm": scores[int(at[0])], "margin": gap})
+            row.answers[int(at[0])]._replace(role=role, numbers={"rm": scores[int(at[0])], "margin": gap})
             for role, at in zip(PAIR, (best, worst), strict=True)
         )
     )
@@ -109,8 +111,9 @@ def truth_against_own(row: Row) -> Row:
 
 def both_scored(row: Row) -> Row:
     """Chosen and rejected as two scored answers."""
-    scored = [Answer("own", row.answer(role).text, {"reward": r}) for role, r in zip(PAIR, (1.0, 0.0), strict=True)]
-    return row._replace(answers=tuple(scored))
+    scores = zip(PAIR, (1.0, 0.0), strict=True)
+    own = (row.answer(role)._replace(role="own", numbers={"reward": r}, trace=()) for role, r in scores)
+    return row._replace(answers=tuple(own))
 
 
 # ---- tokens
@@ -131,8 +134,8 @@ def encode(
 ) -> tuple[Encoded, dict[str, float]]:
     """Encode rows as tokens; also return counts of the dropped rows (`Sieve.report`).
 
-    A prompt is rendered as a question (messages by the chat template), and an answer ends with the first
-    end-of-sequence id.
+    The tokenizer writes a prompt and its answer once (`jaxpo.text.tokenizers.Tokenizer.turn`): messages by the chat
+    template, which also says where the answer begins and how it ends.
 
     Args:
       roles: the roles of a unit; () = the roles of each row. If a row lacks a role ``A_given_B``, its answer A is used,
@@ -147,8 +150,8 @@ def encode(
       templates: templates for prompts that hold answers, instead of ``TEMPLATES``.
 
     Raises:
-      ValueError: with ``bad="error"``, a row that is too long, lacks a role or a number, has unknown characters, or has
-        answers that are equal as tokens.
+      ValueError: with ``bad="error"``, a row that is too long, lacks a role or a number, has no encoding, is refused by
+        the chat template, or has answers that are equal as tokens.
     """
     sieve, out = Sieve(bad), []
     pieces = tokenizer.token_bytes() if weights else ()
@@ -180,15 +183,14 @@ def encode_row(
 def encode_answer(row: Row, answer: Answer, tokenizer: Tokenizer, weights: Mapping[str, Sequence[bytes]]) -> Tokens:
     """Encode an answer and its prompt; ``weights``: name of a weight -> the bytes of each token id."""
     try:
-        prompt = tokenizer.encode(tokenizer.render(row.prompt if answer.prompt is None else answer.prompt))
-        text, segment = with_trace(tokenizer, answer.text, answer.trace)
+        turn = tokenizer.turn(row.prompt if answer.prompt is None else answer.prompt, answer.said)
+        ids, segment = with_trace(tokenizer, turn.answer, answer.trace)
     except ValueError as error:
         raise BadRow("not_encodable", str(error)) from error
     of_tokens = {
-        name: token_weights(answer, name, text[: segment.count(0) - 1], pieces, len(text))
-        for name, pieces in weights.items()
+        name: token_weights(answer, name, turn.answer[:-1], pieces, len(ids)) for name, pieces in weights.items()
     }
-    return Tokens(answer.role, prompt, text, answer.numbers, segment, of_tokens)
+    return Tokens(answer.role, turn.prompt, ids, answer.numbers, segment, of_tokens)
 
 
 def token_weights(answer: Answer, name: str, ids: Sequence[int], pieces: Sequence[bytes], size: int) -> np.ndarray:
@@ -197,7 +199,7 @@ def token_weights(answer: Answer, name: str, ids: Sequence[int], pieces: Sequenc
     A token that shares a byte with a span gets the span's weight (the later span's, if it touches two); others get 1.
 
     Args:
-      ids: tokens of the answer's text, the first of the ``size`` tokens.
+      ids: tokens of the answer, without its end: the first of the ``size`` tokens.
       pieces: the bytes of each token id.
     """
     out, text = np.ones(size), answer.text
@@ -205,9 +207,11 @@ def token_weights(answer: Answer, name: str, ids: Sequence[int], pieces: Sequenc
     if not spans:
         return out
     lengths = np.array([len(pieces[i]) for i in ids])
-    ahead = int(lengths.sum()) - len(text.encode())  # bytes that the tokenizer puts before a text
-    if ahead < 0 or b"".join(pieces[i] for i in ids)[ahead:] != text.encode():
+    # The template may write something before the text, and leave out the space around it.
+    ahead = b"".join(pieces[i] for i in ids).rfind(text.strip().encode())
+    if ahead < 0:
         raise BadRow("not_encodable", f"the tokens of {text!r:.60} do not decode to it, so its spans cannot be found")
+    ahead -= len(text.encode()) - len(text.lstrip().encode())
     ends = np.cumsum(lengths) - ahead
     for start, end, weight in spans:
         first, last = len(text[:start].encode()), len(text[:end].encode())
@@ -237,13 +241,12 @@ def check_known(
             raise BadRow(f"{what}_too_long", f"the {what} has {len(ids)} tokens; the limit {field} is {limit}")
 
 
-def with_trace(tokenizer: Tokenizer, text: str, trace: Trace = ()) -> tuple[list[int], list[int]]:
+def with_trace(tokenizer: Tokenizer, answer: Sequence[int], trace: Trace = ()) -> tuple[list[int], list[int]]:
     """Tokens of an answer and of the tool calls after it, and the segment of each token.
 
-    The answer and the whole trace each end with the first end-of-sequence id.
+    The answer ends as it is; the whole trace ends with the first end-of-sequence id.
     """
-    ids, segment = [*tokenizer.encode(text), tokenizer.eos_ids[0]], [0]
-    segment *= len(ids)
+    ids, segment = list(answer), [0] * len(answer)
     for i, (kind, part) in enumerate(trace):
         more = tokenizer.encode(part)
         more = [*more, tokenizer.eos_ids[0]] if i == len(trace) - 1 else more
@@ -255,20 +258,30 @@ def with_role(row: Row, role: str, templates: Mapping[str, str] = TEMPLATES) -> 
     """The row's answer of a role; for ``A_given_B``, answer A after a prompt that holds answer B."""
     own = [a for a in row.answers if a.role == role]
     if role == "rationale" and own and own[0].prompt is None:
-        texts = {name: row.answer(name).text for name in PAIR}
+        texts = {name: told(row.answer(name)) for name in PAIR}
         return own[0]._replace(prompt=filled(row.prompt, templates["rationale_prompt"], texts))
     if own or "_given_" not in role:
         return own[0] if own else row.answer(role)
     answer, draft = (row.answer(name) for name in role.split("_given_"))
-    return answer._replace(role=role, prompt=filled(row.prompt, templates["draft_prompt"], {"draft": draft.text}))
+    return answer._replace(role=role, prompt=filled(row.prompt, templates["draft_prompt"], {"draft": told(draft)}))
+
+
+def told(answer: Answer) -> str:
+    """The text of an answer that a prompt holds; `BadRow` if there is more to the answer."""
+    try:
+        return text_said(answer.said)
+    except ValueError as error:
+        raise BadRow("not_encodable", f"the {answer.role} answer stands in a prompt: {error}") from None
 
 
 def filled(prompt: Prompt, template: str, texts: Mapping[str, str]) -> Prompt:
     """Fill each {place} of the template with its text, and {prompt} with the prompt (or its last message)."""
     if isinstance(prompt, str):
         return re.sub(r"\{(\w+)\}", lambda found: {"prompt": prompt, **texts}.get(found[1], found[0]), template)
-    last = {**prompt[-1], "content": filled(prompt[-1]["content"], template, texts)}
-    return (*prompt[:-1], last)
+    talk = conversation_of(prompt)
+    last = {**talk.messages[-1], "content": filled(talk.messages[-1]["content"], template, texts)}
+    messages = (*talk.messages[:-1], last)
+    return replace(talk, messages=messages) if talk.arguments else messages
 
 
 # ---- batches

@@ -8,10 +8,12 @@ There are four kinds of rows:
   edited    {"prompt", "truth", "revised",           the ground truth, an expert's revision of the model's own answer,
              "original", "corrupted_prompt"}         that answer, and a prompt without what they rest on (OPA-DPO)
 
-A prompt is a text or a list of messages ``{"role", "content"}``. Messages need the chat template of the tokenizer. An
-answer is a text or one assistant message; tool calls follow it as ``"chosen_trace": [["tool", "2+2"], ...]``. Without
-"prompt", chosen and rejected are whole conversations with a common beginning. An answer of any other role may have its
-own prompt: ``{"prompt", "completion"}``.
+A prompt is a text or a list of messages (`jaxpo.text.conversations`). Messages need the chat template of the tokenizer;
+so do the fields ``tools``, ``documents`` and ``chat_template_kwargs``, its arguments. ``system`` is a system message
+before the prompt. An answer is a text or one message of the assistant; calls of tools that a reward model reads follow
+it as ``"chosen_trace": [["tool", "2+2"], ...]``. Answers may also be whole conversations: then the beginning that they
+share is the prompt, and a prompt beside them must be the same. An answer of any other role may have its own prompt:
+``{"prompt", "completion"}``.
 
 A pair may have the numbers in ``jaxpo.fields.NUMBERS``: one for the pair (``"pref_prob": 0.8``, a soft preference for
 chosen), or one for each answer (``"win": {"chosen": 0.7, "rejected": 0.4}`` or ``"win_chosen": 0.7, ...``). A list of
@@ -23,14 +25,21 @@ Token weights (``WEIGHTS``) are given by role, as spans of the answer's text wit
 
 import math
 import numbers as numbers_lib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jaxpo.fields import EDITS, NUMBERS, PAIR, ROLES, SHARES, VECTORS, WEIGHTS
 from jaxpo.registry import unknown
 from jaxpo.tasks.preferences.traces import Trace, check_trace
+from jaxpo.text import conversations
+from jaxpo.text.conversations import Conversation, Message, Said, check_text, key_of
 
-Prompt = str | tuple[Mapping[str, str], ...]
+Prompt = str | tuple[Message, ...] | Conversation
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+ARGUMENTS = ("tools", "documents")  # columns that are arguments of the chat template
+ASKED = ("prompt", "system", *ARGUMENTS, "chat_template_kwargs")
 KINDS = {
     "pair": PAIR,
     "label": ("completion", "label"),
@@ -46,11 +55,12 @@ class Answer(NamedTuple):
 
     Attributes:
       role: one of ``jaxpo.fields.ROLES``.
-      text: the answer itself.
+      text: the answer itself; of a message, its content.
       numbers: what is known of it, by name.
       prompt: its own prompt; None = the row's.
       trace: the tool calls after it (`jaxpo.tasks.preferences.traces`).
       weights: weighted spans of its text, by name.
+      message: the assistant's message, if it has more than content (``tool_calls``, ``reasoning_content``).
     """
 
     role: str
@@ -59,6 +69,12 @@ class Answer(NamedTuple):
     prompt: Prompt | None = None
     trace: Trace = ()
     weights: Mapping[str, Spans] = {}
+    message: Message | None = None
+
+    @property
+    def said(self) -> Said:
+        """The answer as a chat template takes it."""
+        return self.text if self.message is None else self.message
 
 
 class Row(NamedTuple):
@@ -105,63 +121,173 @@ def row_of(record: Any, fields: Mapping[str, str], kind: str | None = None) -> R
     if not isinstance(record, Mapping):
         raise BadRow("wrong_type", f"a JSON object is expected, found {type(record).__name__}")
     record = {**record, **{ours: record[theirs] for ours, theirs in fields.items() if theirs in record}}
-    own = kind_of(record)
-    if kind is not None and own != kind:
-        raise BadRow("another_kind", f"this row has the fields of a {own!r} row, but earlier rows are {kind!r} rows")
-    absent = [f for f in KINDS[own] if record.get(f) is None]
-    if absent:
-        raise BadRow("missing_field", f"field {absent[0]!r} is missing: {unknown('field', absent[0], record)}")
-    row = {"pair": pair_row, "label": label_row, "scored": scored_row, "edited": edited_row}[own](record)
+    try:
+        own = kind_of(record)
+        if kind is not None and own != kind:
+            raise BadRow("another_kind", f"this row has the fields of a {own!r} row, earlier rows are {kind!r} rows")
+        for field in KINDS[own]:
+            required(record, field)
+        row = {"pair": pair_row, "label": label_row, "scored": scored_row, "edited": edited_row}[own](record)
+    except BadRow as bad:
+        theirs = [f"{ours!r} is {theirs!r} in the file" for ours, theirs in fields.items() if repr(ours) in str(bad)]
+        raise BadRow(bad.reason, f"{bad} ({', '.join(theirs)})" if theirs else str(bad)) from None
     check_answers(row, own)
     return row
 
 
 def kind_of(record: Mapping[str, Any]) -> str:
-    """The first kind that shares a field with the record; `BadRow` if none does."""
-    for kind, fields in KINDS.items():
-        if any(record.get(f) is not None for f in fields):
-            return kind
+    """The first kind that shares a field with the record; `BadRow` if none does. Null fields count if no others do."""
+    for there in (lambda f: record.get(f) is not None, lambda f: f in record):
+        for kind, fields in KINDS.items():
+            if any(there(f) for f in fields):
+                return kind
     wanted = " or ".join("prompt, " + ", ".join(fields) for fields in KINDS.values())
     raise BadRow("missing_field", f"a row has the fields {wanted}; this one has {', '.join(record) or 'none'}")
 
 
-def prompt_of(value: Any) -> Prompt:
-    """The prompt, a text or messages; `BadRow` for anything else."""
+@cache
+def columns(kind: str) -> frozenset[str]:
+    """Every field that a row of this kind may have."""
+    roles = {"pair": ROLES, "edited": EDITS}.get(kind, ())
+    named = {"pair": (*NUMBERS, *VECTORS), "edited": (*NUMBERS, *VECTORS, *WEIGHTS)}.get(kind, ())
+    traces = (f"{role}_trace" for role in roles if kind == "pair")
+    return frozenset({*ASKED, *KINDS[kind], *roles, *named, *(f"{n}_{r}" for n in named for r in roles), *traces})
+
+
+def unread(record: Mapping[str, Any], fields: Mapping[str, str], kind: str) -> list[str]:
+    """The columns of a record that say something and that no row of this kind has."""
+    read = columns(kind) | {*fields.values()}
+    return [name for name, value in record.items() if name not in read and value is not None]
+
+
+# ---- prompts and answers
+
+
+def prompt_of(value: Any, beside: Mapping[str, Any] = NOTHING, field: str = "prompt") -> Prompt:
+    """The prompt, a text or messages; `BadRow` for anything else.
+
+    Args:
+      value: what the row gives.
+      beside: the row, of which ``system`` and the arguments of the chat template are read.
+      field: for messages about the value.
+    """
+    system, arguments = beside.get("system"), arguments_of(beside)
     if isinstance(value, str):
+        checked(check_text, value, field)
         if not value.strip():
-            raise BadRow("empty_prompt", "field 'prompt' is empty")
-        return value
-    messages = messages_of(value, "prompt")
+            raise BadRow("empty_prompt", f"field {field!r} is empty")
+        if not system and not arguments:
+            return value
+    messages = [{"role": "user", "content": value}] if isinstance(value, str) else messages_of(value, field)
     if messages[-1]["role"] == "assistant":
-        raise BadRow("wrong_type", "field 'prompt': its last message is the assistant's, so there is nothing to answer")
-    return messages
+        raise BadRow("wrong_type", f"field {field!r}: its last message is the assistant's: there is nothing to answer")
+    if system and messages[0]["role"] == "system":
+        raise BadRow("wrong_type", f"field 'system' is given, but field {field!r} has a system message, too")
+    if system:
+        messages = (*messages_of([{"role": "system", "content": system}], "system"), *messages)
+    return Conversation(tuple(messages), arguments) if arguments else tuple(messages)
 
 
-def messages_of(value: Any, field: str) -> tuple[Mapping[str, str], ...]:
+def arguments_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the chat template that a row has, as lists and dictionaries or as JSON; `BadRow` for others."""
+    out = {}
+    for name in (*ARGUMENTS, "chat_template_kwargs"):
+        value = record.get(name) or None
+        value = checked(lambda x: conversations.from_text(x, "its value is a text"), value, name)
+        if not value:
+            continue
+        if name in ARGUMENTS and not (isinstance(value, list | tuple) and all(isinstance(x, Mapping) for x in value)):
+            raise BadRow("wrong_type", f"field {name!r} must be a list of objects, found {value!r:.60}")
+        if name not in ARGUMENTS and not isinstance(value, Mapping):
+            raise BadRow("wrong_type", f"field {name!r} must be an object, found {value!r:.60}")
+        for text in conversations.strings(value):
+            checked(check_text, text, name)
+        out |= {name: list(value)} if name in ARGUMENTS else value
+    return out
+
+
+def checked(check: Callable[[Any], Any], value: Any, field: str) -> Any:
+    """What a check returns; `BadRow` that names the field where it raises ``ValueError``."""
+    try:
+        return check(value)
+    except ValueError as error:
+        raise BadRow("wrong_type", f"field {field!r}: {error}") from None
+
+
+def messages_of(value: Any, field: str) -> tuple[Message, ...]:
     """The messages of a non-empty list; `BadRow` for anything else."""
-
-    def good(m: Any) -> bool:
-        return isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-
-    if not isinstance(value, list | tuple) or not value or not all(map(good, value)):
-        shown = repr(value)[:60]
-        raise BadRow(
-            "wrong_type", f'field {field!r} must be a text or a list of {{"role", "content"}} messages, found {shown}'
-        )
-    return tuple({"role": m["role"], "content": m["content"]} for m in value)
+    if value is None:
+        raise BadRow("missing_field", f"field {field!r} is null")
+    return tuple(checked(conversations.messages_of, value, field))
 
 
-def text_of(value: Any, field: str) -> str:
-    """The text of an answer: a string, or one message of the assistant; `BadRow` for anything else."""
-    if not isinstance(value, str):
+def answer_of(role: str, value: Any, field: str, **known: Any) -> Answer:
+    """The answer that a field holds: a text, or one message of the assistant; `BadRow` for anything else.
+
+    known: the answer's other attributes.
+    """
+    if isinstance(value, str):
+        text, message = checked(check_text, value, field), None
+    else:
         messages = messages_of(value, field)
-        if len(messages) != 1 or messages[0]["role"] != "assistant":
+        if [m["role"] for m in messages] != ["assistant"]:
             roles = ", ".join(m["role"] for m in messages)
             raise BadRow("wrong_type", f"field {field!r} must be one message of the assistant, found {roles}")
-        value = messages[0]["content"]
-    if not value.strip():
+        (message,) = messages
+        text, message = message["content"], message if message.keys() > {"role", "content"} else None
+    if not text.strip() and message is None:
         raise BadRow("empty_answer", f"field {field!r} is an empty answer")
-    return value
+    return Answer(role, text, message=message, **known)
+
+
+def apart(record: Mapping[str, Any], answers: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The prompt of a record, and its answers without the prompt where they are whole conversations.
+
+    Args:
+      answers: name of a field -> what it holds.
+
+    Raises:
+      BadRow: there is no prompt, or the conversations begin in another way than the prompt, or each in its own way.
+    """
+    talks = {f: messages_of(v, f) for f, v in answers.items() if isinstance(v, list | tuple)}
+    whole = {f: talk for f, talk in talks.items() if len(talk) > 1}
+    prompt = record.get("prompt")
+    if not whole:
+        return required(record, "prompt"), dict(answers)
+    if prompt is None:
+        if len(whole) < len(answers):
+            lone = next(f for f in answers if f not in whole)
+            raise BadRow("missing_field", f"field 'prompt' is missing, and field {lone!r} is an answer alone")
+        prompt = common_beginning(list(whole.values()))
+        if not prompt:
+            names = " and ".join(whole)
+            raise BadRow("missing_field", f"field 'prompt' is missing, and {names} begin with different messages")
+        return prompt, {f: talk[len(prompt) :] for f, talk in whole.items()}
+    beginnings = {f: talk[:-1] for f, talk in whole.items()}
+    asked = next(iter(beginnings.values()))
+    for field, beginning in beginnings.items():
+        if not asks_the_same(prompt, beginning) or key_of(beginning) != key_of(asked):
+            raise BadRow(
+                "wrong_type",
+                f"field 'prompt' is {prompt!r:.40}, and field {field!r} is a conversation that begins otherwise (its "
+                f"question is {beginning[-1]['content']!r:.40}): leave out the prompt, or give the answer alone",
+            )
+    return asked, {**answers, **{f: talk[-1:] for f, talk in whole.items()}}
+
+
+def common_beginning(talks: Sequence[tuple[Message, ...]]) -> tuple[Message, ...]:
+    """The messages with which all conversations begin, without the last one of any."""
+    most = min(map(len, talks)) - 1
+    same = next((i for i in range(most) if any(t[i] != talks[0][i] for t in talks)), most)
+    return talks[0][:same]
+
+
+def asks_the_same(prompt: Any, beginning: tuple[Message, ...]) -> bool:
+    """Whether a conversation begins with the prompt: its messages, or the user's text as the last of them."""
+    if isinstance(prompt, str):
+        last = beginning[-1]
+        return last["role"] == "user" and last["content"].strip() == prompt.strip()
+    return messages_of(prompt, "prompt") == beginning
 
 
 def number_of(value: Any, name: str) -> float:
@@ -175,37 +301,17 @@ def number_of(value: Any, name: str) -> float:
 
 def pair_row(record: Mapping[str, Any]) -> Row:
     """The answers chosen and rejected, and those of any other role in the record, with their numbers."""
-    record = with_prompt(record)
-    prompt = prompt_of(record["prompt"])
     roles = [*PAIR, *(r for r in ROLES if r not in PAIR and record.get(r) is not None)]
-    answers = []
+    value, given = apart(record, {role: record[role] for role in roles})
+    prompt, answers = prompt_of(value, record), []
     for role in roles:
-        value, own = record[role], None
-        if isinstance(value, Mapping):
-            absent = [f for f in ("prompt", "completion") if f not in value]
-            if absent:
-                raise BadRow("missing_field", f"field {role!r}: {absent[0]!r} is missing")
+        value, known = given[role], dict(numbers=numbers_of(record, role), trace=trace_of(record, role))
+        if isinstance(value, Mapping) and "role" not in value:
+            own, value = (required(value, f, f"field {role!r}: ") for f in ("prompt", "completion"))
             # Such a prompt may be empty: ORPO's NLL over prompt and answer takes both as one text.
-            value, own = value["completion"], value["prompt"] and prompt_of(value["prompt"])
-        answers.append(Answer(role, text_of(value, role), numbers_of(record, role), own, trace_of(record, role)))
+            known["prompt"] = own and prompt_of(own, record, f"prompt of {role}")
+        answers.append(answer_of(role, value, role, **known))
     return Row(prompt, tuple(answers))
-
-
-def with_prompt(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The record; if it has no prompt, the common beginning of its two conversations becomes the prompt."""
-    if record.get("prompt") is not None:
-        return record
-    if any(isinstance(record[role], str) for role in PAIR):
-        raise BadRow("missing_field", f"field 'prompt' is missing: {unknown('field', 'prompt', record)}")
-    chosen, rejected = (messages_of(record[role], role) for role in PAIR)
-    same = 0
-    while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
-        same += 1
-    if not same:
-        raise BadRow(
-            "missing_field", "field 'prompt' is missing, and chosen and rejected begin with different messages"
-        )
-    return {**record, "prompt": chosen[:same], "chosen": chosen[same:], "rejected": rejected[same:]}
 
 
 def numbers_of(record: Mapping[str, Any], role: str) -> dict[str, float]:
@@ -237,43 +343,46 @@ def trace_of(record: Mapping[str, Any], role: str) -> Trace:
     """The tool calls after the answer of a role, from the field ``<role>_trace``; () if it is absent."""
     value = record.get(f"{role}_trace")
     try:
-        return () if value is None else check_trace(value)
+        return () if value is None else tuple((kind, check_text(text)) for kind, text in check_trace(value))
     except ValueError as error:
         raise BadRow("wrong_type", f"field '{role}_trace': {error}") from None
 
 
 def label_row(record: Mapping[str, Any]) -> Row:
     """One answer with its label."""
-    prompt = prompt_of(required(record, "prompt"))
-    answer = Answer("own", text_of(record["completion"], "completion"), {"label": number_of(record["label"], "label")})
-    return Row(prompt, (answer,))
+    prompt, given = apart(record, {"completion": record["completion"]})
+    numbers = {"label": number_of(record["label"], "label")}
+    return Row(prompt_of(prompt, record), (answer_of("own", given["completion"], "completion", numbers=numbers),))
 
 
 def scored_row(record: Mapping[str, Any]) -> Row:
     """K answers, each with its score as the number reward."""
-    prompt, texts, scores = prompt_of(required(record, "prompt")), record["completions"], record["scores"]
+    texts, scores = record["completions"], record["scores"]
     if not isinstance(texts, list | tuple) or not isinstance(scores, list | tuple) or len(texts) != len(scores):
         raise BadRow("wrong_type", "fields 'completions' and 'scores' must be lists of one length")
+    prompt, given = apart(record, {f"completions[{i}]": text for i, text in enumerate(texts)})
     answers = [
-        Answer("own", text_of(text, f"completions[{i}]"), {"reward": number_of(score, f"scores[{i}]")})
-        for i, (text, score) in enumerate(zip(texts, scores, strict=True))
+        answer_of("own", text, field, numbers={"reward": number_of(score, f"scores[{i}]")})
+        for i, ((field, text), score) in enumerate(zip(given.items(), scores, strict=True))
     ]
-    return Row(prompt, tuple(answers))
+    return Row(prompt_of(prompt, record), tuple(answers))
 
 
 def edited_row(record: Mapping[str, Any]) -> Row:
     """The ground truth, the expert's revision and the model's own answer; and again the first two, after the corrupted
     prompt.
     """
-    prompt, corrupted = (prompt_of(required(record, field)) for field in ("prompt", "corrupted_prompt"))
+    value, given = apart(record, {role: record[role] for role in EDITS})
+    prompt = prompt_of(value, record)
+    corrupted = prompt_of(required(record, "corrupted_prompt"), record, "corrupted_prompt")
     for name in WEIGHTS:
         if isinstance(record.get(name), Mapping) and (odd := sorted(record[name].keys() - set(EDITS))):
             raise BadRow("wrong_type", f"field {name!r}: {unknown('answer', odd[0], EDITS)}")
     answers = []
     for role in EDITS:
-        text = text_of(record[role], role)
-        weights = {name: spans for name in WEIGHTS if (spans := spans_of(record, name, role, text)) is not None}
-        answers.append(Answer(role, text, numbers_of(record, role), weights=weights))
+        answer = answer_of(role, given[role], role, numbers=numbers_of(record, role))
+        spans = {name: spans_of(record, name, role, answer.text) for name in WEIGHTS}
+        answers.append(answer._replace(weights={name: s for name, s in spans.items() if s is not None}))
     degraded = [a._replace(role=f"{a.role}_corrupted", prompt=corrupted) for a in answers if a.role != "original"]
     return Row(prompt, (*answers, *degraded))
 
@@ -309,16 +418,18 @@ def place(text: str, spans: Spans, what: str) -> list[tuple[int, int, float]]:
     return out
 
 
-def required(record: Mapping[str, Any], field: str) -> Any:
-    """A field of a record; `BadRow` if it is missing."""
-    if record.get(field) is None:
-        raise BadRow("missing_field", f"field {field!r} is missing: {unknown('field', field, record)}")
+def required(record: Mapping[str, Any], field: str, where: str = "") -> Any:
+    """A field of a record; `BadRow` that begins with ``where`` if it is missing or null."""
+    if field not in record:
+        raise BadRow("missing_field", f"{where}field {field!r} is missing: {unknown('field', field, record)}")
+    if record[field] is None:
+        raise BadRow("missing_field", f"{where}field {field!r} is null")
     return record[field]
 
 
 def check_answers(row: Row, kind: str) -> None:
     """Raise `BadRow` if nothing can be learned: both answers of a pair are equal, or all scored answers are."""
     roles = (EDITS[0], EDITS[2]) if kind == "edited" else PAIR
-    compared = [a.text for a in row.answers if kind == "scored" or a.role in roles]
-    if kind != "label" and len(set(compared)) < 2:
-        raise BadRow("equal_answers", f"the answers are equal ({compared[0][:40]!r}): nothing is preferred")
+    compared = [a for a in row.answers if kind == "scored" or a.role in roles]
+    if kind != "label" and len({key_of([a.message or {"content": a.text}]) for a in compared}) < 2:
+        raise BadRow("equal_answers", f"the answers are equal ({compared[0].text[:40]!r}): nothing is preferred")

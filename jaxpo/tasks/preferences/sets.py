@@ -22,11 +22,15 @@ from jaxpo.arguments import Whole, check
 from jaxpo.fields import EDITS
 from jaxpo.registry import check_arguments, unknown
 from jaxpo.tasks.base import Task, locate
-from jaxpo.tasks.preferences.records import BadRow, Prompt, Row, row_of
+from jaxpo.tasks.preferences.records import KINDS, BadRow, Row, columns, row_of, unread
+from jaxpo.text.conversations import key_of
 
 BAD = ("error", "drop")
 # Templates of prompts that hold answers -> the places they must have besides {prompt}.
 PLACES = {"draft_prompt": ("draft",), "rationale_prompt": ("chosen", "rejected")}
+
+
+FIELDS_OF_ROWS = sorted(set().union(*map(columns, KINDS)))
 
 
 class PreferenceSet(NamedTuple):
@@ -41,6 +45,7 @@ class PreferenceSet(NamedTuple):
         ``data/flipped``.
       bad: what to do with rows that turn out bad as tokens: "error" or "drop".
       templates: templates of prompts that hold answers (keys of ``PLACES``), instead of the defaults of `encode`.
+      unread: columns of the data that nothing reads.
     """
 
     name: str
@@ -50,6 +55,7 @@ class PreferenceSet(NamedTuple):
     report: dict[str, float]
     bad: str = "error"
     templates: Mapping[str, str] = {}
+    unread: tuple[str, ...] = ()
 
 
 class Sieve:
@@ -233,7 +239,10 @@ def from_records(
     fields: Mapping[str, str] | None = None,
 ) -> PreferenceSet:
     """A preference set from one or two sources of (place, record): rows to train on, and rows to hold out."""
-    sieve, kind, parts = Sieve(bad), None, []
+    sieve, kind, parts, left = Sieve(bad), None, [], {}
+    for field in fields or {}:
+        if field not in FIELDS_OF_ROWS:
+            raise ValueError(unknown("field of config.data.fields", field, FIELDS_OF_ROWS))
     if check("test_size", test_size, Whole | None) is not None and len(sources) > 1:
         raise ValueError("give held-out rows or test_size, not both")
     if seed and not test_size:
@@ -242,13 +251,19 @@ def from_records(
         rows: list[Row] = []
         for where, record in source:
             known = kind  # a copy for the lambda
-            for row in sieve(lambda x, known=known: row_of(parse(x), fields or {}, known), where, record):
+            for row, seen in sieve(lambda x, known=known: read(parse(x), fields or {}, known), where, record):
                 kind = kind or kind_of_row(row)
+                left |= dict.fromkeys(unread(seen, fields or {}, kind))
                 rows.append(row._replace(where=where))
         parts.append(rows)
     train = parts[0]
     test = parts[1] if len(parts) > 1 else hold_out(train, test_size or 0, seed)
-    return finish(name, kind or "pair", train, test, sieve.report())._replace(bad=bad)
+    return finish(name, kind or "pair", train, test, sieve.report())._replace(bad=bad, unread=tuple(left))
+
+
+def read(record: Any, fields: Mapping[str, str], kind: str | None) -> tuple[Row, Any]:
+    """A row (`jaxpo.tasks.preferences.records.row_of`), beside the record it was read from."""
+    return row_of(record, fields, kind), record
 
 
 def kind_of_row(row: Row) -> str:
@@ -266,11 +281,6 @@ def hold_out(rows: Sequence[Row], size: int, seed: int) -> list[Row]:
         raise ValueError(f"test_size={size} leaves nothing to train on: there are {len(prompts)} different prompts")
     drawn = set(random.Random(seed).sample(prompts, size))
     return [row for row in rows if key_of(row.prompt) in drawn]
-
-
-def key_of(prompt: Prompt) -> str:
-    """A text that is equal for equal prompts."""
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
 
 
 def finish(name: str, kind: str, train: list[Row], test: list[Row], report: Mapping[str, float]) -> PreferenceSet:

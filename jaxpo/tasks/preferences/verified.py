@@ -8,6 +8,7 @@ from jaxpo.fields import PAIR
 from jaxpo.tasks.base import Example, Task
 from jaxpo.tasks.preferences.records import Answer, Row
 from jaxpo.tasks.preferences.sets import PreferenceSet, Sieve, finish, templates
+from jaxpo.text.conversations import plain_answer, plain_text
 
 TRIES = 64  # wrong answers to try for an example before giving up
 
@@ -57,10 +58,11 @@ def verified_pairs(
 
 def pairs(task: Task, examples: Sequence[Example], seed: int, part: str) -> list[Row]:
     """Make a pair for each example. Each call of the verifier covers all examples that still lack a wrong answer."""
-    right = [task.demonstrate(e) for e in examples]
+    right = [plain_answer(task.demonstrate(e)) for e in examples]
     refused = [e for e, score in zip(examples, task.score(examples, right), strict=True) if not score.correct]
     if refused:
-        raise ValueError(f"task {task.name}: its verifier refuses its own answer to {refused[0].question[:60]!r}")
+        question = plain_text(refused[0].question)
+        raise ValueError(f"task {task.name}: its verifier refuses its own answer to {question!r:.60}")
     proposals = [wrong_answers(right, i, random.Random(f"{seed}:{part}:{i}")) for i in range(len(examples))]
     wrong: dict[int, str] = {}
     for _ in range(TRIES):
@@ -72,9 +74,8 @@ def pairs(task: Task, examples: Sequence[Example], seed: int, part: str) -> list
         wrong |= {i: t for i, t, s in zip(left, texts, scores, strict=True) if not s.correct and s.error is None}
     missing = [e for i, e in enumerate(examples) if i not in wrong]
     if missing:
-        raise ValueError(
-            f"task {task.name}: {TRIES} answers to {missing[0].question[:60]!r} were all right, so none is preferred"
-        )
+        question = plain_text(missing[0].question)
+        raise ValueError(f"task {task.name}: {TRIES} answers to {question!r:.60} were all right, so none is preferred")
     return [
         Row(e.question, tuple(Answer(role, text) for role, text in zip(PAIR, (right[i], wrong[i]), strict=True)), part)
         for i, e in enumerate(examples)

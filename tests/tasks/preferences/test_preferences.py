@@ -11,6 +11,7 @@ from jaxpo.tasks import build as build_task
 from jaxpo.tasks.preferences.encode import as_kind, encode, units
 from jaxpo.tasks.preferences.records import row_of
 from jaxpo.tasks.preferences.sets import build, datasets, jsonl
+from jaxpo.text.conversations import Turn
 from jaxpo.text.tokenizers import CharTokenizer
 
 TOKENIZER = CharTokenizer("abcdefghijklmnopqrstuvwxyz {}:DB")
@@ -307,8 +308,8 @@ class Words:
     def token_bytes(self):
         return [w.encode() for w in self.words]
 
-    def render(self, question):
-        return "q"
+    def turn(self, question, answer):
+        return Turn(self.encode("q"), [*self.encode(answer), 0], answer)
 
 
 def test_a_token_that_shares_a_byte_with_a_span_has_its_weight():
