@@ -11,6 +11,7 @@ from ml_collections.config_flags import config_flags
 
 from jaxpo.config.blocks import NAMED, OWN, block_of
 from jaxpo.config.fill import fill
+from jaxpo.config.reward_flags import add_reward_fields
 from jaxpo.registry import unknown
 
 NAMELESS = ("task.name", "data.name", "protocol.name")  # blocks that may have no name
@@ -118,6 +119,7 @@ def parse(
         overrides = _take_none(config, overrides)
         _take_names(config, overrides)
         fill(config)
+        add_reward_fields(config, overrides)
         _check_paths(config, [path for path, _ in overrides])
         argv = [a for a in argv if not a.startswith("--config")]
         argv += [f"--config.{path}={value}" for path, value in overrides]

@@ -11,11 +11,13 @@ ANY = (-np.inf, np.inf)
 
 def check_rewards(allowed: tuple[float, float] | None, batch: Rollouts) -> None:
     """Raise ``ValueError`` for a reward of a counted row that is not finite, or outside the range that an objective is
-    defined for. Traced rewards pass: the training loop looks at them before."""
+    defined for: of each of ``rewards_multi`` where the batch has them, and of their sum otherwise. Traced rewards pass:
+    the training loop looks at them before."""
     why = "the range this objective is defined for: scale the rewards, or say the range if the objective takes one"
-    for reward in (batch.reward, batch.per_row.get("rewards_multi")):
+    several = batch.per_row.get("rewards_multi")
+    for reward, of_one in ((batch.reward, several is None), (several, True)):
         if reward is not None:
-            check_range("reward", reward, allowed or ANY, batch, why)
+            check_range("reward", reward, (allowed or ANY) if of_one else ANY, batch, why)
 
 
 def check_range(name: str, x: Array, allowed: tuple[float, float], batch: Rollouts, why: str) -> None:
