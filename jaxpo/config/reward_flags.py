@@ -76,8 +76,11 @@ def _add_options(task: ConfigDict, given: Mapping[str, str]) -> None:
     decides = None if first is None else name_of_reward(first)
     for name in blocks:
         block = blocks[name]
-        if isinstance(block.get("weight", 1.0), int):
-            block.weight = float(block.get("weight", 1.0))
+        weight = block.get("weight", 1)
+        if isinstance(weight, int):  # a field keeps its type, and a flag may say 0.5
+            if "weight" in block:
+                del block["weight"]
+            block.weight = float(weight)
         reward = block.get("reward") or (first if name == decides and task.reward is not None else name)
         for option, parameter in options_of(reward, f"config.task.rewards.{name}").items():
             if option not in block and (name != decides or f"{MORE}{name}.{option}" in given):
