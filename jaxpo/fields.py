@@ -21,7 +21,7 @@ ROLES = (
     *("rationale", *EDITS[:2], EDITS[2], "truth_corrupted", "revised_corrupted"),
     *("matching", "violating", "multi_chosen", "multi_rejected"),  # one answer to two prompts, a pair to a longer one
 )
-Giver = Literal["loop", "reference", "data", "judge", "protocol", "user"]
+Giver = Literal["loop", "reference", "data", "judge", "protocol", "task", "user"]
 Draw = Callable[[np.random.Generator, int, int], np.ndarray]
 
 GIVERS: dict[str, str] = {
@@ -30,6 +30,7 @@ GIVERS: dict[str, str] = {
     "data": "preference data (config.data) may give it",
     "judge": "a judge (config.judge) of the policy's own answers may give it",
     "protocol": "the protocol that the objective names gives it",
+    "task": "a task with several rewards (config.task.rewards) gives it",
     "user": "your own data or reward has to give it",
 }
 
@@ -177,7 +178,10 @@ FIELDS: dict[str, Field] = {
         example=tokens(lambda rng, shape: rng.uniform(0.1, 0.5, shape)),
     ),
     # ---- what only the user's own data or rewards know
-    "rewards_multi": Field("vector", "several rewards", ("user",), example=uniform(0, 1, 3)),
+    "rewards_multi": Field("vector", "several rewards", ("task", "user"), example=uniform(0, 1, 3)),
+    "reward_weights": Field(
+        "vector", "weight of each reward; 0 = no say", ("task", "user"), example=uniform(0.1, 1, 3)
+    ),
     "cand_scores": Field("vector", "scores of M reward models", ("user",), example=normal(3)),
     "adapter_logits": Field("vector", "weights of M reward models before the softmax", ("user",), example=normal(3)),
     "obj_scores": Field("vector", "helpfulness, safety, P[Love]", ("user",), example=normal(3)),

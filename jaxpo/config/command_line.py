@@ -12,6 +12,7 @@ from ml_collections.config_flags import config_flags
 
 from jaxpo.config.blocks import NAMED, OWN, block_of
 from jaxpo.config.fill import fill
+from jaxpo.config.reward_flags import add_reward_fields
 from jaxpo.registry import unknown
 
 OPEN = ("tokenizer.template_arguments",)  # blocks whose fields have any name
@@ -146,6 +147,7 @@ def parse(
         _take_names(config, overrides)
         fill(config)
         overrides = _take_open(config, overrides)
+        add_reward_fields(config, overrides)
         _check_paths(config, [path for path, _ in overrides])
         argv = [a for a in argv if not a.startswith("--config")]
         argv += [f"--config.{path}={value}" for path, value in overrides]

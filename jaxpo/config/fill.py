@@ -16,7 +16,7 @@ from jaxpo.objectives import Objective, make
 from jaxpo.registry import unknown
 
 
-def _value(parameter: inspect.Parameter) -> Any:
+def value_of(parameter: inspect.Parameter) -> Any:
     """The default as a config value. None keeps the declared type, so that a flag can set a number."""
     if isinstance(parameter.default, Mapping):  # arguments of any name
         return ConfigDict(dict(parameter.default))
@@ -82,7 +82,7 @@ def fill_block(config: ConfigDict, path: str) -> None:
         if name in of_run and block.get(name) is None:
             block[name] = of_run[name]
         elif name not in block:
-            block[name] = _value(parameter)
+            block[name] = value_of(parameter)
 
 
 def fill_protocol(config: ConfigDict, objective: Objective) -> None:
@@ -98,7 +98,7 @@ def fill_protocol(config: ConfigDict, objective: Objective) -> None:
     with config.unlocked():
         for field, parameter in parameters.items():
             if field not in block and field not in taken:
-                block[field] = _value(parameter)
+                block[field] = value_of(parameter)
 
 
 def objective_of(config: ConfigDict) -> Objective:

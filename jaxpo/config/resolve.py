@@ -6,6 +6,7 @@ from jaxpo.config.blocks import arguments_of
 from jaxpo.config.checks import check_fields, check_resolved
 from jaxpo.config.fill import fill_blocks, fill_protocol, objective_of, protocol_name
 from jaxpo.config.resolved import Resolved
+from jaxpo.fields import given_by
 from jaxpo.learning import references
 from jaxpo.learning.needs import form_of, heads_of, references_of
 from jaxpo.objectives import Objective
@@ -36,7 +37,7 @@ def resolve(config: ConfigDict, devices: int, *, objective: Objective | None = N
         objective=objective,
         protocol_name=name,
         protocol=protocol,
-        references=tuple(references_of(objective, protocol.facts.provides)),
+        references=tuple(references_of(objective, {*protocol.facts.provides, *given_by_task(config)})),
         heads=policy_heads(objective, config),
         form=form_of(objective, responses),
         rows_per_prompt=protocol.facts.rows(objective, responses) if protocol.facts.rows else responses,
@@ -56,6 +57,11 @@ def policy_heads(objective: Objective, config: ConfigDict) -> dict[str, tuple[in
     if "value" not in wanted:
         raise ValueError(f"config.critic.path has no effect: objective {config.objective.name!r} asks for no values")
     return {name: shape for name, shape in wanted.items() if name != "value"}
+
+
+def given_by_task(config: ConfigDict) -> frozenset[str]:
+    """The fields that the task gives because it has several rewards."""
+    return given_by("task") if config.task.name and config.task.get("rewards") else frozenset()
 
 
 def protocol_of(config: ConfigDict, objective: Objective, name: str) -> Protocol:

@@ -46,7 +46,7 @@ def random_critic(config: TransformerConfig, key: Array) -> Params:
 
 def policy_alone(params: Params) -> Params:
     """The parameters without a critic of its own: what samples, and what references are copies of."""
-    return {name: x for name, x in params.items() if name != CRITIC}
+    return {name: x for name, x in params.items() if name != CRITIC} if params and CRITIC in params else params
 
 
 def with_base(config: ConfigDict, base: Params | None, params: Params) -> Params:

@@ -230,6 +230,31 @@ def lite_ppo(
     )
 
 
+@register(source="GDPO, arXiv:2601.05242; TRL multi_objective_aggregation")
+def gdpo(
+    eps_low: Positive = 0.2,
+    eps_high: Positive = 0.2,
+    eps: Positive | None = None,
+    adv_eps: NonNegative = 1e-4,
+    whiten: bool = True,
+    log_ratio_clip: PositiveOrInfinite = 20.0,
+) -> Objective:
+    """Group reward-Decoupled normalization: each of several rewards is normalized in its group before they are added,
+    so that none drowns in another's spread; PPO clip, token mean.
+
+    ``A_i = sum_k w_k (r_ik - group mean) / (group std + adv_eps)``, standardized over the batch. Shapes: logp [B, T],
+    rewards_multi, reward_weights [B, R].
+
+    Args:
+      whiten: standardize the sum over the batch."""
+    return clipped_tokens(
+        advantages.gdpo(adv_eps, whiten),
+        eps_pair(eps, eps_low, eps_high, (0.2, 0.2)),
+        agg="token_mean",
+        log_ratio_clip=log_ratio_clip,
+    )
+
+
 @register(source="BNPO, arXiv:2506.02864; code of changyi7231/BNPO")
 def bnpo(
     min: float = 0.0,

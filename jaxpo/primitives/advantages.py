@@ -83,6 +83,31 @@ def batch_standardized(adv: Array, count: Array, *, adv_eps: float = 1e-4, ddof:
     return lax.stop_gradient(jnp.where(std == 0, 0, ratio_or_zero(batch_centered(adv, count), std + adv_eps)))
 
 
+def decoupled(
+    rewards_multi: Array,
+    reward_weights: Array,
+    group: Array,
+    count: Array,
+    *,
+    adv_eps: float = 1e-4,
+    whiten: bool = True,
+) -> Array:
+    """``A_i = sum_k w_ik (r_ik - group mean of r_k) / (group std of r_k + adv_eps)`` [B], standardized over the batch
+    (GDPO, arXiv:2601.05242).
+
+    Args:
+      rewards_multi: [B, R] the rewards.
+      reward_weights: [B, R] their weights; a reward of weight 0 plays no part in its row, and not in the means either.
+      whiten: standardize the sum over the batch."""
+
+    def one(reward: Array, weight: Array) -> Array:
+        given = count * (weight != 0)
+        return jnp.where(given > 0, weight * group_normalized(reward, group, given, adv_eps=adv_eps), 0)
+
+    total = sum(one(rewards_multi[:, k], reward_weights[:, k]) for k in range(rewards_multi.shape[1]))
+    return batch_standardized(total, count, adv_eps=adv_eps) if whiten else lax.stop_gradient(total)
+
+
 def log_average_exp(reward: Array, group: Array, count: Array, *, tau: float = 1.0) -> Array:
     """``tau log mean_j exp(reward_j / tau)`` over the row's group [B] (Kimi k1.5, arXiv:2501.12599).
 

@@ -28,10 +28,12 @@ class Verdict(NamedTuple):
 
     scores: [G, K] score of each answer.
     wins: [G, K, K] probability that the first answer beats the second; 1/2 on the diagonal.
+    failed: [G] whether the judge failed on the prompt, so that its answers count as equally good; None = on none.
     """
 
     scores: np.ndarray
     wins: np.ndarray
+    failed: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

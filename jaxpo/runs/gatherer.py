@@ -1,5 +1,6 @@
 """The gatherer and the stage of a run: the calls of a protocol, on the run's compiled functions and mesh."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,12 +15,14 @@ from jaxpo.learning.state import Run, TrainState
 from jaxpo.parallel import moved_bytes, shardings
 from jaxpo.parallel.distributed import to_host
 from jaxpo.policy.transformer import Params
-from jaxpo.protocols.gatherer import Gatherer, Sampler, Watch
+from jaxpo.protocols.gatherer import Gatherer, Sampler, Verdict, Watch
 from jaxpo.protocols.rows import as_scored, labelled
 from jaxpo.rollout import SamplingOptions
 from jaxpo.runs.iteration import Stage, score_references
 from jaxpo.runs.judges.judge import make_judge
+from jaxpo.runs.questions import Judged
 from jaxpo.runs.workspace import Workspace, shard_count
+from jaxpo.tasks.base import Score
 
 
 def prompt_order(seed: int, position: int, n: int, size: int) -> np.ndarray:
@@ -33,7 +36,7 @@ def prompt_order(seed: int, position: int, n: int, size: int) -> np.ndarray:
 def make_gatherer(workspace: Workspace, watch: Watch) -> Gatherer:
     """The calls that a protocol may make in this run."""
     config, questions = workspace.config, workspace.questions
-    compare = make_judge(workspace)
+    compare = partial(compared, make_judge(workspace), watch)
     return Gatherer(
         objective=workspace.objective,
         train=questions.train,
@@ -144,16 +147,52 @@ def scored_shapes(workspace: Workspace) -> Rollouts:
     return jax.eval_shape(whole, jax.random.key(0))
 
 
+def compared(judge: Callable[..., Verdict], watch: Watch, *asked: Any) -> Verdict:
+    """The judge's verdict; prompts on which it failed are counted."""
+    verdict = judge(*asked)
+    if verdict.failed is not None and verdict.failed.any():
+        watch.add("judge/errors", int(verdict.failed.sum()))
+    return verdict
+
+
 def verified(workspace: Workspace, watch: Watch, compare: Any, rollouts: Rollouts) -> Rollouts:
-    """The rollouts with what the verifier says of them, and with the judge's scores as rewards if one is named."""
+    """The rollouts with what the verifier says of them, and with the judge's scores as rewards if one is named.
+
+    Rows of which every reward abstains are left out: their count becomes 0."""
     questions, given = workspace.questions, {}
     if questions.task.score:
         examples = [questions.train.examples[i] for i in to_host(rollouts.prompt)]
-        rewards, correct, errors = questions.verdicts(examples, rollouts).T
+        judged = questions.judged(examples, rollouts)
+        rewards, correct, errors, abstained = judged.table.T.astype(np.float32)
         watch.add("reward/errors", int(errors.sum()))
-        given = dict(reward=rewards.astype(np.float32), correct=correct.astype(np.float32))
+        note_parts(watch, judged.scores)
+        given = dict(reward=rewards, correct=correct, **vectors(workspace, judged))
+        if abstained.any():
+            watch.add("reward/abstained", int(abstained.sum()))
+            count = np.ones(rollouts.rows) if rollouts.count is None else to_host(rollouts.count)
+            given["count"] = (count * (1 - abstained)).astype(np.float32)
     if workspace.config.judge.name != "verifier":
         if given:  # what the judge is a stand-in for
             watch.notes["reward/verified"] = float(given["reward"].mean())
         given["reward"] = compare(questions.train.examples, rollouts).scores.reshape(-1).astype(np.float32)
     return rollouts.replace(**given)
+
+
+def note_parts(watch: Watch, scores: Sequence[Score]) -> None:
+    """Add what each reward said to the metrics ``reward/<name>/mean`` and ``reward/<name>/count``, over this process's
+    rows of the iteration."""
+    for name in dict.fromkeys(name for score in scores for name in score.parts):
+        told = [score.parts[name] for score in scores if isinstance(score.parts.get(name), float)]
+        before = watch.notes.get(f"reward/{name}/count", 0)
+        watch.add(f"reward/{name}/count", len(told))
+        if told:
+            total = watch.notes.get(f"reward/{name}/mean", 0.0) * before + sum(told)
+            watch.notes[f"reward/{name}/mean"] = total / (before + len(told))
+
+
+def vectors(workspace: Workspace, judged: Judged) -> dict[str, np.ndarray]:
+    """The rewards one by one [B, R] and their weights, 0 where one abstained or failed, if the objective reads them."""
+    if "rewards_multi" not in workspace.objective.asks.needs:
+        return {}
+    weights = np.asarray(list(workspace.questions.rewards.values())) * judged.gave
+    return dict(rewards_multi=judged.parts.astype(np.float32), reward_weights=weights.astype(np.float32))

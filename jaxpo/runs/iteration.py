@@ -57,7 +57,7 @@ class Stage(NamedTuple):
 def gather(stage: Stage, gatherer: Gatherer, run: Run, key: Array) -> tuple[Run, Rollouts]:
     """Collect an iteration's rows by the protocol and score them."""
     run, rollouts = stage.protocol.collect(run, gatherer, key)
-    check_rewards(stage.objective.asks.rewards, rollouts)
+    check_rewards(stage.objective.asks.rewards, rollouts, stage.objective.asks.needs)
     with stage.watch.phase("score"):
         batch = score_references(stage, run, stage.put(rollouts))
     if stage.protocol.before:

@@ -14,12 +14,12 @@ from jaxpo.fields import EDITS, NUMBERS, PAIR, VECTORS
 from jaxpo.learning.needs import Form
 from jaxpo.objectives import Objective
 from jaxpo.tasks import Example, Task
-from jaxpo.tasks.base import locate
 from jaxpo.tasks.preferences import sets
 from jaxpo.tasks.preferences.encode import TEMPLATES, Encoded, as_kind, encode, units, widths
-from jaxpo.tasks.preferences.records import Row
+from jaxpo.tasks.preferences.records import BadRow, Row
 from jaxpo.tasks.preferences.sets import PreferenceSet
-from jaxpo.tasks.preferences.traces import Tracer, check_trace
+from jaxpo.tasks.preferences.traces import Tracer, tracer_of
+from jaxpo.tasks.workers import attempt
 from jaxpo.text.conversations import Said, key_of, plain_text
 from jaxpo.text.tokenizers import Tokenizer
 
@@ -70,7 +70,7 @@ def read(config: ConfigDict, task: Task | None) -> PreferenceSet | None:
         return None
     parameters = sets.set_arguments(config.data.name)
     data = sets.build({"name": config.data.name, **arguments_of(config.data, parameters)}, task)
-    return traced(data, locate(config.trace)) if config.trace else data
+    return traced(data, tracer_of(config.trace)) if config.trace else data
 
 
 def usable(data: PreferenceSet, tokenizer: Tokenizer) -> PreferenceSet:
@@ -95,14 +95,28 @@ def usable(data: PreferenceSet, tokenizer: Tokenizer) -> PreferenceSet:
 
 
 def traced(data: PreferenceSet, tracer: Tracer) -> PreferenceSet:
-    """The set with tool calls after each answer, which ``tracer`` makes from the question and the answer."""
+    """The set with tool calls after each answer, which ``tracer`` makes from the question and the answer.
+
+    A row on which it fails is a bad row: an error, or left out and counted (``data.bad``).
+
+    Raises:
+      ValueError: it fails on a row of a set with ``bad="error"``, or on all rows.
+    """
+    sieve = sets.Sieve(data.bad)
 
     def of(row: Row) -> Row:
         question = plain_text(row.prompt)
-        answers = (a._replace(trace=check_trace(tracer(question, a.text))) for a in row.answers)
-        return row._replace(answers=tuple(answers))
+        made = [attempt(tracer, (question, a.text)) for a in row.answers]
+        for _, error in made:
+            if error is not None:
+                raise BadRow("trace", f"config.trace fails on the question {question!r:.60}: {error}")
+        return row._replace(answers=tuple(a._replace(trace=t) for a, (t, _) in zip(row.answers, made, strict=True)))
 
-    return data._replace(train=[of(row) for row in data.train], test=[of(row) for row in data.test])
+    train, test = ([kept for row in rows for kept in sieve(of, data.name, row)] for rows in (data.train, data.test))
+    if data.train and not train:
+        raise ValueError(f"config.trace fails on all {len(data.train)} rows of {data.name}")
+    dropped = {k: data.report.get(k, 0.0) + v for k, v in sieve.report().items()} if sieve.dropped else {}
+    return data._replace(train=train, test=test, report={**data.report, **dropped})
 
 
 def encoded(resolved: Resolved, data: PreferenceSet, tokenizer: Tokenizer) -> Preferences | None:

@@ -1,8 +1,8 @@
 """A task as tokens: encode its prompts, decode and verify completions, and encode its own answers."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,11 +11,30 @@ from jaxpo.batch import Demonstrations, Rollouts
 from jaxpo.parallel.distributed import from_rows, own_rows, take_rows, to_host
 from jaxpo.protocols.gatherer import Prompts, Verdict
 from jaxpo.tasks import Example, Task, imperfect
+from jaxpo.tasks.base import Completion, Score
+from jaxpo.tasks.failures import Failures
 from jaxpo.text.conversations import MARK, Said, Turn, plain_answer, plain_text
 from jaxpo.text.tokenizers import Tokenizer
 
 Answers = list[list[Said]]  # texts, or messages with more than content
 Opinion = Callable[[Sequence[Example], Answers], Verdict]
+
+
+class Judged(NamedTuple):
+    """What a task's rewards say of rows.
+
+    table: [B, 4] reward, correct, error and abstained (0 or 1).
+    parts: [B, R] what each of R rewards gave; 0 where it gave nothing.
+    gave: [B, R] whether it gave a number.
+    own: indices of the rows that this process verified.
+    scores: of these.
+    """
+
+    table: np.ndarray
+    parts: np.ndarray
+    gave: np.ndarray
+    own: np.ndarray
+    scores: list[Score]
 
 
 @dataclass(frozen=True)
@@ -28,6 +47,8 @@ class Questions:
     test: prompts to evaluate on.
     width: T, the most tokens of an answer.
     stop: strings at which an answer ends.
+    rewards: names and weights of the task's rewards, if it has several.
+    failures: where errors of the verifier and of the judge are told.
     """
 
     task: Task
@@ -36,27 +57,58 @@ class Questions:
     test: Prompts
     width: int
     stop: tuple[str, ...] = ()
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    failures: Failures = field(default_factory=Failures)
 
-    def texts(self, rollouts: Rollouts) -> list[str]:
-        """The completions [..., B] as text, without special tokens and cut before a stop string."""
+    def texts(self, rollouts: Rollouts) -> list[Completion]:
+        """The completions [..., B] as text, without special tokens and cut before a stop string; with their ids."""
         width, mask = rollouts.mask.shape[-1], np.asarray(rollouts.mask) > 0
-        ids = np.asarray(rollouts.tokens)[..., -width:].reshape(-1, width)
-        texts = [self.tokenizer.decode(row[on].tolist()) for row, on in zip(ids, mask.reshape(-1, width), strict=True)]
-        for stop in self.stop:
-            texts = [text.split(stop)[0] for text in texts]
-        return texts
+        tokens = np.asarray(rollouts.tokens)[..., -width:].reshape(-1, width)
+        out = []
+        for row, on in zip(tokens, mask.reshape(-1, width), strict=True):
+            ids = row[on].tolist()
+            text = self.tokenizer.decode(ids)
+            for stop in self.stop:
+                text = text.split(stop)[0]
+            out.append(Completion(text))
+            out[-1].ids = ids
+        return out
 
     def verdicts(self, examples: Sequence[Example], rollouts: Rollouts) -> np.ndarray:
-        """Verify the rows, which answer ``examples`` [B]; returns reward, correct and error (0 or 1) [B, 3].
+        """Verify the rows, which answer ``examples`` [B]; returns reward, correct and error (0 or 1) [B, 3]."""
+        return self.judged(examples, rollouts).table[:, :3]
 
-        Each process verifies its own rows; every process gets all results.
+    def judged(self, examples: Sequence[Example], rollouts: Rollouts) -> Judged:
+        """Verify the rows, which answer ``examples`` [B]. Each process verifies its own rows; every process gets all
+        results.
+
+        Raises:
+          NoVerdict: not one row could be verified, or one of the rewards failed on all of them.
         """
         rows = own_rows(rollouts.tokens)
         said = Rollouts(tokens=rollouts.tokens, mask=rollouts.mask)
         own = jax.tree.map(lambda x: take_rows(x, rows), said)
         scores = self.task.score([examples[i] for i in rows], self.texts(own)) if len(rows) else []
-        values = np.array([(s.reward, s.correct, s.error is not None) for s in scores], np.float64).reshape(-1, 3)
-        return from_rows(values, rows, rollouts.rows)
+        said = [(s.reward, s.correct, s.error is not None, s.abstained) for s in scores]
+        said = np.array(said, np.float64).reshape(-1, 4)
+        parts = [[s.parts.get(name) for name in self.rewards] for s in scores]
+        failed = np.array([[isinstance(p, str) for p in row] for row in parts], np.float64)
+        parts = np.array([[p if isinstance(p, float) else np.nan for p in row] for row in parts], np.float64)
+        shape, total = (len(scores), len(self.rewards)), rollouts.rows
+        table, parts, failed = (from_rows(x, rows, total) for x in (said, parts.reshape(shape), failed.reshape(shape)))
+        self._tell(scores, table, failed)
+        return Judged(table, np.nan_to_num(parts), np.isfinite(parts), rows, scores)
+
+    def _tell(self, scores: Sequence[Score], table: np.ndarray, failed: np.ndarray) -> None:
+        """Tell the errors of the rewards, and stop if nothing works."""
+        if not self.rewards:
+            what = f"the verifier of {getattr(self.task, 'name', 'the task')}"
+            self.failures.tell(what, [s.error for s in scores])
+            self.failures.check_any(what, int(table[:, 2].sum()), len(table))
+        for name, column in zip(self.rewards, failed.T, strict=True):
+            parts = [s.parts.get(name) for s in scores]
+            self.failures.tell(f"reward {name!r}", [p if isinstance(p, str) else None for p in parts])
+            self.failures.check_any(f"reward {name!r}", int(column.sum()), len(column))
 
     def answers(self, column: Rollouts, prompts: np.ndarray) -> np.ndarray:
         """The texts [n, K] of the answers to the prompts with these indices in a generated batch (NumPy)."""
@@ -74,6 +126,9 @@ class Questions:
           opinion: the judge's ``(examples [G], answers [G][K]) -> Verdict``.
           whole: every process gives the judge all answers, for a judge that computes on the mesh. Otherwise each
             process decodes and judges its share of the prompts, and every process gets the whole verdict.
+
+        Raises:
+          NoVerdict: the judge failed on all prompts.
         """
         columns = tuple(to_host(column) for column in columns)
         at = columns[0].prompt[:: columns[0].shared_prompt]
@@ -83,7 +138,16 @@ class Questions:
         said = Verdict(np.zeros((0, k)), np.zeros((0, k, k)))
         if len(own):
             said = opinion([examples[i] for i in at[own]], answers.tolist())
-        return said if whole else Verdict(*(from_rows(x, own, len(at)) for x in said))
+        if said.failed is None:
+            said = said._replace(failed=np.zeros(len(own)))
+        if not whole:
+            said = Verdict(*(from_rows(np.asarray(x, np.float64), own, len(at)) for x in said))
+        failed = said.failed > 0
+        self.failures.check_any("the judge", int(failed.sum()), len(failed))
+        if failed.any():  # neither better nor worse than what the judge knows
+            known = said.scores[~failed].mean()
+            said = said._replace(scores=np.where(failed[:, None], known, said.scores))
+        return said._replace(failed=failed)
 
     def demonstrations(self, indices: np.ndarray, drop_last: float = 0.0, seed: int = 0) -> Rollouts:
         """The task's own answers to training prompts, each with its end (`jaxpo.text.tokenizers.Tokenizer.turn`).

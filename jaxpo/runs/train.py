@@ -122,6 +122,8 @@ def _train(
     kept = config.checkpoint.keep + bool(config.checkpoint.keep_best)
     from_first(lambda: check_room(directory, template(workspace, tables), kept))
     log = on_first(lambda: open_run(workdir, workspace, resume, found)) or Elsewhere(workdir)
+    failures = workspace.questions.failures
+    failures.say, failures.folder = voice, log.path if is_first() else None
     check_shared(epath.Path(directory).absolute())
     best = config.checkpoint.keep_best
     checkpoints = Checkpoints(directory, config.checkpoint.keep, best=best, config=config_hash(config))

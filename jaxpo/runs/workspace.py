@@ -232,7 +232,8 @@ def unused_ids(model: Model, tokenizer: Tokenizer, *, most: int = 512) -> int:
 
 def examples_of(config: ConfigDict) -> tuple[Task, PreferenceSet | None]:
     """The task and the preference set that the config names; a set alone makes a task of its prompts."""
-    task = build({k: v for k, v in config.task.items() if v is not None}) if config.task.name else None
+    given = {k: v.to_dict() if isinstance(v, ConfigDict) else v for k, v in config.task.items() if v is not None}
+    task = build(given) if config.task.name else None
     data = preference_data.read(config, task)
     return task or preference_data.task_of(data), data
 
@@ -252,7 +253,8 @@ def questions_of(config: ConfigDict, task: Task, tokenizer: Tokenizer) -> tuple[
     width = limit or max(map(len, [*train_ids, *test_ids]))
     prompts = [pad_prompts(*x, width, tokenizer.pad_id) for x in ((train, train_ids), (test, test_ids))]
     dropped = len(task.train) - len(train) + len(test_examples) - len(test)
-    return Questions(task, tokenizer, *prompts, config.sampling.max_new_tokens, tuple(config.sampling.stop)), dropped
+    sizes = config.sampling.max_new_tokens, tuple(config.sampling.stop)
+    return Questions(task, tokenizer, *prompts, *sizes, rewards=task.rewards), dropped
 
 
 def setup(

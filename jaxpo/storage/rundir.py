@@ -3,6 +3,7 @@
     config.json     the config as resolved when the run started
     metrics.jsonl   a JSON object a step: {"step": 3, "time": 12.5, "loss": ...}
     samples.jsonl   decoded samples: {"step": 3, ...}
+    failures.txt    the first tracebacks of rewards and judges that failed (jaxpo.tasks.failures)
     events.*        the metrics for TensorBoard, if asked for
     curves.png      drawn from metrics.jsonl by jaxpo.storage.plots
     checkpoints/    written by jaxpo.storage.checkpoint

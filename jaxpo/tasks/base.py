@@ -3,16 +3,16 @@
 Everything here is plain Python on the host, so that processes that must not load jax can import it.
 """
 
-import importlib
 import inspect
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxpo.arguments import Share, check, domain_of
 from jaxpo.registry import check_arguments, names, register_later, unknown
 from jaxpo.registry import entry as registered
+from jaxpo.tasks.user_functions import as_number, locate
 from jaxpo.text.conversations import Question, Said, key_of
 
 
@@ -35,6 +35,15 @@ class Example:
     where: str = ""
 
 
+class Completion(str):
+    """The text of a completion.
+
+    ids: its token ids, with the one that ended it; None where an answer comes as text alone.
+    """
+
+    ids: list[int] | None = None
+
+
 @dataclass(frozen=True)
 class Score:
     """The verdict on one completion.
@@ -43,11 +52,18 @@ class Score:
       reward: the number to train on.
       correct: whether the completion counts as right.
       error: why there is no verdict: the verifier raised, timed out or returned nonsense. Errors are counted apart.
+      parts: what each reward of the task said: a number, None if it abstained, or the error that it ended with.
     """
 
     reward: float
     correct: bool
     error: str | None = None
+    parts: Mapping[str, float | str | None] = field(default_factory=dict, compare=False)
+
+    @property
+    def abstained(self) -> bool:
+        """Whether no reward had anything to say."""
+        return bool(self.parts) and all(part is None for part in self.parts.values())
 
 
 @dataclass(frozen=True)
@@ -62,6 +78,7 @@ class Task:
         ``None`` when nothing verifies answers.
       demonstrate: gives a correct completion of an example; ``None`` when the task has no answers.
       report: metrics of the data, found while building (``train/size``, ``train/removed``, ``test/unseen_share``, ...).
+      rewards: names and weights of the rewards that add up to a score's ``reward``; each is one of its ``parts``.
     """
 
     name: str
@@ -70,6 +87,7 @@ class Task:
     score: Callable[[Sequence[Example], Sequence[str]], list[Score]] | None
     demonstrate: Callable[[Example], Said] | None
     report: Mapping[str, float]
+    rewards: Mapping[str, float] = field(default_factory=dict)
 
 
 # Where the factories live; a factory is imported when it is asked for. To add a task of your own:
@@ -116,12 +134,6 @@ def _factory(name: str) -> Callable[..., Task]:
     return locate(TASKS[name]) if name in TASKS else registered(name, "task").factory
 
 
-def locate(path: str) -> Any:
-    """The object that ``"package.module:name"`` names."""
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
 def split(train: Sequence[Example], test: Sequence[Example]) -> tuple[list[Example], list[Example], dict[str, float]]:
     """Remove from ``train`` every example whose question occurs in ``test``, renumber both sets, and report.
 
@@ -162,10 +174,14 @@ def verdict(value: Any, error: str | None, partial_credit: bool) -> Score:
     if error is not None:
         return Score(0.0, False, error)
     domain = domain_of(Share)
-    if not isinstance(value, bool) and value not in domain:
+    try:
+        number = as_number(value)
+    except ValueError:
+        number = None
+    if number not in domain:
         return Score(0.0, False, f"the verifier returned {value!r}, not {domain.says}")
-    correct = value == 1
-    return Score(float(value) if partial_credit else float(correct), correct)
+    correct = number == 1
+    return Score(number if partial_credit else float(correct), correct)
 
 
 def imperfect(

@@ -4,15 +4,15 @@ import inspect
 import json
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxpo.arguments import Positive, Whole
 from jaxpo.registry import register, unknown
-from jaxpo.tasks.base import Example, Score, Task, split, verdict
-from jaxpo.tasks.rewards import MAY_HANG, Reward, check_answer, make_reward, option_names, preparation, present
-from jaxpo.tasks.workers import runner
+from jaxpo.tasks.base import Example, Task, split
+from jaxpo.tasks.rewards import Reward, check_answer, present
+from jaxpo.tasks.scoring import choices, make_judge, make_score, weights_of
 
 
 @register("task")
@@ -24,7 +24,8 @@ def jsonl(
     question_field: str = "question",
     answer_field: str = "answer",
     demonstration_field: str | None = None,
-    reward: str | Reward = "exact",
+    reward: str | Reward | None = None,
+    rewards: Mapping[str, Mapping[str, Any]] | None = None,
     timeout: Positive | None = None,
     workers: Whole | None = None,
     **reward_options: Any,
@@ -40,46 +41,44 @@ def jsonl(
       seed: seed of that draw.
       question_field, answer_field: field names in the objects. A question is a string, an answer a string or a number.
       demonstration_field: field with a worked solution to imitate; by default a demonstration is made from the answer.
-      reward: ``exact``, ``numeric``, ``regex``, ``math``, ``"module:function"``, or a function
-        ``(completion, answer) -> float in [0, 1]`` from an importable module.
-      timeout, workers: seconds for one verdict and number of worker processes. ``exact`` and ``numeric`` run in this
-        process unless one of the two is given; all others run in workers, with 5 s by default.
-      **reward_options: passed to the reward (``extract``, ``tolerance``, ``pattern``, ``ignore_case``, ...).
+      reward: says whether a completion is correct: ``exact`` (the default), ``numeric``, ``regex``, ``math``,
+        ``"module:function"``, or a function from an importable module. Its completions are correct where it gives 1.
+        `jaxpo.tasks.scoring` says what a function may ask for and return.
+      rewards: more rewards, which are added: name -> ``weight`` (1), ``reward`` (that of this name) and its options.
+      timeout, workers: seconds for one verdict and number of worker processes. ``exact``, ``numeric``, ``length`` and
+        ``format`` by tags run in this process unless one of the two is given; all others run in workers, with 5 s by
+        default.
+      **reward_options: passed to ``reward`` (``extract``, ``tolerance``, ``pattern``, ``ignore_case``, ...).
 
     Raises:
       ValueError: unknown reward or option (with the nearest), a bad line (names file, line and field), both or none of
         ``test_path`` and ``test_size``, or no training item left.
       FileNotFoundError: a file that does not exist.
     """
-    for name in reward_options.keys() - set(option_names(reward)):
-        own = inspect.signature(jsonl).parameters.keys() - {"reward_options"}
-        raise ValueError(unknown(f"argument of jsonl with reward {reward!r}", name, [*own, *option_names(reward)]))
-    judge = make_reward(reward, **reward_options)
+    own = [name for name in inspect.signature(jsonl).parameters if name != "reward_options"]
+    chosen = choices(reward, rewards, reward_options, own)
+    decides, options = chosen[0].reward, chosen[0].options
     if (test_path is None) == (test_size is None):
         raise ValueError("give exactly one of test_path and test_size, to say which items are held out")
     fields = [f for f in (question_field, answer_field, demonstration_field) if f is not None]
     if test_path is not None:
         if seed:
             raise ValueError(f"seed={seed!r} has no effect with test_path: it draws the test items of test_size")
-        test, rest = (_read(p, fields, reward, reward_options) for p in (test_path, path))
+        test, rest = (_read(p, fields, decides, options) for p in (test_path, path))
     else:
-        test, rest = _hold_out(_read(path, fields, reward, reward_options), test_size, seed, path)
+        test, rest = _hold_out(_read(path, fields, decides, options), test_size, seed, path)
     train, test, report = split(rest, test)
-    in_process = isinstance(reward, str) and ":" not in reward and reward not in MAY_HANG
-    verify = runner(judge, isolate=not in_process, timeout=timeout, workers=workers, prepare=preparation(reward))
-
-    def score(examples: Sequence[Example], texts: Sequence[str]) -> list[Score]:
-        outcomes = verify([(text, e.answer) for e, text in zip(examples, texts, strict=True)])
-        return [verdict(*outcome, partial_credit=True) for outcome in outcomes]
+    score = make_score(chosen, [make_judge(choice, [*train, *test], timeout, workers) for choice in chosen])
 
     def demonstrate(example: Example) -> str:
         if demonstration_field is not None:
             return example.entry[demonstration_field]
-        return present(example.answer, reward_options.get("extract", "text"))
+        return present(example.answer, options.get("extract", "text"))
 
     # A pattern, or an answer that only the user's own function understands, is not a text to imitate.
-    writable = demonstration_field is not None or reward in ("exact", "numeric", "math")
-    return Task(f"jsonl/{Path(path).name}", train, test, score, demonstrate if writable else None, report)
+    writable = demonstration_field is not None or decides in ("exact", "numeric", "math")
+    name, weights = f"jsonl/{Path(path).name}", weights_of(chosen)
+    return Task(name, train, test, score, demonstrate if writable else None, report, weights)
 
 
 def _read(

@@ -1,6 +1,7 @@
-r"""Reward functions ``(completion, answer) -> float in [0, 1]``, for direct use or chosen by name.
+r"""Reward functions ``(completion, answer) -> float``, for direct use or chosen by name.
 
-Each function first takes the answer out of the completion (``extract``):
+``exact``, ``numeric``, ``regex`` and ``math`` say whether the answer is right: 1 or 0. They first take it out of the
+completion (``extract``):
 
   text         the whole text, stripped
   last_number  the last number
@@ -8,6 +9,8 @@ Each function first takes the answer out of the completion (``extract``):
   answer_tag   the last ``<answer>...</answer>``
 
 A completion without such an answer is wrong (0). An exception means that the pair could not be judged.
+
+``format`` and ``length`` look at the form of a completion, and are meant to be added to one of these with a weight.
 """
 
 import functools
@@ -15,27 +18,20 @@ import importlib
 import importlib.util
 import inspect
 import logging
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from typing import Any, Literal
 
-from jaxpo.arguments import NonNegative
+from jaxpo.arguments import NonNegative, Whole
 from jaxpo.registry import entry, make, names, register, unknown
-from jaxpo.tasks.base import locate
+from jaxpo.tasks.numbers import Locale, Number, last_number, read_number
+from jaxpo.tasks.user_functions import locate, signature_of
 
-Reward = Callable[[str, str], float]
+Reward = Callable[..., Any]
 
-_NUMBER = re.compile(
-    r"(?<![\d.])[-+]?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+|(?=\.\d))(?:\.\d+)?"  # -1,234.5
-    r"(?:[eE][-+]?\d{1,3}(?!\d))?(?:/\d+)?"
-)  # e-3, /4
 _ANSWER_TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
-
-
-def last_number(text: str) -> str | None:
-    """The last number in a text: ``-3``, ``1,000``, ``.5``, ``2e-3`` or ``3/4``; ``None`` if there is none."""
-    found = _NUMBER.findall(text)
-    return found[-1] if found else None
 
 
 def boxed(text: str) -> str | None:
@@ -85,16 +81,39 @@ def exact(completion: str, answer: str, *, extract: str = "text", ignore_case: b
     return float(fold(found.strip()) == fold(answer.strip()))
 
 
-def numeric(completion: str, answer: str, *, extract: str = "last_number", tolerance: NonNegative = 0.0) -> float:
+def numeric(
+    completion: str,
+    answer: str,
+    *,
+    extract: str = "last_number",
+    tolerance: NonNegative = 0.0,
+    locale: Locale = "en",
+    percent: Literal["either", "share", "number"] = "either",
+) -> float:
     """1 if the last number of the extracted text differs from the last number of the answer by at most ``tolerance``.
 
-    Numbers are compared exactly (1/2 is 0.5, and neighbors beyond 2**53 stay apart). Raises ``ValueError`` for an
-    answer without a number.
+    Numbers are read as they are typeset (`jaxpo.tasks.numbers` has the forms, and what is ambiguous) and compared
+    exactly: 1/2 is 0.5, and neighbors beyond 2**53 stay apart. Raises ``ValueError`` for an answer without a number.
+
+    Args:
+      locale: which separators numbers have, in completions and answers: "en", "de", "fr", "ch" or "in".
+      percent: what 50% is: "share" = 0.5, "number" = 50; "either" = whichever of the two the other side, without a
+        percent sign, has.
     """
-    expected = _check_number(answer)
-    found = extract_answer(completion, extract)
-    value = None if found is None else _number(found)
-    return float(value is not None and abs(value - expected) <= tolerance)
+    expected = _check_number(answer, locale)
+    found = completion if extract == "last_number" else extract_answer(completion, extract)
+    value = None if found is None else read_number(found, locale)
+    if value is None:
+        return 0.0
+    return float(any(abs(a - b) <= tolerance for a, b in _comparable(value, expected, percent)))
+
+
+def _comparable(a: Number, b: Number, percent: str) -> list[tuple[Fraction, Fraction]]:
+    """The pairs of values that two numbers may be compared by."""
+    shares = tuple(n.value / 100 if n.percent else n.value for n in (a, b))
+    if percent == "either":
+        return [shares, (a.value, b.value)] if a.percent != b.percent else [(a.value, b.value)]
+    return [shares if percent == "share" else (a.value, b.value)]
 
 
 def regex(completion: str, answer: str, *, pattern: str | None = None, extract: str = "text") -> float:
@@ -147,21 +166,73 @@ def _delimited(expression: str) -> str:
     return expression if re.search(r"\$|\\boxed|\\\(|\\\[", expression) else f"${expression.strip()}$"
 
 
-def _number(text: str) -> Fraction | None:
-    found = last_number(text)
-    if found is None or len(found) > 1000:  # int() refuses longer ones
-        return None
-    numerator, _, denominator = found.replace(",", "").partition("/")
-    if denominator and not int(denominator):
-        return None
-    return Fraction(numerator) / int(denominator or 1)
-
-
-def _check_number(answer: str) -> Fraction:
-    value = _number(answer)
+def _check_number(answer: str, locale: Locale = "en") -> Number:
+    value = read_number(answer, locale)
     if value is None:
         raise ValueError(f"the answer {answer!r} contains no number")
     return value
+
+
+def formatted(
+    completion: str, *, tags: tuple[str, ...] = ("think", "answer"), opened: bool = False, pattern: str | None = None
+) -> float:
+    """1 if the completion has the asked form, and 0 otherwise.
+
+    Args:
+      tags: it consists of these elements in this order, ``<think>...</think> <answer>...</answer>``, each once, with
+        nothing but white space around and between them.
+      opened: the prompt has opened the first element already, so that the completion begins inside it.
+      pattern: a regular expression that the whole completion must match, white space at both ends apart, instead of
+        ``tags``; a dot matches line ends too.
+    """
+    text = completion.strip()
+    if pattern is not None:
+        return float(re.fullmatch(pattern, text, re.DOTALL) is not None)
+    rest = f"<{tags[0]}>{text}" if opened else text
+    for tag in tags:
+        start, end = f"<{tag}>", f"</{tag}>"
+        if not rest.startswith(start) or text.count(start) != (not opened or tag != tags[0]) or text.count(end) != 1:
+            return 0.0
+        rest = rest.partition(end)[2].lstrip()
+    return float(not rest)
+
+
+def length(
+    completion: str,
+    completion_ids: Sequence[int] = (),
+    *,
+    unit: Literal["tokens", "words", "characters"] = "tokens",
+    target: Whole | None = None,
+    most: Whole | None = None,
+    within: Whole = 100,
+) -> float:
+    """How well the completion has the asked length; give either ``target`` or ``most``.
+
+    Args:
+      unit: what is counted: tokens (with the one that ends the completion), words or characters.
+      target: 1 at this length, falling to 0 at ``within`` from it on either side.
+      most: 0 up to ``most - within``, falling to -1 at ``most`` and beyond it (the soft cap of DAPO).
+      within: the width of the slope.
+    """
+    counts = {"tokens": len(completion_ids), "characters": len(completion)}
+    n = counts[unit] if unit in counts else len(completion.split())
+    if target is not None:
+        return max(0.0, 1 - abs(n - target) / within)
+    return -min(1.0, max(0.0, (n - (most - within)) / within))
+
+
+def _check_form(name: str, options: Mapping[str, Any]) -> None:
+    """Check what the options of ``format`` and ``length`` must be together; ``ValueError`` names them."""
+    if name == "length" and (options.get("target") is None) == (options.get("most") is None):
+        raise ValueError("reward 'length' needs either target (the asked length) or most (the longest length)")
+    if name == "length" and (options.get("most") or math.inf) < options.get("within", 100):
+        raise ValueError(f"reward 'length': most={options['most']} is less than within={options.get('within', 100)}")
+    if name == "format":
+        tags = options.get("tags", ("think", "answer"))
+        if options.get("pattern") is not None and (options.get("opened") or tuple(tags) != ("think", "answer")):
+            raise ValueError("reward 'format': tags and opened have no effect with pattern")
+        if isinstance(tags, str) or not tags or len({*tags}) < len(tags) or not all(isinstance(t, str) for t in tags):
+            raise ValueError(f"reward 'format': tags must be different names of elements, not {tags!r}")
 
 
 def _with_options(reward: Callable[..., float]) -> Callable[..., Reward]:
@@ -177,29 +248,55 @@ def _with_options(reward: Callable[..., float]) -> Callable[..., Reward]:
     return factory
 
 
-for _name, _reward in {"exact": exact, "numeric": numeric, "regex": regex, "math": mathematical}.items():
+BUILT_IN = {
+    "exact": exact,
+    "numeric": numeric,
+    "regex": regex,
+    "math": mathematical,
+    "format": formatted,
+    "length": length,
+}
+for _name, _reward in BUILT_IN.items():
     register("verifier", id=_name)(_with_options(_reward))
-MAY_HANG = frozenset({"regex", "math"})  # backtracking, symbolic algebra: run in worker processes with a time limit
 
 
-def make_reward(reward: str | Reward, **options: object) -> Reward:
+def make_reward(reward: str | Reward, *, field: str = "reward", **options: Any) -> Reward:
     """The reward function of a registered name, a ``"module:function"`` or a function, with its options filled in.
 
+    Args:
+      reward: names it, or is it.
+      field: what messages call it, such as ``config.task.reward``.
+      options: of the reward (`option_names`).
+
     Raises:
-      ValueError: unknown name, option or ``extract`` (with the nearest), or a pattern that is not a regular expression.
+      ValueError: unknown name, option or ``extract`` (with the nearest), a function that cannot be loaded, or a pattern
+        that is not a regular expression.
       ImportError: ``math`` without math-verify.
     """
     if reward == "math" and importlib.util.find_spec("math_verify") is None:
         raise ImportError("reward 'math' needs math-verify: pip install 'jaxpo[math]'")
     for name in options:
-        if name not in option_names(reward):
-            raise ValueError(unknown(f"option of reward {reward!r}", name, option_names(reward)))
-    if isinstance(reward, str) and ":" not in reward:
+        if name not in option_names(reward, field):
+            raise ValueError(unknown(f"option of reward {reward!r}", name, option_names(reward, field)))
+    if is_registered(reward):
         extract_answer("", options.get("extract", "text"))
         _compiles(options.get("pattern") or "", "pattern")
+        _check_form(reward, options)
         return make(reward, "verifier", **options)
-    function = locate(reward) if isinstance(reward, str) else reward
+    function = locate(reward, field) if isinstance(reward, str) else reward
     return functools.partial(function, **options) if options else function
+
+
+def is_registered(reward: str | Reward) -> bool:
+    """Whether a reward is chosen by a registered name, and not a function of the user."""
+    return isinstance(reward, str) and ":" not in reward
+
+
+def may_hang(reward: str | Reward, function: Callable) -> bool:
+    """Whether a reward runs in worker processes with a time limit: one that backtracks, does symbolic algebra, or is
+    the user's own."""
+    pattern = getattr(function, "keywords", {}).get("pattern")
+    return not is_registered(reward) or reward in ("regex", "math") or (reward == "format" and pattern is not None)
 
 
 def preparation(reward: str | Reward) -> Callable[[], object] | None:
@@ -207,20 +304,31 @@ def preparation(reward: str | Reward) -> Callable[[], object] | None:
     return functools.partial(importlib.import_module, "math_verify") if reward == "math" else None
 
 
-def option_names(reward: str | Reward) -> list[str]:
-    """The options of a reward: its keyword-only parameters. Raises ``ValueError`` for an unknown name."""
-    if isinstance(reward, str) and ":" not in reward:
+def options_of(reward: str | Reward, field: str = "reward") -> Mapping[str, inspect.Parameter]:
+    """The options of a reward: its keyword-only parameters, and what else has a default.
+
+    Raises:
+      ValueError: an unknown name (with the nearest), or a function that cannot be loaded.
+    """
+    if is_registered(reward):
         if reward not in names("verifier"):
-            raise ValueError(unknown("reward", reward, names("verifier")))
-        return list(entry(reward, "verifier").parameters)
-    function = locate(reward) if isinstance(reward, str) else reward
-    return [n for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
+            raise ValueError(unknown(f"reward ({field})" if field != "reward" else field, reward, names("verifier")))
+        return entry(reward, "verifier").parameters
+    signature = signature_of(locate(reward, field) if isinstance(reward, str) else reward)
+    kept = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    found = signature.parameters.items() if signature else ()
+    return {n: p for n, p in found if p.kind is kept[0] or (p.kind is kept[1] and p.default is not p.empty)}
+
+
+def option_names(reward: str | Reward, field: str = "reward") -> list[str]:
+    """The names of `options_of`."""
+    return list(options_of(reward, field))
 
 
 def check_answer(reward: str | Reward, answer: str, **options: object) -> None:
     """Raise ``ValueError`` if the reward can never judge against this answer. Cheap enough for whole data files."""
     if reward == "numeric":
-        _check_number(answer)
+        _check_number(answer, options.get("locale", "en"))
     if reward == "regex" and options.get("pattern") is None:
         _compiles(answer, "the answer")
 

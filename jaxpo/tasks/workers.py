@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -30,11 +31,32 @@ TIMEOUT = 5.0  # seconds for one item, unless the caller says otherwise
 STARTUP = 120.0  # seconds for a worker to import what it needs, on a machine that may be busy
 
 
+class Failure(str):
+    """An error in a line.
+
+    traceback: the whole of it, from the user's own code on; "" if there is none (a call that took too long, say).
+    """
+
+    traceback: str = ""
+
+
 class Outcome(NamedTuple):
     """The value of a call, or the error that it ended with."""
 
     value: Any
-    error: str | None
+    error: Failure | None
+
+
+def failure(line: str, trace: str = "") -> Failure:
+    """A `Failure` with its traceback."""
+    out = Failure(line)
+    out.traceback = trace
+    return out
+
+
+def call_by_names(function: Callable, arguments: dict[str, Any]) -> Any:
+    """``function(**arguments)``, for pools, which pass arguments by place."""
+    return function(**arguments)
 
 
 def attempt(function: Callable, call: Sequence[Any]) -> Outcome:
@@ -42,7 +64,7 @@ def attempt(function: Callable, call: Sequence[Any]) -> Outcome:
     try:
         return Outcome(function(*call), None)
     except Exception as error:
-        return Outcome(None, _describe(error))
+        return Outcome(None, failure(_describe(error), _trace(error)))
 
 
 def runner(
@@ -155,7 +177,7 @@ class WorkerPool:
                 elif time.monotonic() >= worker.deadline:
                     if not worker.ready:
                         raise RuntimeError(f"a worker process did not start within {STARTUP:g} s")
-                    done[worker.item] = Outcome(None, f"timed out after {self._timeout:g} s")
+                    done[worker.item] = Outcome(None, failure(f"timed out after {self._timeout:g} s"))
                     self._drop(worker)
         return [done[i] for i in range(len(calls))]
 
@@ -192,14 +214,15 @@ class WorkerPool:
             died = f"the worker process died (exit code {worker.process.returncode})"
             if not worker.ready:
                 raise RuntimeError(f"{died} while it started") from None
-            done[worker.item] = Outcome(None, died)
+            done[worker.item] = Outcome(None, failure(died))
             return
         if not worker.ready:
             if reply is not None:
                 raise RuntimeError(f"a worker process could not load the function: {reply}")
             worker.ready = True
         else:
-            done[worker.item] = Outcome(*reply)
+            value, *error = reply
+            done[worker.item] = Outcome(value, failure(*error) if error else None)
         worker.item, worker.deadline = None, float("inf")
 
     def _drop(self, worker: _Worker) -> None:
@@ -234,6 +257,14 @@ def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".rstrip(": ")[:500]
 
 
+def _trace(error: BaseException) -> str:
+    """The traceback without the frames of this file, which called the user's function."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    return "".join(traceback.format_exception(type(error), error, trace))[-8000:]
+
+
 def _serve(pipe: Connection) -> None:
     """The worker's side: load the function, then answer calls until the other end closes."""
     try:
@@ -255,14 +286,14 @@ def _serve(pipe: Connection) -> None:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, 2 * timeout + 1)
         try:
-            reply = (function(*pickle.loads(call)), None)
+            reply = (function(*pickle.loads(call)),)
         except BaseException as error:  # such as exit() in an evaluated text, or math-verify's own time-out
-            reply = (None, _describe(error))
+            reply = (None, _describe(error), _trace(error))
         signal.setitimer(signal.ITIMER_REAL, 0)
         try:
             pipe.send(reply)
-        except (pickle.PicklingError, TypeError, AttributeError) as error:
-            pipe.send((None, f"the result cannot be sent back: {_describe(error)}"))
+        except Exception as error:  # user code: pickling it may raise anything
+            pipe.send((None, f"the result cannot be sent back: {_describe(error)}", ""))
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ def make_case(seed: int, sizes=UNEQUAL, *, rewards="real", stale=0.3, extreme=Fa
         entropy_old=more.exponential(0.7, (b, WIDTH)),
         extra={
             "rewards_multi": more.random((b, 3)).round(1),
+            "reward_weights": np.random.default_rng((seed, 3)).choice([1.0, 0.5, 0.0, -0.7], (b, 3)),
             "tracker_value": more.random(b),
             "mc_value": more.random((b, WIDTH)),
             "logp_old_hot": logp_old + 0.2 * more.normal(size=(b, WIDTH)),

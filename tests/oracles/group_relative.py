@@ -242,6 +242,27 @@ def _inverse_beta_density(p: float, all_p: list[float]) -> float:
     return math.exp(min(-log_density, math.log(1e6)))
 
 
+def gdpo(case: Case, *, eps_low=0.2, eps_high=0.2, adv_eps=1e-4, whiten=True, log_ratio_clip=20.0) -> Gradient:
+    """Each reward normalized in its group, then added by its weight, then standardized over all drawn rows.
+
+    Chosen: a row in which a reward weighs 0 has no part in that reward's means; the only one of its group gets 0.
+    """
+    rewards, weights = case.extra["rewards_multi"], case.extra["reward_weights"]
+    A = dict.fromkeys(case.rows(), 0.0)
+    for k in range(rewards.shape[1]):
+        given = case.replace(count=np.where(weights[:, k] == 0, 0, case.count))
+        for b, a in group_advantage(given, rewards[:, k], adv_eps=adv_eps).items():
+            A[b] += float(weights[b, k]) * a
+    if whiten:
+        rows = case.rows()
+        drawn = [A[b] for b in rows]
+        spread = sample_std(drawn)
+        A = {b: c / (spread + adv_eps) if spread else 0.0 for b, c in zip(rows, centred(drawn), strict=True)}
+    return clipped_surrogate(
+        case, lambda b, t: A[b], eps_low=eps_low, eps_high=eps_high, agg="token_mean", log_ratio_clip=log_ratio_clip
+    )
+
+
 def _bnpo_advantage(case: Case, u: list[float], singleton: str) -> dict[int, float]:
     centre = group_advantage(case, u, scale="none", singleton=singleton)
     p = {g: exact_mean([u[b] for b in rows]) for g, rows in grouped(case).items()}
@@ -271,11 +292,12 @@ def bnpo(
     rates the Beta is fitted to all the same. Every component has its own fit and the same range [min, max].
     """
     rewards = case.extra["rewards_multi"] if components else case.reward[:, None]
+    weights = case.extra["reward_weights"] if components else np.ones(rewards.shape)
     per_component = [
         _bnpo_advantage(case, [(float(r) - min) / (max - min) for r in rewards[:, k]], singleton)
         for k in range(rewards.shape[1])
     ]
-    A = {b: mean([component[b] for component in per_component]) for b in case.rows()}
+    A = {b: mean([w * one[b] for w, one in zip(weights[b], per_component, strict=True)]) for b in case.rows()}
     return clipped_surrogate(
         case,
         lambda b, t: A[b],

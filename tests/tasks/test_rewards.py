@@ -99,6 +99,49 @@ def test_rewards(name, options, completion, answer, expected):
     assert make_reward(name, **options)(completion, answer) == expected
 
 
+@pytest.mark.parametrize(
+    "options, completion, expected",
+    [
+        ({}, "<think>a\nb</think>\n<answer>2</answer>\n", 1),
+        ({}, "<think>a</think><answer>2</answer> bye", 0),
+        ({}, "so <think>a</think><answer>2</answer>", 0),
+        ({}, "<answer>2</answer><think>a</think>", 0),
+        ({}, "<think>a</think>", 0),
+        ({}, "<think>a<think>b</think></think><answer>2</answer>", 0),
+        ({}, "<think>a</think><answer>2</answer><answer>3</answer>", 0),
+        ({}, "<think>a</think> so <answer>2</answer>", 0),
+        ({}, "", 0),
+        ({"opened": True}, "a</think><answer>2</answer>", 1),
+        ({"opened": True}, "<think>a</think><answer>2</answer>", 0),
+        ({"tags": ("answer",)}, "<answer>2</answer>", 1),
+        ({"pattern": r"#### \d+"}, "#### 12", 1),
+        ({"pattern": r"#### \d+"}, "it is #### 12", 0),
+        ({"pattern": r".*#### \d+"}, "a\nb #### 12\n", 1),
+    ],
+)
+def test_format(options, completion, expected):
+    assert make_reward("format", **options)(completion) == expected
+
+
+@pytest.mark.parametrize(
+    "options, n, expected",
+    [
+        ({"target": 10, "within": 5}, 10, 1),
+        ({"target": 10, "within": 5}, 12, 0.6),
+        ({"target": 10, "within": 5}, 8, 0.6),
+        ({"target": 10, "within": 5}, 30, 0),
+        ({"most": 10, "within": 4}, 6, 0),
+        ({"most": 10, "within": 4}, 7, -0.25),
+        ({"most": 10, "within": 4}, 10, -1),
+        ({"most": 10, "within": 4}, 50, -1),
+    ],
+)
+def test_length(options, n, expected):
+    assert make_reward("length", **options)("", range(n)) == pytest.approx(expected)
+    assert make_reward("length", unit="characters", **options)("x" * n) == pytest.approx(expected)
+    assert make_reward("length", unit="words", **options)("xy " * n) == pytest.approx(expected)
+
+
 def test_the_answer_goes_first():
     # verify is not symmetric: an equation may be answered by its right side, but not the other way round.
     assert mathematical("$5$", "x=5") == 1
@@ -142,6 +185,16 @@ def test_math_that_hangs_is_a_counted_error():
         (lambda: make_reward("exact", ignorecase=True), "'ignorecase': did you mean 'ignore_case'"),
         (lambda: make_reward("exact", extract="boxd"), "unknown extract 'boxd': did you mean 'boxed'"),
         (lambda: make_reward("regex", pattern="("), "pattern '\\(' is not a regular expression"),
+        (lambda: make_reward("length"), "needs either target"),
+        (lambda: make_reward("length", target=3, most=4), "needs either target"),
+        (lambda: make_reward("length", most=4), "most=4 is less than within=100"),
+        (lambda: make_reward("length", target=4, unit="token"), "unit must be one of tokens, words, characters"),
+        (lambda: make_reward("format", tags=()), "tags must be different names"),
+        (lambda: make_reward("format", tags="think"), "tags must be different names"),
+        (lambda: make_reward("format", tags=("a", "a")), "tags must be different names"),
+        (lambda: make_reward("format", tags=("a",), pattern="x"), "no effect with pattern"),
+        (lambda: make_reward("format", pattern="("), "is not a regular expression"),
+        (lambda: make_reward("numeric", locale="us"), "locale must be one of en, de, fr, ch, in"),
         (lambda: make_reward("numeric", tolerance=-1), "tolerance must be a number of at least 0, not -1"),
     ],
 )

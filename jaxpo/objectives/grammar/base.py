@@ -331,7 +331,7 @@ def _init(plan: Plan) -> State:
 def _prepare(plan: Plan, batch: Rollouts, state: State) -> tuple[Rollouts, State]:
     for name in sorted(plan.asks.needs):  # before `complete`, which would fill in some of them
         batch.get(name)
-    check_rewards(plan.asks.rewards, batch)
+    check_rewards(plan.asks.rewards, batch, plan.asks.needs)
     for name in sorted(SHARES.intersection(plan.asks.needs)):
         check_range(name, batch.get(name), (0, 1), batch, "it is a probability or a label")
     batch, state = complete(batch), state.replace(iteration=state.iteration + 1)

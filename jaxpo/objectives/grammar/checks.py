@@ -1,5 +1,7 @@
 """Checks of the numbers in a batch."""
 
+from collections.abc import Collection
+
 import numpy as np
 from jax import Array
 
@@ -8,13 +10,18 @@ from jaxpo.batch import Rollouts, readable
 ANY = (-np.inf, np.inf)
 
 
-def check_rewards(allowed: tuple[float, float] | None, batch: Rollouts) -> None:
+def check_rewards(
+    allowed: tuple[float, float] | None, batch: Rollouts, needs: Collection[str] = ("reward", "rewards_multi")
+) -> None:
     """Raise ``ValueError`` for a reward of a counted row that is not finite, or outside the range that an objective is
-    defined for. Rewards that cannot be read here pass: the training loop looks at them before."""
+    defined for. Rewards that cannot be read here pass: the training loop looks at them before.
+
+    Args:
+      needs: fields that the objective reads: the range is that of ``reward``, of ``rewards_multi``, or of both."""
     why = "the range this objective is defined for: scale the rewards, or say the range if the objective takes one"
-    for reward in (batch.reward, batch.per_row.get("rewards_multi")):
+    for name, reward in (("reward", batch.reward), ("rewards_multi", batch.per_row.get("rewards_multi"))):
         if reward is not None:
-            check_range("reward", reward, allowed or ANY, batch, why)
+            check_range("reward", reward, (allowed or ANY) if name in needs else ANY, batch, why)
 
 
 def check_range(name: str, x: Array, allowed: tuple[float, float], batch: Rollouts, why: str) -> None:

@@ -179,12 +179,23 @@ def asymre(shift: float = -0.1, singleton: Singleton = "zero") -> Advantage:
     return Advantage(lambda b, s: fn(b, s) - shift, asks)
 
 
+@register("advantage", source="GDPO, arXiv:2601.05242")
+def gdpo(adv_eps: NonNegative = 1e-4, whiten: bool = True) -> Advantage:
+    """Each of ``rewards_multi`` [B, R] is normalized in its group before they are added by ``reward_weights`` [B, R];
+    see `jaxpo.primitives.advantages.decoupled`.
+
+    Args:
+      whiten: standardize the sum over the batch."""
+    return Advantage(*reads(advantages.decoupled, adv_eps=adv_eps, whiten=whiten))
+
+
 @register("advantage", source="BNPO, arXiv:2506.02864")
 def bnpo(min: float = 0.0, max: float = 1.0, components: bool = False, singleton: Singleton = "zero") -> Advantage:
     """Centered rewards over the density of a Beta distribution fitted to the success rates of the batch.
 
     Args:
-      min, max: range of the rewards. components: average the advantages of ``rewards_multi`` [B, R] instead.
+      min, max: range of the rewards. components: average the advantages of ``rewards_multi`` [B, R] instead, each
+        times its weight if the batch has ``reward_weights`` [B, R].
     """
     concrete = isinstance(min, int | float) and isinstance(max, int | float)
     if concrete:
@@ -197,7 +208,8 @@ def bnpo(min: float = 0.0, max: float = 1.0, components: bool = False, singleton
         if not components:
             return one(b.reward, b)
         rewards = b.get("rewards_multi")
-        return jnp.mean(jnp.stack([one(rewards[:, r], b) for r in range(rewards.shape[1])]), 0)
+        each = jnp.stack([one(rewards[:, r], b) for r in range(rewards.shape[1])], 1)
+        return jnp.mean(each * b.per_row.get("reward_weights", 1), 1)
 
     needs = ("rewards_multi", "group") if components else ("reward", "group")
     return Advantage(fn, asks_of(*needs, rewards=(min, max) if concrete else None))

@@ -14,6 +14,7 @@ from jaxpo.policy.transformer import Params
 from jaxpo.protocols.gatherer import Prompts
 from jaxpo.rollout import SamplingOptions
 from jaxpo.runs.workspace import Workspace, shard_count
+from jaxpo.tasks.base import Score
 from jaxpo.text.conversations import as_json
 
 Z95 = 1.959963984540054
@@ -74,21 +75,24 @@ def complete(
 def greedy(workspace: Workspace, params: Params, prompts: Prompts) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Measure greedy accuracy; return metrics and every decoded sample.
 
-    The metrics are ``eval/greedy`` with its Wilson interval (``_lo``, ``_hi``), ``eval/reward`` and ``eval/errors``. If
+    The metrics are ``eval/greedy`` with its Wilson interval (``_lo``, ``_hi``), ``eval/reward`` and ``eval/errors``,
+    and ``eval/reward/<name>/mean`` of each reward. If
     nothing verifies answers, there are no metrics, and only the samples of the first chunk.
     """
     options = workspace.sampling.replace(greedy=True, temperature=1.0, top_k=None, top_p=None, min_p=None)
-    samples, verdicts = [], np.zeros((0, 3))
+    samples, scores, verdicts = [], [], np.zeros((0, 3))
     for indices, rollouts in complete(workspace, params, prompts, options, jax.random.key(0)):
         examples, texts = [prompts.examples[i] for i in indices], workspace.questions.texts(rollouts)
         if workspace.task.score is None:
             pairs = zip(examples, texts, strict=True)
             return {}, [dict(question=as_json(e.question), answer=e.answer, completion=t) for e, t in pairs]
-        judged = workspace.questions.verdicts(examples, rollouts)
-        verdicts = np.concatenate([verdicts, judged])
+        judged = workspace.questions.judged(examples, rollouts)
+        verdicts, scores = np.concatenate([verdicts, judged.table[:, :3]]), scores + judged.scores
+        told = dict(zip(judged.own.tolist(), map(details, judged.scores), strict=True))
         samples += [
             dict(question=as_json(e.question), answer=e.answer, completion=t, reward=float(r), correct=bool(c))
-            for e, t, (r, c, _) in zip(examples, texts, judged, strict=True)
+            | told.get(i, {})
+            for i, (e, t, (r, c, *_)) in enumerate(zip(examples, texts, judged.table, strict=True))
         ]
     rewards, correct, errors = verdicts.T
     right = int(correct.sum())
@@ -99,7 +103,21 @@ def greedy(workspace: Workspace, params: Params, prompts: Prompts) -> tuple[dict
         "eval/greedy_hi": high,
         "eval/reward": float(rewards.mean()),
         "eval/errors": float(errors.sum()),
+        **part_means(scores),
     }, samples
+
+
+def details(score: Score) -> dict[str, Any]:
+    """What samples say beside the reward: its parts where there are several, and why there is no verdict."""
+    parts = {name: part if isinstance(part, float) else None for name, part in score.parts.items()}
+    return ({"rewards": parts} if len(parts) > 1 else {}) | ({"error": str(score.error)} if score.error else {})
+
+
+def part_means(scores: Sequence[Score]) -> dict[str, float]:
+    """``eval/reward/<name>/mean`` of each reward of the task, over this process's rows, where it said something."""
+    names = dict.fromkeys(name for score in scores for name in score.parts)
+    told = {n: [s.parts[n] for s in scores if isinstance(s.parts.get(n), float)] for n in names}
+    return {f"eval/reward/{name}/mean": float(np.mean(values)) for name, values in told.items() if values}
 
 
 def sampled(

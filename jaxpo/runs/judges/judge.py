@@ -7,6 +7,7 @@ Verdict``.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,8 +25,11 @@ from jaxpo.runs.questions import Answers, Opinion, as_told
 from jaxpo.runs.restore import open_finished
 from jaxpo.runs.workspace import Workspace, shard_count
 from jaxpo.tasks import Example, Task
-from jaxpo.tasks.base import locate
+from jaxpo.tasks.failures import Failures
 from jaxpo.tasks.preferences.encode import with_trace
+from jaxpo.tasks.preferences.traces import tracer_of
+from jaxpo.tasks.user_functions import check_places, locate
+from jaxpo.tasks.workers import attempt
 from jaxpo.text.conversations import as_json, plain_answer, plain_text
 
 STEP = 32  # widths of rows to judge are rounded up to multiples of this, so that few shapes are compiled
@@ -55,18 +59,24 @@ def verifier(scale: float | None = None) -> Judge:
     Args:
       scale: ``P(i beats j) = sigmoid(scale (s_i - s_j))``; None = the higher score wins.
     """
-    return lambda workspace: partial(verified, workspace.task, scale)
+    return lambda workspace: partial(verified, workspace.task, scale, failures=workspace.questions.failures)
 
 
 @register("judge")
 def function(path: str, scale: float | None = None) -> Judge:
     """Judge by a function of (questions [G], answers [G][K]) that gives scores [G, K] or win probabilities [G, K, K].
 
+    If it raises, it is asked again about each prompt alone. Answers to a prompt on which it still fails count as
+    equally good, and the metric ``judge/errors`` counts such prompts; a run stops if it fails on all.
+
     Args:
       path: ``"module:function"``.
       scale: as for `verifier`; for scores only.
     """
-    return lambda workspace: partial(by_function, path, scale)
+    field = "config.judge.path"
+    asked = locate(path, field)
+    check_places(asked, ("questions", "answers"), f"{field} {path!r}")
+    return lambda workspace: partial(by_function, asked, scale, workspace.questions.failures)
 
 
 @register("judge")
@@ -137,25 +147,50 @@ def verdict_of_wins(wins: np.ndarray) -> Verdict:
     return Verdict(wins.mean(-1), wins)
 
 
-def verified(task: Task, scale: float | None, examples: Sequence[Example], answers: Answers) -> Verdict:
-    """Judge by the task's rewards."""
+def verified(
+    task: Task, scale: float | None, examples: Sequence[Example], answers: Answers, failures: Failures | None = None
+) -> Verdict:
+    """Judge by the task's rewards. ``failures``: where their errors are told."""
     if task.score is None:
         raise ValueError(
             "config.judge.name is 'verifier', but nothing verifies answers: set config.task.name or a judge"
         )
     flat = [text for row in answers for text in row]
     scores = task.score([e for e, row in zip(examples, answers, strict=True) for _ in row], flat)
-    return verdict_of_scores(np.array([s.reward for s in scores]).reshape(len(answers), -1), scale)
+    shape = len(answers), len(answers[0])
+    if failures is not None:
+        failures.tell("the judge", [s.error for s in scores])
+    failed = np.array([s.error is not None for s in scores]).reshape(shape).all(1)
+    return verdict_of_scores(np.array([s.reward for s in scores]).reshape(shape), scale)._replace(failed=failed)
 
 
-def by_function(path: str, scale: float | None, examples: Sequence[Example], answers: Answers) -> Verdict:
-    """Judge by the user's own function."""
-    said = np.asarray(locate(path)([as_json(e.question) for e in examples], answers), np.float64)
+def by_function(
+    asked: Callable, scale: float | None, failures: Failures, examples: Sequence[Example], answers: Answers
+) -> Verdict:
+    """Judge by the user's own function; prompts on which it fails get a tie."""
+    questions, k = [as_json(e.question) for e in examples], len(answers[0])
+    whole, error = attempt(partial(verdict_of_function, asked, scale), (questions, answers))
+    if error is None:
+        return whole
+    failures.tell("the judge", [error])
+    tie = Verdict(np.zeros((1, k)), np.full((1, k, k), 0.5))
+    each = [
+        attempt(partial(verdict_of_function, asked, scale), ([question], [row]))
+        for question, row in zip(questions, answers, strict=True)
+    ]
+    failures.tell("the judge", [e for _, e in each])
+    scores, wins, _ = (list(x) for x in zip(*(tie if e else v for v, e in each), strict=True))
+    return Verdict(np.concatenate(scores), np.concatenate(wins), np.array([e is not None for _, e in each]))
+
+
+def verdict_of_function(asked: Callable, scale: float | None, questions: list[Any], answers: Answers) -> Verdict:
+    """Ask the user's own function; ``ValueError`` for anything but an array of scores or of win probabilities."""
+    said = np.asarray(asked(questions, answers), np.float64)
     shape = (len(answers), len(answers[0]))
     if said.shape == shape:
         return verdict_of_scores(said, scale)
     if said.shape != (*shape, shape[1]):
-        raise ValueError(f"config.judge.path {path!r} gave an array {said.shape}: scores {shape} or wins are expected")
+        raise ValueError(f"config.judge.path: it gave an array {said.shape}: scores {shape} or wins are expected")
     return verdict_of_wins(said)
 
 
@@ -276,13 +311,14 @@ def verdict_of_stats(
 def rows_of(workspace: Workspace, examples: Sequence[Example], answers: Answers) -> Rollouts:
     """Rows of questions and answers, with the tool calls of the model's trace, in the model's own tokens."""
     tokenizer = workspace.tokenizer
-    tracer = locate(workspace.config.trace) if workspace.config.trace else lambda question, answer: ()
+    tracer = tracer_of(workspace.config.trace) if workspace.config.trace else lambda question, answer: ()
     asked = [(e, answer) for e, row in zip(examples, answers, strict=True) for answer in row]
     turns = [as_told(tokenizer, e, answer) for e, answer in asked]
-    texts = [
-        with_trace(tokenizer, turn.answer, tracer(plain_text(e.question), plain_answer(answer)))[0]
-        for turn, (e, answer) in zip(turns, asked, strict=True)
-    ]
+    traces = [attempt(tracer, (plain_text(e.question), plain_answer(answer))) for e, answer in asked]
+    failures, errors = workspace.questions.failures, [error for _, error in traces]
+    failures.tell("config.trace", errors)
+    failures.check_any("config.trace", sum(error is not None for error in errors), len(errors))
+    texts = [with_trace(tokenizer, t.answer, trace or ())[0] for t, (trace, _) in zip(turns, traces, strict=True)]
     prompts = [turn.prompt for turn in turns]
     p, t = (-(-max(map(len, x)) // STEP) * STEP for x in (prompts, texts))
     return from_sequences(prompts, texts, prompt_width=p, width=t, pad_id=tokenizer.pad_id)

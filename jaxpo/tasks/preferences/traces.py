@@ -10,6 +10,8 @@ import operator
 import re
 from collections.abc import Callable, Sequence
 
+from jaxpo.tasks.user_functions import check_places, locate
+
 KINDS = {"tool": 1, "observation": 2, "rationale": 3}  # 0 is the question and the answer themselves
 Trace = Sequence[tuple[str, str]]
 Tracer = Callable[[str, str], Trace]
@@ -24,6 +26,17 @@ def check_trace(trace: object) -> tuple[tuple[str, str], ...]:
     if out is None or any(len(p) != 2 or p[0] not in KINDS or not isinstance(p[1], str) for p in out):
         raise ValueError(f"a trace is a list of [kind, text], kinds {', '.join(KINDS)}, not {str(trace)[:60]!r}")
     return out
+
+
+def tracer_of(path: str) -> Tracer:
+    """The function that ``config.trace`` names: its traces are checked when it is called.
+
+    Raises:
+      ValueError: there is no such function, or it does not take (question, answer).
+    """
+    asked = locate(path, "config.trace")
+    check_places(asked, ("question", "answer"), f"config.trace {path!r}")
+    return lambda question, answer: check_trace(asked(question, answer))
 
 
 def calculator(question: str, answer: str) -> Trace:

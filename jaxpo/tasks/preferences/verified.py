@@ -59,10 +59,11 @@ def verified_pairs(
 def pairs(task: Task, examples: Sequence[Example], seed: int, part: str) -> list[Row]:
     """Make a pair for each example. Each call of the verifier covers all examples that still lack a wrong answer."""
     right = [plain_answer(task.demonstrate(e)) for e in examples]
-    refused = [e for e, score in zip(examples, task.score(examples, right), strict=True) if not score.correct]
+    refused = [(e, score) for e, score in zip(examples, task.score(examples, right), strict=True) if not score.correct]
     if refused:
-        question = plain_text(refused[0].question)
-        raise ValueError(f"task {task.name}: its verifier refuses its own answer to {question!r:.60}")
+        example, score = refused[0]
+        why, question = f": {score.error}" if score.error else "", plain_text(example.question)
+        raise ValueError(f"task {task.name}: its verifier refuses its own answer to {question!r:.60}{why}")
     proposals = [wrong_answers(right, i, random.Random(f"{seed}:{part}:{i}")) for i in range(len(examples))]
     wrong: dict[int, str] = {}
     for _ in range(TRIES):

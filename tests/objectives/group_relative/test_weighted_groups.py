@@ -1,4 +1,4 @@
-"""`lite_ppo`, `bnpo`, `a_grae`, `adora` and `canon` keep the identities of advantages that weigh or halve groups."""
+"""`lite_ppo`, `bnpo`, `gdpo`, `a_grae`, `adora` and `canon` keep the identities of advantages that weigh or halve."""
 
 import functools
 import itertools
@@ -122,13 +122,54 @@ def test_bnpo_weight_of_a_rate_that_the_batch_makes_all_but_impossible_is_capped
 
 def test_bnpo_of_components_is_the_mean_of_their_advantages():
     one = [prepared("bnpo", CASE.replace(reward=CASE.extra["rewards_multi"][:, r])).adv for r in range(3)]
-    np.testing.assert_allclose(prepared("bnpo", CASE, components=True).adv, np.mean(one, 0), rtol=1e-6, atol=1e-9)
+    weighted = np.stack(one, 1) * CASE.extra["reward_weights"]
+    np.testing.assert_allclose(prepared("bnpo", CASE, components=True).adv, weighted.mean(1), rtol=1e-6, atol=1e-9)
 
 
 def test_bnpo_refuses_rewards_outside_the_range_it_was_told():
     objective = jaxpo.make("bnpo", min=-1.0, max=1.0)
     with pytest.raises(ValueError, match=r"outside \[-1, 1\]"):
         objective.prepare(rollouts(CASE.replace(reward=np.full(ROWS, 1.5))), objective.init())
+
+
+# ---- gdpo ----------------------------------------------------------------------------------------
+
+
+def several(*columns, weights):
+    """The case with these rewards [B] and their weights."""
+    extra = dict(rewards_multi=np.stack(columns, 1), reward_weights=np.broadcast_to(weights, (ROWS, len(columns))))
+    return CASE.replace(extra={**CASE.extra, **extra})
+
+
+def test_gdpo_of_one_reward_is_grpo():
+    one = prepared("gdpo", several(CASE.reward, weights=[2.0]), whiten=False).adv
+    np.testing.assert_allclose(one, 2 * prepared("grpo", CASE, beta=0.0, adv_eps=1e-4).adv, rtol=1e-9)
+
+
+def test_gdpo_does_not_let_a_reward_of_small_spread_drown():
+    other = CASE.extra["rewards_multi"][:, 0]
+    small, large = (several(CASE.reward, x * other, weights=[1.0, 1.0]) for x in (1.0, 1000.0))
+    adv = [prepared("gdpo", case, adv_eps=0.0).adv for case in (small, large)]
+    np.testing.assert_allclose(*adv, rtol=1e-6, atol=1e-9)
+
+
+def test_gdpo_of_a_negative_weight_turns_the_advantage():
+    up, down = (prepared("gdpo", several(CASE.reward, weights=[w])).adv for w in (1.0, -1.0))
+    np.testing.assert_allclose(up, -np.asarray(down), atol=1e-12)
+
+
+def test_gdpo_takes_no_notice_of_what_a_reward_that_abstains_says():
+    abstains = np.arange(ROWS) % 3 == 0
+    weights = np.stack([np.ones(ROWS), ~abstains], 1)
+    a, b = (several(CASE.reward, np.where(abstains, x, CASE.reward), weights=weights) for x in (0.0, 99.0))
+    np.testing.assert_array_equal(*(prepared("gdpo", case).adv for case in (a, b)))
+
+
+def test_bnpo_of_components_asks_the_range_of_them_and_not_of_their_sum():
+    objective = jaxpo.make("bnpo", components=True)
+    objective.prepare(rollouts(CASE.replace(reward=np.full(ROWS, 1.5))), objective.init())
+    with pytest.raises(ValueError, match=r"a reward of 1.5 is outside \[0, 1\]"):
+        objective.prepare(rollouts(several(np.full(ROWS, 1.5), weights=[1.0])), objective.init())
 
 
 # ---- a_grae --------------------------------------------------------------------------------------
