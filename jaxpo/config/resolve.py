@@ -60,8 +60,8 @@ def policy_heads(objective: Objective, config: ConfigDict) -> dict[str, tuple[in
 
 
 def given_by_task(config: ConfigDict) -> frozenset[str]:
-    """The fields that the task gives because it has several rewards."""
-    return given_by("task") if config.task.name and config.task.get("rewards") else frozenset()
+    """The fields that rewards of answers give: those of the task, or the judge's."""
+    return given_by("task") if config.task.name or config.judge.name != "verifier" else frozenset()
 
 
 def protocol_of(config: ConfigDict, objective: Objective, name: str) -> Protocol:
