@@ -30,7 +30,7 @@ GIVERS: dict[str, str] = {
     "data": "preference data (config.data) may give it",
     "judge": "a judge (config.judge) of the policy's own answers may give it",
     "protocol": "the protocol that the objective names gives it",
-    "task": "a task with several rewards (config.task.rewards) gives it",
+    "task": "the rewards of the task give it, a column each (config.task.rewards)",
     "user": "your own data or reward has to give it",
 }
 

@@ -50,8 +50,8 @@ def resolve(config: ConfigDict, devices: int, *, objective: Objective | None = N
 
 
 def given_by_task(config: ConfigDict) -> frozenset[str]:
-    """The fields that the task gives because it has several rewards."""
-    return given_by("task") if config.task.name and config.task.get("rewards") else frozenset()
+    """The fields that rewards of answers give: those of the task, or the judge's."""
+    return given_by("task") if config.task.name or config.judge.name != "verifier" else frozenset()
 
 
 def protocol_of(config: ConfigDict, objective: Objective, name: str) -> Protocol:

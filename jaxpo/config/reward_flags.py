@@ -71,9 +71,7 @@ def _add_blocks(task: ConfigDict, given: Mapping[str, str]) -> None:
 def _add_options(task: ConfigDict, given: Mapping[str, str]) -> None:
     """Add the options of every reward, with their defaults: those of the deciding one to the task itself, unless its
     block in ``rewards`` has them."""
-    blocks = task.rewards or {}
-    first = task.reward if task.reward is not None or len(blocks) > 1 else next(iter(blocks), "exact")
-    decides = None if first is None else name_of_reward(first)
+    blocks, decides = task.rewards or {}, name_of_reward(task.reward)
     for name in blocks:
         block = blocks[name]
         weight = block.get("weight", 1)
@@ -81,13 +79,10 @@ def _add_options(task: ConfigDict, given: Mapping[str, str]) -> None:
             if "weight" in block:
                 del block["weight"]
             block.weight = float(weight)
-        reward = block.get("reward") or (first if name == decides and task.reward is not None else name)
+        reward = task.reward if name == decides else block.get("reward") or name
         for option, parameter in options_of(reward, f"config.task.rewards.{name}").items():
             if option not in block and (name != decides or f"{MORE}{name}.{option}" in given):
                 block[option] = value_of(parameter)
-    if first is not None:
-        own = blocks[decides] if decides in blocks else {}
-        reward = first if task.reward is not None else own.get("reward") or first
-        for option, parameter in options_of(reward, "config.task.reward").items():
-            if option not in task and option not in own:
-                task[option] = value_of(parameter)
+    for option, parameter in options_of(task.reward, "config.task.reward").items():
+        if option not in task and option not in blocks.get(decides, {}):
+            task[option] = value_of(parameter)

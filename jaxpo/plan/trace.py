@@ -25,7 +25,7 @@ from jaxpo.policy.hf import read_config
 from jaxpo.policy.packing import lanes_of
 from jaxpo.policy.stats import Other
 from jaxpo.protocols.gatherer import Watch
-from jaxpo.protocols.rows import as_scored, labelled
+from jaxpo.protocols.rows import as_scored, in_a_column, labelled
 from jaxpo.rollout.engine import decode_trips
 from jaxpo.runs.iteration import Stage, learn, score_references
 from jaxpo.runs.models import find_models
@@ -222,7 +222,7 @@ def gathered(
         generate = record("rollout", programs.generate, mesh=mesh, loop=loop, **state)
         out = generate(sampler or params, tokens, length, key, resolved.sampling(data.eos_ids), responses=k)
     if not facts.rows:
-        return judged_shapes(out, rows), sampler
+        return judged_shapes(out, rows, resolved.objective.asks.needs), sampler
     width, vector = (data.prompt_width, config.sampling.max_new_tokens), config.heads.gate
     shapes = unit_shapes(resolved.objective, facts.provides, resolved.rows, *width, resolved.rows_per_prompt, vector)
     return everywhere(shapes, rows), sampler
@@ -310,12 +310,13 @@ def longest(resolved: Resolved, mesh: Mesh, rows: int) -> dict[str, Any]:
     return dict(plan=jax.ShapeDtypeStruct((rows, 3), jnp.int32, sharding=replicated(mesh)), bins=bins)
 
 
-def judged_shapes(out: Rollouts, rows: NamedSharding) -> Rollouts:
-    """Generated rows as the loop hands them on: labelled and rewarded."""
+def judged_shapes(out: Rollouts, rows: NamedSharding, needs: Collection[str]) -> Rollouts:
+    """Generated rows as the loop hands them on: labelled and rewarded (several rewards take no more than one, beside
+    the tokens)."""
 
     def whole(out: Rollouts) -> Rollouts:
         indices, seeds = np.zeros(out.rows // out.shared_prompt, np.int32), jnp.zeros(out.rows, jnp.uint32)
         out = labelled(out, indices, seeds)
-        return out.replace(reward=out.count, correct=out.count)
+        return out.replace(reward=out.count, correct=out.count, **in_a_column(out.count, needs))
 
     return everywhere(jax.eval_shape(whole, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), out)), rows)

@@ -1,6 +1,6 @@
 """Rows of NumPy batches: stack them, replace them, complete them a batch at a time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -51,6 +51,14 @@ def labelled(out: Rollouts, indices: np.ndarray, seeds: Any) -> Rollouts:
         role=np.zeros(out.rows, np.int32),
         count=np.ones(out.rows, np.float32),
     )
+
+
+def in_a_column(reward: Any, needs: Collection[str]) -> dict[str, Any]:
+    """The rewards [B] as the only one of several, [B, 1] with weight 1, for an objective that needs ``rewards_multi``;
+    {} for others."""
+    if "rewards_multi" not in needs:
+        return {}
+    return dict(rewards_multi=reward[:, None], reward_weights=reward[:, None] * 0 + 1)
 
 
 def as_scored(batch: Rollouts) -> Rollouts:

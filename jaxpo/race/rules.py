@@ -137,6 +137,8 @@ def check_fit(resolved: Resolved) -> None:
     objective, protocol = resolved.objective, resolved.protocol
     if protocol.facts.stale and protocol.tables:
         raise ValueError(f"protocol {resolved.protocol_name!r} trains on earlier batches; a race has only fresh ones")
+    if "rewards_multi" in objective.asks.needs:
+        raise ValueError("normalizes several rewards, and the task of a race has one")
     if protocol.facts.rows is None and not objective.asks.needs & {"reward", "correct", "edge_adv"}:
         raise ValueError("does not ask for rewards: it would imitate its own completions")
     if "soup" in resolved.references:

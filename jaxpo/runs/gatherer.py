@@ -16,7 +16,7 @@ from jaxpo.parallel import moved_bytes, shardings
 from jaxpo.parallel.distributed import to_host
 from jaxpo.policy.transformer import Params
 from jaxpo.protocols.gatherer import Gatherer, Sampler, Verdict, Watch
-from jaxpo.protocols.rows import as_scored, labelled
+from jaxpo.protocols.rows import as_scored, in_a_column, labelled
 from jaxpo.rollout import SamplingOptions
 from jaxpo.runs.iteration import Stage, score_references
 from jaxpo.runs.judges.judge import make_judge
@@ -142,7 +142,8 @@ def scored_shapes(workspace: Workspace) -> Rollouts:
             responses=workspace.config.rollout.responses,
         )
         out = labelled(out, first, jax.random.bits(key, (out.rows,)))
-        return score_references(stage, run, out.replace(reward=out.count, correct=out.count))
+        rewarded = dict(reward=out.count, correct=out.count, **columns(workspace, out.count, None))
+        return score_references(stage, run, out.replace(**rewarded))
 
     return jax.eval_shape(whole, jax.random.key(0))
 
@@ -150,8 +151,8 @@ def scored_shapes(workspace: Workspace) -> Rollouts:
 def compared(judge: Callable[..., Verdict], watch: Watch, *asked: Any) -> Verdict:
     """The judge's verdict; prompts on which it failed are counted."""
     verdict = judge(*asked)
-    if verdict.failed is not None and verdict.failed.any():
-        watch.add("judge/errors", int(verdict.failed.sum()))
+    if verdict.errors:
+        watch.add("judge/errors", sum(error is not None for error in verdict.errors))
     return verdict
 
 
@@ -166,15 +167,16 @@ def verified(workspace: Workspace, watch: Watch, compare: Any, rollouts: Rollout
         rewards, correct, errors, abstained = judged.table.T.astype(np.float32)
         watch.add("reward/errors", int(errors.sum()))
         note_parts(watch, judged.scores)
-        given = dict(reward=rewards, correct=correct, **vectors(workspace, judged))
-        if abstained.any():
+        given = dict(reward=rewards, correct=correct, **columns(workspace, rewards, judged))
+        if abstained.any() and workspace.config.judge.name == "verifier":
             watch.add("reward/abstained", int(abstained.sum()))
             count = np.ones(rollouts.rows) if rollouts.count is None else to_host(rollouts.count)
             given["count"] = (count * (1 - abstained)).astype(np.float32)
     if workspace.config.judge.name != "verifier":
         if given:  # what the judge is a stand-in for
             watch.notes["reward/verified"] = float(given["reward"].mean())
-        given["reward"] = compare(questions.train.examples, rollouts).scores.reshape(-1).astype(np.float32)
+        scores = compare(questions.train.examples, rollouts).scores.reshape(-1).astype(np.float32)
+        given |= dict(reward=scores, **in_a_column(scores, workspace.objective.asks.needs))
     return rollouts.replace(**given)
 
 
@@ -190,9 +192,16 @@ def note_parts(watch: Watch, scores: Sequence[Score]) -> None:
             watch.notes[f"reward/{name}/mean"] = total / (before + len(told))
 
 
-def vectors(workspace: Workspace, judged: Judged) -> dict[str, np.ndarray]:
-    """The rewards one by one [B, R] and their weights, 0 where one abstained or failed, if the objective reads them."""
-    if "rewards_multi" not in workspace.objective.asks.needs:
-        return {}
-    weights = np.asarray(list(workspace.questions.rewards.values())) * judged.gave
-    return dict(rewards_multi=judged.parts.astype(np.float32), reward_weights=weights.astype(np.float32))
+def columns(workspace: Workspace, reward: Any, judged: Judged | None) -> dict[str, Any]:
+    """The rewards one by one [B, R] and their weights, 0 where one abstained or failed, if the objective reads them.
+
+    ``judged``: what they said; None = only the shapes matter."""
+    needs, weights = workspace.objective.asks.needs, workspace.questions.rewards
+    if not weights or "rewards_multi" not in needs:
+        return in_a_column(reward, needs)
+    if judged is None:
+        return {
+            name: reward[:, None] * np.ones(len(weights), np.float32) for name in ("rewards_multi", "reward_weights")
+        }
+    given = np.asarray(list(weights.values())) * judged.gave
+    return dict(rewards_multi=judged.parts.astype(np.float32), reward_weights=given.astype(np.float32))

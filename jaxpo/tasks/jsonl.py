@@ -24,7 +24,7 @@ def jsonl(
     question_field: str = "question",
     answer_field: str = "answer",
     demonstration_field: str | None = None,
-    reward: str | Reward | None = None,
+    reward: str | Reward = "exact",
     rewards: Mapping[str, Mapping[str, Any]] | None = None,
     timeout: Positive | None = None,
     workers: Whole | None = None,
@@ -41,10 +41,11 @@ def jsonl(
       seed: seed of that draw.
       question_field, answer_field: field names in the objects. A question is a string, an answer a string or a number.
       demonstration_field: field with a worked solution to imitate; by default a demonstration is made from the answer.
-      reward: says whether a completion is correct: ``exact`` (the default), ``numeric``, ``regex``, ``math``,
+      reward: says whether a completion is correct: ``exact``, ``numeric``, ``regex``, ``math``,
         ``"module:function"``, or a function from an importable module. Its completions are correct where it gives 1.
         `jaxpo.tasks.scoring` says what a function may ask for and return.
-      rewards: more rewards, which are added: name -> ``weight`` (1), ``reward`` (that of this name) and its options.
+      rewards: more rewards, which are added to it: name -> ``weight`` (1), ``reward`` (that of this name) and its
+        options. Under its own name ``reward`` has its weight here.
       timeout, workers: seconds for one verdict and number of worker processes. ``exact``, ``numeric``, ``length`` and
         ``format`` by tags run in this process unless one of the two is given; all others run in workers, with 5 s by
         default.
@@ -78,6 +79,7 @@ def jsonl(
     # A pattern, or an answer that only the user's own function understands, is not a text to imitate.
     writable = demonstration_field is not None or decides in ("exact", "numeric", "math")
     name, weights = f"jsonl/{Path(path).name}", weights_of(chosen)
+    report |= {f"reward/{n}/weight": w for n, w in weights.items()} if len(weights) > 1 else {}
     return Task(name, train, test, score, demonstrate if writable else None, report, weights)
 
 

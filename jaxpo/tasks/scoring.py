@@ -109,7 +109,7 @@ class Choice(NamedTuple):
 
 
 def choices(
-    reward: str | Reward | None,
+    reward: str | Reward,
     rewards: Mapping[str, Mapping[str, Any]] | None = None,
     options: Mapping[str, Any] | None = None,
     own: Iterable[str] = (),
@@ -117,28 +117,21 @@ def choices(
     """The rewards that a task's arguments name; the first one says whether a completion is correct.
 
     Args:
-      reward: the deciding reward; None = "exact", or the only one of ``rewards``.
+      reward: the deciding reward.
       rewards: name -> ``weight`` (1; or part -> weight), ``reward`` (None = that of this name), and options of it. The
         name of the deciding reward gives its weight, and more of its options.
       options: of the deciding reward.
       own: the task's other arguments, which a message about an unknown option names too.
 
     Raises:
-      ValueError: an unknown name or option (with the nearest), a weight that is no number, or no deciding reward.
+      ValueError: an unknown name or option (with the nearest), or a weight that is no number.
     """
     blocks = {name: _block(name, block) for name, block in (rewards or {}).items()}
-    if reward is None and len(blocks) > 1:
-        raise ValueError(
-            "config.task.reward must name the reward that says whether an answer is correct: one of "
-            f"{', '.join(blocks)} of config.task.rewards, or another one"
-        )
-    first = next(iter(blocks), "exact") if reward is None else reward
-    name = name_of_reward(first)
+    name = name_of_reward(reward)
     block, options = blocks.pop(name, {}), options or {}
     if twice := [k for k in options if k in block and block[k] != options[k]]:
         raise ValueError(f"config.task.{twice[0]} and config.task.rewards.{name}.{twice[0]} differ: set one of them")
-    block = block if reward is None else {**block, "reward": first}
-    out = [_choice(name, {**block, **options}, "config.task.reward", own)]
+    out = [_choice(name, {**block, **options, "reward": reward}, "config.task.reward", own)]
     out += [_choice(k, block, f"config.task.rewards.{k}", ("reward", "weight")) for k, block in blocks.items()]
     weights_of(out)
     return out

@@ -67,7 +67,9 @@ def test_one_function_under_several_names(task):
 
 def test_the_weight_of_the_deciding_reward(task):
     assert dict(task("reward=numeric", "rewards.numeric.weight=2", "extract=boxed")[1].rewards) == {"numeric": 2.0}
-    assert dict(task("rewards.numeric.weight=2", "rewards.numeric.extract=boxed")[1].rewards) == {"numeric": 2.0}
+    config, made = task("reward=numeric", "rewards.numeric.weight=0", "rewards.numeric.extract=boxed")
+    assert dict(made.rewards) == {"numeric": 0.0} and config.task.rewards.numeric.extract == "boxed"
+    assert dict(task("rewards.format.weight=2")[1].rewards) == {"exact": 1.0, "format": 2.0}
 
 
 def test_functions_of_the_user(task):

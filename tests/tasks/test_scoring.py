@@ -157,7 +157,7 @@ def scored(*values, weights=(1.0, 0.5, -2.0)):
     chosen = [
         choice
         for name, weight in zip("abc", weights, strict=True)
-        for choice in choices(None, {name: {"weight": weight, "reward": "exact"}})
+        for choice in choices("exact", {name: {"weight": weight, "reward": "exact"}})[1:]
     ]
     judges = [
         lambda rows, texts, c=c, v=v: [parts_of(c, v if isinstance(v, Outcome) else Outcome(v, None))]
@@ -191,7 +191,6 @@ def test_a_row_of_which_all_abstain_is_no_zero():
         ("numeric", {"format": 0.2}, {}, "config.task.rewards.format must hold weight and options"),
         ("numeric", {"format": {"weight": "x"}}, {}, "the weight of format must be a finite number, not 'x'"),
         ("numeric", {"format": {"weight": float("nan")}}, {}, "the weight of format must be a finite number"),
-        (None, {"format": {}, "numeric": {}}, {}, "config.task.reward must name .*: one of format, numeric"),
         ("numeric", {"numeric": {"extract": "text"}}, {"extract": "boxed"}, "config.task.extract and .* differ"),
         ("numeric", {"long": {"reward": "length"}}, {}, "needs either target"),
         ("numeric", {"m": {"reward": "operator:eqq"}}, {}, "config.task.rewards.m: operator has no function 'eqq'"),
@@ -203,8 +202,8 @@ def test_wrong_rewards(reward, rewards, options, message):
 
 
 def test_the_deciding_reward():
-    assert [c.name for c in choices(None)] == ["exact"]
-    assert [c.name for c in choices(None, {"numeric": {"weight": 2}})] == ["numeric"]
+    assert [c.name for c in choices("exact")] == ["exact"]
+    assert [c.name for c in choices("operator:eq", {"numeric": {"weight": 2}})] == ["eq", "numeric"]
     chosen = choices("numeric", {"format": {"weight": 0.2}, "numeric": {"weight": 3, "extract": "boxed"}})
     assert [(c.name, dict(c.weights)) for c in chosen] == [("numeric", {"numeric": 3.0}), ("format", {"format": 0.2})]
     assert chosen[0].options == {"extract": "boxed"}
