@@ -28,12 +28,12 @@ class Verdict(NamedTuple):
 
     scores: [G, K] score of each answer.
     wins: [G, K, K] probability that the first answer beats the second; 1/2 on the diagonal.
-    failed: [G] whether the judge failed on the prompt, so that its answers count as equally good; None = on none.
+    errors: [G] why the judge failed on the prompt (its answers then count as equally good), or None; () = on none.
     """
 
     scores: np.ndarray
     wins: np.ndarray
-    failed: np.ndarray | None = None
+    errors: Sequence[str | None] = ()
 
 
 @dataclass(frozen=True)

@@ -151,8 +151,8 @@ def scored_shapes(workspace: Workspace) -> Rollouts:
 def compared(judge: Callable[..., Verdict], watch: Watch, *asked: Any) -> Verdict:
     """The judge's verdict; prompts on which it failed are counted."""
     verdict = judge(*asked)
-    if verdict.failed is not None and verdict.failed.any():
-        watch.add("judge/errors", int(verdict.failed.sum()))
+    if verdict.errors:
+        watch.add("judge/errors", sum(error is not None for error in verdict.errors))
     return verdict
 
 

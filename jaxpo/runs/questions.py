@@ -123,7 +123,7 @@ class Questions:
         """Ask a judge about the answers of several generated batches to the same prompts, side by side.
 
         Args:
-          opinion: the judge's ``(examples [G], answers [G][K]) -> Verdict``.
+          opinion: the judge's ``(examples [G], answers [G][K]) -> Verdict``; NaN scores of a prompt on which it fails.
           whole: every process gives the judge all answers, for a judge that computes on the mesh. Otherwise each
             process decodes and judges its share of the prompts, and every process gets the whole verdict.
 
@@ -138,16 +138,17 @@ class Questions:
         said = Verdict(np.zeros((0, k)), np.zeros((0, k, k)))
         if len(own):
             said = opinion([examples[i] for i in at[own]], answers.tolist())
-        if said.failed is None:
-            said = said._replace(failed=np.zeros(len(own)))
-        if not whole:
-            said = Verdict(*(from_rows(np.asarray(x, np.float64), own, len(at)) for x in said))
-        failed = said.failed > 0
+        self.failures.tell("the judge", said.errors)
+        scores, wins = said[:2] if whole else (from_rows(x, own, len(at)) for x in said[:2])
+        failed = np.isnan(scores).all(-1)
         self.failures.check_any("the judge", int(failed.sum()), len(failed))
-        if failed.any():  # neither better nor worse than what the judge knows
-            known = said.scores[~failed].mean()
-            said = said._replace(scores=np.where(failed[:, None], known, said.scores))
-        return said._replace(failed=failed)
+        if not failed.any():
+            return Verdict(scores, wins)
+        scores = np.where(failed[:, None], scores[~failed].mean(), scores)  # neither better nor worse than the others
+        own_errors = dict(zip(own.tolist(), said.errors, strict=False))
+        return Verdict(
+            scores, wins, [own_errors.get(i, "another process shows it") if f else None for i, f in enumerate(failed)]
+        )
 
     def demonstrations(self, indices: np.ndarray, drop_last: float = 0.0, seed: int = 0) -> Rollouts:
         """The task's own answers to training prompts, each with its end (`jaxpo.text.tokenizers.Tokenizer.turn`).

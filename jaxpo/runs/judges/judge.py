@@ -7,7 +7,6 @@ Verdict``.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -25,11 +24,11 @@ from jaxpo.runs.questions import Answers, Opinion, as_told
 from jaxpo.runs.restore import open_finished
 from jaxpo.runs.workspace import Workspace, shard_count
 from jaxpo.tasks import Example, Task
-from jaxpo.tasks.failures import Failures
+from jaxpo.tasks.base import Score
 from jaxpo.tasks.preferences.encode import with_trace
 from jaxpo.tasks.preferences.traces import tracer_of
 from jaxpo.tasks.user_functions import check_places, locate
-from jaxpo.tasks.workers import attempt
+from jaxpo.tasks.workers import Failure, attempt, failure
 from jaxpo.text.conversations import as_json, plain_answer, plain_text
 
 STEP = 32  # widths of rows to judge are rounded up to multiples of this, so that few shapes are compiled
@@ -59,7 +58,7 @@ def verifier(scale: float | None = None) -> Judge:
     Args:
       scale: ``P(i beats j) = sigmoid(scale (s_i - s_j))``; None = the higher score wins.
     """
-    return lambda workspace: partial(verified, workspace.task, scale, failures=workspace.questions.failures)
+    return lambda workspace: partial(by_verifier, workspace.task, scale)
 
 
 @register("judge")
@@ -76,7 +75,7 @@ def function(path: str, scale: float | None = None) -> Judge:
     field = "config.judge.path"
     asked = locate(path, field)
     check_places(asked, ("questions", "answers"), f"{field} {path!r}")
-    return lambda workspace: partial(by_function, asked, scale, workspace.questions.failures)
+    return lambda workspace: partial(by_function, asked, scale)
 
 
 @register("judge")
@@ -147,51 +146,66 @@ def verdict_of_wins(wins: np.ndarray) -> Verdict:
     return Verdict(wins.mean(-1), wins)
 
 
-def verified(
-    task: Task, scale: float | None, examples: Sequence[Example], answers: Answers, failures: Failures | None = None
-) -> Verdict:
-    """Judge by the task's rewards. ``failures``: where their errors are told."""
+def verified(task: Task, scale: float | None, examples: Sequence[Example], answers: Answers) -> Verdict:
+    """Judge by the task's rewards."""
+    return verdict_of_scores(np.array([[s.reward for s in row] for row in scores_of(task, examples, answers)]), scale)
+
+
+def by_verifier(task: Task, scale: float | None, examples: Sequence[Example], answers: Answers) -> Verdict:
+    """Judge by the task's rewards; prompts on all of whose answers they fail get a tie."""
+    rows = scores_of(task, examples, answers)
+    verdict = verdict_of_scores(np.array([[s.reward for s in row] for row in rows]), scale)
+    errors = [next((s.error for s in row if s.error is not None), None) for row in rows]
+    failed = np.array([all(s.error is not None for s in row) for row in rows])
+    return Verdict(np.where(failed[:, None], np.nan, verdict.scores), verdict.wins, errors)
+
+
+def scores_of(task: Task, examples: Sequence[Example], answers: Answers) -> list[list[Score]]:
+    """What the task's rewards say of K answers to each of G prompts: [G][K]."""
     if task.score is None:
         raise ValueError(
             "config.judge.name is 'verifier', but nothing verifies answers: set config.task.name or a judge"
         )
-    flat = [text for row in answers for text in row]
+    flat, k = [text for row in answers for text in row], len(answers[0])
     scores = task.score([e for e, row in zip(examples, answers, strict=True) for _ in row], flat)
-    shape = len(answers), len(answers[0])
-    if failures is not None:
-        failures.tell("the judge", [s.error for s in scores])
-    failed = np.array([s.error is not None for s in scores]).reshape(shape).all(1)
-    return verdict_of_scores(np.array([s.reward for s in scores]).reshape(shape), scale)._replace(failed=failed)
+    return [scores[i : i + k] for i in range(0, len(scores), k)]
 
 
-def by_function(
-    asked: Callable, scale: float | None, failures: Failures, examples: Sequence[Example], answers: Answers
-) -> Verdict:
-    """Judge by the user's own function; prompts on which it fails get a tie."""
+def by_function(asked: Callable, scale: float | None, examples: Sequence[Example], answers: Answers) -> Verdict:
+    """Judge by the user's own function. Where it fails, it is asked about each prompt alone; prompts on which it still
+    fails have NaN scores and a tie.
+
+    Raises:
+      ValueError: what it returns is never what a judge must return."""
     questions, k = [as_json(e.question) for e in examples], len(answers[0])
-    whole, error = attempt(partial(verdict_of_function, asked, scale), (questions, answers))
-    if error is None:
+    whole = ask(asked, scale, questions, answers)
+    if isinstance(whole, Verdict):
         return whole
-    failures.tell("the judge", [error])
-    tie = Verdict(np.zeros((1, k)), np.full((1, k, k), 0.5))
-    each = [
-        attempt(partial(verdict_of_function, asked, scale), ([question], [row]))
-        for question, row in zip(questions, answers, strict=True)
-    ]
-    failures.tell("the judge", [e for _, e in each])
-    scores, wins, _ = (list(x) for x in zip(*(tie if e else v for v, e in each), strict=True))
-    return Verdict(np.concatenate(scores), np.concatenate(wins), np.array([e is not None for _, e in each]))
+    each = [ask(asked, scale, [q], [row]) for q, row in zip(questions, answers, strict=True)]
+    errors = [None if isinstance(said, Verdict) else said for said in each]
+    if all(error is not None and not error.traceback for error in errors):  # it did not raise
+        raise ValueError(errors[0])
+    tie = Verdict(np.full((1, k), np.nan), np.full((1, k, k), 0.5))
+    each = [said if isinstance(said, Verdict) else tie for said in each]
+    shown = errors if any(errors) else [whole, *errors[1:]]  # it failed once, and then did not
+    return Verdict(np.concatenate([v.scores for v in each]), np.concatenate([v.wins for v in each]), shown)
 
 
-def verdict_of_function(asked: Callable, scale: float | None, questions: list[Any], answers: Answers) -> Verdict:
-    """Ask the user's own function; ``ValueError`` for anything but an array of scores or of win probabilities."""
-    said = np.asarray(asked(questions, answers), np.float64)
+def ask(asked: Callable, scale: float | None, questions: list, answers: Answers) -> Verdict | Failure:
+    """The verdict of the user's own function, or why there is none."""
+    said, error = attempt(asked, (questions, answers))
+    if error is not None:
+        return error
     shape = (len(answers), len(answers[0]))
-    if said.shape == shape:
-        return verdict_of_scores(said, scale)
-    if said.shape != (*shape, shape[1]):
-        raise ValueError(f"config.judge.path: it gave an array {said.shape}: scores {shape} or wins are expected")
-    return verdict_of_wins(said)
+    try:
+        said = np.asarray(said, np.float64)
+        if said.shape == shape:
+            return verdict_of_scores(said, scale)
+        if said.shape == (*shape, shape[1]):
+            return verdict_of_wins(said)
+    except (ValueError, TypeError) as wrong:  # ragged, no numbers, not finite
+        return failure(f"config.judge.path: {wrong}")
+    return failure(f"config.judge.path: it gave an array {said.shape}: scores {shape} or wins are expected")
 
 
 def characters(workspace: Workspace) -> list[str]:
