@@ -3,14 +3,16 @@
 Masks are never made from token ids: the pad id may be the same as the end-of-sequence id.
 """
 
+import base64
 import importlib
 import importlib.util
 import json
 import re
 import string
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Annotated, Any, Protocol
 
@@ -156,13 +158,13 @@ class PretrainedTokenizer:
     def __init__(self, tokenizer: Any, chat_template: bool, eos: Sequence[str] = ()):
         path = tokenizer if isinstance(tokenizer, (str, Path)) else None
         if path is not None:
-            of_gguf = Path(path).suffix == ".gguf"
-            tokenizer = gguf_tokenizer(path) if of_gguf else transformers_library().AutoTokenizer.from_pretrained(path)
+            tokenizer = gguf_tokenizer(path) if Path(path).suffix == ".gguf" else _of_folder(path)
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(f"a fast tokenizer of transformers is needed, got {type(tokenizer).__name__}")
         if chat_template and not tokenizer.chat_template:
             raise ValueError("chat_template=True, but this tokenizer has no chat template: it belongs to a base model")
         self._tokenizer, self.chat_template = tokenizer, chat_template
+        self._files = read_files(path) if path is not None and Path(path).is_dir() else None
         vocabulary = tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values()) + 1
         for text in eos:
@@ -209,20 +211,72 @@ class PretrainedTokenizer:
         prefix = self._tokenizer.bos_token if bos is not None and self._tokenizer.encode("a")[0] == bos else ""
         return f"{prefix}{question}\n"
 
+    @property
+    def files(self) -> dict[str, bytes]:
+        """The files that make this tokenizer, by name: those of its folder as they are, else what transformers
+        writes."""
+        if self._files is None:
+            with tempfile.TemporaryDirectory() as folder:
+                self._tokenizer.save_pretrained(folder)
+                self._files = read_files(folder)
+        return self._files
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the files of the tokenizer into ``folder`` as they came, and a tokenizer.json if there was none."""
+        backend = self._tokenizer.backend_tokenizer.to_str().encode()
+        _write_files({"tokenizer.json": backend, **self.files}, Path(folder), but=BESIDE)
+
     def to_json(self) -> dict[str, Any]:
-        """The whole tokenizer, not its path: a checkpoint must be usable when the folder or the hub is gone."""
-        t = self._tokenizer
-        names = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")
-        options = {name: getattr(t, name) for name in names if getattr(t, name) is not None}
-        extra = [s for s in t.all_special_tokens if s not in options.values()]
-        return {
-            "kind": "pretrained",
-            "tokenizer": t.backend_tokenizer.to_str(),
-            "options": options,
-            "special": extra,
-            "chat_template": self.chat_template,
-            "eos": [t.convert_ids_to_tokens(i) for i in self.eos_ids],
-        }
+        """All files of the tokenizer, not its path: a run must be usable when the folder or the hub is gone."""
+        ends = [self._tokenizer.convert_ids_to_tokens(i) for i in self.eos_ids]
+        files = {name: _text_of(content) for name, content in self.files.items()}
+        return {"kind": "pretrained", "files": files, "chat_template": self.chat_template, "eos": ends}
+
+
+# ---- files of a pretrained tokenizer
+
+# What transformers and others read a tokenizer from. Of these, BESIDE is read where the others do not name a class, and
+# belongs to the model.
+BESIDE = ("config.json",)
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *BESIDE,
+)
+
+
+def read_files(folder: str | Path) -> dict[str, bytes]:
+    """The files of a folder that a tokenizer is read from, by their names in it."""
+    found = [file for pattern in TOKENIZER_FILES for file in sorted(Path(folder).glob(pattern)) if file.is_file()]
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in found}
+
+
+def _write_files(files: Mapping[str, bytes], folder: Path, but: Sequence[str] = ()) -> None:
+    for name, content in files.items():
+        if not any(PurePosixPath(name).match(pattern) for pattern in TOKENIZER_FILES) or ".." in name or name[0] == "/":
+            raise ValueError(unknown("file of a tokenizer", name, TOKENIZER_FILES))  # a run may come from elsewhere
+        if name not in but:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+
+
+def _of_folder(path: str | Path) -> Any:
+    """The tokenizer of transformers in a folder, or of that name on the hub; no Python of the folder is run."""
+    return transformers_library().AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def _text_of(content: bytes) -> str | dict[str, str]:
+    """The content of a file as JSON can hold it."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(content).decode()}
+
+
+def _bytes_of(text: str | Mapping[str, str]) -> bytes:
+    """The inverse of `_text_of`."""
+    return text.encode() if isinstance(text, str) else base64.b64decode(text["base64"])
 
 
 def first_difference(a: Tokenizer, b: Tokenizer) -> int | None:
@@ -338,16 +392,14 @@ def from_json(spec: Mapping[str, Any]) -> Tokenizer:
 
 
 def _pretrained_from_json(spec: Mapping[str, Any]) -> PretrainedTokenizer:
-    from tokenizers import Tokenizer as Backend
-
-    PreTrainedTokenizerFast = transformers_library().PreTrainedTokenizerFast
-
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Backend.from_str(spec["tokenizer"]),
-        **spec["options"],
-        additional_special_tokens=spec["special"],
-    )
-    return PretrainedTokenizer(tokenizer, spec["chat_template"], spec["eos"])
+    if "files" not in spec:
+        raise ValueError("tokenizer.json does not hold the files of its tokenizer: an older version of jaxpo wrote it")
+    files = {name: _bytes_of(text) for name, text in spec["files"].items()}
+    with tempfile.TemporaryDirectory() as folder:
+        _write_files(files, Path(folder))
+        tokenizer = PretrainedTokenizer(_of_folder(folder), spec["chat_template"], spec["eos"])
+    tokenizer._files = files
+    return tokenizer
 
 
 def for_transformers(tokenizer: Tokenizer) -> Any:
