@@ -113,7 +113,8 @@ def head_of(workspace: "Workspace", params: Mapping[str, Any], workdir: str, ask
             )
         asked = "score"
     if left := sorted({*heads} - {asked}):
-        print(f"left out: the head{'s' if len(left) > 1 else ''} {', '.join(left)} (--head=NAME writes one)")
+        why = "as no part of what writes answers" if asked is None else "for one head has a place"
+        print(f"left out, {why}: the heads {', '.join(left)} (--head=NAME writes one of a number)")
     bias = 0.0 if asked is None else float(heads[asked]["bias"])
     if bias:
         print(f"the class of transformers has no bias: add {bias:.6g} to what it gives (score_bias of config.json)")

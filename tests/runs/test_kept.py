@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -13,7 +14,7 @@ from experiments.export import export_run
 from jaxpo.runs import kept
 from jaxpo.runs.restore import open_finished
 from jaxpo.storage.checkpoint import saved_origin
-from jaxpo.text.tokenizers import read_files
+from jaxpo.text.tokenizers import read_files, transformers_library
 from tests.runs import tiny, tiny_model
 
 SETTINGS = dict(
@@ -110,6 +111,26 @@ def test_what_goes_out_is_the_files_of_the_model_patched(begun, alone, tmp_path)
     assert generation == GENERATION | {"eos_token_id": [2, 0]}
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config == json.loads((alone.parent / "model/config.json").read_text())
+
+
+def test_the_forms_that_vllm_and_llama_cpp_read(begun, tmp_path):
+    """Both read config.json, tokenizer.json, tokenizer_config.json and generation_config.json of the folder; the
+    converter of llama.cpp by its library gguf."""
+    export_run(str(begun / "run"), str(out := tmp_path / "out"))
+    names = ("config", "tokenizer", "tokenizer_config")
+    read = {name: json.loads((out / f"{name}.json").read_text()) for name in names}
+    added = {token["content"]: token for token in read["tokenizer"]["added_tokens"]}
+    special = ("eos_token", "pad_token")
+    assert all(added[read["tokenizer_config"][name]]["special"] for name in special)
+    ids = [*read["tokenizer"]["model"]["vocab"].values(), *(token["id"] for token in added.values())]
+    assert max(ids) < read["config"]["vocab_size"] and read["config"]["architectures"] == ["Qwen2ForCausalLM"]
+    ends = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+    assert ends[0] == added["<|im_end|>"]["id"] and all(isinstance(i, int) for i in ends)
+    vocabulary = gguf.SpecialVocab(out, load_merges=True, n_vocab=read["config"]["vocab_size"])
+    assert vocabulary.special_token_ids == {"eos": ends[0], "pad": added["<|endoftext|>"]["id"]}
+    assert vocabulary.chat_template == tiny_model.TEMPLATE
+    theirs = transformers_library().AutoTokenizer.from_pretrained(out)
+    assert (theirs.padding_side, theirs.model_max_length) == ("left", 32768)
 
 
 def test_the_tokenizer_that_changed_in_its_folder_is_not_taken(begun, tmp_path):
