@@ -62,7 +62,7 @@ def export_run(
     from jaxpo.policy.hf import check_out, export
     from jaxpo.runs.kept import generation_of, model_config_of, paths_of
     from jaxpo.runs.restore import open_finished
-    from jaxpo.text.tokenizers import PretrainedTokenizer, for_transformers
+    from jaxpo.text.tokenizers import PretrainedTokenizer, as_pretrained
 
     check_out(out)
     workspace, params, step = open_finished(workdir, step, examples=False)
@@ -83,7 +83,7 @@ def export_run(
             workspace.model.config,
             out,
             hf_config=model_config_of(workdir),
-            tokenizer=tokenizer if isinstance(tokenizer, PretrainedTokenizer) else for_transformers(tokenizer),
+            tokenizer=tokenizer if isinstance(tokenizer, PretrainedTokenizer) else as_pretrained(tokenizer),
             dtype=dtype,
             generation={**generation_of(workdir), **ends} if head is None else None,
             head=head,

@@ -13,7 +13,7 @@ read, the tokenizer, and the frozen weights of a LoRA run, which are too large t
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -263,40 +263,44 @@ def check_origin(was: Mapping[str, Any], now: Mapping[str, Any], workdir: str) -
         )
 
 
-def check_same(config: ConfigDict, workdir: str, before: Mapping[str, Any], tokenizer: Tokenizer) -> None:
-    """That a config that a run is resumed with is of the same policy, objective and protocol as the run's. A model or
-    tokenizer at another place, or changed at its place, has no effect, which is told.
-
-    Args:
-      config: filled.
-      before: what `use_kept` changed in it.
-      tokenizer: of the run.
-
-    Raises:
-      ValueError: names the field, its value and the run's.
-    """
-    held = held_config(workdir)
-    if held is None:
-        return
-    for field, was, now in differences(held, json.loads(json.dumps(config.to_dict()))):
+def other_run(config: ConfigDict, workdir: str) -> str | None:
+    """Why a config (filled) is of another run than that in ``workdir``: the first field of its policy, objective or
+    protocol that has another value; None = it is of this run."""
+    for field, was, now in _differences(workdir, config):
         if is_fixed(field):
-            raise ValueError(
+            return (
                 f"config.{field} is {now!r}, but the run in {workdir} has {was!r} and goes on with that; to start "
                 f"another run from its parameters: --config.init_from={workdir}"
             )
-    for block, field in (("policy", "path"), ("lora", "path")):
-        was = held.get(block, {}).get(field)
-        now = before.get(f"{block}.{field}", config[block].get(field))
+    return None
+
+
+def told_differences(workdir: str, config: ConfigDict) -> list[str]:
+    """A line for each field in which a run goes on with another config."""
+    return [f"config.{field}: {was!r} -> {now!r}" for field, was, now in _differences(workdir, config)]
+
+
+def _differences(workdir: str, config: ConfigDict) -> list[tuple[str, Any, Any]]:
+    held = held_config(workdir)
+    return [] if held is None else differences(held, json.loads(json.dumps(config.to_dict())))
+
+
+def tell_without_effect(config: ConfigDict, workdir: str, before: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+    """Say that a model or adapter at another place, or a tokenizer that has changed at its place, has no effect.
+
+    Args:
+      config: of a run that is resumed.
+      before: what `use_kept` changed in it.
+      tokenizer: of the run.
+    """
+    held = held_config(workdir)
+    for block in ("policy", "lora") if held else ():
+        was = held.get(block, {}).get("path")
+        now = before.get(f"{block}.path", config[block].get("path"))
         if now != was and not (block == "policy" and config.lora.rank):
-            print(f"WARNING: config.{block}.{field} {now!r} has no effect: the run goes on from its checkpoint")
+            print(f"WARNING: config.{block}.path {now!r} has no effect: the run goes on from its checkpoint")
     place = config.tokenizer.get("path")
     if isinstance(tokenizer, PretrainedTokenizer) and Path(place).is_dir():
         files = read_files(place)
         if changed := sorted(name for name in {*files} - {CONFIG} if files[name] != tokenizer.files.get(name)):
             print(f"WARNING: config.tokenizer.path {place!r}: {changed[0]} has changed; the run keeps what it has")
-
-
-def told_differences(held: Mapping[str, Any], config: ConfigDict) -> Iterator[str]:
-    """A line for each field in which a run goes on with another config."""
-    for field, was, now in differences(held, json.loads(json.dumps(config.to_dict()))):
-        yield f"config.{field}: {was!r} -> {now!r}"

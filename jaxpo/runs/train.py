@@ -131,15 +131,16 @@ def _train(
         report=voice,
     )
     if goes_on:
-        kept.check_same(config, workdir, given, workspace.tokenizer)
         kept.check_origin(was, workspace.origin, workdir)
     watch = Watch(say=voice)
     gatherer = make_gatherer(workspace, watch)
     tables = workspace.protocol.tables(gatherer) if workspace.protocol.tables else {}
     tables |= pairs.tables(workspace)
-    run, found = restore(workspace, tables, directory) if goes_on else (None, None)
+    run, found = resumed(workspace, tables, directory, workdir) if goes_on else (None, None)
     if found is None:
         check_start(workspace)
+    else:
+        kept.tell_without_effect(config, workdir, given, workspace.tokenizer)
     held = config.checkpoint.keep + bool(config.checkpoint.keep_best)
     from_first(lambda: check_room(directory, template(workspace, tables), held))
     opened = on_first(lambda: open_run(workdir, workspace, resume, found, given, other_data))
@@ -176,6 +177,20 @@ def _train(
         log.close()
 
 
+def resumed(workspace: Workspace, tables: dict[str, Any], directory: str, workdir: str) -> tuple[Run, Restored]:
+    """The latest whole checkpoint in ``directory`` (`restore`); ``ValueError`` for a config of another run."""
+    other = from_first(lambda: kept.other_run(workspace.config, workdir))
+    try:
+        found = restore(workspace, tables, directory)
+    except ValueError as error:
+        if other:
+            raise ValueError(f"{other}; {error}") from error
+        raise
+    if other:
+        raise ValueError(other)
+    return found
+
+
 def check_profile(steps: int, left: int) -> None:
     """``ValueError`` for a profile of more iterations than are left after those that compile."""
     if steps < 0 or steps > max(left, 0):
@@ -210,7 +225,7 @@ def open_run(
     config = workspace.config
     begun, held = Path(workdir).is_dir() and any(Path(workdir).iterdir()), kept.held_config(workdir)
     resume_step = (found.step if found else BEFORE_ALL) if resume and begun else None
-    for line in kept.told_differences(held, config) if found and held else ():
+    for line in kept.told_differences(workdir, config) if found else ():
         print(f"WARNING: the run goes on with another config: {line}")
     wandb = {"project": config.logging.wandb_project} if config.logging.wandb_project else None
     log = RunDirectory(workdir, tensorboard=config.logging.tensorboard, wandb=wandb, resume_step=resume_step)

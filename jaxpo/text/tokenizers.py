@@ -216,9 +216,7 @@ class PretrainedTokenizer:
         """The files that make this tokenizer, by name: those of its folder as they are, else what transformers
         writes."""
         if self._files is None:
-            with tempfile.TemporaryDirectory() as folder:
-                self._tokenizer.save_pretrained(folder)
-                self._files = read_files(folder)
+            self._files = _files_of(self._tokenizer)
         return self._files
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -250,6 +248,20 @@ def read_files(folder: str | Path) -> dict[str, bytes]:
     """The files of a folder that a tokenizer is read from, by their names in it."""
     found = [file for pattern in TOKENIZER_FILES for file in sorted(Path(folder).glob(pattern)) if file.is_file()]
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in found}
+
+
+def _files_of(tokenizer: Any) -> dict[str, bytes]:
+    """The files that transformers writes of a tokenizer. Its version 5 names a class and a list of special tokens that
+    version 4 and other programs refuse: they get the names that both know."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = read_files(folder)
+    settings = json.loads(files["tokenizer_config.json"])
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    return files | {"tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False).encode()}
 
 
 def _write_files(files: Mapping[str, bytes], folder: Path, but: Sequence[str] = ()) -> None:
@@ -414,6 +426,11 @@ def for_transformers(tokenizer: Tokenizer) -> Any:
     backend.decoder = library.decoders.Fuse()
     pad, eos = special[tokenizer.pad_id], special[tokenizer.eos_ids[0]]
     return transformers_library().PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=pad, eos_token=eos)
+
+
+def as_pretrained(tokenizer: Tokenizer) -> PretrainedTokenizer:
+    """A tokenizer of single characters in the files of transformers."""
+    return PretrainedTokenizer(for_transformers(tokenizer), chat_template=False)
 
 
 def _generation_eos(path: str | Path | None) -> list[int]:

@@ -5,7 +5,15 @@ import shutil
 
 import pytest
 
-from jaxpo.text.tokenizers import CharTokenizer, IntegerTokenizer, PretrainedTokenizer, from_json, read_files
+from jaxpo.text.tokenizers import (
+    CharTokenizer,
+    IntegerTokenizer,
+    PretrainedTokenizer,
+    as_pretrained,
+    from_json,
+    read_files,
+    transformers_library,
+)
 from tests.runs import tiny_model
 
 TEXTS = [
@@ -228,3 +236,19 @@ def test_a_tokenizer_writes_only_files_of_tokenizers(name):
 def test_a_tokenizer_of_an_older_run():
     with pytest.raises(ValueError, match="an older version of jaxpo wrote it"):
         from_json({"kind": "pretrained", "tokenizer": "{}", "options": {}, "special": []})
+
+
+def test_what_transformers_5_writes_gets_names_that_others_know(tmp_path):
+    """A tokenizer that came without files of its own: of a GGUF, or of characters."""
+    tiny_model.write(tmp_path / "model")
+    (tmp_path / "model/config.json").unlink()  # it would name the class of the family
+    theirs = transformers_library().AutoTokenizer.from_pretrained(tmp_path / "model")
+    both = {"bytes": PretrainedTokenizer(theirs, True), "letters": as_pretrained(CharTokenizer("ab"))}
+    for name, made in both.items():
+        (tmp_path / name).mkdir()
+        made.save_pretrained(tmp_path / name)
+        settings = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
+        assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in settings
+        again = transformers_library().AutoTokenizer.from_pretrained(tmp_path / name)
+        assert again.encode("ab") == made.encode("ab") and again.all_special_ids == made._tokenizer.all_special_ids
+        assert again.chat_template == made._tokenizer.chat_template
