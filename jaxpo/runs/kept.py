@@ -53,7 +53,8 @@ def keep_data(folder: Path, config: ConfigDict) -> None:
     `KEPT_BYTES` in all; else keep only their places and sizes. What the run holds already stays."""
     named = {field: Path(place) for field, place in data_places(config).items() if Path(place).exists()}
     sizes = {field: _bytes_of(place) for field, place in named.items()}
-    small, places = sum(sizes.values()) <= KEPT_BYTES, {}
+    around = any(place.resolve() in folder.resolve().parents for place in named.values())  # it would hold its own copy
+    small, places = sum(sizes.values()) <= KEPT_BYTES and not around, {}
     for field, place in named.items():
         copy = folder / DATA / field / place.name
         if small and copy.resolve() != place.resolve():

@@ -14,6 +14,7 @@ from experiments.export import export_run
 from jaxpo.runs import kept
 from jaxpo.runs.restore import open_finished
 from jaxpo.storage.checkpoint import saved_origin
+from jaxpo.tasks.preferences import sets
 from jaxpo.text.tokenizers import read_files, transformers_library
 from tests.runs import tiny, tiny_model
 
@@ -237,6 +238,28 @@ def test_the_hash_is_of_what_was_read(simple, tmp_path):
     assert "resumed" in tiny.run(config, tmp_path / "run", resume=True).printed
     origin = saved_origin(str(tmp_path / "run/checkpoints"))
     assert origin["data"]["rows"] == [20, 5] and len(origin["data"]["sha256"]) == len(origin["tokenizer"]) == 64
+
+
+def test_preferences_are_data_too(tmp_path):
+    """Their order and every field of a row count; where they lie does not."""
+
+    def of(*rows, name="a.jsonl", **options):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return kept.fingerprint(None, sets.jsonl(tmp_path / name, **options))
+
+    first, second = ({"prompt": p, "chosen": "yes", "rejected": "no"} for p in ("a", "b"))
+    known = of(first, second)
+    assert known["rows"] == [2, 0] and of(first, second, name="b.jsonl") == known
+    others = [(second, first), (first,), (first, second | {"pref_prob": 0.8}), (first, second | {"rejected": "No"})]
+    assert len({of(*rows)["sha256"] for rows in others} | {known["sha256"]}) == 5
+    assert of(first, second, test_size=1)["rows"] == [1, 1]
+
+
+def test_a_folder_around_the_run_is_not_copied_into_it(tmp_path):
+    (tmp_path / "run").mkdir()
+    config = config_of(tmp_path)
+    kept.keep_data(tmp_path / "run", config)
+    assert json.loads((tmp_path / "run/data/places.json").read_text())["task.path"]["copy"] is None
 
 
 def test_values_that_are_no_json_have_a_hash_that_stays():
