@@ -37,6 +37,7 @@ def launch(argv: Sequence[str] | None, check: "Callable[[Resolved], None] | None
             argv,
             workdir=("", "directory of the run (required)"),
             resume=(False, "go on from the last checkpoint in workdir, if there is one"),
+            other_data=(False, "with --resume: go on even if the data are not those that the run was trained on"),
             profile_steps=(0, "iterations to trace with the profiler, into workdir/profile"),
             **FLAGS,
         )

@@ -116,6 +116,8 @@ def _check_lora(config: ConfigDict, policy: TransformerConfig) -> None:
     if config.lora.rank == 0:
         return
     lora.check(config.lora.rank, config.lora.targets, experts=policy.experts is not None)
+    if config.lora.path and config.init_from:
+        raise ValueError("config.lora.path and config.init_from both give the first adapters: set one of them to None")
     if config.policy.name != "pretrained":
         raise ValueError(
             f"config.lora.rank {config.lora.rank} trains adapters beside frozen weights: set config.policy.name to "

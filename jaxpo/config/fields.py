@@ -39,7 +39,9 @@ def default() -> ConfigDict:
             judge=dict(name="verifier"),  # of the policy's own answers, where a protocol compares them
             tokenizer=dict(name="characters"),
             policy=dict(name="transformer"),  # made here, or "pretrained"
-            lora=dict(rank=0, alpha=32.0, targets=lora.TARGETS),  # adapters beside a pretrained policy; rank 0 = none
+            # Adapters beside a pretrained policy; rank 0 = none. path: a folder of peft with an adapter to start from;
+            # rank, alpha and targets are then those of the folder.
+            lora=dict(rank=0, alpha=32.0, targets=lora.TARGETS, path=optional(str)),
             heads=dict(embed=optional(int), gate=optional(int)),  # sizes of the heads that the objective asks for
             init_from=optional(str),  # run directory whose last checkpoint the parameters come from
             # Two run directories: the reference "soup" is alpha of the first and the rest of the second.

@@ -6,6 +6,7 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict, config_dict
 
 from jaxpo import registry
@@ -13,6 +14,7 @@ from jaxpo.config.blocks import EMPTY, NAMED, OWN, arguments_of, block_of
 from jaxpo.config.fields import default
 from jaxpo.fields import JUDGED
 from jaxpo.objectives import Objective, make
+from jaxpo.policy.adapters import read_adapter
 from jaxpo.registry import unknown
 
 
@@ -62,6 +64,25 @@ def fill_blocks(config: ConfigDict, but: Collection[str] = ()) -> None:
         for path in NAMED:
             if path not in but:
                 fill_block(config, path)
+
+
+def fill_lora(config: ConfigDict) -> None:
+    """Give ``config.lora`` the rank, alpha and targets of the adapter in its path, if it names one.
+
+    Raises:
+      ValueError: there is no adapter, or one of the three is set to something else."""
+    own = config.lora
+    if own.path is None:
+        return
+    try:
+        found = read_adapter(own.path)._asdict()
+    except ValueError as error:
+        raise ValueError(f"config.lora.path: {error}") from None
+    for field, value in found.items():
+        given, start = own[field], default().lora[field]
+        if given not in (start, value) and set(np.atleast_1d(given)) != set(np.atleast_1d(value)):
+            raise ValueError(f"config.lora.{field} is {given!r}, the adapter in config.lora.path has {value!r}")
+        own[field] = value
 
 
 def fill_block(config: ConfigDict, path: str) -> None:

@@ -117,6 +117,19 @@ def active_labels(objective: Objective, batch: Rollouts) -> dict[str, Array]:
     return {label: jnp.any(jnp.stack(some)) for label, some in {"policy": [jnp.asarray(False)], **weighed}.items()}
 
 
+def moved_share(params: Params, updates: Any, new: Params) -> dict[str, Array]:
+    """``update/moved_frac``: of the numbers in less than float32 that the optimizer wants to change, the share that
+    changed; 1 if it wants to change none. The others were too large beside their update, which rounding swallowed. {}
+    if all parameters are float32."""
+    leaves = zip(*map(jax.tree.leaves, (params, updates, new)), strict=True)
+    low = [(p, u, q) for p, u, q in leaves if jnp.issubdtype(p.dtype, jnp.floating) and p.dtype.itemsize < 4]
+    if not low:
+        return {}
+    wanted = sum(jnp.sum(u != 0, dtype=jnp.float32) for _, u, _ in low)
+    moved = sum(jnp.sum((q != p) & (u != 0), dtype=jnp.float32) for p, u, q in low)
+    return {"update/moved_frac": jnp.where(wanted > 0, moved / jnp.maximum(wanted, 1), 1.0)}
+
+
 def optimizer_step(
     objective: Objective,
     apply: Apply,
@@ -137,6 +150,7 @@ def optimizer_step(
     A step is skipped whole (parameters, optimizer and objective state unchanged) when the loss or the gradient is not
     finite, or when no token has weight; ``step/nonfinite`` and ``step/empty`` say so. Where the terms of one label
     (`jaxpo.learning.optimizers.by_label`) have no weight, its parameters and its optimizer's state stay as they are.
+    Parameters in bfloat16 add ``update/moved_frac`` (`moved_share`).
 
     Args:
       fresh: the parameters are those that scored ``logp_old``: the peek is free, and what the policy gives measures
@@ -161,6 +175,7 @@ def optimizer_step(
     updates, new_opt_state = optax.with_extra_args_support(optimizer).update(grads, opt_state, params, active=active)
     filled = jnp.any(jnp.stack([*active.values()]))
     new = optax.apply_updates(params, updates), new_opt_state, objective.update(state, batch, report)
+    moved = moved_share(params, updates, new[0])
     new = jax.tree.map(lambda a, b: jnp.where(finite & filled, a, b), new, (params, opt_state, state))
-    out = {**metrics_lib.results(report), "grad_norm": norm, "step/nonfinite": ~finite, "step/empty": ~filled}
+    out = {**metrics_lib.results(report), **moved, "grad_norm": norm, "step/nonfinite": ~finite, "step/empty": ~filled}
     return *new, {k: v.astype(jnp.float32) for k, v in out.items()}

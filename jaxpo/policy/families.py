@@ -1,6 +1,7 @@
 """The model families of Hugging Face that the decoder covers: their config.json and their tensor names. Each is one
 table that serves both import and export."""
 
+import importlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from math import prod
@@ -209,6 +210,24 @@ def _same(a: TransformerConfig, b: TransformerConfig) -> bool:
     return plain[0] == plain[1]
 
 
+def classifier_to_hf(hf: Mapping[str, Any], pad_id: int | None, bias: float = 0.0) -> dict[str, Any]:
+    """The config.json of the model with one number in the place of the vocabulary: a reward or value model.
+
+    Args:
+      hf: the config.json of the language model.
+      pad_id: the token that transformers takes for padding when it looks for the last token of a row; None = none, so
+        that it reads one row at a time.
+      bias: of the head. The class has none: it is kept as ``score_bias``, for the reader to add.
+
+    Raises:
+      ValueError: transformers has no such class for this architecture."""
+    library = importlib.import_module("transformers.models.auto.modeling_auto")
+    names = library.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    name = _choice("model_type (with a head of one number)", hf["model_type"], names)
+    one = dict(num_labels=1, id2label={"0": "score"}, label2id={"score": 0}, problem_type="regression")
+    return {**hf, **one, "architectures": [name], "pad_token_id": pad_id, **({"score_bias": bias} if bias else {})}
+
+
 # ---- tensors
 
 
@@ -287,6 +306,11 @@ def tensors(config: TransformerConfig) -> list[Slot]:
                 name, groups = named[x]
                 out.append(_slot(layer + name, ("blocks", x), (i,), groups, shapes))
     return out
+
+
+def score_slot(head: str, width: int) -> Slot:
+    """The weight of a head of one number, as `classifier_to_hf`'s class has it."""
+    return Slot("score.weight", ("heads", head, "weight"), (slice(None),), ((), (0,)), (width,))
 
 
 def _slot(

@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 from jaxpo.parallel.mesh import make_mesh
 from jaxpo.parallel.sharding import shardings
 from jaxpo.policy.config import TransformerConfig
-from jaxpo.policy.families import Slot, config_to_hf, tensors
+from jaxpo.policy.families import Slot, classifier_to_hf, config_to_hf, score_slot, tensors
 from jaxpo.policy.transformer import Params, init
 from jaxpo.registry import unknown
 from jaxpo.text import gguf
@@ -282,19 +282,24 @@ def export(
     dtype: str | None = None,
     generation: Mapping[str, Any] | None = None,
     file_bytes: int = FILE_BYTES,
+    head: str | None = None,
+    pad_id: int | None = None,
 ) -> None:
     """Write a model folder that ``transformers`` loads: config.json, safetensors, tokenizer.
 
     Args:
       hf_config: the config.json that the model came with; None = make one from ``config``.
-      tokenizer: a tokenizer of transformers (its ``save_pretrained`` is called); None = none is written.
+      tokenizer: a tokenizer (its ``save_pretrained`` is called); None = none is written.
       dtype: dtype of the files; None = the one in ``hf_config``, else ``config.param_dtype``. A model that was loaded
         in at least its own precision and not trained is written bit for bit.
       generation: content of generation_config.json, such as the ids that end a text; None = none is written.
       file_bytes: most bytes of a file, which has at least one tensor.
+      head: the head of one number ("score" or "value") that takes the place of the vocabulary's, in a
+        ``...ForSequenceClassification`` (`jaxpo.policy.families.classifier_to_hf`); None = a language model.
+      pad_id: with ``head``: the token that is padding and nothing else; None = there is none.
 
     Raises:
-      ValueError: no known family has the features of ``config``.
+      ValueError: no known family has the features of ``config``, or no class of transformers such a head.
       FileExistsError: ``directory`` exists already.
     """
     hf_config = dict(config_to_hf(config) if hf_config is None else hf_config)
@@ -302,13 +307,17 @@ def export(
     if dtype not in DTYPES.values():
         raise ValueError(unknown("dtype of an export", dtype, DTYPES.values()))
     hf_config["torch_dtype" if "torch_dtype" in hf_config else "dtype"] = dtype
-    with _folder(Path(directory)) as folder:
+    slots = tensors(config)
+    if head is not None:
+        hf_config = classifier_to_hf(hf_config, pad_id, float(params["heads"][head]["bias"]))
+        slots = [slot for slot in slots if slot.path != ("head",)] + [score_slot(head, config.width)]
+    with new_folder(Path(directory)) as folder:
         (folder / CONFIG).write_text(json.dumps(hf_config, indent=2) + "\n")
         if generation is not None:
             (folder / GENERATION).write_text(json.dumps(dict(generation), indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        _write(params, tensors(config), folder, jnp.dtype(dtype), file_bytes)
+        _write(params, slots, folder, jnp.dtype(dtype), file_bytes)
 
 
 def check_out(directory: str | Path) -> None:
@@ -318,7 +327,7 @@ def check_out(directory: str | Path) -> None:
 
 
 @contextmanager
-def _folder(directory: Path) -> Iterator[Path]:
+def new_folder(directory: Path) -> Iterator[Path]:
     """A temporary folder next to ``directory`` that is renamed at the end, so ``directory`` is never half written."""
     check_out(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """LoRA (arXiv:2106.09685): frozen matrices W with trained low-rank products next to them, ``x W + scale (x A) B``.
 
-Adapters are a separate pure dict of arrays, ``{"blocks": {"wq": {"a": [L, D, r], "b": [L, r, H, d]}, ...}}``. The
+Adapters are a separate pure dict of arrays, ``{"blocks": {"wq": {"a": [L, D, r], "b": [L, r, H, d]}, ...}}``. Every
+matrix of Hugging Face has an A and a B of its own, as in ``peft``; ``w_in`` holds two of them side by side. The
 optimizer moves only these, and a checkpoint holds only these. `attach` puts them next to the base weights for a forward
 pass. The two products are computed separately, and W and A B are never added: a merged copy would be a second model in
 memory, and its gradient a third. This way only ``x A``, rank numbers a token, is stored for the backward pass, and no
@@ -22,13 +23,14 @@ from jaxpo.registry import unknown
 Params = Any
 INPUT_AXES = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "w_in": 1, "w_down": 1}  # input axes of each matrix
 TARGETS = tuple(INPUT_AXES)
+SIDE_BY_SIDE = ("w_in",)  # two matrices in one array, gate and up [..., 2, M], of which each has an A of its own
 
 
 class Adapted(NamedTuple):
     """A frozen matrix with its adapter.
 
     weight: [in ..., out ...].
-    a: [in ..., r].
+    a: [in ..., r], or [in ..., 2, r] for two matrices side by side.
     b: [r, out ...], already scaled.
     """
 
@@ -40,7 +42,10 @@ class Adapted(NamedTuple):
 def product(x: Array, weight: Array | Adapted, axes: int = 1) -> Array:
     """``x weight``, or with an adapter ``x weight + (x a) b``, over the last ``axes`` axes of x; in the dtype of x."""
     if isinstance(weight, Adapted):
-        return product(x, weight.weight, axes) + product(product(x, weight.a, axes), weight.b)
+        low = product(x, weight.a, axes)
+        if weight.a.ndim == axes + 1:
+            return product(x, weight.weight, axes) + product(low, weight.b)
+        return product(x, weight.weight, axes) + jnp.einsum("...sr,rsm->...sm", low, weight.b.astype(x.dtype))
     return jnp.tensordot(x, weight.astype(x.dtype), axes)
 
 
@@ -65,8 +70,8 @@ def init(base: Params, key: Array, *, rank: int, targets: Sequence[str]) -> Para
     for name, key_ in zip(targets, jax.random.split(key, len(targets)), strict=True):
         shape, axes = base["blocks"][name].shape, INPUT_AXES[name]
         inputs, outputs = shape[1 : 1 + axes], shape[1 + axes :]
-        bound = math.prod(inputs) ** -0.5
-        a = jax.random.uniform(key_, (shape[0], *inputs, rank), jnp.float32, -bound, bound)
+        bound, sides = math.prod(inputs) ** -0.5, outputs[:1] if name in SIDE_BY_SIDE else ()
+        a = jax.random.uniform(key_, (shape[0], *inputs, *sides, rank), jnp.float32, -bound, bound)
         blocks[name] = {"a": a, "b": jnp.zeros((shape[0], rank, *outputs), jnp.float32)}
     return {"blocks": blocks}
 
@@ -84,12 +89,16 @@ def attach(base: Params, adapters: Params, scale: float) -> Params:
 
 def merge(base: Params, adapters: Params, scale: float) -> Params:
     """The parameters of a plain policy for export: ``W + scale A B`` in the dtype of W."""
-    own = {name: _merged(base["blocks"][name], x, scale) for name, x in adapters["blocks"].items()}
+    own = {name: _merged(name, base["blocks"][name], x, scale) for name, x in adapters["blocks"].items()}
     return {**base, **adapters, "blocks": {**base["blocks"], **own}}
 
 
-def _merged(weight: Array, adapter: Mapping[str, Array], scale: float) -> Array:
-    layers, rank = weight.shape[0], adapter["a"].shape[-1]
-    a, b = adapter["a"].reshape(layers, -1, rank), adapter["b"].reshape(layers, rank, -1)
-    update = jnp.einsum("lir,lro->lio", a, b, precision="highest").reshape(weight.shape)
+def _merged(name: str, weight: Array, adapter: Mapping[str, Array], scale: float) -> Array:
+    a, b = adapter["a"], adapter["b"]
+    layers, rank = weight.shape[0], a.shape[-1]
+    if name in SIDE_BY_SIDE:
+        update = jnp.einsum("lisr,lrsm->lism", a, b, precision="highest")
+    else:
+        a, b = a.reshape(layers, -1, rank), b.reshape(layers, rank, -1)
+        update = jnp.einsum("lir,lro->lio", a, b, precision="highest").reshape(weight.shape)
     return (weight.astype(jnp.promote_types(weight.dtype, jnp.float32)) + scale * update).astype(weight.dtype)

@@ -27,6 +27,7 @@ from jaxpo.storage.checkpoint import Checkpoints
 from jaxpo.storage.plots import plot_curves
 from jaxpo.storage.rundir import Elsewhere, Progress, RunDirectory, read_metrics
 
+MOVED = 0.5  # less than this share of parameters that moved is worth a warning
 PROFILE_AFTER = 2  # iterations before a profile starts, since they compile
 
 
@@ -96,7 +97,7 @@ def merge_steps(steps: list[dict[str, Array]]) -> dict[str, float]:
 def loop(session: Session, run: Run, progress: Progress, interrupt: Interrupt, profile_steps: int) -> tuple[Run, bool]:
     """Iterate up to the last step; return the run, and whether SIGTERM ended it."""
     config, watch, log, checkpoints = session.workspace.config, session.watch, session.log, session.checkpoints
-    skipped, drawn, first = 0, time.perf_counter(), run.iteration
+    skipped, drawn, first, told = 0, time.perf_counter(), run.iteration, False
     trace = range(first + PROFILE_AFTER, first + PROFILE_AFTER + profile_steps)
     if interrupt.asked():
         return run, True
@@ -119,6 +120,9 @@ def loop(session: Session, run: Run, progress: Progress, interrupt: Interrupt, p
             metrics |= judged
         log.write(run.iteration, metrics)
         progress.update(metrics)
+        if not told and (swallowed := swallowed_update(run.iteration, metrics)):
+            progress.print(swallowed)
+            told = True
         if skipped >= config.nonfinite_patience:
             raise Diverged(
                 f"{skipped} optimizer steps in a row had a loss or gradient that was not finite, up to iteration "
@@ -139,6 +143,19 @@ def loop(session: Session, run: Run, progress: Progress, interrupt: Interrupt, p
         if asked and run.iteration < config.steps:
             return run, True
     return run, False
+
+
+def swallowed_update(iteration: int, metrics: Mapping[str, float]) -> str | None:
+    """The warning that most parameters stayed where they were because rounding swallowed their update, if it did."""
+    moved = metrics.get("update/moved_frac", 1.0)
+    if moved >= MOVED:
+        return None
+    return (
+        f"WARNING: iteration {iteration}: rounding swallowed the update of {1 - moved:.0%} of the parameters that "
+        f"should move (update/moved_frac {moved:.3f}): keep them in float32 (config.policy.param_dtype=float32, with "
+        "config.policy.dtype=bfloat16 for the computation), train adapters (config.lora.rank), or raise "
+        "config.optimizer.learning_rate"
+    )
 
 
 def timed_iteration(session: Session, run: Run) -> tuple[Run, dict[str, float]]:

@@ -1,7 +1,7 @@
 """A run as its checkpoints hold it: what is saved, and how it comes back to train, evaluate or sample."""
 
-import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +17,23 @@ from jaxpo.learning.state import Run, TrainState
 from jaxpo.learning.trainable import policy_alone
 from jaxpo.parallel import replicated, shardings
 from jaxpo.policy import heads
+from jaxpo.policy.adapters import load_adapter
 from jaxpo.policy.hf import load, open_source
 from jaxpo.policy.stats import CRITIC
 from jaxpo.policy.transformer import Params
 from jaxpo.registry import unknown
+from jaxpo.runs.kept import held_config, tokenizer_of, use_kept
 from jaxpo.runs.workspace import Workspace, prepare_process, setup
 from jaxpo.storage import checkpoint
-from jaxpo.storage.checkpoint import finished_steps, restore_params, saved_paths
-from jaxpo.text.tokenizers import from_json
-
-MODEL = "model"  # folder of a run with the config.json of the pretrained model that it started from
+from jaxpo.storage.checkpoint import finished_steps, restore_params, saved_origin, saved_paths
 
 
 def checkpoints_of(workdir: str, config: ConfigDict | None = None) -> str:
     """Where the checkpoints of a run directory are, by its config (None = the one that it holds)."""
-    held = Path(workdir) / "config.json"
     if config is not None:
         directory = config.checkpoint.directory
     else:
-        directory = json.loads(held.read_text()).get("checkpoint", {}).get("directory") if held.is_file() else None
+        directory = (held_config(workdir) or {}).get("checkpoint", {}).get("directory")
     return directory or f"{workdir}/checkpoints"
 
 
@@ -107,10 +105,16 @@ def load_params(workspace: Workspace, workdir: str, step: int | None = None) -> 
     """Parameters of a run directory's checkpoint (the last whole one), on this mesh, and its step. Heads that this run
     has and that one had not are fresh; those that only that one had are left behind, as is a critic of its own.
     Raises:
-      ValueError: they are those of another model.
+      ValueError: they are those of another model, or adapters of other frozen weights.
     """
     expected = policy_alone(jax.eval_shape(workspace.init_params, jax.random.key(0)))
     directory, own = checkpoints_of(workdir), expected.get("heads", {})
+    frozen = workspace.origin.get("base")
+    if frozen and saved_origin(directory, step).get("base", frozen) != frozen:
+        raise ValueError(
+            f"config.policy.path {workspace.config.policy.path!r} does not hold the frozen weights beside which "
+            f"{workdir} trained its adapters"
+        )
     there = {path[2] for path in saved_paths(directory, step) if path[:2] == ("params", "heads")}
     fresh = {name: head for name, head in own.items() if name not in there}
     wanted = {**expected, "heads": {name: head for name, head in own.items() if name in there}}
@@ -127,14 +131,16 @@ def load_params(workspace: Workspace, workdir: str, step: int | None = None) -> 
     return params, position["iteration"]
 
 
-def config_of(folder: Path) -> ConfigDict:
-    """The config that a run directory holds. A pretrained policy has its shape from the directory: what the run started
-    from may be gone."""
+def config_of(folder: Path, *, examples: bool = False) -> ConfigDict:
+    """The config that a run directory holds, with the copies that it keeps: what the run started from may be gone.
+    examples: whether its data will be read.
+
+    Raises:
+      ValueError: as of `use_kept`."""
     config = default()
     with config.unlocked():
-        config.update(json.loads((folder / "config.json").read_text()))
-        if config.policy.name == "pretrained" and not config.lora.rank:
-            config.policy.path = str(folder / MODEL)
+        config.update(held_config(folder))
+    use_kept(config, folder, finished=True, examples=examples)
     return config
 
 
@@ -155,7 +161,7 @@ def open_finished(
     if not (folder / "config.json").is_file():
         siblings = [str(p.parent) for p in folder.parent.glob("*/config.json")]
         raise ValueError(unknown("run directory", str(folder), siblings))
-    config = config_of(folder)
+    config = config_of(folder, examples=examples)
     with config.unlocked():
         # Nothing is trained here, so batches need not divide as they did; rows are spread over the devices there are.
         config.mesh, config.rollout.mesh = default().mesh, default().rollout.mesh
@@ -165,14 +171,20 @@ def open_finished(
         for path, value in changes.items():
             config.update_from_flattened_dict({path: value})
     prepare_process(config.compilation_cache)
-    tokenizer = from_json(json.loads((folder / "tokenizer.json").read_text()))
+    tokenizer = tokenizer_of(folder)
     steps = finished_steps(checkpoints_of(workdir))
     if not steps or (step is not None and step not in steps):
         raise ValueError(
             f"{workdir} has no checkpoint{'' if step is None else f' {step}'}; it has: "
             f"{', '.join(map(str, steps)) or 'none'}"
         )
-    workspace = setup(config, tokenizer=tokenizer, examples=examples)
+    was = saved_origin(checkpoints_of(workdir), step).get("data")
+
+    def tell(now: Mapping[str, Any]) -> None:
+        if was and was != now:
+            print(f"WARNING: the data are not those that {workdir} was trained on: its test examples may be others")
+
+    workspace = setup(config, tokenizer=tokenizer, examples=examples, check_data=tell)
     return workspace, *load_params(workspace, workdir, step)
 
 
@@ -208,7 +220,7 @@ def first_params(workspace: Workspace, key: Array) -> Params:
 
 
 def first_policy(workspace: Workspace, key: Array) -> Params:
-    """Parameters of another run, pretrained ones, or random ones."""
+    """Parameters of another run, pretrained ones, an adapter of peft, or random ones."""
     config = workspace.config
     if config.init_from:
         return load_params(workspace, config.init_from)[0]
@@ -216,4 +228,7 @@ def first_policy(workspace: Workspace, key: Array) -> Params:
         loaded = load(open_source(config.policy.path), workspace.model.config, workspace.mesh)
         fresh = heads.init(workspace.model.config.width, workspace.resolved.heads, key)
         return {**loaded, **workspace.put_whole(fresh)}
-    return policy_alone(workspace.init_params(key))
+    params = policy_alone(workspace.init_params(key))
+    if not config.lora.path:
+        return params
+    return {**params, **workspace.put_whole(load_adapter(config.lora.path, workspace.model.config))}

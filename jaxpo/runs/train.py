@@ -1,9 +1,9 @@
 """The main job: start or resume a run, iterate, evaluate, and leave everything behind that a run leaves."""
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,16 @@ from jaxpo.learning.needs import is_reward_model
 from jaxpo.learning.state import Run
 from jaxpo.parallel.distributed import check_shared, from_first, is_first, on_first, only_first_prints
 from jaxpo.policy.families import tensors
-from jaxpo.policy.hf import check_source, open_source, read_config
+from jaxpo.policy.hf import check_source, open_source
 from jaxpo.policy.transformer import Params, parameter_count
 from jaxpo.protocols.gatherer import Watch
+from jaxpo.runs import kept
 from jaxpo.runs.evaluation import answers, pairs
 from jaxpo.runs.gatherer import make_gatherer, make_stage
 from jaxpo.runs.interrupt import Interrupt
 from jaxpo.runs.loop import PROFILE_AFTER, Session, draw_curves, evaluated, keys_of, loop
 from jaxpo.runs.models import load_models
 from jaxpo.runs.restore import (
-    MODEL,
     check_room,
     checkpoint_of,
     checkpoints_of,
@@ -38,8 +38,8 @@ from jaxpo.runs.restore import (
 )
 from jaxpo.runs.warm_start import warm_start
 from jaxpo.runs.workspace import Workspace, prepare_process, setup
-from jaxpo.storage.checkpoint import Checkpoints, Restored, finished_steps
-from jaxpo.storage.manifest import config_hash, differences
+from jaxpo.storage.checkpoint import Checkpoints, Restored, finished_steps, saved_origin
+from jaxpo.storage.manifest import config_hash
 from jaxpo.storage.plots import plot_reliability
 from jaxpo.storage.rundir import Elsewhere, Progress, RunDirectory, closing_table, read_metrics
 
@@ -72,6 +72,7 @@ def train_rl(
     *,
     resume: bool = False,
     profile_steps: int = 0,
+    other_data: bool = False,
     check: Callable[[Resolved], None] | None = None,
 ) -> Result:
     """Train a policy by reinforcement learning: the main job.
@@ -82,13 +83,15 @@ def train_rl(
       resume: go on from the last checkpoint in ``workdir``, if there is one.
       check: raises ``ValueError`` for a run that another program is for.
       profile_steps: write a profiler trace of so many iterations (from the third on) to ``workdir/profile``.
+      other_data: go on even if the data are not those that the run was trained on.
 
     Raises:
-      ValueError: a config that cannot run. FileExistsError: ``workdir`` is not empty and ``resume`` is not set.
+      ValueError: a config that cannot run, or one that is not of the run that is resumed.
+      FileExistsError: ``workdir`` is not empty and ``resume`` is not set.
       Diverged, NothingLeft: the run cannot go on; the last checkpoint is named.
     """
     with only_first_prints():
-        return _train(config, workdir, resume, profile_steps, check)
+        return _train(config, workdir, resume, profile_steps, other_data, check)
 
 
 class Voice:
@@ -102,7 +105,12 @@ class Voice:
 
 
 def _train(
-    config: ConfigDict, workdir: str, resume: bool, profile_steps: int, check: Callable[[Resolved], None] | None
+    config: ConfigDict,
+    workdir: str,
+    resume: bool,
+    profile_steps: int,
+    other_data: bool,
+    check: Callable[[Resolved], None] | None,
 ) -> Result:
     prepare_process(config.compilation_cache)
     directory = checkpoints_of(workdir, config)
@@ -111,22 +119,38 @@ def _train(
         raise FileExistsError(f"{directory} holds checkpoint {done}; go on with --resume or choose another directory")
     check_profile(profile_steps, config.steps - (done or 0) - PROFILE_AFTER)
     voice, started = Voice(), time.perf_counter()
-    workspace = setup(config, report=voice, check=check, load_models=load_models)
+    goes_on = resume and done is not None
+    given = kept.use_kept(config, workdir, finished=False) if goes_on else {}
+    was = saved_origin(directory) if goes_on else {}
+    workspace = setup(
+        config,
+        tokenizer=kept.tokenizer_of(workdir) if goes_on else None,
+        check=check,
+        check_data=partial(kept.check_data, was.get("data"), workdir=workdir, other_data=other_data),
+        load_models=load_models,
+        report=voice,
+    )
+    if goes_on:
+        kept.check_origin(was, workspace.origin, workdir)
     watch = Watch(say=voice)
     gatherer = make_gatherer(workspace, watch)
     tables = workspace.protocol.tables(gatherer) if workspace.protocol.tables else {}
     tables |= pairs.tables(workspace)
-    run, found = (None, None) if done is None or not resume else restore(workspace, tables, directory)
+    run, found = resumed(workspace, tables, directory, workdir) if goes_on else (None, None)
     if found is None:
         check_start(workspace)
-    kept = config.checkpoint.keep + bool(config.checkpoint.keep_best)
-    from_first(lambda: check_room(directory, template(workspace, tables), kept))
-    log = on_first(lambda: open_run(workdir, workspace, resume, found)) or Elsewhere(workdir)
+    else:
+        kept.tell_without_effect(config, workdir, given, workspace.tokenizer)
+    held = config.checkpoint.keep + bool(config.checkpoint.keep_best)
+    from_first(lambda: check_room(directory, template(workspace, tables), held))
+    opened = on_first(lambda: open_run(workdir, workspace, resume, found, given, other_data))
+    log = opened or Elsewhere(workdir)
     failures = workspace.questions.failures
     failures.say, failures.folder = voice, log.path if is_first() else None
     check_shared(epath.Path(directory).absolute())
     best = config.checkpoint.keep_best
-    checkpoints = Checkpoints(directory, config.checkpoint.keep, best=best, config=config_hash(config))
+    of_run = dict(config=config_hash(config), origin=workspace.origin)
+    checkpoints = Checkpoints(directory, config.checkpoint.keep, best=best, **of_run)
     stage = make_stage(workspace, watch)
     session = Session(workspace, gatherer, stage, keys_of(config.seed), log, checkpoints)
     try:
@@ -155,6 +179,20 @@ def _train(
         log.close()
 
 
+def resumed(workspace: Workspace, tables: dict[str, Any], directory: str, workdir: str) -> tuple[Run, Restored]:
+    """The latest whole checkpoint in ``directory`` (`restore`); ``ValueError`` for a config of another run."""
+    other = from_first(lambda: kept.other_run(workspace.config, workdir))
+    try:
+        found = restore(workspace, tables, directory)
+    except ValueError as error:
+        if other:
+            raise ValueError(f"{other}; {error}") from error
+        raise
+    if other:
+        raise ValueError(other)
+    return found
+
+
 def check_profile(steps: int, left: int) -> None:
     """``ValueError`` for a profile of more iterations than are left after those that compile."""
     if steps < 0 or steps > max(left, 0):
@@ -176,22 +214,25 @@ def last_evaluation(
     return evaluate_both(session, run) if run.iteration else before
 
 
-def open_run(workdir: str, workspace: Workspace, resume: bool, found: Restored | None) -> RunDirectory:
-    """The run directory, with config and tokenizer in it; says what is about to run, and in which fields a run that is
-    resumed differs from what it was."""
+def open_run(
+    workdir: str, workspace: Workspace, resume: bool, found: Restored | None, given: Mapping[str, Any], other_data: bool
+) -> RunDirectory:
+    """The run directory, with what it keeps (`jaxpo.runs.kept`); says what is about to run, and in which fields a run
+    that is resumed differs from what it was. given: fields that name copies now, as they were given."""
     config = workspace.config
-    begun, held = Path(workdir).is_dir() and any(Path(workdir).iterdir()), Path(workdir) / "config.json"
+    begun, held = Path(workdir).is_dir() and any(Path(workdir).iterdir()), kept.held_config(workdir)
     resume_step = (found.step if found else BEFORE_ALL) if resume and begun else None
-    if found and found.manifest["config"] != config_hash(config) and held.is_file():
-        for line in differences(json.loads(held.read_text()), json.loads(json.dumps(config.to_dict()))):
-            print(f"WARNING: the run goes on with another config: {line}")
+    for line in kept.told_differences(workdir, config) if found else ():
+        print(f"WARNING: the run goes on with another config: {line}")
     wandb = {"project": config.logging.wandb_project} if config.logging.wandb_project else None
     log = RunDirectory(workdir, tensorboard=config.logging.tensorboard, wandb=wandb, resume_step=resume_step)
-    log.save_json("config.json", config.to_dict())
-    log.save_json("tokenizer.json", workspace.tokenizer.to_json())
-    if config.policy.name == "pretrained":
-        (log.path / MODEL).mkdir(exist_ok=True)
-        log.save_json(f"{MODEL}/config.json", read_config(config.policy.path))
+    saved = ConfigDict(config.to_dict())
+    saved.update_from_flattened_dict(given)
+    log.save_json("config.json", saved.to_dict())
+    if found is None or held is None:
+        kept.keep(log.path, config, workspace.tokenizer)
+    if found is None or held is None or other_data:
+        kept.keep_data(log.path, config)
     trained = parameter_count(jax.eval_shape(workspace.init_params, jax.random.key(0)))
     frozen = "" if workspace.base is None else f" beside {parameter_count(workspace.base):,} frozen ones"
     mesh = " x ".join(f"{k} {v}" for k, v in workspace.mesh.shape.items())

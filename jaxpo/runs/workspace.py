@@ -32,6 +32,7 @@ from jaxpo.protocols.protocol import Protocol
 from jaxpo.rollout import SamplingOptions
 from jaxpo.rollout.stopping import spelled, stop_table
 from jaxpo.runs import preference_data
+from jaxpo.runs.kept import fingerprint, origin_of
 from jaxpo.runs.preference_data import templates_of
 from jaxpo.runs.questions import Questions, pad_prompts, texts_of, tokenize
 from jaxpo.tasks import Example, Task, build
@@ -79,6 +80,7 @@ class Workspace:
     sampling: the configured sampling options.
     programs: the compiled functions.
     report: what was found while building, as metrics.
+    origin: hashes of what the run is trained on (`jaxpo.runs.kept`).
     models: frozen models beside the policy that the objective needs, by name.
     critic: a critic of its own.
     """
@@ -92,6 +94,7 @@ class Workspace:
     sampling: SamplingOptions
     programs: Programs
     report: dict[str, float]
+    origin: Mapping[str, Any] = field(default_factory=dict)
     models: Mapping[str, Other] = field(default_factory=dict)
     critic: Critic | None = None
 
@@ -263,6 +266,7 @@ def setup(
     tokenizer: Tokenizer | None = None,
     examples: bool = True,
     check: Callable[[Resolved], None] | None = None,
+    check_data: Callable[[Mapping[str, Any]], None] | None = None,
     load_models: LoadModels | None = None,
     report: Callable[[str], None] = print,
 ) -> Workspace:
@@ -272,6 +276,7 @@ def setup(
       tokenizer: instead of the config's (the one that a run directory holds), which needs ``examples``.
       examples: of the config's task and data; False = none are read or made, for what only samples, judges or exports.
       check: raises ``ValueError`` for a run that another program is for, before anything is read.
+      check_data: raises ``ValueError`` for data of another run, by their `jaxpo.runs.kept.fingerprint`.
       load_models: gives the models beside the policy (`jaxpo.runs.models.load_models`); None = there are none, as for
         what does not train.
       report: where messages about compilation go.
@@ -284,6 +289,9 @@ def setup(
         check(resolved)
     objective, facts = resolved.objective, resolved.protocol.facts
     task, data = examples_of(config) if examples else (NOTHING, None)
+    known = fingerprint(task, data) if examples else {}
+    if check_data and examples:
+        check_data(known)
     tokenizer = tokenizer or make_tokenizer(resolved, task, data)
     if data is not None:
         if data.unread:
@@ -314,6 +322,7 @@ def setup(
         base=base,
         sampling=resolved.sampling(tokenizer.eos_ids, table),
         programs=compile_programs(of, facts.compiles, report),
+        origin=origin_of(known, tokenizer, base),
         report={**task.report, "prompts/dropped": float(dropped), **(pairs.report if pairs else {})},
         models=models,
         critic=critic,

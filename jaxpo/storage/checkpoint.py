@@ -60,11 +60,21 @@ class Checkpoints:
         them, so there can be one more for a while.
       best: name of a metric. The checkpoint with its highest value stays too (of equal ones, the later).
       config: hash of the run's config, kept in the manifests.
+      origin: what the run is trained on, as JSON values (`jaxpo.runs.kept`), kept in the manifests.
     """
 
-    def __init__(self, directory: str, keep: int = 3, *, best: str | None = None, config: str = ""):
+    def __init__(
+        self,
+        directory: str,
+        keep: int = 3,
+        *,
+        best: str | None = None,
+        config: str = "",
+        origin: Mapping[str, Any] | None = None,
+    ):
         check("keep", keep, Whole)
         self.directory, self.keep, self.best, self.config = epath.Path(directory).absolute(), keep, best, config
+        self.origin = dict(origin or {})
         self.directory.mkdir(parents=True, exist_ok=True)
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -109,7 +119,12 @@ class Checkpoints:
         for name, checksum in manifest.checksums(arrays).items():
             leaves[name]["checksum"] = checksum
         content = dict(
-            step=step, config=self.config, position=dict(position), metrics=dict(metrics or {}), leaves=leaves
+            step=step,
+            config=self.config,
+            origin=self.origin,
+            position=dict(position),
+            metrics=dict(metrics or {}),
+            leaves=leaves,
         )
         try:
             json.dumps(content)
@@ -301,6 +316,19 @@ def saved_paths(directory: str, step: int | None = None) -> set[tuple[str, ...]]
         return {tuple(map(str, leaf["path"])) for leaf in content["leaves"].values()}
 
     return _first_whole(epath.Path(directory).absolute(), step, load, None)[0]
+
+
+def saved_origin(directory: str, step: int | None = None) -> dict[str, Any]:
+    """What the run of a checkpoint was trained on, as its manifest says.
+
+    Raises:
+      FileNotFoundError, DamagedCheckpoint: as in `restore`."""
+
+    def load(folder: epath.Path) -> dict[str, Any]:
+        return _agreed(lambda: manifest.read(folder)).get("origin", {})
+
+    # Damaged checkpoints are told about by whoever reads their arrays.
+    return _first_whole(epath.Path(directory).absolute(), step, load, lambda line: None)[0]
 
 
 # ---- which checkpoint

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -35,6 +36,12 @@ SCALARS = {kind.__name__: kind for kind in (bool, int, float, str)}  # leaves th
 KEY = "key "  # the dtype of a typed PRNG key is this, followed by its implementation
 # Config fields that may change when a run is resumed: where it computes and what it reports.
 WHERE = ("mesh", "checkpoint", "logging", "evaluation", "compilation_cache")
+# Where a run found what it keeps a copy or a hash of: "policy.path", "task.test_path".
+PLACE = re.compile(r"(policy|tokenizer|task|data|lora)\.(\w+_)?path")
+# Fields that must stay, as the seed must: with another value it would be another run. FREE ones of these only say how
+# to compute.
+FIXED = ("policy", "lora", "tokenizer", "objective.name", "protocol.name")
+FREE = tuple(f"policy.{name}" for name in ("dtype", "scan_layers", "remat", "attention"))
 
 
 class DamagedCheckpoint(ValueError):
@@ -186,21 +193,31 @@ def checksums(arrays: Mapping[str, Any]) -> dict[str, str]:
 
 
 def config_hash(config: ConfigDict) -> str:
-    """A hash of a config without the fields in `WHERE`."""
-    return _hash({k: v for k, v in config.to_dict().items() if k not in WHERE})
+    """A hash of a config without the fields in `WHERE` and without places."""
+    return _hash(_flat(config.to_dict()))
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "config") -> list[str]:
-    """``config.a.b: 1 -> 2`` for every field in which two configs differ, except those in `WHERE`."""
-    out = []
-    for k in sorted({*old, *new}):
-        a, b = old.get(k), new.get(k)
-        if path == "config" and k in WHERE:
-            continue
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            out += differences(a, b, f"{path}.{k}")
-        elif _json(a) != _json(b):
-            out.append(f"{path}.{k}: {a!r} -> {b!r}")
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(path, old value, new value) of every field in which two configs differ, but for `WHERE` and places."""
+    old, new = _flat(old), _flat(new)
+    fields = sorted({*old, *new})
+    return [(f, old.get(f), new.get(f)) for f in fields if _json(old.get(f)) != _json(new.get(f))]
+
+
+def is_fixed(field: str) -> bool:
+    """Whether a field must have the value that it had when the run began."""
+    return field not in FREE and any(f"{field}.".startswith(f"{fixed}.") for fixed in FIXED)
+
+
+def _flat(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """{"a.b": value} of the fields that say what is computed."""
+    out = {}
+    for name, value in config.items():
+        field = f"{path}{name}"
+        if isinstance(value, Mapping) and value:
+            out |= _flat(value, f"{field}.") if field not in WHERE else {}
+        elif field not in WHERE and not PLACE.fullmatch(field):
+            out[field] = value
     return out
 
 

@@ -7,6 +7,8 @@
     events.*        the metrics for TensorBoard, if asked for
     curves.png      drawn from metrics.jsonl by jaxpo.storage.plots
     checkpoints/    written by jaxpo.storage.checkpoint
+    tokenizer.json, model/, data/
+                    what the run began with, kept by jaxpo.runs.kept
 
 With several processes only the first one makes a `RunDirectory`; the others have an `Elsewhere`.
 """

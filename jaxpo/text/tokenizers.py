@@ -3,15 +3,17 @@
 Masks are never made from token ids: the pad id may be the same as the end-of-sequence id.
 """
 
+import base64
 import importlib
 import importlib.util
 import json
 import re
 import string
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType, ModuleType
 from typing import Annotated, Any, Protocol
 
@@ -183,8 +185,7 @@ class PretrainedTokenizer:
     ):
         path = tokenizer if isinstance(tokenizer, (str, Path)) else None
         if path is not None:
-            of_gguf = Path(path).suffix == ".gguf"
-            tokenizer = gguf_tokenizer(path) if of_gguf else transformers_library().AutoTokenizer.from_pretrained(path)
+            tokenizer = gguf_tokenizer(path) if Path(path).suffix == ".gguf" else _of_folder(path)
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(f"a fast tokenizer of transformers is needed, got {type(tokenizer).__name__}")
         if chat_template and not tokenizer.chat_template:
@@ -196,6 +197,7 @@ class PretrainedTokenizer:
             may_stay_unread=list(may_stay_unread),
             control_tokens_in_data=control_tokens_in_data,
         )
+        self._files = read_files(path) if path is not None and Path(path).is_dir() else None
         vocabulary = tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values()) + 1
         for text, what in (*((text, "eos token") for text in eos), (end, "token of config.tokenizer.end")):
@@ -275,21 +277,85 @@ class PretrainedTokenizer:
         found = [m.start() for m in self._ends.finditer(answer) if m.end() == len(answer.rstrip())]
         return self._unended(answer[: found[0]]) if found else answer
 
+    @property
+    def files(self) -> dict[str, bytes]:
+        """The files that make this tokenizer, by name: those of its folder as they are, else what transformers
+        writes."""
+        if self._files is None:
+            self._files = _files_of(self._tokenizer)
+        return self._files
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the files of the tokenizer into ``folder`` as they came, and a tokenizer.json if there was none."""
+        backend = self._tokenizer.backend_tokenizer.to_str().encode()
+        _write_files({"tokenizer.json": backend, **self.files}, Path(folder), but=BESIDE)
+
     def to_json(self) -> dict[str, Any]:
-        """The whole tokenizer, not its path: a checkpoint must be usable when the folder or the hub is gone."""
-        t = self._tokenizer
-        names = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")
-        options = {name: getattr(t, name) for name in names if getattr(t, name) is not None}
-        extra = [s for s in t.all_special_tokens if s not in options.values()]
-        return {
-            "kind": "pretrained",
-            "tokenizer": t.backend_tokenizer.to_str(),
-            "options": options,
-            "special": extra,
-            "chat_template": self.chat_template,
-            "eos": [t.convert_ids_to_tokens(i) for i in self.eos_ids],
-            "conversations": self._options,
-        }
+        """All files of the tokenizer, not its path: a run must be usable when the folder or the hub is gone."""
+        ends = [self._tokenizer.convert_ids_to_tokens(i) for i in self.eos_ids]
+        files = {name: _text_of(content) for name, content in self.files.items()}
+        told = dict(chat_template=self.chat_template, eos=ends, conversations=self._options)
+        return {"kind": "pretrained", "files": files, **told}
+
+
+# ---- files of a pretrained tokenizer
+
+# What transformers and others read a tokenizer from. Of these, BESIDE is read where the others do not name a class, and
+# belongs to the model.
+BESIDE = ("config.json",)
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *BESIDE,
+)
+
+
+def read_files(folder: str | Path) -> dict[str, bytes]:
+    """The files of a folder that a tokenizer is read from, by their names in it."""
+    found = [file for pattern in TOKENIZER_FILES for file in sorted(Path(folder).glob(pattern)) if file.is_file()]
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in found}
+
+
+def _files_of(tokenizer: Any) -> dict[str, bytes]:
+    """The files that transformers writes of a tokenizer. Its version 5 names a class and a list of special tokens that
+    version 4 and other programs refuse: they get the names that both know."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = read_files(folder)
+    settings = json.loads(files["tokenizer_config.json"])
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    return files | {"tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False).encode()}
+
+
+def _write_files(files: Mapping[str, bytes], folder: Path, but: Sequence[str] = ()) -> None:
+    for name, content in files.items():
+        if not any(PurePosixPath(name).match(pattern) for pattern in TOKENIZER_FILES) or ".." in name or name[0] == "/":
+            raise ValueError(unknown("file of a tokenizer", name, TOKENIZER_FILES))  # a run may come from elsewhere
+        if name not in but:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+
+
+def _of_folder(path: str | Path) -> Any:
+    """The tokenizer of transformers in a folder, or of that name on the hub; no Python of the folder is run."""
+    return transformers_library().AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def _text_of(content: bytes) -> str | dict[str, str]:
+    """The content of a file as JSON can hold it."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(content).decode()}
+
+
+def _bytes_of(text: str | Mapping[str, str]) -> bytes:
+    """The inverse of `_text_of`."""
+    return text.encode() if isinstance(text, str) else base64.b64decode(text["base64"])
 
 
 def first_difference(a: Tokenizer, b: Tokenizer) -> int | None:
@@ -425,16 +491,14 @@ def from_json(spec: Mapping[str, Any]) -> Tokenizer:
 
 
 def _pretrained_from_json(spec: Mapping[str, Any]) -> PretrainedTokenizer:
-    from tokenizers import Tokenizer as Backend
-
-    PreTrainedTokenizerFast = transformers_library().PreTrainedTokenizerFast
-
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Backend.from_str(spec["tokenizer"]),
-        **spec["options"],
-        additional_special_tokens=spec["special"],
-    )
-    return PretrainedTokenizer(tokenizer, spec["chat_template"], spec["eos"], **spec["conversations"])
+    if "files" not in spec:
+        raise ValueError("tokenizer.json does not hold the files of its tokenizer: an older version of jaxpo wrote it")
+    files = {name: _bytes_of(text) for name, text in spec["files"].items()}
+    with tempfile.TemporaryDirectory() as folder:
+        _write_files(files, Path(folder))
+        tokenizer = PretrainedTokenizer(_of_folder(folder), spec["chat_template"], spec["eos"], **spec["conversations"])
+    tokenizer._files = files
+    return tokenizer
 
 
 def for_transformers(tokenizer: Tokenizer) -> Any:
@@ -449,6 +513,11 @@ def for_transformers(tokenizer: Tokenizer) -> Any:
     backend.decoder = library.decoders.Fuse()
     pad, eos = special[tokenizer.pad_id], special[tokenizer.eos_ids[0]]
     return transformers_library().PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=pad, eos_token=eos)
+
+
+def as_pretrained(tokenizer: Tokenizer) -> PretrainedTokenizer:
+    """A tokenizer of single characters in the files of transformers."""
+    return PretrainedTokenizer(for_transformers(tokenizer), chat_template=False)
 
 
 def _generation_eos(path: str | Path | None) -> list[int]:

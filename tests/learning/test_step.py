@@ -8,7 +8,7 @@ import pytest
 
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.learning.optimizers import by_label, labels
-from jaxpo.learning.step import accumulate, optimizer_step, score
+from jaxpo.learning.step import accumulate, moved_share, optimizer_step, score
 from jaxpo.metrics import results
 from jaxpo.objectives import Asks, Term, from_terms, linearized, make
 from jaxpo.objectives.grammar.base import Hooks, Unit
@@ -198,6 +198,25 @@ def test_gradients_of_bfloat16_parameters_are_added_in_float32():
     _, grads, _ = accumulate(objective, linear, {"w": jnp.ones(1, jnp.bfloat16)}, batch, state, microbatches=16)
     assert grads["w"].dtype == jnp.bfloat16
     assert grads["w"] == jnp.asarray([1 + 15 / 512], jnp.bfloat16) and grads["w"] > 1
+
+
+@pytest.mark.parametrize(("rate", "moved"), [(1e-5, 0.0), (0.3, 1.0)])
+def test_the_share_of_bfloat16_parameters_that_moved(rate, moved):
+    """Beside 1, bfloat16 has steps of 1/128 and 1/256: half of the smaller one is the least update that moves it."""
+    step, _, _, state = make_step(from_terms([Term("nll", nll)]), optimizer=optax.sgd(rate))
+    half = {"w": jnp.ones(3, jnp.bfloat16)}
+    params, *_, out = step(half, optax.sgd(rate).init(half), state, rollouts())
+    assert out["update/moved_frac"] == moved == np.mean(np.asarray(params["w"] != half["w"]))
+    whole = {"w": jnp.ones(3)}
+    assert "update/moved_frac" not in step(whole, optax.sgd(rate).init(whole), state, rollouts())[3]
+
+
+def test_what_no_update_asks_to_move_counts_neither_way():
+    old = {"a": jnp.ones(4, jnp.bfloat16), "b": jnp.ones(9), "n": jnp.ones(3, jnp.int8)}
+    updates = {"a": jnp.array([0.5, 1e-4, 0, 0], jnp.bfloat16), "b": jnp.ones(9), "n": jnp.zeros(3, jnp.int8)}
+    assert moved_share(old, updates, optax.apply_updates(old, updates))["update/moved_frac"] == 0.5
+    nothing = jax.tree.map(jnp.zeros_like, updates)
+    assert moved_share(old, nothing, old)["update/moved_frac"] == 1
 
 
 def test_accumulates_on_every_device_by_itself():

@@ -12,6 +12,7 @@ import pytest
 from safetensors import safe_open
 
 from jaxpo.batch import from_sequences
+from jaxpo.policy import heads
 from jaxpo.policy.families import config_from_hf
 from jaxpo.policy.hf import export, load, open_source
 from jaxpo.policy.stats import completion_hidden
@@ -125,3 +126,34 @@ def test_a_config_that_is_made_here_is_one_of_transformers(name, tmp_path):
     expected = torch_logits(torch_model(source, tmp_path / "model"), ids)
     np.testing.assert_allclose(torch_logits(made, ids), expected, atol=1e-5)
     assert config_from_hf(json.loads((tmp_path / "made/config.json").read_text())) == config
+
+
+@pytest.mark.parametrize("head", ["score", "value"])
+def test_a_head_of_one_number_is_that_of_a_classifier(name, head, tmp_path):
+    """Reward and value models: ``...ForSequenceClassification``, row by row and, where something pads, in a batch."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    source = tiny_hf.random_source(name)
+    config = config_from_hf(source.config)
+    rng = np.random.default_rng(1)
+    own = {"weight": jnp.asarray(rng.normal(size=config.width), jnp.float32), "bias": jnp.float32(0.25)}
+    params, model = {**load(source, config), "heads": {head: own}}, build(config)
+    export(params, config, tmp_path / "out", hf_config=source.config, head=head, pad_id=46)
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    assert type(theirs).__name__.endswith("ForSequenceClassification") and theirs.config.num_labels == 1
+    expected = []
+    for prompt in tiny_hf.PROMPTS:
+        batch = jax.tree.map(jnp.asarray, from_sequences([prompt[:1]], [[*prompt[1:], 0]]))
+        hidden = completion_hidden(model, params, batch)[0, len(prompt) - 1]  # after the last token of the text
+        expected.append(float(heads.apply(params, head, hidden)) - theirs.config.score_bias)
+        with torch.no_grad():
+            got = theirs(torch.tensor([prompt])).logits
+        assert got.shape == (1, 1)
+        np.testing.assert_allclose(got[0, 0].numpy(), expected[-1], atol=1e-4)
+    width = max(map(len, tiny_hf.PROMPTS))
+    rows = torch.tensor([[*prompt, *[46] * (width - len(prompt))] for prompt in tiny_hf.PROMPTS])
+    with torch.no_grad():
+        got = theirs(rows, attention_mask=(rows != 46).long()).logits[:, 0].numpy()
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    assert np.ptp(expected) > 0.1

@@ -3,11 +3,13 @@ wrong with a model folder."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,6 +80,24 @@ def test_an_untouched_model_comes_back_bit_for_bit(name, dtype, tmp_path):
         assert out[n].dtype == x.dtype and out[n].tobytes() == x.tobytes(), n
     again = open_source(tmp_path / "b")
     jax.tree.map(np.testing.assert_array_equal, load(source, config), load(again, config))
+
+
+# The classes that vLLM's registry lists under these names; the sizes of its layers come from config.json alone.
+OF_VLLM = ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen3Moe", "Gemma2", "Gemma3")
+OF_LLAMA_CPP = dict(qwen3_moe="qwen3moe", gemma3_text="gemma3", mistral="llama")  # the others have our names
+
+
+@pytest.mark.parametrize("name", tiny_hf.MODELS)
+def test_the_names_that_vllm_and_llama_cpp_know(name):
+    """Of classes, and of tensors: those of experts, which llama.cpp stacks, by what they are of."""
+    config = tiny_hf.hf_config(name)
+    model_type = config["model_type"]
+    assert config_to_hf(config_from_hf(config))["architectures"][0].removesuffix("ForCausalLM") in OF_VLLM
+    kinds = {text: kind for kind, text in gguf.MODEL_ARCH_NAMES.items()}
+    known = gguf.get_tensor_name_map(kinds[OF_LLAMA_CPP.get(model_type, model_type)], config["num_hidden_layers"])
+    for slot in tensors(config_from_hf(config)):
+        stacked = re.sub(r"experts\.\d+\.", "experts.", slot.name)
+        assert known.get_name(stacked, try_suffixes=(".weight", ".bias")), slot.name
 
 
 def write(folder, config, arrays):

@@ -58,7 +58,7 @@ def test_beside_the_base_adapters_compute_what_a_merged_copy_does(base, batch, t
 def test_a_merged_matrix_is_the_formula(base):
     own = adapters(base, ("wo", "w_in"))
     merged = lora.merge(base, own, SCALE)["blocks"]
-    for name, letters in dict(wo="lhdr,lrD->lhdD", w_in="lDr,lrgm->lDgm").items():
+    for name, letters in dict(wo="lhdr,lrD->lhdD", w_in="lDgr,lrgm->lDgm").items():
         a, b = (np.asarray(own["blocks"][name][x], np.float64) for x in "ab")
         expected = np.asarray(base["blocks"][name], np.float64) + SCALE * np.einsum(letters, a, b)
         np.testing.assert_allclose(merged[name], expected, atol=1e-6)

@@ -1,5 +1,8 @@
 """Runs that train adapters beside a GGUF's frozen weights, and runs with heads of their own."""
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,6 +143,29 @@ def test_what_is_exported_is_merged(finished, tmp_path):
     again = hf.load(source, workspace.model.config)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), again, merged)
     assert np.abs(np.asarray(again["blocks"]["wo"] - workspace.base["blocks"]["wo"])).max() > 1e-6
+
+
+def test_an_adapter_goes_out_and_another_run_starts_from_it(finished, model, tmp_path, capsys):
+    """And goes on when its folder is gone."""
+    export_run(str(finished.path), str(tmp_path / "out"), adapter=True)
+    assert "left out, as no part of what writes answers: the heads value" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == str(model)
+    own = {"lora.path": str(tmp_path / "out"), "lora.rank": 0}
+    run = tiny.run(config(model, steps=0, **own), tmp_path / "run")
+    assert (run.result.workspace.config.lora.rank, run.result.workspace.config.lora.alpha) == (2, 4.0)
+    first = run.result.params
+    jax.tree.map(np.testing.assert_array_equal, first["blocks"], finished.result.params["blocks"])
+    assert not np.asarray(first["heads"]["value"]["weight"]).any()
+    shutil.rmtree(tmp_path / "out")
+    rest = tiny.run(config(model, **own), tmp_path / "run", resume=True)
+    assert "resumed at iteration 0" in rest.printed and rest.result.iteration == 1
+    open_finished(str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="--dtype has no effect with --adapter"):
+        export_run(str(finished.path), str(tmp_path / "a"), dtype="float32", adapter=True)
+    export_run(str(tmp_path / "run"), str(tmp_path / "again"), adapter=True)
+    own = {"lora.path": str(tmp_path / "again"), "init_from": "runs/a"}
+    with pytest.raises(ValueError, match="config.lora.path and config.init_from both give the first adapters"):
+        resolve(config(model, **own), 1)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from experiments import evaluate, sample
 from experiments.export import export_run
@@ -72,18 +73,30 @@ def test_they_are_saved_and_restored(saved):
     assert step == 0 and without_data.preferences is None and len(without_data.questions.train) == 1
 
 
-def test_an_export_has_no_value_head_and_there_is_none_of_a_reward_model(saved, tmp_path, capsys):
+def test_an_export_has_no_value_head_unless_it_is_asked_for_and_that_of_a_reward_model(saved, tmp_path, capsys):
     name, path, workspace, run, shapes = saved
-    out = tmp_path / "exported"
-    if name != "value":
+    out, head = tmp_path / "exported", run.state.params["heads"][name]
+    if name not in ("value", "score"):
         with pytest.raises(ValueError, match=rf"no place for its heads \({', '.join(sorted(shapes))}\)"):
             export_run(str(path), str(out))
+        with pytest.raises(ValueError, match="unknown head of one number 'score': known: none"):
+            export_run(str(path), str(out), head="score")
         assert not out.exists()
         return
-    export_run(str(path), str(out))
-    assert "left out, as no part of what writes answers: the heads value" in capsys.readouterr().out
-    params = hf.load(hf.open_source(out), workspace.model.config)
-    tiny.assert_same_params(params, {n: x for n, x in run.state.params.items() if n != "heads"})
+    if name == "value":
+        export_run(str(path), str(out))
+        assert "left out, as no part of what writes answers: the heads value" in capsys.readouterr().out
+        params = hf.load(hf.open_source(out), workspace.model.config)
+        tiny.assert_same_params(params, {n: x for n, x in run.state.params.items() if n != "heads"})
+    export_run(str(path), str(tmp_path / "judge"), head="value" if name == "value" else None)
+    arrays, config = load_file(tmp_path / "judge/model.safetensors"), hf.read_config(tmp_path / "judge")
+    np.testing.assert_array_equal(arrays["score.weight"], np.asarray(head["weight"])[None])
+    assert "lm_head.weight" not in arrays
+    assert config["architectures"] == ["LlamaForSequenceClassification"] and config["num_labels"] == 1
+    assert config["score_bias"] == float(head["bias"]) and config["pad_token_id"] is None  # 0 ends a text too
+    said = capsys.readouterr().out
+    assert f"add {float(head['bias']):.6g} to what it gives" in said and "transformers reads row by row" in said
+    assert not (tmp_path / "judge/generation_config.json").exists()
 
 
 @pytest.mark.parametrize("saved", ("score", "embed"), indirect=True)

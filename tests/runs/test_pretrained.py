@@ -126,6 +126,16 @@ def test_how_to_compute_is_chosen_and_the_shape_is_not(folder):
         fill(config)
 
 
+def test_an_update_that_rounding_swallows_is_told_once(folder, tmp_path):
+    """bfloat16 parameters and a small step: how many moved is in the metrics, the remedy on the screen."""
+    half = {"policy.param_dtype": "bfloat16", "optimizer.learning_rate": 1e-9, "steps": 2}
+    run = tiny.run(started_from(folder, half), tmp_path / "run")
+    moved = [line["update/moved_frac"] for line in tiny.trained(run.path)]
+    assert len(moved) == 2 and max(moved) < 0.1
+    assert run.printed.count("WARNING") == 1
+    assert "iteration 1: rounding swallowed the update of" in run.printed and "param_dtype=float32" in run.printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -12,9 +12,11 @@ import types
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from jaxpo.runs import loop
 from jaxpo.storage.checkpoint import Checkpoints, finished_steps, restore_params
+from jaxpo.storage.manifest import config_hash, differences, is_fixed
 from jaxpo.storage.rundir import read_metrics
 from tests.runs import tiny
 
@@ -152,7 +154,10 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(finished, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"policy.width": 32}, r"checkpoint .*/4: objective/|checkpoint .*/4: .* was saved with shape"),
+        ({"policy.width": 32}, "config.policy.width is 32, but the run in .* has 16 and goes on with that"),
+        ({"policy.rope_theta": 5.0}, "config.policy.rope_theta is 5.0, but the run"),  # of the same shape
+        ({"objective": {"name": "rloo"}}, "config.objective.name is 'rloo', but the run in .* has 'grpo'.*init_from"),
+        ({"tokenizer": {"name": "characters"}}, "config.tokenizer.base is None, but"),
         ({"seed": 1}, "config.seed is 1, but the run that is to be resumed has seed 0"),
     ],
 )
@@ -175,6 +180,31 @@ def test_the_checkpoints_of_a_run_carry_what_the_best_is_chosen_by(finished, tmp
     assert finished_steps(elsewhere) == [2, 4] and not (tmp_path / "run" / "checkpoints").exists()
     with pytest.raises(FileExistsError, match="elsewhere holds checkpoint 4; go on with --resume"):
         tiny.run(config, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("field", "fixed"),
+    [
+        ("policy.width", True),
+        ("policy.remat", False),
+        ("policy", True),
+        ("objective.name", True),
+        ("objective.eps", False),
+        ("tokenizer.chat_template", True),
+        ("lora.alpha", True),
+        ("optimizer.learning_rate", False),
+    ],
+)
+def test_fields_that_must_stay(field, fixed):
+    assert is_fixed(field) is fixed
+
+
+def test_a_moved_file_is_no_other_config():
+    """What a run finds at a place is known by its hash."""
+    old = {"task": {"name": "jsonl", "path": "a", "test_path": "b"}, "policy": {"path": "c"}, "judge": {"path": "d"}}
+    new = {"task": {"name": "jsonl", "path": "A", "test_path": "B"}, "policy": {"path": "C"}, "judge": {"path": "D"}}
+    assert differences(old, new) == [("judge.path", "d", "D")]
+    assert config_hash(ConfigDict(old | {"judge": {}})) == config_hash(ConfigDict(new | {"judge": {}}))
 
 
 def test_a_changed_config_is_told_field_by_field(finished, tmp_path):

@@ -1,10 +1,20 @@
 """Round trips, token bytes, and tokenizers rebuilt from JSON."""
 
 import json
+import shutil
 
 import pytest
 
-from jaxpo.text.tokenizers import CharTokenizer, IntegerTokenizer, PretrainedTokenizer, from_json
+from jaxpo.text.tokenizers import (
+    CharTokenizer,
+    IntegerTokenizer,
+    PretrainedTokenizer,
+    as_pretrained,
+    from_json,
+    read_files,
+    transformers_library,
+)
+from tests.runs import tiny_model
 
 TEXTS = [
     "Hello, world!",
@@ -211,3 +221,54 @@ def test_characters_take_turns_too():
         CharTokenizer("ab").turn([{"role": "system", "content": "a"}], "b")
     with pytest.raises(ValueError, match="half of a surrogate pair"):
         CharTokenizer("ab\ud83d").turn("a\ud83d", "b")
+
+
+# ---- files of a pretrained tokenizer
+
+
+def test_the_files_of_a_folder_come_out_as_they_came(tmp_path):
+    """Through JSON; what is no text too, and nothing that is not of a tokenizer."""
+    tiny_model.write(tmp_path / "model")
+    settings = json.dumps({"tokenizer_class": "Qwen2Tokenizer", "model_max_length": 77, "eos_token": "<|im_end|>"})
+    (tmp_path / "model/tokenizer_config.json").write_text(settings)
+    (tmp_path / "model/tokenizer.model").write_bytes(b"\xff\x00not text")
+    (tmp_path / "model/additional_chat_templates").mkdir()
+    (tmp_path / "model/additional_chat_templates/tool_use.jinja").write_text("tools")
+    (tmp_path / "model/notes.txt").write_text("of the model")
+    tokenizer = PretrainedTokenizer(str(tmp_path / "model"), chat_template=True)
+    shutil.move(tmp_path / "model", tmp_path / "away")
+    again = from_json(json.loads(json.dumps(tokenizer.to_json())))
+    assert again.to_json() == tokenizer.to_json() and again.render("a") == tokenizer.render("a")
+    (tmp_path / "out").mkdir()
+    again.save_pretrained(tmp_path / "out")
+    came = read_files(tmp_path / "away")
+    assert read_files(tmp_path / "out") == {name: x for name, x in came.items() if name != "config.json"}
+    assert not (tmp_path / "out/notes.txt").exists() and b"\xff\x00not text" in came.values()
+
+
+@pytest.mark.parametrize("name", ("../tokenizer.json", "/tmp/tokenizer.json", "run.py", "a/../../tokenizer.json"))
+def test_a_tokenizer_writes_only_files_of_tokenizers(name):
+    """tokenizer.json of a run may come from elsewhere."""
+    with pytest.raises(ValueError, match="unknown file of a tokenizer"):
+        from_json({"kind": "pretrained", "files": {name: "{}"}, "chat_template": False, "eos": []})
+
+
+def test_a_tokenizer_of_an_older_run():
+    with pytest.raises(ValueError, match="an older version of jaxpo wrote it"):
+        from_json({"kind": "pretrained", "tokenizer": "{}", "options": {}, "special": []})
+
+
+def test_what_transformers_5_writes_gets_names_that_others_know(tmp_path):
+    """A tokenizer that came without files of its own: of a GGUF, or of characters."""
+    tiny_model.write(tmp_path / "model")
+    (tmp_path / "model/config.json").unlink()  # it would name the class of the family
+    theirs = transformers_library().AutoTokenizer.from_pretrained(tmp_path / "model")
+    both = {"bytes": PretrainedTokenizer(theirs, True), "letters": as_pretrained(CharTokenizer("ab"))}
+    for name, made in both.items():
+        (tmp_path / name).mkdir()
+        made.save_pretrained(tmp_path / name)
+        settings = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
+        assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in settings
+        again = transformers_library().AutoTokenizer.from_pretrained(tmp_path / name)
+        assert again.encode("ab") == made.encode("ab") and again.all_special_ids == made._tokenizer.all_special_ids
+        assert again.chat_template == made._tokenizer.chat_template
