@@ -8,24 +8,25 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.program import program
 
+
+@program
 def main(argv: Sequence[str] | None = None) -> None:
     from jaxpo.config.command_line import parse
 
-    try:
-        _, flags = parse(
-            sys.argv[1:] if argv is None else argv,
-            config_required=False,
-            workdir=("", "run directory (required)"),
-            step=(-1, "checkpoint; -1 = the last"),
-            out=("", "folder to write, which must not be there yet (required)"),
-            dtype=("", "of the weights; by default that of the model the run started from, or of its parameters"),
-        )
-        if not flags["workdir"] or not flags["out"]:
-            raise ValueError("--workdir=RUN and --out=DIRECTORY are required")
-        export_run(flags["workdir"], flags["out"], None if flags["step"] < 0 else flags["step"], flags["dtype"] or None)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    _, flags = parse(
+        sys.argv[1:] if argv is None else argv,
+        about=__doc__,
+        config_required=False,
+        workdir=("", "run directory (required)"),
+        step=(-1, "checkpoint; -1 = the last"),
+        out=("", "folder to write, which must not be there yet (required)"),
+        dtype=("", "of the weights; by default that of the model the run started from, or of its parameters"),
+    )
+    if not flags["workdir"] or not flags["out"]:
+        raise ValueError("--workdir=RUN and --out=DIRECTORY are required")
+    export_run(flags["workdir"], flags["out"], None if flags["step"] < 0 else flags["step"], flags["dtype"] or None)
 
 
 def export_run(workdir: str, out: str, step: int | None = None, dtype: str | None = None) -> None:

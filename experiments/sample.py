@@ -7,31 +7,32 @@ python -m experiments.sample --run=runs/quickstart --prompt="..." --n=4 --temper
 import sys
 from collections.abc import Sequence
 
+from experiments.program import program
 
+
+@program
 def main(argv: Sequence[str] | None = None) -> None:
     from jaxpo.config.command_line import parse
 
-    try:
-        argv = list(sys.argv[1:] if argv is None else argv)
-        prompts = [a.removeprefix("--prompt=") for a in argv if a.startswith("--prompt=")]
-        rest = [a for a in argv if not a.startswith("--prompt=")]
-        _, flags = parse(
-            rest,
-            config_required=False,
-            run=("", "run directory (required)"),
-            step=(-1, "checkpoint; -1 = the last"),
-            n=(1, "completions of each prompt"),
-            greedy=(False, "the most probable token instead of a draw"),
-            temperature=(1.0, "of the draw"),
-            seed=(0, "of the draw"),
-        )
-        if not flags["run"] or not prompts:
-            raise ValueError('--run=DIRECTORY and at least one --prompt="..." are required')
-        if flags["n"] < 1:
-            raise ValueError(f"--n={flags['n']} must be at least 1")
-        sample(prompts, **flags)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    prompts = [a.removeprefix("--prompt=") for a in argv if a.startswith("--prompt=")]
+    rest = [a for a in argv if not a.startswith("--prompt=")]
+    _, flags = parse(
+        rest,
+        about=__doc__,
+        config_required=False,
+        run=("", "run directory (required)"),
+        step=(-1, "checkpoint; -1 = the last"),
+        n=(1, "completions of each prompt"),
+        greedy=(False, "the most probable token instead of a draw"),
+        temperature=(1.0, "of the draw"),
+        seed=(0, "of the draw"),
+    )
+    if not flags["run"] or not prompts:
+        raise ValueError('--run=DIRECTORY and at least one --prompt="..." are required')
+    if flags["n"] < 1:
+        raise ValueError(f"--n={flags['n']} must be at least 1")
+    sample(prompts, **flags)
 
 
 def sample(

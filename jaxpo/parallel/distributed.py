@@ -21,6 +21,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 T = TypeVar("T")
+
+
+class FirstFailed(RuntimeError):
+    """The first process could not do what all of them wait for; it raises the error itself."""
+
+
 TIMEOUT = 300.0  # seconds for all processes to join
 
 
@@ -163,16 +169,21 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def most(number: int) -> int:
+    """The largest ``number`` of all processes; all of them have to call this."""
+    return int(multihost_utils.process_allgather(np.array(number)).max()) if jax.process_count() > 1 else number
+
+
 def anywhere(flag: bool) -> bool:
     """Whether ``flag`` is True in any process; all processes have to call this."""
-    return bool(multihost_utils.process_allgather(np.array(flag)).any()) if jax.process_count() > 1 else flag
+    return bool(most(int(flag)))
 
 
 def from_first(compute: Callable[[], T]) -> T:
     """Run ``compute()`` in the first process, and return its result (which must fit into JSON) in all processes.
 
     Raises:
-      RuntimeError: it failed in the first process, which itself raises the original error.
+      FirstFailed: it failed in the first process, which itself raises the original error.
     """
     if jax.process_count() == 1:
         return compute()
@@ -189,7 +200,7 @@ def from_first(compute: Callable[[], T]) -> T:
     if failure:
         raise failure
     if "error" in answer:
-        raise RuntimeError(f"process 0 failed: {answer['error']}")
+        raise FirstFailed(f"process 0 failed: {answer['error']}")
     return answer["value"]
 
 

@@ -19,13 +19,14 @@ from jaxpo.parallel.distributed import is_first
 from jaxpo.protocols.gatherer import Gatherer, Watch
 from jaxpo.protocols.protocol import NothingLeft
 from jaxpo.runs.evaluation import answers, pairs, rewards
+from jaxpo.runs.finite import not_finite
 from jaxpo.runs.interrupt import Interrupt
 from jaxpo.runs.iteration import Stage, iterate
 from jaxpo.runs.restore import checkpoint_of
 from jaxpo.runs.workspace import Workspace
 from jaxpo.storage.checkpoint import Checkpoints
 from jaxpo.storage.plots import plot_curves
-from jaxpo.storage.rundir import Elsewhere, Progress, RunDirectory, read_metrics
+from jaxpo.storage.rundir import Elsewhere, Progress, RunDirectory, harmless, read_metrics
 
 PROFILE_AFTER = 2  # iterations before a profile starts, since they compile
 
@@ -93,13 +94,13 @@ def merge_steps(steps: list[dict[str, Array]]) -> dict[str, float]:
     return out
 
 
-def loop(session: Session, run: Run, progress: Progress, interrupt: Interrupt, profile_steps: int) -> tuple[Run, bool]:
-    """Iterate up to the last step; return the run, and whether SIGTERM ended it."""
+def loop(session: Session, run: Run, progress: Progress, interrupt: Interrupt, profile_steps: int) -> tuple[Run, int]:
+    """Iterate up to the last step; return the run, and the signal that asked it to stop (0 = none)."""
     config, watch, log, checkpoints = session.workspace.config, session.watch, session.log, session.checkpoints
     skipped, drawn, first = 0, time.perf_counter(), run.iteration
     trace = range(first + PROFILE_AFTER, first + PROFILE_AFTER + profile_steps)
-    if interrupt.asked():
-        return run, True
+    if asked := interrupt.asked():
+        return run, asked
     while run.iteration < config.steps:
         if trace and run.iteration == trace.start:
             jax.profiler.start_trace(f"{log.path}/profile")
@@ -131,14 +132,28 @@ def loop(session: Session, run: Run, progress: Progress, interrupt: Interrupt, p
             if config.checkpoint.keep_best and run.iteration == config.steps:  # its full evaluation comes later
                 judged = evaluate_greedy(session, run, logged=0)
             with watch.phase("checkpoint"):
-                checkpoints.save(run.iteration, *checkpoint_of(run, config.seed), judged)
+                save(session, run, judged)
         if is_first() and time.perf_counter() - drawn > config.logging.plot_seconds:
-            with watch.phase("plot"):
+            with watch.phase("plot"), harmless("curves.png"):
                 draw_curves(str(log.path))
             drawn = time.perf_counter()
-        if asked and run.iteration < config.steps:
-            return run, True
-    return run, False
+        if asked:
+            return run, asked
+    return run, interrupt.asked()
+
+
+def save(session: Session, run: Run, judged: Mapping[str, float] | None = None) -> None:
+    """Save a checkpoint.
+
+    Raises:
+      Diverged: parameters or optimizer hold NaN or infinity; nothing is saved then.
+    """
+    if bad := not_finite({"params": run.state.params, "opt_state": run.state.opt_state}):
+        raise Diverged(
+            f"{bad[0]} holds NaN or infinite values after iteration {run.iteration}, which is not saved: stopped. "
+            f"{_last_good(session.checkpoints)}; lower config.optimizer.learning_rate and go on with --resume"
+        )
+    session.checkpoints.save(run.iteration, *checkpoint_of(run, session.workspace.config.seed), judged)
 
 
 def timed_iteration(session: Session, run: Run) -> tuple[Run, dict[str, float]]:

@@ -19,22 +19,40 @@ from jaxpo.policy import heads
 from jaxpo.policy.hf import load, open_source
 from jaxpo.policy.transformer import Params
 from jaxpo.registry import unknown
+from jaxpo.runs.finite import check_finite
 from jaxpo.runs.workspace import Workspace, prepare_process, setup
 from jaxpo.storage import checkpoint
 from jaxpo.storage.checkpoint import finished_steps, restore_params, saved_paths
+from jaxpo.storage.paths import expanded, local
+from jaxpo.storage.rundir import METRICS, read_metrics
 from jaxpo.text.tokenizers import from_json
 
+NONFINITE = "take an earlier checkpoint, or open it nevertheless with --nonfinite where a program has that flag"
 MODEL = "model"  # folder of a run with the config.json of the pretrained model that it started from
 
 
 def checkpoints_of(workdir: str, config: ConfigDict | None = None) -> str:
     """Where the checkpoints of a run directory are, by its config (None = the one that it holds)."""
-    held = Path(workdir) / "config.json"
+    held = Path(expanded(workdir)) / "config.json"
     if config is not None:
         directory = config.checkpoint.directory
     else:
         directory = json.loads(held.read_text()).get("checkpoint", {}).get("directory") if held.is_file() else None
-    return directory or f"{workdir}/checkpoints"
+    return expanded(directory or f"{workdir}/checkpoints")
+
+
+def begins_again(workdir: str, config: ConfigDict) -> bool:
+    """Whether a folder holds a run that has not finished an iteration, though it was to: no more than checkpoint 0,
+    which is a function of its config and seed. Such a run may be begun again in its folder."""
+    held = Path(workdir) / "config.json"
+    if not held.is_file() or checkpoints_of(workdir) != checkpoints_of(workdir, config):
+        return False
+    try:
+        to_do = json.loads(held.read_text()).get("steps", 0)
+    except (ValueError, AttributeError):
+        return False
+    written = (Path(workdir) / METRICS).is_file() and max(read_metrics(workdir)["step"], default=0) > 0
+    return bool(to_do) and not written and set(checkpoint.all_steps(checkpoints_of(workdir))) <= {0}
 
 
 def checkpoint_of(run: Run, seed: int) -> tuple[dict[str, Any], dict[str, int]]:
@@ -101,12 +119,17 @@ def check_room(directory: str, template: Any, keep: int) -> None:
         )
 
 
-def load_params(workspace: Workspace, workdir: str, step: int | None = None) -> tuple[Params, int]:
+def load_params(
+    workspace: Workspace, workdir: str, step: int | None = None, *, nonfinite: bool = False
+) -> tuple[Params, int]:
     """Parameters of a run directory's checkpoint (the last whole one), on this mesh, and its step. Heads that this run
     has and that one had not are fresh; those that only that one had are left behind.
 
+    Args:
+      nonfinite: whether they may hold NaN or infinity.
+
     Raises:
-      ValueError: they are those of another model.
+      ValueError: they are those of another model, or are not finite.
     """
     expected = jax.eval_shape(workspace.init_params, jax.random.key(0))
     directory, own = checkpoints_of(workdir), expected.get("heads", {})
@@ -120,6 +143,8 @@ def load_params(workspace: Workspace, workdir: str, step: int | None = None) -> 
     params, position = restore_params(directory, step, **options)
     if jax.tree.map(lambda x: x.shape, params) != jax.tree.map(lambda x: x.shape, wanted):
         raise ValueError(f"{workdir} holds parameters of another shape than config.policy and the tokenizer ask for")
+    if not nonfinite:
+        check_finite(params, f"{workdir}, checkpoint {position['iteration']}", NONFINITE)
     if fresh:
         shapes = {name: head["bias"].shape for name, head in fresh.items()}
         made = heads.init(workspace.model.config.width, shapes, jax.random.key(workspace.config.seed))["heads"]
@@ -139,19 +164,21 @@ def config_of(folder: Path) -> ConfigDict:
 
 
 def open_finished(
-    workdir: str, step: int | None = None, *, examples: bool = True, **changes: Any
+    workdir: str, step: int | None = None, *, examples: bool = True, nonfinite: bool = False, **changes: Any
 ) -> tuple[Workspace, Params, int]:
     """A run directory to evaluate or sample from: its workspace, the parameters of checkpoint ``step`` (the last
     one), and that step.
 
     Args:
       examples: whether its task and data are read, as of `jaxpo.runs.workspace.setup`.
+      nonfinite: whether the parameters may hold NaN or infinity.
       changes: config fields by path ("evaluation.prompts": 100) that differ from the run's.
 
     Raises:
-      ValueError: no run directory, or no such checkpoint in it.
+      ValueError: no run directory, or no such checkpoint in it; parameters that are not finite.
     """
-    folder = Path(workdir)
+    folder = local(workdir, "run directory")
+    workdir = str(folder)
     if not (folder / "config.json").is_file():
         siblings = [str(p.parent) for p in folder.parent.glob("*/config.json")]
         raise ValueError(unknown("run directory", str(folder), siblings))
@@ -173,7 +200,7 @@ def open_finished(
             f"{', '.join(map(str, steps)) or 'none'}"
         )
     workspace = setup(config, tokenizer=tokenizer, examples=examples)
-    return workspace, *load_params(workspace, workdir, step)
+    return workspace, *load_params(workspace, workdir, step, nonfinite=nonfinite)
 
 
 def find_checkpoint(workdir: str) -> int | None:
@@ -208,6 +235,7 @@ def first_params(workspace: Workspace, key: Array) -> Params:
         return load_params(workspace, config.init_from)[0]
     if config.policy.name == "pretrained" and not config.lora.rank:
         loaded = load(open_source(config.policy.path), workspace.model.config, workspace.mesh)
+        check_finite(loaded, f"config.policy.path {config.policy.path}")
         fresh = heads.init(workspace.model.config.width, workspace.resolved.heads, key)
         return {**loaded, **workspace.put_whole(fresh)}
     return workspace.init_params(key)

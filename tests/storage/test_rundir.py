@@ -57,6 +57,7 @@ def test_samples_and_json(tmp_path):
         run.save_json("config.json", {"seed": {1}})
     config = json.loads((run.path / "config.json").read_text())
     assert config == {"seed": 1, "path": str(tmp_path), "clip": float("inf")}
+    run.close()
     assert {path.name for path in run.path.iterdir()} == {"metrics.jsonl", "samples.jsonl", "config.json"}
     run.close()
 
