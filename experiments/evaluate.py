@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prompts=(0, "test prompts; 0 = as the run"),
         seed=(0, "of the samples"),
         json=("", "also write the numbers to this file"),
+        nonfinite=(False, "evaluate even if parameters are NaN or infinite"),
     )
     if not flags["run"]:
         raise ValueError("--run=DIRECTORY is required")
@@ -46,7 +47,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags["json"] and not Path(flags["json"]).absolute().parent.is_dir():
         raise ValueError(f"--json={flags['json']}: there is no such folder")
     step = None if flags["step"] < 0 else flags["step"]
-    evaluate(flags["run"], step, ks, flags["samples"], flags["prompts"], flags["seed"], flags["json"], asked)
+    evaluate(
+        flags["run"],
+        step,
+        ks,
+        flags["samples"],
+        flags["prompts"],
+        flags["seed"],
+        flags["json"],
+        asked,
+        nonfinite=flags["nonfinite"],
+    )
 
 
 def evaluate(
@@ -58,6 +69,8 @@ def evaluate(
     seed: int,
     out: str,
     asked: Sequence[str] = (),
+    *,
+    nonfinite: bool = False,
 ) -> dict[str, float]:
     """Print and return the metrics of a policy's answers, or of a reward model's order of held-out pairs."""
     from jaxpo.learning.needs import is_reward_model
@@ -67,7 +80,7 @@ def evaluate(
     changes = {"evaluation.pass_at": ks, "evaluation.samples": samples} | (
         {"evaluation.prompts": prompts} if prompts else {}
     )
-    workspace, params, step = open_finished(run, step, **changes)
+    workspace, params, step = open_finished(run, step, nonfinite=nonfinite, **changes)
     if is_reward_model(workspace.objective):
         if asked:
             raise ValueError(f"--{asked[0]} has no effect: {run} holds a reward model, which writes no answers")

@@ -22,27 +22,39 @@ def main(argv: Sequence[str] | None = None) -> None:
         workdir=("", "run directory (required)"),
         step=(-1, "checkpoint; -1 = the last"),
         out=("", "folder to write, which must not be there yet (required)"),
+        nonfinite=(False, "export even if parameters are NaN or infinite"),
         dtype=("", "of the weights; by default that of the model the run started from, or of its parameters"),
     )
     if not flags["workdir"] or not flags["out"]:
         raise ValueError("--workdir=RUN and --out=DIRECTORY are required")
-    export_run(flags["workdir"], flags["out"], None if flags["step"] < 0 else flags["step"], flags["dtype"] or None)
+    export_run(
+        flags["workdir"],
+        flags["out"],
+        None if flags["step"] < 0 else flags["step"],
+        flags["dtype"] or None,
+        nonfinite=flags["nonfinite"],
+    )
 
 
-def export_run(workdir: str, out: str, step: int | None = None, dtype: str | None = None) -> None:
+def export_run(
+    workdir: str, out: str, step: int | None = None, dtype: str | None = None, *, nonfinite: bool = False
+) -> None:
     """Write checkpoint ``step`` (the last one) of a run to the folder ``out``; adapters are added to their weights.
 
     Raises:
-      ValueError: no such run or checkpoint, a policy that no known architecture has, or a reward model.
+      ValueError: no such run or checkpoint, parameters that are not finite (unless ``nonfinite``), a policy that no
+        known architecture has, or a reward model.
       FileExistsError: ``out`` is there.
     """
     from jaxpo.learning.needs import is_reward_model
     from jaxpo.policy.hf import check_out, export, read_config
     from jaxpo.runs.restore import MODEL, open_finished
+    from jaxpo.storage.paths import local
     from jaxpo.text.tokenizers import for_transformers
 
+    out = str(local(out, "--out"))
     check_out(out)
-    workspace, params, step = open_finished(workdir, step, examples=False)
+    workspace, params, step = open_finished(workdir, step, examples=False, nonfinite=nonfinite)
     if is_reward_model(workspace.objective):
         raise ValueError(
             f"--workdir={workdir} holds a reward model, and a folder of Hugging Face has no place for its heads "

@@ -38,10 +38,12 @@ def plan(config, *, topology: str, price: float, json: str, search: int, propose
     """Print the plan of a config for a slice; the numbers too, where ``json`` names a file. Returns what was
     printed last: the plan that fits, if one was found."""
     from jaxpo.arguments import Count, NonNegative, check
+    from jaxpo.parallel.host import open_devices
     from jaxpo.plan import plan as plans
     from jaxpo.plan import search as searches
     from jaxpo.plan import topology as topologies
 
+    open_devices()
     if not topology:
         raise ValueError("--topology=CHIP:SHAPE is required, e.g. v5e:2x4")
     check("--price", price, NonNegative)

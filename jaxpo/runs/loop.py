@@ -206,4 +206,4 @@ def evaluated(workspace: Workspace, run: Run) -> tuple[dict[str, float], list[di
 
 def draw_curves(workdir: str) -> None:
     """Draw ``curves.png`` anew."""
-    plot_curves({str(workdir): read_metrics(workdir)}, f"{workdir}/curves.png")
+    plot_curves({str(workdir): read_metrics(workdir, lenient=True)}, f"{workdir}/curves.png")

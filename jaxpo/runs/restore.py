@@ -51,7 +51,7 @@ def begins_again(workdir: str, config: ConfigDict) -> bool:
         to_do = json.loads(held.read_text()).get("steps", 0)
     except (ValueError, AttributeError):
         return False
-    written = (Path(workdir) / METRICS).is_file() and max(read_metrics(workdir)["step"], default=0) > 0
+    written = (Path(workdir) / METRICS).is_file() and max(read_metrics(workdir, lenient=True)["step"], default=0) > 0
     return bool(to_do) and not written and set(checkpoint.all_steps(checkpoints_of(workdir))) <= {0}
 
 

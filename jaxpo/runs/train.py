@@ -311,7 +311,7 @@ def evaluate_both(session: Session, run: Run) -> dict[str, float]:
 
 def read_evaluation(workdir: str, iteration: int) -> dict[str, float]:
     """The evaluation after an iteration, as an earlier part of a resumed run has logged it; {} if it has not."""
-    metrics = read_metrics(workdir)
+    metrics = read_metrics(workdir, lenient=True)
     rows = np.flatnonzero(metrics["step"] == iteration)
     found = {k: float(v[rows[0]]) for k, v in metrics.items() if k.startswith("eval/")} if len(rows) else {}
     return {k: v for k, v in found.items() if np.isfinite(v)}

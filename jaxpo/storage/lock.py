@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 NAME = ".writer.lock"
@@ -74,6 +75,16 @@ def release(folder: Path) -> None:
     held = _read(folder / NAME)
     if held and (held["host"], held["pid"]) == (socket.gethostname(), os.getpid()):
         (folder / NAME).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """The lock of ``folder`` during the ``with`` block. Raises like `take`."""
+    take(folder)
+    try:
+        yield
+    finally:
+        release(folder)
 
 
 def _remove_stale(path: Path) -> None:

@@ -88,7 +88,7 @@ class RunDirectory:
         if resume_step is not None:
             for name in (METRICS, SAMPLES):
                 _cut_lines(self.path / name, resume_step)
-            earlier = max((line.get("time", 0.0) for line in _lines(self.path / METRICS)), default=0.0)
+            earlier = max((line.get("time", 0.0) for line in _lines(self.path / METRICS, lenient=True)), default=0.0)
         self._start = time.monotonic() - earlier
         self._metrics, self._samples = (open(self.path / name, "ab", buffering=0) for name in (METRICS, SAMPLES))
         purge = None if resume_step is None else resume_step + 1
@@ -165,8 +165,11 @@ class Elsewhere:
         """Nothing is open."""
 
 
-def read_metrics(workdir: str | os.PathLike) -> dict[str, np.ndarray]:
+def read_metrics(workdir: str | os.PathLike, *, lenient: bool = False) -> dict[str, np.ndarray]:
     """The metrics of a run as columns.
+
+    Args:
+      lenient: leave out lines that are not those of a step, and say so once, as a run does that goes on.
 
     Returns:
       {name: float64[n]} and "step" (int64[n]), with an entry for every step that was written; nan if a step lacks the
@@ -174,12 +177,13 @@ def read_metrics(workdir: str | os.PathLike) -> dict[str, np.ndarray]:
 
     Raises:
       FileNotFoundError: there is no metrics.jsonl in ``workdir``.
+      ValueError: a line is not that of a step (it is named).
     """
     path = local(workdir, "workdir") / METRICS
     if not path.exists():
         raise FileNotFoundError(f"{workdir} has no {METRICS}: not the directory of a run")
     rows: dict[int, dict] = {}
-    for line in _lines(path):
+    for line in _lines(path, lenient=lenient):
         rows.setdefault(line.pop("step"), {}).update(line)
     names = dict.fromkeys(name for row in rows.values() for name in row if name != "nonfinite")
     columns = {"step": np.array(list(rows), np.int64)}
@@ -388,9 +392,9 @@ def _json_line(fields: Mapping[str, Any]) -> str:
     return json.dumps(fields, allow_nan=False, default=_plain, ensure_ascii=False) + "\n"
 
 
-def _lines(path: Path) -> Iterator[dict]:
-    """The objects of a JSON-lines file that have a step. Foreign lines are left out, and told once. The last line may
-    be incomplete (after a kill, or while it is written)."""
+def _lines(path: Path, *, lenient: bool) -> Iterator[dict]:
+    """The objects of a JSON-lines file that have a step. Other lines are an error, or told once where ``lenient``. The
+    last line may be incomplete (after a kill, or while it is written)."""
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     foreign = []
     for number, line in enumerate(lines, 1):
@@ -398,6 +402,8 @@ def _lines(path: Path) -> Iterator[dict]:
             yield found
         elif line.strip() and number < len(lines):
             foreign.append(number)
+            if not lenient:
+                raise ValueError(f"{path}, line {number}: not JSON with a whole number as its step")
     if foreign:
         say_once(f"WARNING: {path}: line {foreign[0]} is not the line of a step; such lines are left out")
 
