@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+GRACE = 10.0  # seconds to clean up after a signal that stops at once, before the process is left
 EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
 
 
@@ -36,7 +37,7 @@ def program(main: Callable[..., Any]) -> Callable[..., Any]:
         for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows its number
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
-        with signals_interrupt() as seen:
+        with signals_interrupt(at_once=argv is None) as seen:
             try:
                 out = main(argv)
                 sys.stdout.flush()
@@ -57,22 +58,33 @@ def program(main: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def unless_interrupt(before: Callable[[Any], None]) -> Callable[[Any], None]:
+    """``before`` (a `sys.unraisablehook`), but silent about an interruption, which is not lost (see ``seen``)."""
+    return lambda lost: None if isinstance(lost.exc_value, KeyboardInterrupt) else before(lost)
+
+
 @contextlib.contextmanager
-def signals_interrupt() -> Iterator[list[int]]:
+def signals_interrupt(*, at_once: bool) -> Iterator[list[int]]:
     """Let the `SIGNALS` raise ``KeyboardInterrupt(number)``; yields the list of those that came. Signals that are
-    ignored (nohup) stay so."""
+    ignored (nohup) stay so. ``at_once``: if the process is still there after `GRACE`, it is left all the same."""
     seen: list[int] = []
 
     def stop(number: int, _: object) -> None:
         seen.append(number)
+        if at_once and len(seen) == 1:
+            leave = threading.Timer(GRACE, os._exit, (128 + number,))
+            leave.daemon = True
+            leave.start()
         raise KeyboardInterrupt(number)
 
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {n: signal.signal(n, stop) for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN}
+    hook, sys.unraisablehook = sys.unraisablehook, unless_interrupt(sys.unraisablehook)
     try:
         yield seen
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 

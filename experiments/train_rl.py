@@ -1,7 +1,7 @@
 """Train a policy by reinforcement learning on verifiable tasks.
 
     python -m experiments.train_rl --config=configs/quickstart.py --workdir=runs/quickstart
-    python -m experiments.train_rl --config=configs/quickstart.py --workdir=runs/dapo \
+    python -m experiments.train_rl --config=configs/quickstart.py --workdir=runs/dapo \\
         --config.objective.name=dapo --config.objective.eps_high=0.3
 """
 

@@ -1,7 +1,7 @@
 """Supervised training on a task's own demonstrations (``config.warm_start``), evaluated and saved like any run.
 
     python -m experiments.train_sft --config=configs/quickstart.py --workdir=runs/sft
-    python -m experiments.train_rl --config=configs/quickstart.py --workdir=runs/rl \
+    python -m experiments.train_rl --config=configs/quickstart.py --workdir=runs/rl \\
         --config.init_from=runs/sft --config.warm_start.steps=0
 """
 

@@ -115,7 +115,7 @@ def make_course(rules: Rules) -> Course:
 
 def check_seeds(course: Course, rules: Rules) -> None:
     """Raise ``ValueError`` if the parameters of all seeds, two moments of each and a gradient do not fit in memory."""
-    one = bytes_of(jax.eval_shape(course.model.init, jax.random.key(0)))
+    one = bytes_of(jax.eval_shape(partial(transformer.init, course.model.config), jax.random.key(0)))
     there, what = capacity(jax.local_devices()[0])
     if 4 * one * rules.seeds > there:
         raise ValueError(

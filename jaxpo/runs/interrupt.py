@@ -15,18 +15,24 @@ class Interrupt:
     ends. The second one raises ``KeyboardInterrupt(number)`` at once.
 
     number: the first signal that this process got; 0 = none.
+    second: the second one.
     """
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number = self.second = 0
         self._before: dict[int, object] = {}
 
     def asked(self) -> int:
         """The signal that any process got (the largest number); 0 = none. All processes must call this."""
+        if self.second:  # what was raised was lost, as in a destructor
+            raise KeyboardInterrupt(self.second)
         return most(self.number)
 
-    def _ask(self, number: int, _: FrameType | None) -> None:
+    def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.number:
+            self.second = number
+            if callable(before := self._before.get(number)):  # of the program, or Python's own
+                before(number, frame)
             raise KeyboardInterrupt(number)
         self.number = number
         line = (

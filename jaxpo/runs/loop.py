@@ -146,9 +146,9 @@ def save(session: Session, run: Run, judged: Mapping[str, float] | None = None) 
     """Save a checkpoint.
 
     Raises:
-      Diverged: parameters or optimizer hold NaN or infinity; nothing is saved then.
+      Diverged: the parameters hold NaN or infinity; nothing is saved then.
     """
-    if bad := not_finite({"params": run.state.params, "opt_state": run.state.opt_state}):
+    if bad := not_finite({"params": run.state.params}):
         raise Diverged(
             f"{bad[0]} holds NaN or infinite values after iteration {run.iteration}, which is not saved: stopped. "
             f"{_last_good(session.checkpoints)}; lower config.optimizer.learning_rate and go on with --resume"
@@ -186,6 +186,8 @@ def evaluate_greedy(session: Session, run: Run, logged: int | None = None) -> di
 
 def _last_good(checkpoints: Checkpoints) -> str:
     checkpoints.wait()
+    if checkpoints.latest() is None:
+        return "no checkpoint was saved before"
     return f"the last good checkpoint is {checkpoints.directory}/{checkpoints.latest()}"
 
 

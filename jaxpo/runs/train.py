@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxpo.config.fill import fill
 from jaxpo.config.paths import expand_paths
 from jaxpo.config.resolved import Resolved
 from jaxpo.learning.needs import is_reward_model
@@ -123,13 +124,14 @@ def _train(
     directory = checkpoints_of(workdir, config)
     on_first(lambda: check_writable(workdir, directory))
     done = from_first(lambda: max(finished_steps(directory), default=None))
-    again = from_first(lambda: begins_again(workdir, config)) and not (resume and same_config(workdir, config))
+    again = from_first(lambda: begins_again(workdir, config) and not (resume and same_config(workdir, config)))
     done = None if again else done
     if config.checkpoint.directory and done is not None and not resume:
         raise FileExistsError(f"{directory} holds checkpoint {done}; go on with --resume or choose another directory")
     check_profile(profile_steps, config.steps - (done or 0) - PROFILE_AFTER)
     voice, started = Voice(), time.perf_counter()
     workspace = setup(config, report=voice, check=check, load_models=load_models)
+    check_memory(workspace, template(workspace, {}))
     watch = Watch(say=voice)
     gatherer = make_gatherer(workspace, watch)
     tables = workspace.protocol.tables(gatherer) if workspace.protocol.tables else {}
@@ -138,7 +140,6 @@ def _train(
     if found is None:
         check_start(workspace)
     kept = config.checkpoint.keep + bool(config.checkpoint.keep_best)
-    check_memory(workspace, template(workspace, tables))
     from_first(lambda: check_room(directory, template(workspace, tables), kept))
     log = on_first(lambda: open_run(workdir, workspace, resume or again, found)) or Elsewhere(workdir)
     check_shared(located(directory).absolute())
@@ -206,7 +207,8 @@ def check_writable(workdir: str, directory: str) -> None:
 def same_config(workdir: str, config: ConfigDict) -> bool:
     """Whether the config that a run directory holds is this one, but for where it computes and what it reports."""
     held = json.loads((Path(workdir) / "config.json").read_text())
-    return config_hash(ConfigDict(held)) == config_hash(ConfigDict(json.loads(json.dumps(config.to_dict()))))
+    now = json.loads(json.dumps(fill(config).to_dict(), default=str))
+    return config_hash(ConfigDict(held)) == config_hash(ConfigDict(now))
 
 
 def check_memory(workspace: Workspace, shapes: dict[str, Any]) -> None:

@@ -90,10 +90,10 @@ class RunDirectory:
                 _cut_lines(self.path / name, resume_step)
             earlier = max((line.get("time", 0.0) for line in _lines(self.path / METRICS, lenient=True)), default=0.0)
         self._start = time.monotonic() - earlier
-        self._metrics, self._samples = (open(self.path / name, "ab", buffering=0) for name in (METRICS, SAMPLES))
         purge = None if resume_step is None else resume_step + 1
         self._tensorboard = writer.SummaryWriter(str(self.path), purge_step=purge) if writer else None
         self._wandb = _start_wandb(wandb_module, self, wandb) if wandb_module else None
+        self._metrics, self._samples = (open(self.path / name, "ab", buffering=0) for name in (METRICS, SAMPLES))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append the metrics of a step.
