@@ -152,9 +152,9 @@ def _listening(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host.strip("[]"), port), family=family, reuse_port=False)
-    except socket.gaierror as error:
-        raise OSError(f"--coordinator={host}:{port}: unknown host ({error.strerror})") from None
     except OSError as error:
+        if (error.errno or 0) < 0:  # of the look-up of its name
+            raise OSError(f"--coordinator={host}:{port}: unknown host") from None
         why = {errno.EADDRNOTAVAIL: "it is no address of this host, where process 0 runs"}
         why[errno.EADDRINUSE] = "something else listens there; choose another port"
         raise OSError(f"--coordinator={host}:{port}: {why.get(error.errno, error.strerror)}") from None

@@ -51,7 +51,7 @@ def capacity(device: jax.Device) -> tuple[int, str]:
     """Bytes of a device's memory, and what that memory is. Devices on the CPU share the host's."""
     if device.platform == "cpu":
         size, what = host_memory()
-        return size // jax.local_device_count(), what
+        return size // max(len(jax.devices()) // jax.process_count(), 1), what
     limit = (device.memory_stats() or {}).get("bytes_limit")
     return (int(limit), f"the memory of {device.device_kind}") if limit else (2**63, "unknown memory")
 

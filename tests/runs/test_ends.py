@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import evaluate, export, sample, train_rl
+from jaxpo.learning.state import advance
 from jaxpo.runs import loop, restore, train
 from jaxpo.runs.interrupt import Interrupt
 from jaxpo.storage import lock
@@ -75,6 +76,7 @@ def test_the_second_signal_stops_at_once(finished, tmp_path, at):
     number, said = stop.value.args
     assert number == signal.SIGHUP and said.endswith("checkpoints/0; go on with --resume")
     assert not (tmp_path / "run" / lock.NAME).exists()
+    at(99, None)
     assert tiny.run(short(finished), tmp_path / "run", resume=True).result.iteration == 3
 
 
@@ -178,15 +180,8 @@ def test_a_state_that_is_not_finite_is_not_saved(finished, tmp_path, monkeypatch
         run, metrics = iteration(session, run)
         if run.iteration == 2:
             params = {**run.state.params, "embedding": run.state.params["embedding"].at[0, 0].set(jnp.nan)}
-            run = loop_advance(run, params)
+            run = advance(run, state=run.state.replace(params=params))
         return run, metrics
-
-    def loop_advance(run, params):
-        return (
-            run.replace(state=run.state.replace(params=params))
-            if hasattr(run, "replace")
-            else run._replace(state=run.state.replace(params=params))
-        )
 
     monkeypatch.setattr(loop, "timed_iteration", diverges)
     message = r"params/embedding holds NaN .* after iteration 2, .* the last good checkpoint is .*checkpoints/1; lower"

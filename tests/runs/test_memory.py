@@ -89,7 +89,7 @@ def test_the_bytes_of_a_cache():
             {"sampling.max_new_tokens": 10**9},
             r"a rollout of 8 prompts .* completions each of 1,000,000,000 tokens, needs",
         ),
-        ({"rollout.prompts": 8 * 10**6}, r"a rollout of 8,000,000 prompts .* lower config.rollout.prompts"),
+        ({"rollout.prompts": 8 * 10**9}, r"a rollout of 8,000,000,000 prompts .* lower config.rollout.prompts"),
     ),
 )
 def test_absurd_sizes_are_refused_before_work(tmp_path, changes, message):
@@ -109,7 +109,7 @@ def test_a_prompt_that_is_far_longer_than_the_others_is_named(tmp_path, monkeypa
     assert longest(examples, [range(4 + i % 3) for i in range(150)]) == ""
     sizes = [4 if i != 70 else 3_000_000 for i in range(150)]
     assert longest(examples, [range(n) for n in sizes]).startswith(
-        "the longest prompt (3,000,000 tokens, 750,000 times what is usual; it is item 71 of its data and begins with '70+1="
+        "the longest prompt (3,000,000 tokens, 750,000 times what is usual; it is item 71 of its data and begins "
     )
     path, long = tmp_path / "task.jsonl", "1" * 30_000
     lines = [{"question": long if i == 2 else str(i), "answer": "1"} for i in range(12)]
