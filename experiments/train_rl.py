@@ -32,10 +32,12 @@ def launch(argv: Sequence[str] | None, about: str, check: "Callable[[Resolved], 
     """
     from jaxpo.config.command_line import asks_help
     from jaxpo.parallel.distributed import FLAGS, join_by_flags
+    from jaxpo.parallel.host import open_devices
 
     argv = sys.argv[1:] if argv is None else argv
     if not asks_help(argv):
         join_by_flags(argv)
+        open_devices()  # a config file may ask for them too
     from jaxpo.config.command_line import parse
     from jaxpo.runs.train import train_rl
 

@@ -13,11 +13,15 @@ from experiments.program import program
 
 @program
 def main(argv: Sequence[str] | None = None) -> None:
-    from jaxpo.config.command_line import parse
+    from jaxpo.config.command_line import asks_help, parse
+    from jaxpo.parallel.host import open_devices
     from jaxpo.runs.train import train_rl
 
+    argv = sys.argv[1:] if argv is None else argv
+    if not asks_help(argv):
+        open_devices()  # a config file may ask for them too
     config, flags = parse(
-        sys.argv[1:] if argv is None else argv,
+        argv,
         about=__doc__,
         workdir=("", "directory of the run (required)"),
         resume=(False, "evaluate what was trained and saved before the run was stopped"),

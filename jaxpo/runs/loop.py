@@ -26,7 +26,7 @@ from jaxpo.runs.restore import checkpoint_of
 from jaxpo.runs.workspace import Workspace
 from jaxpo.storage.checkpoint import Checkpoints
 from jaxpo.storage.plots import plot_curves
-from jaxpo.storage.rundir import Elsewhere, Progress, RunDirectory, harmless, read_metrics
+from jaxpo.storage.rundir import Elsewhere, Progress, RunDirectory, harmless, read_metrics, say_once
 
 PROFILE_AFTER = 2  # iterations before a profile starts, since they compile
 
@@ -143,12 +143,17 @@ def loop(session: Session, run: Run, progress: Progress, interrupt: Interrupt, p
 
 
 def save(session: Session, run: Run, judged: Mapping[str, float] | None = None) -> None:
-    """Save a checkpoint.
+    """Save a checkpoint of finite parameters. Others are not saved: at the start that is told, and steps that are not
+    finite stop the run.
 
     Raises:
-      Diverged: the parameters hold NaN or infinity; nothing is saved then.
+      Diverged: the parameters hold NaN or infinity after an iteration.
     """
-    if bad := not_finite({"params": run.state.params}):
+    bad = not_finite({"params": run.state.params})
+    if bad and not run.iteration:
+        say_once(f"WARNING: {bad[0]} holds NaN or infinite values at the start, which is not saved")
+        return
+    if bad:
         raise Diverged(
             f"{bad[0]} holds NaN or infinite values after iteration {run.iteration}, which is not saved: stopped. "
             f"{_last_good(session.checkpoints)}; lower config.optimizer.learning_rate and go on with --resume"
