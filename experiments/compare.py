@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.program import program
 from jaxpo.registry import unknown
 from jaxpo.storage.plots import plot_curves
 from jaxpo.storage.rundir import METRICS, closing_table, read_metrics
@@ -22,6 +23,7 @@ COLUMNS = ("run", "reward last", "reward best", "accuracy before", "after", "ste
 PAIRS = ("pairs before", "after")  # where a run has them: the share of held-out pairs that it orders right
 
 
+@program
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command. Raises ``SystemExit`` with one line for a directory without a run, or a wrong ``--out``."""
     parser = argparse.ArgumentParser(prog="python -m experiments.compare", description=__doc__.splitlines()[0])

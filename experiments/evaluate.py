@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from experiments.program import program
+
 if TYPE_CHECKING:
     from jaxpo.policy.transformer import Params
     from jaxpo.runs.workspace import Workspace
@@ -18,34 +20,44 @@ if TYPE_CHECKING:
 SAMPLING = ("k", "samples", "prompts", "seed")  # flags of what a policy writes
 
 
+@program
 def main(argv: Sequence[str] | None = None) -> None:
     from jaxpo.config.command_line import parse
 
-    try:
-        argv = sys.argv[1:] if argv is None else argv
-        asked = [name for name in SAMPLING if any(arg.startswith(f"--{name}=") for arg in argv)]
-        _, flags = parse(
-            argv,
-            config_required=False,
-            run=("", "run directory (required)"),
-            step=(-1, "checkpoint; -1 = the last"),
-            k=("1,4,8", "k of pass@k, comma separated; empty = none"),
-            samples=(16, "completions per prompt"),
-            prompts=(0, "test prompts; 0 = as the run"),
-            seed=(0, "of the samples"),
-            json=("", "also write the numbers to this file"),
-        )
-        if not flags["run"]:
-            raise ValueError("--run=DIRECTORY is required")
-        if not all(k.isdigit() for k in flags["k"].split(",") if k):
-            raise ValueError(f"--k={flags['k']} is no list of whole numbers, comma separated")
-        ks = tuple(int(k) for k in flags["k"].split(",") if k)
-        if flags["json"] and not Path(flags["json"]).absolute().parent.is_dir():
-            raise ValueError(f"--json={flags['json']}: there is no such folder")
-        step = None if flags["step"] < 0 else flags["step"]
-        evaluate(flags["run"], step, ks, flags["samples"], flags["prompts"], flags["seed"], flags["json"], asked)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    argv = sys.argv[1:] if argv is None else argv
+    asked = [name for name in SAMPLING if any(arg.startswith(f"--{name}=") for arg in argv)]
+    _, flags = parse(
+        argv,
+        about=__doc__,
+        config_required=False,
+        run=("", "run directory (required)"),
+        step=(-1, "checkpoint; -1 = the last"),
+        k=("1,4,8", "k of pass@k, comma separated; empty = none"),
+        samples=(16, "completions per prompt"),
+        prompts=(0, "test prompts; 0 = as the run"),
+        seed=(0, "of the samples"),
+        json=("", "also write the numbers to this file"),
+        nonfinite=(False, "evaluate even if parameters are NaN or infinite"),
+    )
+    if not flags["run"]:
+        raise ValueError("--run=DIRECTORY is required")
+    if not all(k.isdigit() for k in flags["k"].split(",") if k):
+        raise ValueError(f"--k={flags['k']} is no list of whole numbers, comma separated")
+    ks = tuple(int(k) for k in flags["k"].split(",") if k)
+    if flags["json"] and not Path(flags["json"]).absolute().parent.is_dir():
+        raise ValueError(f"--json={flags['json']}: there is no such folder")
+    step = None if flags["step"] < 0 else flags["step"]
+    evaluate(
+        flags["run"],
+        step,
+        ks,
+        flags["samples"],
+        flags["prompts"],
+        flags["seed"],
+        flags["json"],
+        asked,
+        nonfinite=flags["nonfinite"],
+    )
 
 
 def evaluate(
@@ -57,6 +69,8 @@ def evaluate(
     seed: int,
     out: str,
     asked: Sequence[str] = (),
+    *,
+    nonfinite: bool = False,
 ) -> dict[str, float]:
     """Print and return the metrics of a policy's answers, or of a reward model's order of held-out pairs."""
     from jaxpo.learning.needs import is_reward_model
@@ -66,7 +80,7 @@ def evaluate(
     changes = {"evaluation.pass_at": ks, "evaluation.samples": samples} | (
         {"evaluation.prompts": prompts} if prompts else {}
     )
-    workspace, params, step = open_finished(run, step, **changes)
+    workspace, params, step = open_finished(run, step, nonfinite=nonfinite, **changes)
     if is_reward_model(workspace.objective):
         if asked:
             raise ValueError(f"--{asked[0]} has no effect: {run} holds a reward model, which writes no answers")

@@ -13,28 +13,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxpo.runs.workspace import Workspace
 
+from experiments.program import program
 
+
+@program
 def main(argv: Sequence[str] | None = None) -> None:
     from jaxpo.config.command_line import parse
 
-    try:
-        _, flags = parse(
-            sys.argv[1:] if argv is None else argv,
-            config_required=False,
-            workdir=("", "run directory (required)"),
-            step=(-1, "checkpoint; -1 = the last"),
-            out=("", "folder to write, which must not be there yet (required)"),
-            dtype=("", "of the weights; by default that of the model the run started from, or of its parameters"),
-            head=("", "score or value: this head in the place of the vocabulary's; a reward model's is taken anyway"),
-            adapter=(False, "of a LoRA run: the adapter alone, as peft reads it"),
-        )
-        if not flags["workdir"] or not flags["out"]:
-            raise ValueError("--workdir=RUN and --out=DIRECTORY are required")
-        step = None if flags["step"] < 0 else flags["step"]
-        how = dict(dtype=flags["dtype"] or None, head=flags["head"] or None, adapter=flags["adapter"])
-        export_run(flags["workdir"], flags["out"], step, **how)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    _, flags = parse(
+        sys.argv[1:] if argv is None else argv,
+        about=__doc__,
+        config_required=False,
+        workdir=("", "run directory (required)"),
+        step=(-1, "checkpoint; -1 = the last"),
+        out=("", "folder to write, which must not be there yet (required)"),
+        nonfinite=(False, "export even if parameters are NaN or infinite"),
+        dtype=("", "of the weights; by default that of the model the run started from, or of its parameters"),
+        head=("", "score or value: this head in the place of the vocabulary's; a reward model's is taken anyway"),
+        adapter=(False, "of a LoRA run: the adapter alone, as peft reads it"),
+    )
+    if not flags["workdir"] or not flags["out"]:
+        raise ValueError("--workdir=RUN and --out=DIRECTORY are required")
+    step = None if flags["step"] < 0 else flags["step"]
+    how = dict(dtype=flags["dtype"] or None, head=flags["head"] or None)
+    export_run(flags["workdir"], flags["out"], step, adapter=flags["adapter"], nonfinite=flags["nonfinite"], **how)
 
 
 def export_run(
@@ -45,6 +47,7 @@ def export_run(
     *,
     head: str | None = None,
     adapter: bool = False,
+    nonfinite: bool = False,
 ) -> None:
     """Write checkpoint ``step`` (the last one) of a run to the folder ``out``; adapters are added to their weights.
 
@@ -55,17 +58,20 @@ def export_run(
       adapter: write the adapter of a LoRA run alone, beside which its base is needed.
 
     Raises:
-      ValueError: no such run, checkpoint or head, a policy that no known architecture has, or a preference model.
+      ValueError: no such run, checkpoint or head, parameters that are not finite (unless ``nonfinite``), a policy that
+        no known architecture has, or a preference model.
       FileExistsError: ``out`` is there.
     """
     from jaxpo.policy.adapters import write_adapter
     from jaxpo.policy.hf import check_out, export
     from jaxpo.runs.kept import generation_of, model_config_of, paths_of
     from jaxpo.runs.restore import open_finished
+    from jaxpo.storage.paths import local
     from jaxpo.text.tokenizers import PretrainedTokenizer, as_pretrained
 
+    out = str(local(out, "--out"))
     check_out(out)
-    workspace, params, step = open_finished(workdir, step, examples=False)
+    workspace, params, step = open_finished(workdir, step, examples=False, nonfinite=nonfinite)
     config, tokenizer = workspace.config, workspace.tokenizer
     head = head_of(workspace, params, workdir, head)
     if adapter:

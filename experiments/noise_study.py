@@ -14,6 +14,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from experiments.program import program
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -79,6 +81,7 @@ def figure(found: Mapping[float, Mapping[str, list[float]]]) -> "Figure":
     return picture
 
 
+@program
 def main(argv: Sequence[str] | None = None) -> dict[float, dict[str, list[float]]]:
     """The command. Raises ``SystemExit`` with one line for what cannot be."""
     from experiments.race import HELP
@@ -89,14 +92,11 @@ def main(argv: Sequence[str] | None = None) -> dict[float, dict[str, list[float]
     flags = {name: (value, HELP[name]) for name, value in asdict(rules).items() if name != "flipped"}
     flags["shares"] = ("0,0.2,0.4", "of flipped labels")
     flags["out"] = ("races/noise", "folder of tables, pictures and races")
-    try:
-        _, given = parse(list(sys.argv[1:] if argv is None else argv), config_required=False, **flags)
-        shares, out = [float(x) for x in given.pop("shares").split(",")], Path(given.pop("out"))
-        if wrong := [x for x in shares if not 0 <= x < 0.5]:
-            raise ValueError(f"--shares: rdpo needs less than half of the labels flipped, not {wrong[0]:g}")
-        found = study(shares, Rules(**given), out)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    _, given = parse(list(sys.argv[1:] if argv is None else argv), about=__doc__, config_required=False, **flags)
+    shares, out = [float(x) for x in given.pop("shares").split(",")], Path(given.pop("out"))
+    if wrong := [x for x in shares if not 0 <= x < 0.5]:
+        raise ValueError(f"--shares: rdpo needs less than half of the labels flipped, not {wrong[0]:g}")
+    found = study(shares, Rules(**given), out)
     (out / "table.md").write_text(table(found) + "\n")
     figure(found).savefig(out / "noise.png")
     print(table(found))

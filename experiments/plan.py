@@ -11,7 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.program import program
 
+
+@program
 def main(argv: Sequence[str] | None = None) -> None:
     import jax
 
@@ -19,28 +22,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if jax.config.jax_platforms is None:  # with libtpu installed and no chip, jax would try the chip first
         jax.config.update("jax_platforms", "cpu")
-    try:
-        config, flags = parse(
-            sys.argv[1:] if argv is None else argv,
-            topology=("", "slice to compile for, e.g. v5e:2x4 or v5p:4x4x4 (required)"),
-            price=(0.0, "of a chip-hour, in any currency; 0 = no cost"),
-            json=("", "also write the plan to this file"),
-            search=(0, "rank meshes and microbatches, compile so many of the best, plan the fastest that fits"),
-            propose=(True, "when it does not fit, compile changes until one does"),
-        )
-        plan(config, **flags)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    config, flags = parse(
+        sys.argv[1:] if argv is None else argv,
+        about=__doc__,
+        topology=("", "slice to compile for, e.g. v5e:2x4 or v5p:4x4x4 (required)"),
+        price=(0.0, "of a chip-hour, in any currency; 0 = no cost"),
+        json=("", "also write the plan to this file"),
+        search=(0, "rank meshes and microbatches, compile so many of the best, plan the fastest that fits"),
+        propose=(True, "when it does not fit, compile changes until one does"),
+    )
+    plan(config, **flags)
 
 
 def plan(config, *, topology: str, price: float, json: str, search: int, propose: bool):
     """Print the plan of a config for a slice; the numbers too, where ``json`` names a file. Returns what was
     printed last: the plan that fits, if one was found."""
     from jaxpo.arguments import Count, NonNegative, check
+    from jaxpo.parallel.host import open_devices
     from jaxpo.plan import plan as plans
     from jaxpo.plan import search as searches
     from jaxpo.plan import topology as topologies
 
+    open_devices()
     if not topology:
         raise ValueError("--topology=CHIP:SHAPE is required, e.g. v5e:2x4")
     check("--price", price, NonNegative)

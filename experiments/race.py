@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from experiments.program import program
+
 if TYPE_CHECKING:
     from jaxpo.race.results import Results
     from jaxpo.race.rules import Rules
@@ -42,6 +44,7 @@ HELP = dict(
 )
 
 
+@program
 def main(argv: Sequence[str] | None = None) -> "Results":
     """The command. Raises ``SystemExit`` with one line for what cannot be raced."""
     from jaxpo.config.command_line import parse
@@ -52,15 +55,12 @@ def main(argv: Sequence[str] | None = None) -> "Results":
     flags = {name: (default, HELP[name]) for name, default in asdict(Rules()).items()}
     flags["objectives"] = ("grpo,dr_grpo,gspo,gtpo,bapo", 'names, with changes: "grpo,grpo(eps_high=0.3)"; or all')
     flags["out"] = ("", "folder of the results; by default one of races/, named after the rules")
-    try:
-        argv = list(sys.argv[1:] if argv is None else argv)
-        _, given = parse(argv, config_required=False, **flags)
-        contenders, out = given.pop("objectives"), given.pop("out")
-        rules = Rules(**given)
-        out = out or folder(rules)
-        results = race(contenders, rules, out=out)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    argv = list(sys.argv[1:] if argv is None else argv)
+    _, given = parse(argv, about=__doc__, config_required=False, **flags)
+    contenders, out = given.pop("objectives"), given.pop("out")
+    rules = Rules(**given)
+    out = out or folder(rules)
+    results = race(contenders, rules, out=out)
     results.show()
     print(f"results: {out}/{RESULTS}, curves: {out}/{CURVES}")
     return results

@@ -14,28 +14,29 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.program import program
+
 BATCH = 64  # pairs that are judged at once
 
 
+@program
 def main(argv: Sequence[str] | None = None) -> None:
     """The command. Raises ``SystemExit`` with one line for what cannot be scored."""
     from jaxpo.config.command_line import parse
 
-    try:
-        _, flags = parse(
-            sys.argv[1:] if argv is None else argv,
-            config_required=False,
-            pairs=("", "JSON lines with prompt, chosen and rejected (required)"),
-            judge=("", "run directory of a reward or preference model (required)"),
-            out=("", "file to write: the same lines with rm_chosen and rm_rejected (required)"),
-            gap=(1.0, "pairs whose scores are at most so far apart are hard"),
-            hard=("", "file for these, which must not be there yet; by default they are only counted"),
-        )
-        if absent := [name for name in ("pairs", "judge", "out") if not flags[name]]:
-            raise ValueError(f"--{absent[0]} is required")
-        score_pairs(**flags)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    _, flags = parse(
+        sys.argv[1:] if argv is None else argv,
+        about=__doc__,
+        config_required=False,
+        pairs=("", "JSON lines with prompt, chosen and rejected (required)"),
+        judge=("", "run directory of a reward or preference model (required)"),
+        out=("", "file to write: the same lines with rm_chosen and rm_rejected (required)"),
+        gap=(1.0, "pairs whose scores are at most so far apart are hard"),
+        hard=("", "file for these, which must not be there yet; by default they are only counted"),
+    )
+    if absent := [name for name in ("pairs", "judge", "out") if not flags[name]]:
+        raise ValueError(f"--{absent[0]} is required")
+    score_pairs(**flags)
 
 
 def score_pairs(pairs: str, judge: str, out: str, gap: float = 1.0, hard: str = "") -> tuple[int, int]:

@@ -12,14 +12,16 @@ Evaluated by accuracy and calibration on held-out pairs: ``eval/accuracy``, ``ev
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from experiments.program import program
 from experiments.train_rl import launch
 
 if TYPE_CHECKING:
     from jaxpo.config.resolved import Resolved
 
 
+@program
 def main(argv: Sequence[str] | None = None) -> None:
-    launch(argv, check)
+    launch(argv, __doc__, check)
 
 
 def check(resolved: "Resolved") -> None:

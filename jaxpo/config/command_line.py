@@ -12,8 +12,10 @@ from ml_collections.config_flags import config_flags
 
 from jaxpo.config.blocks import NAMED, OWN, block_of
 from jaxpo.config.fill import fill
+from jaxpo.config.paths import expand_paths
 from jaxpo.config.reward_flags import add_reward_fields
 from jaxpo.registry import unknown
+from jaxpo.storage.paths import expanded
 
 OPEN = ("tokenizer.template_arguments",)  # blocks whose fields have any name
 NAMELESS = ("task.name", "data.name", "protocol.name")  # blocks that may have no name
@@ -25,7 +27,7 @@ def read(path: str) -> ConfigDict:
     Raises:
       ValueError: no such file (the nearest one is named), or it has no ``get_config``.
     """
-    file = Path(path)
+    file = Path(expanded(path))
     if not file.is_file():
         raise ValueError(unknown("config file", str(file), [str(p) for p in file.parent.glob("*.py")]))
     spec = importlib.util.spec_from_file_location(file.stem, file)
@@ -108,12 +110,13 @@ def _literal(value: str) -> Any:
 
 
 def parse(
-    argv: Sequence[str], *, config_required: bool = True, **extra: Any
+    argv: Sequence[str], *, about: str | None = "", config_required: bool = True, **extra: Any
 ) -> tuple[ConfigDict | None, dict[str, Any]]:
     """Read ``--config=file.py``, its ``--config.a.b=value`` overrides, and the other flags of an experiment.
 
     Args:
       argv: the command line without the program's name.
+      about: what --help shows before the flags: the program's docstring.
       config_required: whether a missing ``--config`` is an error.
       extra: flag name -> (default, help); the flag has the type of its default (a bool makes a switch).
 
@@ -122,7 +125,11 @@ def parse(
 
     Raises:
       ValueError: a misspelt name or a wrong type, with the nearest valid choice.
+      SystemExit: with status 0, for --help.
     """
+    if asks_help(argv):
+        print(help_text(argv, about or "", extra, config_required))
+        raise SystemExit(0)
     values = flags.FlagValues()
     known = {"config": "configuration file", **{k: v[1] for k, v in extra.items()}}
     config = None
@@ -133,10 +140,6 @@ def parse(
             raise ValueError(f"unexpected argument {arg!r}: flags are written --name=value")
         if name.startswith("config."):
             overrides.append((name[len("config.") :], value))
-        elif name in ("help", "helpfull"):
-            raise SystemExit(
-                "\n".join(["flags:", *[f"  --{k}: {v}" for k, v in known.items()], "  --config.FIELD=VALUE: overrides"])
-            )
         elif name not in known and name.removeprefix("no") not in known:
             raise ValueError(unknown("flag", f"--{name}", [f"--{k}" for k in known]))
         elif name == "config":
@@ -162,5 +165,52 @@ def parse(
     try:
         values(["", *argv])
     except (flags.Error, TypeError) as error:
-        raise ValueError(str(error)) from error
-    return (values["config"].value if config is not None else None), {name: values[name].value for name in extra}
+        raise ValueError(_said(error)) from error
+    given = {name: values[name].value for name in extra}
+    given |= {name: expanded(value) for name, value in given.items() if _is_home(value)}
+    return (expand_paths(values["config"].value) if config is not None else None), given
+
+
+def _is_home(value: Any) -> bool:
+    """Whether a flag holds a path below a home folder; no shell expands ``--workdir=~/a``."""
+    return isinstance(value, str) and value.startswith("~")
+
+
+def _said(error: Exception) -> str:
+    """What an error of a flag says; absl puts a tuple of Python in it where a value has the wrong type."""
+    cause = error.__context__
+    if cause is not None and len(cause.args) > 1 and str(cause.args) in str(error):
+        return str(error).replace(str(cause.args), str(cause.args[0]))
+    return str(error)
+
+
+def asks_help(argv: Sequence[str]) -> bool:
+    """Whether a command line asks what the program does."""
+    return any(arg in ("--help", "-h", "--helpfull", "-help") for arg in argv)
+
+
+def help_text(argv: Sequence[str], about: str, extra: dict[str, Any], config_required: bool) -> str:
+    """What --help prints: the docstring, the flags with their defaults, and with ``--config=FILE`` the fields of that
+    config."""
+    files = [arg.partition("=")[2] for arg in argv if arg.startswith("--config=")]
+    lines = [about.strip(), "", "flags:"] if about.strip() else ["flags:"]
+    if config_required:
+        lines.append("  --config=FILE: configuration file, e.g. configs/quickstart.py (required)")
+        lines.append("  --config.FIELD=VALUE: overrides a field of it")
+    for name, (value, text) in extra.items():
+        shown = "" if value == "" or "(required)" in text else f" (default: {value})"
+        lines.append(f"  --{name}{'' if isinstance(value, bool) else '=VALUE'}: {text}{shown}")
+    if files:
+        lines += ["", f"fields of {files[-1]}:", *_fields(fill(read(files[-1])))]
+    elif config_required:
+        lines += ["", "--config=FILE --help lists the fields of that config; jaxpo/config/fields.py explains them"]
+    return "\n".join(lines)
+
+
+def _fields(config: ConfigDict, path: str = "config") -> list[str]:
+    """``config.a.b=value`` for every field."""
+    out = []
+    for name, value in config.items():
+        here = f"{path}.{name}"
+        out += _fields(value, here) if isinstance(value, ConfigDict) else [f"  --{here}={value}"]
+    return out

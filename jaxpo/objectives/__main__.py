@@ -46,8 +46,9 @@ def main() -> None:
     """Print it, or the error and status 2."""
     try:
         print(run(sys.argv[1:]))
-    except ValueError as error:
-        sys.exit(f"{error}") if str(error) == USAGE else sys.exit(f"error: {error}")
+    except (ValueError, OSError) as error:
+        print(error if str(error) == USAGE else f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

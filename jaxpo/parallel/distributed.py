@@ -8,11 +8,13 @@ With one process nothing here communicates.
 """
 
 import contextlib
+import errno
 import json
 import os
+import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -21,6 +23,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 T = TypeVar("T")
+
+
+class FirstFailed(RuntimeError):
+    """The first process could not do what all of them wait for; it raises the error itself."""
+
+
 TIMEOUT = 300.0  # seconds for all processes to join
 
 
@@ -101,32 +109,100 @@ def from_environment(timeout: float = TIMEOUT) -> tuple[str, int, int]:
     return str(coordinator), int(processes), int(process)
 
 
+GREETING = "jaxpo roll call"
+PATIENCE = 2.0  # seconds that a connection has for its greeting
+
+
 def wait_for_all(host: str, port: int, processes: int, process: int, timeout: float) -> None:
-    """The first process's part of the roll call: wait until every other process has connected and sent its number.
+    """The first process's part of the roll call, on the coordinator's address alone: wait until every other process has
+    connected, returned the number that it was sent (a nonce: whatever else connects does not know what to do with it),
+    and told which one of how many it is.
 
     Raises:
-      TimeoutError: names the processes that are missing.
+      TimeoutError: names the processes that are missing, and those that were refused.
+      OSError: the address is not one of this host, or is in use.
     """
-    deadline, there = time.monotonic() + timeout, {}
-    with contextlib.ExitStack() as open_, socket.create_server(("", port), reuse_port=False) as server:
+    deadline, there, refused = time.monotonic() + timeout, {}, {}
+    with contextlib.ExitStack() as open_, _listening(host, port) as server:
         while len(there) < processes - 1:
             server.settimeout(max(deadline - time.monotonic(), 0.01))
             try:
                 connection = open_.enter_context(server.accept()[0])
-                connection.settimeout(5)
-                there[int(connection.recv(16))] = connection
-            except TimeoutError:
+                number, wrong = _greeted(connection, processes, there)
+            except OSError:  # of time, or of a connection that was closed
                 if time.monotonic() < deadline:
-                    continue  # something else connected, and said nothing
+                    continue  # something else connected, and did not answer
                 missing = sorted(set(range(1, processes)) - set(there))
                 raise TimeoutError(
                     f"after {timeout:g} s process {', '.join(map(str, missing))} of {processes} has not joined "
                     f"{host}:{port}: see whether it was started there, with the same --processes, and reaches this host"
+                    + "".join(f"; refused: {why}" for why in refused.values())
                 ) from None
-            except ValueError:
+            if wrong:
+                refused[wrong] = wrong
                 continue
+            if number is not None:
+                there[number] = connection
         for connection in there.values():
-            connection.sendall(b"all")
+            connection.sendall(b"all\n")
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A socket on this address and no other of the host."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host.strip("[]"), port), family=family, reuse_port=False)
+    except OSError as error:
+        if (error.errno or 0) < 0:  # of the look-up of its name
+            raise OSError(f"--coordinator={host}:{port}: unknown host") from None
+        why = {errno.EADDRNOTAVAIL: "it is no address of this host, where process 0 runs"}
+        why[errno.EADDRINUSE] = "something else listens there; choose another port"
+        raise OSError(f"--coordinator={host}:{port}: {why.get(error.errno, error.strerror)}") from None
+
+
+def _greeted(
+    connection: socket.socket, processes: int, there: Mapping[int, socket.socket]
+) -> tuple[int | None, str | None]:
+    """The number of the process that connected (None = it is none of ours), and why it is refused (None = it is not).
+    It is told so itself."""
+    nonce = secrets.token_hex(16)
+    connection.settimeout(PATIENCE)
+    connection.sendall(f"{GREETING} {nonce}\n".encode())
+    said = _line(connection).split()
+    if len(said) != 3 or said[0] != nonce or not (said[1].isdecimal() and said[2].isdecimal()):
+        return None, None
+    number, of = int(said[1]), int(said[2])
+    wrong = None
+    if of != processes:
+        wrong = f"process {number} was started with --processes={of}, process 0 with --processes={processes}"
+    elif not 1 <= number < processes:
+        wrong = f"--process={number} must be from 1 to {processes - 1}"
+    elif number in there and _alive(there[number]):
+        wrong = f"two processes were started with --process={number}"
+    if wrong:
+        connection.sendall(f"no {wrong}\n".encode())
+    return number, wrong
+
+
+def _alive(connection: socket.socket) -> bool:
+    """Whether the other end, which has nothing more to say, still listens."""
+    connection.setblocking(False)
+    try:
+        return connection.recv(1) != b""
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        connection.settimeout(PATIENCE)
+
+
+def _line(connection: socket.socket) -> str:
+    """A line of at most 400 characters; what came of it, if the other end closes."""
+    got = b""
+    while not got.endswith(b"\n") and len(got) < 400 and (part := connection.recv(1)):
+        got += part
+    return got.decode("ascii", "replace").strip()
 
 
 def report_to(host: str, port: int, processes: int, process: int, timeout: float) -> None:
@@ -134,25 +210,31 @@ def report_to(host: str, port: int, processes: int, process: int, timeout: float
 
     Raises:
       TimeoutError: the first process does not answer, or gave up because another process is missing.
+      ValueError: the first process refuses this one: another --processes, or a number that is taken.
     """
     deadline = time.monotonic() + timeout
     while True:
         try:
-            with socket.create_connection((host, port), timeout=5) as connection:
-                connection.sendall(str(process).encode())
+            with socket.create_connection((host.strip("[]"), port), timeout=5) as connection:
+                greeting, _, nonce = _line(connection).rpartition(" ")
+                if greeting != GREETING:
+                    raise OSError("what listens there is not process 0 of a run")
+                connection.sendall(f"{nonce} {process} {processes}\n".encode())
                 connection.settimeout(max(deadline + 5 - time.monotonic(), 1))
-                if connection.recv(3) == b"all":
-                    return
-            raise TimeoutError(f"process 0 at {host}:{port} gave up: another process is missing, its message names it")
+                answer = _line(connection)
         except OSError as error:
-            if isinstance(error, TimeoutError) and "gave up" in str(error):
-                raise
             if time.monotonic() >= deadline:
                 raise TimeoutError(
                     f"process {process}: no answer from process 0 at {host}:{port} in {timeout:g} s ({error}): see "
                     "whether it was started, and whether this address is the one of its host"
                 ) from None
             time.sleep(0.2)
+            continue
+        if answer == "all":
+            return
+        if answer.startswith("no "):
+            raise ValueError(f"process 0 at {host}:{port} refuses this process: {answer.removeprefix('no ')}")
+        raise TimeoutError(f"process 0 at {host}:{port} gave up: another process is missing, its message names it")
 
 
 # ---- common decisions
@@ -163,16 +245,21 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def most(number: int) -> int:
+    """The largest ``number`` of all processes; all of them have to call this."""
+    return int(multihost_utils.process_allgather(np.array(number)).max()) if jax.process_count() > 1 else number
+
+
 def anywhere(flag: bool) -> bool:
     """Whether ``flag`` is True in any process; all processes have to call this."""
-    return bool(multihost_utils.process_allgather(np.array(flag)).any()) if jax.process_count() > 1 else flag
+    return bool(most(int(flag)))
 
 
 def from_first(compute: Callable[[], T]) -> T:
     """Run ``compute()`` in the first process, and return its result (which must fit into JSON) in all processes.
 
     Raises:
-      RuntimeError: it failed in the first process, which itself raises the original error.
+      FirstFailed: it failed in the first process, which itself raises the original error.
     """
     if jax.process_count() == 1:
         return compute()
@@ -189,7 +276,7 @@ def from_first(compute: Callable[[], T]) -> T:
     if failure:
         raise failure
     if "error" in answer:
-        raise RuntimeError(f"process 0 failed: {answer['error']}")
+        raise FirstFailed(f"process 0 failed: {answer['error']}")
     return answer["value"]
 
 

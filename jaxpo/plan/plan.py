@@ -21,6 +21,7 @@ from jaxpo.parallel.offload import is_on_host
 from jaxpo.plan import operations, program, roofline, topology
 from jaxpo.plan.topology import Topology
 from jaxpo.plan.trace import Data, Planned, Step, data_of, trace_run
+from jaxpo.runs.memory import gigabytes
 
 Say = Callable[[str], None]
 
@@ -153,12 +154,14 @@ def make_plan(
         need not be compiled again. say: where progress goes.
 
     Raises:
-      ValueError: a config that does not divide over the slice. ModuleNotFoundError: libtpu is not installed.
+      ValueError: a config that does not divide over the slice, or whose state is more than all its chips hold.
+      ModuleNotFoundError: libtpu is not installed.
     """
     mesh = make_mesh(config.mesh, topology.devices(slice_))
     resolved = resolve(config, mesh.size)
     data = data or data_of(resolved)
     planned = trace_run(resolved, mesh, data)
+    check_state(planned.state, slice_)
     plain = trace_run(without_remat(resolved), mesh, data).steps
     steps = []
     for step, other in zip(planned.steps, plain, strict=True):
@@ -179,6 +182,22 @@ def make_plan(
         iterations=config.steps,
         steps=steps,
     )
+
+
+def check_state(state: Mapping[str, Any], slice_: Topology) -> None:
+    """Raise ``ValueError`` if the state of a run is more than all chips hold: no mesh and no lever makes it fit."""
+    sizes = {
+        name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree) if hasattr(x, "dtype") and not is_on_host(x))
+        for name, tree in state.items()
+    }
+    there = slice_.size * slice_.chip.hbm
+    if sum(sizes.values()) > there:
+        parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in sizes.items() if size)
+        raise ValueError(
+            f"config.policy: the state of the run takes {gigabytes(sum(sizes.values()))} ({parts}), and the "
+            f"{slice_.size} chips of {slice_.name} hold {gigabytes(there)} in all: take a larger --topology, make "
+            "config.policy smaller (width, layers), or train adapters (config.lora.rank)"
+        )
 
 
 def without_remat(resolved: Resolved) -> Resolved:

@@ -9,6 +9,7 @@ import jax
 from jax.experimental import topologies
 
 from jaxpo.kernels.chips import CHIPS, Chip
+from jaxpo.parallel.host import quiet_libtpu
 from jaxpo.registry import unknown
 
 # Slices that the cloud offers, by chip: cloud.google.com/tpu/docs/{v5e,v5p,v6e}.
@@ -64,4 +65,5 @@ def devices(topology: Topology) -> list[jax.Device]:
     # A program for an absent chip can be written to the cache of compiled programs, but not read back.
     jax.config.update("jax_enable_compilation_cache", False)
     options = dict(chips_per_host_bounds=(1, 1, 1)) if topology.size == 1 else {}
-    return list(topologies.get_topology_desc(topology.name, platform="tpu", **options).devices)
+    with quiet_libtpu():
+        return list(topologies.get_topology_desc(topology.name, platform="tpu", **options).devices)

@@ -89,9 +89,13 @@ class Watch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time of the ``with`` block to a phase."""
+        """Add the time of the ``with`` block to a phase. An error in it gets a note that names the phase."""
         start = time.perf_counter()
-        yield
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"phase: {name}")
+            raise
         self.seconds[name] += time.perf_counter() - start
 
     def add(self, name: str, value: float) -> None:

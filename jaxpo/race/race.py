@@ -10,22 +10,25 @@ train on the policy's own answers, which the task's verifier compares.
 >>> race({"mine": my_objective, "grpo": make("grpo", beta=0.0)}, seeds=3).show()
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxpo import registry
 from jaxpo.objectives import Objective
+from jaxpo.parallel.host import open_devices
 from jaxpo.race.contenders import Contender, select
 from jaxpo.race.results import Results, earlier, interval
 from jaxpo.race.rules import Rules
 from jaxpo.race.seeds import contest
-from jaxpo.race.setup import Setup, draws, make_course, set_up
+from jaxpo.race.setup import Setup, check_seeds, draws, make_course, set_up
+from jaxpo.storage import lock
+from jaxpo.storage.paths import local
 from jaxpo.storage.rundir import Progress
 
 
@@ -81,24 +84,37 @@ def race(
       **changes: fields of ``rules`` to change, as in ``race(..., seeds=3)``.
 
     Raises:
-      ValueError: unknown names (with the nearest), rules that are not possible, or a folder with a race by other rules.
+      ValueError: unknown names (with the nearest), rules that are not possible or need more memory than there is, or a
+        folder with a race by other rules.
+      OSError: another race writes to the folder, or it is a file.
     """
     known = [f.name for f in fields(Rules)]
     if odd := sorted(set(changes) - set(known)):
         raise ValueError(registry.unknown("rule of a race", odd[0], known))
     rules = replace(rules or Rules(), **changes)
-    racing, left_out = select(contenders, rules, make_course(rules).questions.width)
-    held = earlier(Path(out), rules) if out else None
+    open_devices()
+    out = local(out, "out") if out else None
+    if out and out.exists() and not out.is_dir():
+        raise FileExistsError(f"out: {out} is a file")
+    if out and out.is_dir():
+        lock.check_free(out)
+    course = make_course(rules)
+    check_seeds(course, rules)
+    racing, left_out = select(contenders, rules, course.questions.width)
+    held = earlier(out, rules) if out else None
     results = held or Results(asdict(rules), rules.points, objectives={}, left_out={})
     results.left_out.update(left_out)
     todo = [c for c in racing if not (c.named and c.label in results.objectives)]
     if out:
-        Path(out).mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     if not todo:
         return results
-    with Progress(
-        len(todo) * rules.steps, metrics={"accuracy": "accuracy", "reward": "reward"}, every=rules.steps
-    ) as bar:
+    with (
+        lock.held(out) if out else contextlib.nullcontext(),
+        Progress(
+            len(todo) * rules.steps, metrics={"accuracy": "accuracy", "reward": "reward"}, every=rules.steps
+        ) as bar,
+    ):
         setup = set_up(rules)
         results = replace(results, warm_start_seconds=setup.seconds)
         for contender in todo:

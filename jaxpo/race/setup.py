@@ -26,6 +26,7 @@ from jaxpo.protocols.gatherer import Prompts
 from jaxpo.protocols.rows import as_scored
 from jaxpo.race.rules import Rules, adam
 from jaxpo.rollout import SamplingOptions, generate
+from jaxpo.runs.memory import bytes_of, capacity, gigabytes
 from jaxpo.runs.questions import Questions, pad_prompts, texts_of, tokenize
 from jaxpo.tasks import Task, build
 from jaxpo.tasks.base import task_arguments
@@ -110,6 +111,18 @@ def make_course(rules: Rules) -> Course:
     train, test = (pad_prompts(examples, ids, width, tokenizer.pad_id) for examples, ids in tokens)
     model = transformer.build(transformer.TransformerConfig(tokenizer.vocab_size, rules.width, rules.layers))
     return Course(Questions(task, tokenizer, train, test, budget), game, model)
+
+
+def check_seeds(course: Course, rules: Rules) -> None:
+    """Raise ``ValueError`` if the parameters of all seeds, two moments of each and a gradient do not fit in memory."""
+    one = bytes_of(jax.eval_shape(partial(transformer.init, course.model.config), jax.random.key(0)))
+    there, what = capacity(jax.local_devices()[0])
+    if 4 * one * rules.seeds > there:
+        raise ValueError(
+            f"seeds {rules.seeds:,}: policies of {gigabytes(one)} each, with optimizer and gradient, need "
+            f"{gigabytes(4 * one * rules.seeds)} at once, and {what} is {gigabytes(there)}: lower --seeds (at most "
+            f"{there // (4 * one):,}), --width or --layers"
+        )
 
 
 def set_up(rules: Rules) -> Setup:

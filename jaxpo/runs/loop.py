@@ -19,13 +19,14 @@ from jaxpo.parallel.distributed import is_first
 from jaxpo.protocols.gatherer import Gatherer, Watch
 from jaxpo.protocols.protocol import NothingLeft
 from jaxpo.runs.evaluation import answers, pairs, rewards
+from jaxpo.runs.finite import not_finite
 from jaxpo.runs.interrupt import Interrupt
 from jaxpo.runs.iteration import Stage, iterate
 from jaxpo.runs.restore import checkpoint_of
 from jaxpo.runs.workspace import Workspace
 from jaxpo.storage.checkpoint import Checkpoints
 from jaxpo.storage.plots import plot_curves
-from jaxpo.storage.rundir import Elsewhere, Progress, RunDirectory, read_metrics
+from jaxpo.storage.rundir import Elsewhere, Progress, RunDirectory, harmless, read_metrics, say_once
 
 MOVED = 0.5  # less than this share of parameters that moved is worth a warning
 PROFILE_AFTER = 2  # iterations before a profile starts, since they compile
@@ -94,13 +95,13 @@ def merge_steps(steps: list[dict[str, Array]]) -> dict[str, float]:
     return out
 
 
-def loop(session: Session, run: Run, progress: Progress, interrupt: Interrupt, profile_steps: int) -> tuple[Run, bool]:
-    """Iterate up to the last step; return the run, and whether SIGTERM ended it."""
+def loop(session: Session, run: Run, progress: Progress, interrupt: Interrupt, profile_steps: int) -> tuple[Run, int]:
+    """Iterate up to the last step; return the run, and the signal that asked it to stop (0 = none)."""
     config, watch, log, checkpoints = session.workspace.config, session.watch, session.log, session.checkpoints
     skipped, drawn, first, told = 0, time.perf_counter(), run.iteration, False
     trace = range(first + PROFILE_AFTER, first + PROFILE_AFTER + profile_steps)
-    if interrupt.asked():
-        return run, True
+    if asked := interrupt.asked():
+        return run, asked
     while run.iteration < config.steps:
         if trace and run.iteration == trace.start:
             jax.profiler.start_trace(f"{log.path}/profile")
@@ -135,14 +136,33 @@ def loop(session: Session, run: Run, progress: Progress, interrupt: Interrupt, p
             if config.checkpoint.keep_best and run.iteration == config.steps:  # its full evaluation comes later
                 judged = evaluate_greedy(session, run, logged=0)
             with watch.phase("checkpoint"):
-                checkpoints.save(run.iteration, *checkpoint_of(run, config.seed), judged)
+                save(session, run, judged)
         if is_first() and time.perf_counter() - drawn > config.logging.plot_seconds:
-            with watch.phase("plot"):
+            with watch.phase("plot"), harmless("curves.png"):
                 draw_curves(str(log.path))
             drawn = time.perf_counter()
-        if asked and run.iteration < config.steps:
-            return run, True
-    return run, False
+        if asked:
+            return run, asked
+    return run, interrupt.asked()
+
+
+def save(session: Session, run: Run, judged: Mapping[str, float] | None = None) -> None:
+    """Save a checkpoint of finite parameters. Others are not saved: at the start that is told, and steps that are not
+    finite stop the run.
+
+    Raises:
+      Diverged: the parameters hold NaN or infinity after an iteration.
+    """
+    bad = not_finite({"params": run.state.params})
+    if bad and not run.iteration:
+        say_once(f"WARNING: {bad[0]} holds NaN or infinite values at the start, which is not saved")
+        return
+    if bad:
+        raise Diverged(
+            f"{bad[0]} holds NaN or infinite values after iteration {run.iteration}, which is not saved: stopped. "
+            f"{_last_good(session.checkpoints)}; lower config.optimizer.learning_rate and go on with --resume"
+        )
+    session.checkpoints.save(run.iteration, *checkpoint_of(run, session.workspace.config.seed), judged)
 
 
 def swallowed_update(iteration: int, metrics: Mapping[str, float]) -> str | None:
@@ -188,6 +208,8 @@ def evaluate_greedy(session: Session, run: Run, logged: int | None = None) -> di
 
 def _last_good(checkpoints: Checkpoints) -> str:
     checkpoints.wait()
+    if checkpoints.latest() is None:
+        return "no checkpoint was saved before"
     return f"the last good checkpoint is {checkpoints.directory}/{checkpoints.latest()}"
 
 
@@ -208,4 +230,4 @@ def evaluated(workspace: Workspace, run: Run) -> tuple[dict[str, float], list[di
 
 def draw_curves(workdir: str) -> None:
     """Draw ``curves.png`` anew."""
-    plot_curves({str(workdir): read_metrics(workdir)}, f"{workdir}/curves.png")
+    plot_curves({str(workdir): read_metrics(workdir, lenient=True)}, f"{workdir}/curves.png")

@@ -22,10 +22,15 @@ from jaxpo.policy.hf import load, open_source
 from jaxpo.policy.stats import CRITIC
 from jaxpo.policy.transformer import Params
 from jaxpo.registry import unknown
+from jaxpo.runs.finite import check_finite
 from jaxpo.runs.kept import held_config, tokenizer_of, use_kept
 from jaxpo.runs.workspace import Workspace, prepare_process, setup
 from jaxpo.storage import checkpoint
 from jaxpo.storage.checkpoint import finished_steps, restore_params, saved_origin, saved_paths
+from jaxpo.storage.paths import expanded, local
+from jaxpo.storage.rundir import METRICS, read_metrics
+
+NONFINITE = "take an earlier checkpoint, or open it nevertheless with --nonfinite where a program has that flag"
 
 
 def checkpoints_of(workdir: str, config: ConfigDict | None = None) -> str:
@@ -33,8 +38,22 @@ def checkpoints_of(workdir: str, config: ConfigDict | None = None) -> str:
     if config is not None:
         directory = config.checkpoint.directory
     else:
-        directory = (held_config(workdir) or {}).get("checkpoint", {}).get("directory")
-    return directory or f"{workdir}/checkpoints"
+        directory = (held_config(expanded(workdir)) or {}).get("checkpoint", {}).get("directory")
+    return expanded(directory or f"{workdir}/checkpoints")
+
+
+def begins_again(workdir: str, config: ConfigDict) -> bool:
+    """Whether a folder holds a run that has not finished an iteration, though it was to: no more than checkpoint 0,
+    which is a function of its config and seed. Such a run may be begun again in its folder."""
+    held = Path(workdir) / "config.json"
+    if not held.is_file() or checkpoints_of(workdir) != checkpoints_of(workdir, config):
+        return False
+    try:
+        to_do = (held_config(workdir) or {}).get("steps", 0)
+    except (ValueError, AttributeError):
+        return False
+    written = (Path(workdir) / METRICS).is_file() and max(read_metrics(workdir, lenient=True)["step"], default=0) > 0
+    return bool(to_do) and not written and set(checkpoint.all_steps(checkpoints_of(workdir))) <= {0}
 
 
 def checkpoint_of(run: Run, seed: int) -> tuple[dict[str, Any], dict[str, int]]:
@@ -101,11 +120,17 @@ def check_room(directory: str, template: Any, keep: int) -> None:
         )
 
 
-def load_params(workspace: Workspace, workdir: str, step: int | None = None) -> tuple[Params, int]:
+def load_params(
+    workspace: Workspace, workdir: str, step: int | None = None, *, nonfinite: bool = False
+) -> tuple[Params, int]:
     """Parameters of a run directory's checkpoint (the last whole one), on this mesh, and its step. Heads that this run
     has and that one had not are fresh; those that only that one had are left behind, as is a critic of its own.
+
+    Args:
+      nonfinite: whether they may hold NaN or infinity.
+
     Raises:
-      ValueError: they are those of another model, or adapters of other frozen weights.
+      ValueError: they are those of another model, or adapters of other frozen weights, or are not finite.
     """
     expected = policy_alone(jax.eval_shape(workspace.init_params, jax.random.key(0)))
     directory, own = checkpoints_of(workdir), expected.get("heads", {})
@@ -124,6 +149,8 @@ def load_params(workspace: Workspace, workdir: str, step: int | None = None) -> 
     params, position = restore_params(directory, step, **options)
     if jax.tree.map(lambda x: x.shape, params) != jax.tree.map(lambda x: x.shape, wanted):
         raise ValueError(f"{workdir} holds parameters of another shape than config.policy and the tokenizer ask for")
+    if not nonfinite:
+        check_finite(params, f"{workdir}, checkpoint {position['iteration']}", NONFINITE)
     if fresh:
         shapes = {name: head["bias"].shape for name, head in fresh.items()}
         made = heads.init(workspace.model.config.width, shapes, jax.random.key(workspace.config.seed))["heads"]
@@ -145,19 +172,21 @@ def config_of(folder: Path, *, examples: bool = False) -> ConfigDict:
 
 
 def open_finished(
-    workdir: str, step: int | None = None, *, examples: bool = True, **changes: Any
+    workdir: str, step: int | None = None, *, examples: bool = True, nonfinite: bool = False, **changes: Any
 ) -> tuple[Workspace, Params, int]:
     """A run directory to evaluate or sample from: its workspace, the parameters of checkpoint ``step`` (the last
     one), and that step.
 
     Args:
       examples: whether its task and data are read, as of `jaxpo.runs.workspace.setup`.
+      nonfinite: whether the parameters may hold NaN or infinity.
       changes: config fields by path ("evaluation.prompts": 100) that differ from the run's.
 
     Raises:
-      ValueError: no run directory, or no such checkpoint in it.
+      ValueError: no run directory, or no such checkpoint in it; parameters that are not finite.
     """
-    folder = Path(workdir)
+    folder = local(workdir, "run directory")
+    workdir = str(folder)
     if not (folder / "config.json").is_file():
         siblings = [str(p.parent) for p in folder.parent.glob("*/config.json")]
         raise ValueError(unknown("run directory", str(folder), siblings))
@@ -185,7 +214,7 @@ def open_finished(
             print(f"WARNING: the data are not those that {workdir} was trained on: its test examples may be others")
 
     workspace = setup(config, tokenizer=tokenizer, examples=examples, check_data=tell)
-    return workspace, *load_params(workspace, workdir, step)
+    return workspace, *load_params(workspace, workdir, step, nonfinite=nonfinite)
 
 
 def find_checkpoint(workdir: str) -> int | None:
@@ -226,6 +255,7 @@ def first_policy(workspace: Workspace, key: Array) -> Params:
         return load_params(workspace, config.init_from)[0]
     if config.policy.name == "pretrained" and not config.lora.rank:
         loaded = load(open_source(config.policy.path), workspace.model.config, workspace.mesh)
+        check_finite(loaded, f"config.policy.path {config.policy.path}")
         fresh = heads.init(workspace.model.config.width, workspace.resolved.heads, key)
         return {**loaded, **workspace.put_whole(fresh)}
     params = policy_alone(workspace.init_params(key))

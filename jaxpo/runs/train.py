@@ -1,5 +1,8 @@
 """The main job: start or resume a run, iterate, evaluate, and leave everything behind that a run leaves."""
 
+import json
+import os
+import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,26 +12,29 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from ml_collections import ConfigDict
 
+from jaxpo.config.fill import fill
+from jaxpo.config.paths import expand_paths
 from jaxpo.config.resolved import Resolved
 from jaxpo.learning.needs import is_reward_model
 from jaxpo.learning.state import Run
 from jaxpo.parallel.distributed import check_shared, from_first, is_first, on_first, only_first_prints
+from jaxpo.parallel.host import open_devices
 from jaxpo.policy.families import tensors
 from jaxpo.policy.hf import check_source, open_source
 from jaxpo.policy.transformer import Params, parameter_count
 from jaxpo.protocols.gatherer import Watch
-from jaxpo.runs import kept
+from jaxpo.runs import kept, memory
 from jaxpo.runs.evaluation import answers, pairs
 from jaxpo.runs.gatherer import make_gatherer, make_stage
 from jaxpo.runs.interrupt import Interrupt
-from jaxpo.runs.loop import PROFILE_AFTER, Session, draw_curves, evaluated, keys_of, loop
+from jaxpo.runs.loop import PROFILE_AFTER, Session, draw_curves, evaluated, keys_of, loop, save
+from jaxpo.runs.memory import out_of_memory_explained
 from jaxpo.runs.models import load_models
 from jaxpo.runs.restore import (
+    begins_again,
     check_room,
-    checkpoint_of,
     checkpoints_of,
     find_checkpoint,
     first_params,
@@ -37,11 +43,13 @@ from jaxpo.runs.restore import (
     template,
 )
 from jaxpo.runs.warm_start import warm_start
-from jaxpo.runs.workspace import Workspace, prepare_process, setup
+from jaxpo.runs.workspace import Workspace, far_longer, prepare_process, setup, shard_count
+from jaxpo.storage import lock
 from jaxpo.storage.checkpoint import Checkpoints, Restored, finished_steps, saved_origin
 from jaxpo.storage.manifest import config_hash
+from jaxpo.storage.paths import local, located
 from jaxpo.storage.plots import plot_reliability
-from jaxpo.storage.rundir import Elsewhere, Progress, RunDirectory, closing_table, read_metrics
+from jaxpo.storage.rundir import Elsewhere, Progress, RunDirectory, closing_table, harmless, read_metrics
 
 RELIABILITY = "reliability.json"
 BEFORE_ALL = -(2**31)  # resuming from here keeps nothing of an earlier attempt's logs
@@ -56,6 +64,7 @@ class Result:
     seconds: wall time by phase.
     iteration: finished ones.
     workspace: of the run.
+    stopped: number of the signal that ended it before its end; 0 = it has finished.
     """
 
     params: Params
@@ -64,6 +73,7 @@ class Result:
     seconds: Mapping[str, float]
     iteration: int
     workspace: Workspace
+    stopped: int = 0
 
 
 def train_rl(
@@ -86,12 +96,18 @@ def train_rl(
       other_data: go on even if the data are not those that the run was trained on.
 
     Raises:
-      ValueError: a config that cannot run, or one that is not of the run that is resumed.
+      ValueError: a config that cannot run, one that is not of the run that is resumed, or more memory than there is.
       FileExistsError: ``workdir`` is not empty and ``resume`` is not set.
+      Locked: another process trains there.
       Diverged, NothingLeft: the run cannot go on; the last checkpoint is named.
+      MemoryError: it ran out of memory; the step and the fields that help are named.
+      KeyboardInterrupt: a second signal, or one before and after the iterations; its arguments are the number of the
+        signal and what is saved.
     """
-    with only_first_prints():
-        return _train(config, workdir, resume, profile_steps, other_data, check)
+    folder = local(workdir, "workdir")
+    open_devices()
+    with only_first_prints(), out_of_memory_explained(config):
+        return _train(expand_paths(config), str(folder), resume, profile_steps, other_data, check)
 
 
 class Voice:
@@ -114,7 +130,10 @@ def _train(
 ) -> Result:
     prepare_process(config.compilation_cache)
     directory = checkpoints_of(workdir, config)
+    on_first(lambda: check_writable(workdir, directory))
     done = from_first(lambda: max(finished_steps(directory), default=None))
+    again = from_first(lambda: begins_again(workdir, config) and not (resume and same_config(workdir, config)))
+    done = None if again else done
     if config.checkpoint.directory and done is not None and not resume:
         raise FileExistsError(f"{directory} holds checkpoint {done}; go on with --resume or choose another directory")
     check_profile(profile_steps, config.steps - (done or 0) - PROFILE_AFTER)
@@ -132,6 +151,7 @@ def _train(
     )
     if goes_on:
         kept.check_origin(was, workspace.origin, workdir)
+    check_memory(workspace, template(workspace, {}))
     watch = Watch(say=voice)
     gatherer = make_gatherer(workspace, watch)
     tables = workspace.protocol.tables(gatherer) if workspace.protocol.tables else {}
@@ -143,39 +163,50 @@ def _train(
         kept.tell_without_effect(config, workdir, given, workspace.tokenizer)
     held = config.checkpoint.keep + bool(config.checkpoint.keep_best)
     from_first(lambda: check_room(directory, template(workspace, tables), held))
-    opened = on_first(lambda: open_run(workdir, workspace, resume, found, given, other_data))
+    opened = on_first(lambda: open_run(workdir, workspace, resume or again, found, given, other_data))
     log = opened or Elsewhere(workdir)
     failures = workspace.questions.failures
     failures.say, failures.folder = voice, log.path if is_first() else None
-    check_shared(epath.Path(directory).absolute())
+    check_shared(located(directory).absolute())
     best = config.checkpoint.keep_best
     of_run = dict(config=config_hash(config), origin=workspace.origin)
     checkpoints = Checkpoints(directory, config.checkpoint.keep, best=best, **of_run)
     stage = make_stage(workspace, watch)
     session = Session(workspace, gatherer, stage, keys_of(config.seed), log, checkpoints)
+    waits = True
     try:
         with Interrupt() as interrupt:
             if found is not None:
                 checkpoints.set_aside(found.passed)
                 print(f"resumed at iteration {run.iteration} from {directory}/{found.step}")
             else:
+                if again:
+                    print(f"{workdir} holds a run that has not finished an iteration: it begins again")
                 run = begin(session, tables)
-                checkpoints.save(0, *checkpoint_of(run, config.seed))
-            before = (found and from_first(lambda: read_evaluation(workdir, 0))) or evaluate_both(session, run)
+                save(session, run)
+            before = found and from_first(lambda: read_evaluation(workdir, 0))
+            before = before or ({} if interrupt.asked() else evaluate_both(session, run))
             with Progress(config.steps, initial=run.iteration) as progress:
                 voice.say = progress.print
                 run, stopped = loop(session, run, progress, interrupt, profile_steps)
             voice.say = print
         checkpoints.wait()
         if stopped:
-            print(f"stopped by SIGTERM after iteration {run.iteration}, saved; go on with --resume")
-            return Result(run.state.params, before, {}, watch.seconds, run.iteration, workspace)
+            name = signal.Signals(stopped).name
+            print(f"stopped by {name} after iteration {run.iteration}, saved; go on with --resume")
+            return Result(run.state.params, before, {}, watch.seconds, run.iteration, workspace, stopped)
         after = last_evaluation(session, run, before, found, workdir)
-        on_first(lambda: draw_curves(workdir))
+        with harmless("curves.png"):
+            on_first(lambda: draw_curves(workdir))
         summarize(workspace, run, before, after, watch, time.perf_counter() - started)
         return Result(run.state.params, before, after, watch.seconds, run.iteration, workspace)
+    except KeyboardInterrupt as stop:
+        waits = False
+        last = max(finished_steps(directory), default=None)
+        said = "nothing is saved yet" if last is None else f"the last checkpoint is {directory}/{last}"
+        raise KeyboardInterrupt(stop.args[0] if stop.args else signal.SIGINT, f"{said}; go on with --resume") from None
     finally:
-        checkpoints.close()
+        checkpoints.close(wait=waits)
         log.close()
 
 
@@ -191,6 +222,52 @@ def resumed(workspace: Workspace, tables: dict[str, Any], directory: str, workdi
     if other:
         raise ValueError(other)
     return found
+
+
+def check_writable(workdir: str, directory: str) -> None:
+    """That no other process writes to the run directory, and that files can be made there.
+
+    Raises:
+      Locked, OSError: they cannot; the folder is named.
+    """
+    folder = Path(workdir)
+    lock.check_free(folder)
+    for where in (folder, *([] if "://" in directory else [Path(directory)])):
+        there = next(part for part in (where.absolute(), *where.absolute().parents) if part.exists())
+        if where.exists() and not where.is_dir():
+            raise FileExistsError(f"{where} is a file, where a folder is to be")
+        if not there.is_dir():
+            raise NotADirectoryError(f"{where}: {there} is a file, where a folder is to be")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(
+                f"{where}: {there} cannot be written to: choose another --workdir, or see to its rights"
+            )
+
+
+def same_config(workdir: str, config: ConfigDict) -> bool:
+    """Whether the config that a run directory holds is this one, but for where it computes and what it reports."""
+    held = json.loads((Path(workdir) / "config.json").read_text())
+    now = json.loads(json.dumps(fill(config).to_dict(), default=str))
+    return config_hash(ConfigDict(held)) == config_hash(ConfigDict(now))
+
+
+def check_memory(workspace: Workspace, shapes: dict[str, Any]) -> None:
+    """That parameters, optimizer, references and the rollouts of a run fit, as far as shapes tell.
+
+    Raises:
+      ValueError: they do not; names sizes and fields.
+    """
+    memory.check_state(shapes)
+    if not workspace.resolved.samples:
+        return
+    config, train = workspace.config, workspace.questions.train
+    memory.check_rollout(
+        workspace.model.config,
+        *(config.rollout.prompts, train.tokens.shape[1], config.rollout.responses, config.sampling.max_new_tokens),
+        shards=shard_count(workspace),
+        beside=memory.bytes_of(shapes["params"]),
+        note=(far := far_longer(workspace)) and f"; {far}",
+    )
 
 
 def check_profile(steps: int, left: int) -> None:
@@ -272,13 +349,14 @@ def evaluate_both(session: Session, run: Run) -> dict[str, float]:
     session.log.samples(run.iteration, samples[: workspace.config.logging.samples])
     if pictured and is_first():
         session.log.save_json(RELIABILITY, {"iteration": run.iteration, **pictured})
-        plot_reliability(pictured, session.log.path / f"{Path(RELIABILITY).stem}.png")
+        with harmless("reliability.png"):
+            plot_reliability(pictured, session.log.path / f"{Path(RELIABILITY).stem}.png")
     return metrics
 
 
 def read_evaluation(workdir: str, iteration: int) -> dict[str, float]:
     """The evaluation after an iteration, as an earlier part of a resumed run has logged it; {} if it has not."""
-    metrics = read_metrics(workdir)
+    metrics = read_metrics(workdir, lenient=True)
     rows = np.flatnonzero(metrics["step"] == iteration)
     found = {k: float(v[rows[0]]) for k, v in metrics.items() if k.startswith("eval/")} if len(rows) else {}
     return {k: v for k, v in found.items() if np.isfinite(v)}

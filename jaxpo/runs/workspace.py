@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from jaxpo.config.paths import expand_paths
 from jaxpo.config.resolve import resolve
 from jaxpo.config.resolved import Resolved
 from jaxpo.learning.programs import Computation, Programs, compile_programs, init_state, optimizer_of, packed, several
@@ -23,7 +25,7 @@ from jaxpo.learning.trainable import lora_scale, policy_alone, random_params
 from jaxpo.objectives import Objective
 from jaxpo.parallel import TOKENS, make_mesh, replicated, reshaped, rows_over_mesh, shardings
 from jaxpo.parallel.distributed import place
-from jaxpo.parallel.host import keep_freed_memory
+from jaxpo.parallel.host import keep_freed_memory, open_devices
 from jaxpo.parallel.offload import check_host_memory, host_shardings, to_host_memory
 from jaxpo.policy import hf, lora, transformer
 from jaxpo.policy.stats import Other
@@ -33,6 +35,7 @@ from jaxpo.rollout import SamplingOptions
 from jaxpo.rollout.stopping import spelled, stop_table
 from jaxpo.runs import preference_data
 from jaxpo.runs.kept import fingerprint, origin_of
+from jaxpo.runs.memory import gigabytes, host_memory
 from jaxpo.runs.preference_data import templates_of
 from jaxpo.runs.questions import Questions, pad_prompts, texts_of, tokenize
 from jaxpo.tasks import Example, Task, build
@@ -42,6 +45,7 @@ from jaxpo.tasks.preferences.sets import PLACES, PreferenceSet
 from jaxpo.text.conversations import plain_text
 from jaxpo.text.tokenizers import CharTokenizer, Tokenizer, from_json
 
+FAR_LONGER = 20  # times the usual length of a prompt
 BLANK = [Example(0, "", None, {})]
 NOTHING = Task("nothing", BLANK, BLANK, None, None, {})  # of a workspace without examples
 
@@ -173,7 +177,11 @@ def prepare_process(cache: str | None) -> None:
 
     Args:
       cache: folder of the compiled programs; None = the user's cache folder.
+
+    Raises:
+      ValueError: the devices that JAX_PLATFORMS asks for are not there.
     """
+    open_devices()
     path = cache or os.path.join(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "jaxpo", "compiled")
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -241,6 +249,37 @@ def examples_of(config: ConfigDict) -> tuple[Task, PreferenceSet | None]:
     return task or preference_data.task_of(data), data
 
 
+def longest(examples: Sequence[Example], ids: Sequence[Sequence[int]]) -> str:
+    """Which prompt is the longest and where it is in the file, if it is far longer than the others; "" otherwise."""
+    sizes = np.array([len(x) for x in ids])
+    at, typical = int(sizes.argmax()), float(np.percentile(sizes, 99, method="lower"))
+    typical = min(typical, float(np.median(sizes))) if len(sizes) < 100 else typical
+    if sizes[at] < FAR_LONGER * typical:
+        return ""
+    text = plain_text(examples[at].question)
+    return (
+        f"the longest prompt ({sizes[at]:,} tokens, {sizes[at] / max(typical, 1):,.0f} times what is usual; it is item "
+        f"{examples[at].index + 1} of its data and begins with {text[:40]!r}) widens all others: set "
+        "config.rollout.prompt_width, and longer ones are dropped and counted"
+    )
+
+
+def far_longer(workspace: "Workspace") -> str:
+    """What `longest` says of the training prompts of a run."""
+    train = workspace.questions.train
+    return longest(train.examples, [range(n) for n in train.length])
+
+
+def check_width(width: int, examples: Sequence[Example], ids: Sequence[Sequence[int]]) -> None:
+    """Raise ``ValueError`` if the prompts, padded to ``width``, do not fit into the host's memory."""
+    there, what = host_memory()
+    if (needed := 4 * width * len(ids)) > there:
+        raise ValueError(
+            f"{len(ids):,} prompts of {width:,} tokens each need {gigabytes(needed)}, and {what} is "
+            f"{gigabytes(there)}: {longest(examples, ids) or 'lower config.rollout.prompt_width'}"
+        )
+
+
 def questions_of(config: ConfigDict, task: Task, tokenizer: Tokenizer) -> tuple[Questions, int]:
     """The task as tokens, and how many prompts were dropped because they are too long.
 
@@ -254,6 +293,7 @@ def questions_of(config: ConfigDict, task: Task, tokenizer: Tokenizer) -> tuple[
             f"config.rollout.prompt_width {limit} is shorter than every {'test' if train else 'training'} prompt"
         )
     width = limit or max(map(len, [*train_ids, *test_ids]))
+    check_width(width, [*train, *test], [*train_ids, *test_ids])
     prompts = [pad_prompts(*x, width, tokenizer.pad_id) for x in ((train, train_ids), (test, test_ids))]
     dropped = len(task.train) - len(train) + len(test_examples) - len(test)
     sizes = config.sampling.max_new_tokens, tuple(config.sampling.stop)
@@ -284,7 +324,7 @@ def setup(
     Raises:
       ValueError: whatever `jaxpo.config.resolve.resolve` refuses, or no prompt short enough.
     """
-    resolved = resolve(config, len(jax.devices()))
+    resolved = resolve(expand_paths(config), len(jax.devices()))
     if check:
         check(resolved)
     objective, facts = resolved.objective, resolved.protocol.facts

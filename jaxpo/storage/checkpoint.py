@@ -26,11 +26,32 @@ from jaxpo.arguments import Whole, check
 from jaxpo.registry import unknown
 from jaxpo.storage import manifest
 from jaxpo.storage.manifest import DamagedCheckpoint, Tree, describe, is_key, is_stored, named_leaves
+from jaxpo.storage.paths import located
 
 _TMP, _DAMAGED = ".orbax-checkpoint-tmp", ".damaged"  # suffixes of directories that are not checkpoints
 
-# Orbax logs dozens of lines a save through absl's logger; its warnings and errors still come through.
-logging.getLogger("absl").addFilter(lambda line: line.levelno >= logging.WARNING or "/orbax/" not in line.pathname)
+
+def _says_something_new(line: logging.LogRecord) -> bool:
+    """Orbax logs dozens of lines a save, and the whole traceback of an error that it raises again; asyncio logs the
+    exceptions of the parts of that save which nobody waited for."""
+    if line.name == "asyncio":
+        return "never retrieved" not in line.getMessage()
+    return "/orbax/" not in line.pathname or (line.levelno >= logging.WARNING and not line.exc_info)
+
+
+def _unless_late(before: Callable[[Any], None]) -> Callable[[Any], None]:
+    """``before``, but silent where a part of a failed save ends after its event loop: the save itself is an error."""
+
+    def hook(lost: Any) -> None:
+        if not (isinstance(lost.exc_value, RuntimeError) and str(lost.exc_value) == "Event loop is closed"):
+            before(lost)
+
+    return hook
+
+
+for _logger in ("absl", "asyncio"):
+    logging.getLogger(_logger).addFilter(_says_something_new)
+sys.unraisablehook = _unless_late(sys.unraisablehook)  # what tensorstore's threads call
 
 
 class Restored(NamedTuple):
@@ -73,7 +94,7 @@ class Checkpoints:
         origin: Mapping[str, Any] | None = None,
     ):
         check("keep", keep, Whole)
-        self.directory, self.keep, self.best, self.config = epath.Path(directory).absolute(), keep, best, config
+        self.directory, self.keep, self.best, self.config = located(directory).absolute(), keep, best, config
         self.origin = dict(origin or {})
         self.directory.mkdir(parents=True, exist_ok=True)
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
@@ -204,8 +225,12 @@ class Checkpoints:
         self.wait()
         return restore(self.directory, template, step)[:2]
 
-    def close(self) -> None:
-        """Wait for the last save, and release the threads even if it could not be written."""
+    def close(self, *, wait: bool = True) -> None:
+        """Wait for the last save, and release the threads even if it could not be written. Without ``wait`` the save
+        under way is left to itself."""
+        if not wait:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+            return
         try:
             self.wait()
         finally:
@@ -220,7 +245,15 @@ class Checkpoints:
 
 def finished_steps(directory: str) -> list[int]:
     """Ascending steps of the finished checkpoints in ``directory``, without those that a kill left half written."""
-    return [step for step in _steps(epath.Path(directory)) if _is_finished(epath.Path(directory) / str(step))]
+    folder = located(directory)
+    return [step for step in _steps(folder) if _is_finished(folder / str(step))]
+
+
+def all_steps(directory: str) -> list[int]:
+    """Ascending steps that have a folder in ``directory``, finished, half written or set aside as damaged."""
+    folder = located(directory)
+    names = [path.name.removesuffix(_DAMAGED) for path in folder.iterdir()] if folder.exists() else []
+    return sorted({int(name) for name in names if name.isdecimal()})
 
 
 def restore(
@@ -250,7 +283,7 @@ def restore(
         manifest.compare(folder, content["leaves"], described)
         return _read(folder, content["leaves"], {name: leaf for name, (_, leaf) in wanted.items()}), content
 
-    (found, content), passed = _first_whole(epath.Path(directory).absolute(), step, load, report)
+    (found, content), passed = _first_whole(located(directory).absolute(), step, load, report)
     tree = jax.tree.unflatten(jax.tree.structure(template), [found[name] for name in wanted])
     return Restored(tree, content["position"], content["step"], content, passed)
 
@@ -295,7 +328,7 @@ def restore_params(
         templates = {key: manifest.template_of(leaf, placed.get(key)) for key, leaf in leaves.items()}
         return _read(folder, leaves, templates), content
 
-    (arrays, content), _ = _first_whole(epath.Path(directory).absolute(), step, load, None)
+    (arrays, content), _ = _first_whole(located(directory).absolute(), step, load, None)
     tree: dict = {}
     for key, value in arrays.items():
         node, path = tree, content["leaves"][key]["path"]
@@ -315,7 +348,7 @@ def saved_paths(directory: str, step: int | None = None) -> set[tuple[str, ...]]
         content = _agreed(lambda: manifest.read(folder))
         return {tuple(map(str, leaf["path"])) for leaf in content["leaves"].values()}
 
-    return _first_whole(epath.Path(directory).absolute(), step, load, None)[0]
+    return _first_whole(located(directory).absolute(), step, load, None)[0]
 
 
 def saved_origin(directory: str, step: int | None = None) -> dict[str, Any]:
@@ -328,7 +361,7 @@ def saved_origin(directory: str, step: int | None = None) -> dict[str, Any]:
         return _agreed(lambda: manifest.read(folder)).get("origin", {})
 
     # Damaged checkpoints are told about by whoever reads their arrays.
-    return _first_whole(epath.Path(directory).absolute(), step, load, lambda line: None)[0]
+    return _first_whole(located(directory).absolute(), step, load, lambda line: None)[0]
 
 
 # ---- which checkpoint

@@ -13,6 +13,8 @@
 With several processes only the first one makes a `RunDirectory`; the others have an `Elsewhere`.
 """
 
+import contextlib
+import functools
 import importlib
 import json
 import math
@@ -28,14 +30,20 @@ from typing import IO, Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
+
+from jaxpo.storage import lock
+from jaxpo.storage.paths import local
+from jaxpo.text.terminal import printable
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 RESERVED = ("step", "time", "nonfinite")  # fields of a metrics line that are not metrics
 
 
 class RunDirectory:
-    """Writes the files of one run. A line is in its file when the call returns.
+    """Writes the files of one run, as the only one who does (`jaxpo.storage.lock`). A line is in its file when the call
+    returns.
 
     Args:
       workdir: the directory, created if it is missing.
@@ -48,6 +56,8 @@ class RunDirectory:
       FileExistsError: the directory is not empty and ``resume_step`` is None.
       FileNotFoundError: ``resume_step`` is given, but there is no directory to resume.
       ModuleNotFoundError: tensorboardX or wandb is asked for, but not installed.
+      Locked: another process writes there.
+      OSError: a file cannot be written, or wandb does not start.
     """
 
     def __init__(
@@ -60,21 +70,33 @@ class RunDirectory:
     ):
         writer = _import("tensorboardX", "tensorboard") if tensorboard else None
         wandb_module = _import("wandb", "wandb") if wandb is not None else None
-        self.path = Path(workdir)
+        self.path = local(workdir, "workdir")
         _check_workdir(self.path, resume_step)
         self.path.mkdir(parents=True, exist_ok=True)
+        lock.take(self.path)
+        try:
+            self._open(writer, wandb_module, wandb, resume_step)
+        except BaseException:
+            lock.release(self.path)
+            raise
+
+    def _open(
+        self,
+        writer: ModuleType | None,
+        wandb_module: ModuleType | None,
+        wandb: Mapping[str, Any] | None,
+        resume_step: int | None,
+    ) -> None:
         earlier = 0.0
         if resume_step is not None:
             for name in (METRICS, SAMPLES):
                 _cut_lines(self.path / name, resume_step)
-            earlier = max((line["time"] for line in _lines(self.path / METRICS)), default=0.0)
+            earlier = max((line.get("time", 0.0) for line in _lines(self.path / METRICS, lenient=True)), default=0.0)
         self._start = time.monotonic() - earlier
-        self._metrics, self._samples = (
-            open(self.path / name, "a", buffering=1, encoding="utf-8") for name in (METRICS, SAMPLES)
-        )
         purge = None if resume_step is None else resume_step + 1
         self._tensorboard = writer.SummaryWriter(str(self.path), purge_step=purge) if writer else None
         self._wandb = _start_wandb(wandb_module, self, wandb) if wandb_module else None
+        self._metrics, self._samples = (open(self.path / name, "ab", buffering=0) for name in (METRICS, SAMPLES))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append the metrics of a step.
@@ -92,32 +114,42 @@ class RunDirectory:
         if taken := [name for name in RESERVED if name in values]:
             raise ValueError(f"metric {taken[0]!r}: the run directory writes a field of that name itself")
         line = {"step": int(step), "time": round(time.monotonic() - self._start, 3), **values}
-        self._metrics.write(_json_line(line))
+        self._append(self._metrics, _json_line(line))
         if self._tensorboard:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, int(step))
-            self._tensorboard.flush()
+            with harmless("TensorBoard"):
+                for name, value in values.items():
+                    self._tensorboard.add_scalar(name, value, int(step))
+                self._tensorboard.flush()
         if self._wandb:
-            self._wandb.log(values, step=int(step))
+            with harmless("wandb"):
+                self._wandb.log(values, step=int(step))
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append decoded samples, a line each: the step and the fields of the row (prompt, completion, reward, ...)."""
         for row in rows:
-            self._samples.write(_json_line({"step": int(step), **row}))
+            self._append(self._samples, _json_line({"step": int(step), **row}))
 
     def save_json(self, name: str, obj: Any) -> None:
         """Write ``obj`` to the file ``name``. The file always has the old content or the new one, never a part."""
         text = json.dumps(obj, indent=2, default=_plain)
-        write_atomically(self.path / name, lambda file: file.write(text.encode()))
+        with _named(self.path / name):
+            write_atomically(self.path / name, lambda file: file.write(text.encode()))
 
     def close(self) -> None:
-        """Close the files, TensorBoard and wandb."""
+        """Close the files, TensorBoard and wandb, and give back the lock."""
         self._metrics.close()
         self._samples.close()
         if self._tensorboard:
-            self._tensorboard.close()
+            with harmless("TensorBoard"):
+                self._tensorboard.close()
         if self._wandb:
-            self._wandb.finish()
+            with harmless("wandb"):
+                self._wandb.finish()
+        lock.release(self.path)
+
+    def _append(self, file: IO[bytes], line: str) -> None:
+        with _named(Path(file.name)):
+            _write_whole(file, line.encode())
 
 
 class Elsewhere:
@@ -136,8 +168,11 @@ class Elsewhere:
         """Nothing is open."""
 
 
-def read_metrics(workdir: str | os.PathLike) -> dict[str, np.ndarray]:
+def read_metrics(workdir: str | os.PathLike, *, lenient: bool = False) -> dict[str, np.ndarray]:
     """The metrics of a run as columns.
+
+    Args:
+      lenient: leave out lines that are not those of a step, and say so once, as a run does that goes on.
 
     Returns:
       {name: float64[n]} and "step" (int64[n]), with an entry for every step that was written; nan if a step lacks the
@@ -145,18 +180,65 @@ def read_metrics(workdir: str | os.PathLike) -> dict[str, np.ndarray]:
 
     Raises:
       FileNotFoundError: there is no metrics.jsonl in ``workdir``.
+      ValueError: a line is not that of a step (it is named).
     """
-    path = Path(workdir) / METRICS
+    path = local(workdir, "workdir") / METRICS
     if not path.exists():
         raise FileNotFoundError(f"{workdir} has no {METRICS}: not the directory of a run")
     rows: dict[int, dict] = {}
-    for line in _lines(path):
+    for line in _lines(path, lenient=lenient):
         rows.setdefault(line.pop("step"), {}).update(line)
     names = dict.fromkeys(name for row in rows.values() for name in row if name != "nonfinite")
     columns = {"step": np.array(list(rows), np.int64)}
     for name in names:
-        columns[name] = np.array([row.get(name) for row in rows.values()], np.float64)  # None becomes nan
+        values = (row.get(name) for row in rows.values())
+        columns[name] = np.array([x if isinstance(x, int | float) else None for x in values], np.float64)  # None: nan
     return columns
+
+
+@contextlib.contextmanager
+def harmless(what: str) -> Iterator[None]:
+    """Let the ``with`` block fail without ending the run: the first time, a warning says which of the run's extras
+    (a picture, a tracker) is missing and why."""
+    try:
+        yield
+    except Exception as error:
+        say_once(f"WARNING: {what} could not be written; the run goes on without it: {one_line(error)}")
+
+
+def one_line(error: BaseException) -> str:
+    """The kind and text of an error, on one line."""
+    return printable(f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """Print a line to standard error, unless it was printed before."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Let an ``OSError`` of the block name the file, and what would help."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{path} could not be written: {error.strerror or error}: make room there, or see to its permissions, and "
+            "go on with --resume from the last checkpoint"
+        ) from error
+
+
+def _write_whole(file: IO[bytes], line: bytes) -> None:
+    """Append a line. If there is no room for all of it, none of it stays."""
+    start, done = file.seek(0, os.SEEK_END), 0
+    try:
+        while done < len(line):
+            done += file.write(line[done:])
+    except OSError:
+        with contextlib.suppress(OSError):
+            file.truncate(start)
+        raise
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -273,12 +355,18 @@ def closing_table(
     width = len(columns) or len(rows[0])
     if wrong := [row for row in rows if len(row) != width]:
         raise ValueError(f"rows: {tuple(wrong[0])} has {len(wrong[0])} cells where {width} are expected")
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=bool(columns))
+    table = Table(title=_plain_text(title), title_justify="left", title_style="bold", show_header=bool(columns))
     for index in range(width):
-        table.add_column(columns[index] if columns else "", justify="right" if index else "left", overflow="fold")
+        heading = _plain_text(columns[index] if columns else "")
+        table.add_column(heading, justify="right" if index else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(_plain_text, row))
     Console(file=file).print(table)
+
+
+def _plain_text(text: str) -> Text:
+    """Text that is shown as it is: without markup, which a name may hold, and without control sequences."""
+    return Text(printable(text))
 
 
 # ---- lines and values
@@ -307,23 +395,38 @@ def _json_line(fields: Mapping[str, Any]) -> str:
     return json.dumps(fields, allow_nan=False, default=_plain, ensure_ascii=False) + "\n"
 
 
-def _lines(path: Path) -> Iterator[dict]:
-    """The objects of a JSON-lines file. Only the last line may be incomplete (after a kill, or while it is written)."""
-    if not path.exists():
-        return
-    lines = path.read_bytes().splitlines()
+def _lines(path: Path, *, lenient: bool) -> Iterator[dict]:
+    """The objects of a JSON-lines file that have a step. Other lines are an error, or told once where ``lenient``. The
+    last line may be incomplete (after a kill, or while it is written)."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    foreign = []
     for number, line in enumerate(lines, 1):
-        try:
-            yield json.loads(line)
-        except ValueError:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number}: not JSON") from None
+        if (found := _object(line)) is not None:
+            yield found
+        elif line.strip() and number < len(lines):
+            foreign.append(number)
+            if not lenient:
+                raise ValueError(f"{path}, line {number}: not JSON with a whole number as its step")
+    if foreign:
+        say_once(f"WARNING: {path}: line {foreign[0]} is not the line of a step; such lines are left out")
+
+
+def _object(line: bytes) -> dict | None:
+    """The object of a line; None if it is not one that has a whole number as its step."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and type(found.get("step")) is int else None
 
 
 def _cut_lines(path: Path, step: int) -> None:
+    """Remove the lines of later steps, and a last one that is incomplete. Foreign lines stay as they are."""
     if path.exists():
-        kept = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in _lines(path) if line["step"] <= step)
-        write_atomically(path, lambda file: file.write(kept.encode()))
+        whole = path.read_bytes().split(b"\n")[:-1]
+        kept = [line for line in whole if (found := _object(line)) is None or found["step"] <= step]
+        with _named(path):
+            write_atomically(path, lambda file: file.write(b"".join(line + b"\n" for line in kept)))
 
 
 def _short(value: float) -> str:
@@ -333,7 +436,9 @@ def _short(value: float) -> str:
 def _check_workdir(path: Path, resume_step: int | None) -> None:
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"workdir: {path} is a file")
-    used = path.is_dir() and any(path.iterdir())
+    if path.is_dir():
+        lock.check_free(path)
+    used = path.is_dir() and any(not found.name.startswith(lock.NAME) for found in path.iterdir())
     if used and resume_step is None:
         raise FileExistsError(f"workdir: {path} is not empty; continue its run with --resume or choose another one")
     if resume_step is not None and not used:
@@ -350,6 +455,12 @@ def _import(module: str, extra: str) -> ModuleType:
 def _start_wandb(module: ModuleType, run: RunDirectory, options: Mapping[str, Any]) -> Any:
     kept = run.path / "wandb.json"  # holds the id, so that a resumed run continues there
     known = json.loads(kept.read_text()) if kept.exists() else {}
-    started = module.init(dir=str(run.path), resume="allow", **{**known, **options})
+    try:
+        started = module.init(dir=str(run.path), resume="allow", **{**known, **options})
+    except Exception as error:  # of its network, account or settings: dozens of kinds
+        raise OSError(
+            f"wandb did not start: {one_line(error)}; log in, set WANDB_MODE=offline, or unset "
+            "config.logging.wandb_project"
+        ) from error
     run.save_json(kept.name, {"id": started.id})
     return started

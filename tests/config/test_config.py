@@ -9,6 +9,7 @@ from jaxpo.config.blocks import block_of
 from jaxpo.config.command_line import parse
 from jaxpo.config.fields import default
 from jaxpo.config.fill import fill
+from jaxpo.config.paths import expand_paths
 from jaxpo.config.resolve import resolve
 from jaxpo.learning.needs import heads_of
 from jaxpo.learning.optimizers import OPTIMIZERS, SCHEDULES
@@ -192,9 +193,41 @@ def test_other_flags():
     }
     assert parse([FILE, "--noresume"], **extra)[1]["resume"] is False
     assert parse(["--n=2"], config_required=False, **extra)[0] is None
-    with pytest.raises(SystemExit, match="--workdir: where") as shown:
-        parse(["--help"], **extra)
-    assert "--config.FIELD=VALUE" in str(shown.value)
+
+
+def test_help_is_standard_output_and_no_error(capsys):
+    extra = dict(workdir=("", "where (required)"), resume=(False, "go on"), n=(1, "number"))
+    for asked in ("--help", "-h"):
+        with pytest.raises(SystemExit) as ended:
+            parse([asked], about="Train.\n\n    an example", **extra)
+        out, err = capsys.readouterr()
+        assert ended.value.code == 0 and not err
+        assert out.startswith("Train.") and "    an example" in out and "--config.FIELD=VALUE" in out
+        assert "--workdir=VALUE: where (required)\n" in out and "--resume: go on (default: False)" in out
+        assert "--n=VALUE: number (default: 1)" in out
+    with pytest.raises(SystemExit) as ended:
+        parse([FILE, "--help"], **extra)
+    assert ended.value.code == 0 and "--config.objective.name=" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="unknown config file"):
+        parse(["--config=nowhere.py", "--help"], **extra)
+
+
+def test_the_error_of_a_flag_shows_no_tuple():
+    with pytest.raises(ValueError, match=r"^flag --resume=perhaps: Non-boolean argument to boolean flag$"):
+        parse([FILE, "--resume=perhaps"], resume=(False, "go on"))
+
+
+def test_the_home_folder_is_expanded_wherever_a_path_is_taken(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    changes = ("init_from", "checkpoint.directory", "compilation_cache", "references.teacher")
+    given = [FILE, "--workdir=~/runs/a", *[f"--config.{path}=~/{path}" for path in changes]]
+    config, flags = parse(given, workdir=("", "where"))
+    assert flags == {"workdir": f"{tmp_path}/runs/a"}
+    assert [block_of(config, path) for path in changes] == [f"{tmp_path}/{path}" for path in changes]
+    config.soup.of = ("~/a", "b")
+    assert expand_paths(config).soup.of == (f"{tmp_path}/a", "b")
+    with pytest.raises(ValueError, match="~nobody-of-this-name/a: there is no home folder of nobody-of-this-name"):
+        parse([FILE, "--workdir=~nobody-of-this-name/a"], workdir=("", "where"))
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 
 import jax
 import numpy as np
@@ -228,6 +229,80 @@ def test_a_process_that_never_joins_is_named():
 def test_a_first_process_that_is_not_there_is_named():
     with pytest.raises(TimeoutError, match=r"process 1: no answer from process 0 at 127.0.0.1:\d+ in 0.5 s"):
         report_to("127.0.0.1", free_port(), 2, 1, 0.5)
+
+
+def roll_call(port, processes, timeout=5.0):
+    """The first process's part in a thread; what it ended with is in the list."""
+    ended = []
+
+    def first():
+        try:
+            ended.append(wait_for_all("127.0.0.1", port, processes, 0, timeout))
+        except OSError as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    return thread, ended
+
+
+def connected(port):
+    until = time.monotonic() + 5
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=5)
+        except OSError:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+
+
+def test_what_does_not_know_the_nonce_is_not_counted():
+    port = free_port()
+    thread, ended = roll_call(port, 2)
+    for said in (b"1\n", b"GET / HTTP/1.1\n\n", b"0123 1 2\n", b"\xff\xfe\n", b"x" * 1000, b""):
+        with connected(port) as stranger:
+            stranger.sendall(said)
+    assert thread.is_alive()
+    report_to("127.0.0.1", port, 2, 1, 5)
+    thread.join()
+    assert ended == [None]
+
+
+def test_wrong_numbers_are_refused_and_named_on_both_sides():
+    port = free_port()
+    thread, ended = roll_call(port, 3, 2.0)
+    with pytest.raises(ValueError, match="process 1 was started with --processes=2, process 0 with --processes=3"):
+        report_to("127.0.0.1", port, 2, 1, 5)
+    second = threading.Thread(target=lambda: pytest.raises(TimeoutError, report_to, "127.0.0.1", port, 3, 2, 5))
+    second.start()
+    time.sleep(0.5)
+    with pytest.raises(ValueError, match="two processes were started with --process=2"):
+        report_to("127.0.0.1", port, 3, 2, 5)
+    second.join()
+    thread.join()
+    assert "process 1 of 3 has not joined" in str(ended[0]) and "--processes=2, process 0 with" in str(ended[0])
+
+
+def test_the_roll_call_listens_on_the_coordinators_address_alone():
+    port = free_port()
+    thread, _ = roll_call(port, 2, 1.0)
+    connected(port).close()
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.2", port), timeout=1)
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    ("host", "message"),
+    (
+        ("192.0.2.1", "it is no address of this host"),
+        ("no-such-host.invalid", "unknown host"),
+        ("127.0.0.1", "another port"),
+    ),
+)
+def test_an_address_that_cannot_be_listened_on_is_one_line(host, message):
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match=message):
+        wait_for_all(host, taken.getsockname()[1], 2, 0, 1)
 
 
 @pytest.mark.parametrize(

@@ -305,23 +305,61 @@ def test_a_run_killed_20_times_ends_as_if_it_had_not_been(tmp_path):
     assert not [name for name in os.listdir(killed / "checkpoints") if not name.isdecimal()]
 
 
+def asked_to_stop(process, number):
+    """What it printed; its exit status says which signal stopped it, and it shows no traceback."""
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=400)
+    assert process.returncode == 128 + number and "Traceback" not in printed, printed
+    return printed
+
+
 @pytest.mark.slow
-def test_sigterm_ends_the_process_with_status_0(tmp_path):
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+def test_a_signal_ends_the_process_with_a_status_of_its_own(tmp_path, number):
     workdir = tmp_path / "run"
     process = start(workdir, tmp_path / "cache")
     wait_for(process, workdir, 3)
-    process.send_signal(signal.SIGTERM)
-    printed = end(process)
+    printed = asked_to_stop(process, number)
     steps, last = finished_steps(workdir / "checkpoints"), tiny.trained(workdir)[-1]["step"]
-    assert f"stopped by SIGTERM after iteration {last}, saved" in printed and steps[-1] == last < 150
+    assert f"stopped by {number.name} after iteration {last}, saved" in printed and steps[-1] == last < 150
     assert not [name for name in os.listdir(workdir / "checkpoints") if not name.isdecimal()]
 
 
 @pytest.mark.slow
+def test_ctrl_c_at_ten_moments_loses_nothing(tmp_path):
+    """While the program starts, in the warm start, in evaluations and iterations; each time the run goes on."""
+    workdir, cache, rng = tmp_path / "run", tmp_path / "cache", random.Random(0)
+    for moment in (None, None, None, -50, -10, 0, 0, 3, 20, 60):
+        process = start(workdir, cache, "--resume")
+        if moment is None:
+            time.sleep(rng.uniform(1, 6))
+        else:
+            wait_for(process, workdir, moment)
+        printed = asked_to_stop(process, signal.SIGINT)
+        assert "stopped by SIGINT" in printed
+    assert finished_steps(workdir / "checkpoints")[-1] >= 60
+    end(start(workdir, cache, "--resume"))
+    assert [line["step"] for line in tiny.trained(workdir)] == list(range(1, 151))
+
+
+@pytest.mark.slow
+def test_a_second_writer_is_refused_and_the_first_goes_on(tmp_path):
+    workdir = tmp_path / "run"
+    first = start(workdir, tmp_path / "cache", "--config.steps=400")
+    wait_for(first, workdir, 3)
+    second = start(workdir, tmp_path / "cache", "--resume")
+    printed, _ = second.communicate(timeout=100)
+    assert second.returncode == 1 and "is in use: process" in printed and printed.count("\n") == 1
+    assert len(read_metrics(workdir)["step"]) and first.poll() is None  # a reader is not refused
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    end(start(workdir, tmp_path / "cache", "--resume"))  # the lock of a process that is gone
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ("warm start", "evaluation"))
-def test_sigterm_before_the_first_iteration_ends_the_process_with_status_0(tmp_path, moment):
+def test_sigterm_before_the_first_iteration_ends_the_process_with_status_143(tmp_path, moment):
     workdir = tmp_path / "run"
     process = start(workdir, tmp_path / "cache")
     wait_for(process, workdir, -50 if moment == "warm start" else 0)
-    process.send_signal(signal.SIGTERM)
-    end(process)
+    asked_to_stop(process, signal.SIGTERM)

@@ -339,10 +339,11 @@ def test_a_run_that_ends_on_a_skipped_step_is_saved(finished, tmp_path, objectiv
 def test_a_policy_that_is_not_finite_any_more(finished, tmp_path, monkeypatch):
     """What it samples is nonsense, and the run says that it has diverged."""
     load = restore.load_params
-    monkeypatch.setattr(restore, "load_params", lambda *args: jax.tree.map(lambda x: x * jnp.nan, load(*args)))
+    monkeypatch.setattr(restore, "load_params", lambda *a: jax.tree.map(lambda x: x * jnp.nan, load(*a)))
     config = tiny.warm(finished, {"objective": {"name": "reinforce"}, "steps": 20, "nonfinite_patience": 3})
-    with pytest.raises(loop.Diverged, match="up to iteration 3"):
+    with pytest.raises(loop.Diverged, match="up to iteration 3: stopped. no checkpoint was saved before"):
         tiny.run(config, tmp_path / "run")
+    assert finished_steps(tmp_path / "run" / "checkpoints") == []
 
 
 @pytest.mark.slow

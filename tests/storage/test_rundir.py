@@ -1,5 +1,6 @@
 """A run directory loses nothing, keeps each step once, and says what is wrong."""
 
+import errno
 import io
 import json
 import sys
@@ -57,6 +58,7 @@ def test_samples_and_json(tmp_path):
         run.save_json("config.json", {"seed": {1}})
     config = json.loads((run.path / "config.json").read_text())
     assert config == {"seed": 1, "path": str(tmp_path), "clip": float("inf")}
+    run.close()
     assert {path.name for path in run.path.iterdir()} == {"metrics.jsonl", "samples.jsonl", "config.json"}
     run.close()
 
@@ -97,6 +99,68 @@ def test_resume_has_each_step_once(tmp_path):
     metrics.write_text('{"step": 0, "time": 0.0}\n{"st\n{"step": 2, "time": 0.0}\n')
     with pytest.raises(ValueError, match="metrics.jsonl, line 2: not JSON"):
         read_metrics(tmp_path)
+
+
+def test_foreign_lines_end_no_run_and_stay_where_they_are(tmp_path, capsys):
+    run = RunDirectory(tmp_path)
+    run.write(1, {"loss": 1.0})
+    run.close()
+    foreign = ["# a note", "5", '{"no": "step"}', '{"step": "three"}', "[" * 100_000]
+    metrics = tmp_path / "metrics.jsonl"
+    with open(metrics, "a") as file:
+        file.write("\n".join(foreign) + '\n{"step": 2, "time": 2.0, "loss": "high"}\n{"step": 3, "ti')
+    for _ in range(2):
+        columns = read_metrics(tmp_path, lenient=True)
+    assert columns["step"].tolist() == [1, 2] and np.isnan(columns["loss"][1])
+    assert capsys.readouterr().err.count("line 2 is not the line of a step") == 1
+    RunDirectory(tmp_path, resume_step=1).close()
+    assert metrics.read_text().splitlines()[1:] == foreign
+
+
+class Full:
+    """A file on a disk with room for ``room`` bytes more."""
+
+    def __init__(self, file, room):
+        self.file, self.room, self.name = file, room, file.name
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        done = self.file.write(data[: self.room])
+        self.room -= done
+        return done
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def test_a_full_disk_names_the_file_and_leaves_no_part_of_a_line(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.write(1, {"loss": 1.0})
+    run._metrics = Full(run._metrics, 10)
+    with pytest.raises(OSError, match=r"metrics.jsonl could not be written: No space left on device: make room there"):
+        run.write(2, {"loss": 2.0})
+    run.close()
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_a_tracker_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
+    class Broken:
+        def __getattr__(self, name):
+            def fail(*_, **__):
+                raise ConnectionError(f"{name}\nfailed")
+
+            return fail
+
+    run = RunDirectory(tmp_path)
+    run._tensorboard, run._wandb = Broken(), Broken()
+    for step in (1, 2):
+        run.write(step, {"loss": 1.0})
+    run.close()
+    assert len(lines(tmp_path / "metrics.jsonl")) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert "WARNING: wandb could not be written; the run goes on without it: ConnectionError: log failed" in err
+    assert len(err) == len(set(err)) == 4  # writing and closing of both, once each
 
 
 def test_read_metrics_of_something_else(tmp_path):
