@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxpo import fields
+from jaxpo.runs.preference_data import traced
 from jaxpo.tasks.preferences import sets, traces
 from jaxpo.tasks.preferences.encode import encode, units
 from jaxpo.text.tokenizers import CharTokenizer
@@ -61,3 +62,33 @@ def test_a_bad_trace_is_named(tmp_path, trace):
     path.write_text(json.dumps(PAIR | {"chosen_trace": trace}))
     with pytest.raises(ValueError, match="field 'chosen_trace': a trace is a list of \\[kind, text\\], kinds tool"):
         sets.jsonl(path)
+
+
+def fails_on_two(question, answer):
+    if answer == "2":
+        raise KeyError("two")
+    return [("tool", answer)]
+
+
+def of_one(question):
+    return []
+
+
+def test_functions_that_make_traces():
+    with pytest.raises(
+        ValueError, match="config.trace: .* has no function 'fails_on_tow': did you mean 'fails_on_two'"
+    ):
+        traces.tracer_of(f"{__name__}:fails_on_tow")
+    with pytest.raises(ValueError, match=r"config.trace .* is called with \(question, answer\), but of_one"):
+        traces.tracer_of(f"{__name__}:of_one")
+
+
+def test_a_row_on_which_the_function_fails_is_a_bad_row(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": "1+1=", "chosen": "2", "rejected": "3"}, {"prompt": "1+3=", "chosen": "4", "rejected": "5"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tracer = traces.tracer_of(f"{__name__}:fails_on_two")
+    with pytest.raises(ValueError, match="config.trace fails on the question '1\\+1=': KeyError: 'two' .bad='drop'"):
+        traced(sets.jsonl(path), tracer)
+    kept = traced(sets.jsonl(path, bad="drop"), tracer)
+    assert [row.prompt for row in kept.train] == ["1+3="] and kept.report["data/dropped/trace"] == 1
