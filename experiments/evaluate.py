@@ -20,6 +20,7 @@ SAMPLING = ("k", "samples", "prompts", "seed")  # flags of what a policy writes
 
 def main(argv: Sequence[str] | None = None) -> None:
     from jaxpo.config.command_line import parse
+    from jaxpo.runs.trust import FLAG, trust_runs
 
     try:
         argv = sys.argv[1:] if argv is None else argv
@@ -34,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             prompts=(0, "test prompts; 0 = as the run"),
             seed=(0, "of the samples"),
             json=("", "also write the numbers to this file"),
+            **FLAG,
         )
+        trust_runs(flags.pop("trust"))
         if not flags["run"]:
             raise ValueError("--run=DIRECTORY is required")
         if not all(k.isdigit() for k in flags["k"].split(",") if k):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 def main(argv: Sequence[str] | None = None) -> None:
     from jaxpo.config.command_line import parse
+    from jaxpo.runs.trust import FLAG, trust_runs
 
     try:
         _, flags = parse(
@@ -20,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             step=(-1, "checkpoint; -1 = the last"),
             out=("", "folder to write, which must not be there yet (required)"),
             dtype=("", "of the weights; by default that of the model the run started from, or of its parameters"),
+            **FLAG,
         )
+        trust_runs(flags.pop("trust"))
         if not flags["workdir"] or not flags["out"]:
             raise ValueError("--workdir=RUN and --out=DIRECTORY are required")
         export_run(flags["workdir"], flags["out"], None if flags["step"] < 0 else flags["step"], flags["dtype"] or None)
@@ -41,7 +44,7 @@ def export_run(workdir: str, out: str, step: int | None = None, dtype: str | Non
     from jaxpo.text.tokenizers import for_transformers
 
     check_out(out)
-    workspace, params, step = open_finished(workdir, step, examples=False)
+    workspace, params, step = open_finished(workdir, step, examples=False, writes_only=True)
     if is_reward_model(workspace.objective):
         raise ValueError(
             f"--workdir={workdir} holds a reward model, and a folder of Hugging Face has no place for its heads "

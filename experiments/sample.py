@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> None:
     from jaxpo.config.command_line import parse
+    from jaxpo.runs.trust import FLAG, trust_runs
 
     try:
         argv = list(sys.argv[1:] if argv is None else argv)
@@ -24,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             greedy=(False, "the most probable token instead of a draw"),
             temperature=(1.0, "of the draw"),
             seed=(0, "of the draw"),
+            **FLAG,
         )
+        trust_runs(flags.pop("trust"))
         if not flags["run"] or not prompts:
             raise ValueError('--run=DIRECTORY and at least one --prompt="..." are required')
         if flags["n"] < 1:
@@ -45,7 +48,7 @@ def sample(
     from jaxpo.runs.restore import open_finished
     from jaxpo.tasks import Example
 
-    workspace, params, _ = open_finished(run, None if step < 0 else step, examples=False)
+    workspace, params, _ = open_finished(run, None if step < 0 else step, examples=False, writes_only=True)
     if is_reward_model(workspace.objective):
         raise ValueError(f"--run={run} holds a reward model, which judges answers and writes none")
     examples, ids = tokenize([Example(i, p, None, {}) for i, p in enumerate(prompts)], workspace.tokenizer, None)

@@ -31,6 +31,7 @@ def launch(argv: Sequence[str] | None, check: "Callable[[Resolved], None] | None
     from jaxpo.protocols.protocol import NothingLeft
     from jaxpo.runs.loop import Diverged
     from jaxpo.runs.train import train_rl
+    from jaxpo.runs.trust import FLAG, trust_runs
 
     try:
         config, flags = parse(
@@ -38,8 +39,10 @@ def launch(argv: Sequence[str] | None, check: "Callable[[Resolved], None] | None
             workdir=("", "directory of the run (required)"),
             resume=(False, "go on from the last checkpoint in workdir, if there is one"),
             profile_steps=(0, "iterations to trace with the profiler, into workdir/profile"),
+            **FLAG,
             **FLAGS,
         )
+        trust_runs(flags.pop("trust"))
         if not flags["workdir"]:
             raise ValueError("--workdir=DIRECTORY is required")
         own = {name: value for name, value in flags.items() if name not in FLAGS}

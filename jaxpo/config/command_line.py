@@ -11,6 +11,7 @@ from ml_collections.config_flags import config_flags
 
 from jaxpo.config.blocks import NAMED, OWN, block_of
 from jaxpo.config.fill import fill
+from jaxpo.config.imports import load_imports, modules_in
 from jaxpo.registry import unknown
 
 NAMELESS = ("task.name", "data.name", "protocol.name")  # blocks that may have no name
@@ -54,6 +55,16 @@ def _take_none(config: ConfigDict, overrides: Sequence[tuple[str, str]]) -> list
         with config.unlocked():
             config[path.split(".")[0]] = ConfigDict(dict(name=config_dict.placeholder(str)))
     return [override for override in overrides if override not in none]
+
+
+def _take_imports(config: ConfigDict, overrides: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Apply ``--config.imports=a,b`` and load all modules that the config names, before any name is looked up; return
+    the other overrides."""
+    for path, value in overrides:
+        if path == "imports":
+            config.imports = modules_in(value)
+    load_imports(config.get("imports") or ())
+    return [override for override in overrides if override[0] != "imports"]
 
 
 def _take_names(config: ConfigDict, overrides: Sequence[tuple[str, str]]) -> None:
@@ -115,7 +126,7 @@ def parse(
             given["config"] = value
     if "config" in given:
         config = read(given["config"])
-        overrides = _take_none(config, overrides)
+        overrides = _take_imports(config, _take_none(config, overrides))
         _take_names(config, overrides)
         fill(config)
         _check_paths(config, [path for path, _ in overrides])

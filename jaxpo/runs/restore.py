@@ -18,7 +18,8 @@ from jaxpo.parallel import replicated, shardings
 from jaxpo.policy import heads
 from jaxpo.policy.hf import load, open_source
 from jaxpo.policy.transformer import Params
-from jaxpo.registry import unknown
+from jaxpo.registry import names, unknown
+from jaxpo.runs import trust
 from jaxpo.runs.workspace import Workspace, prepare_process, setup
 from jaxpo.storage import checkpoint
 from jaxpo.storage.checkpoint import finished_steps, restore_params, saved_paths
@@ -130,32 +131,54 @@ def load_params(workspace: Workspace, workdir: str, step: int | None = None) -> 
 def config_of(folder: Path) -> ConfigDict:
     """The config that a run directory holds. A pretrained policy has its shape from the directory: what the run started
     from may be gone."""
-    config = default()
+    config, file = default(), folder / "config.json"
     with config.unlocked():
-        config.update(json.loads((folder / "config.json").read_text()))
+        try:
+            config.update(json.loads(file.read_text()))
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            what = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{file} is not the config of a run: {what}") from None
         if config.policy.name == "pretrained" and not config.lora.rank:
             config.policy.path = str(folder / MODEL)
     return config
 
 
+def alone(config: ConfigDict) -> ConfigDict:
+    """The config of a policy that only writes or is exported: names that it does not use give way to known ones."""
+    plain = default()
+    with config.unlocked():
+        if config.task.name is not None and config.task.name not in names("task"):
+            config.task = plain.task
+        config.judge, config.trace = plain.judge, plain.trace
+        if config.objective.name not in names():
+            for field in ("objective", "protocol", "data", "optimizers", "references", "soup", "training"):
+                config[field] = plain[field]
+        if config.policy.name in names("policy"):
+            config.imports = ()
+    return config
+
+
 def open_finished(
-    workdir: str, step: int | None = None, *, examples: bool = True, **changes: Any
+    workdir: str, step: int | None = None, *, examples: bool = True, writes_only: bool = False, **changes: Any
 ) -> tuple[Workspace, Params, int]:
     """A run directory to evaluate or sample from: its workspace, the parameters of checkpoint ``step`` (the last
     one), and that step.
 
     Args:
       examples: whether its task and data are read, as of `jaxpo.runs.workspace.setup`.
+      writes_only: the run's task, data, objective and judge are not used (`alone`), so they need not be known.
       changes: config fields by path ("evaluation.prompts": 100) that differ from the run's.
 
     Raises:
-      ValueError: no run directory, or no such checkpoint in it.
+      ValueError: no run directory, no such checkpoint in it, or it names code and came from elsewhere.
     """
     folder = Path(workdir)
     if not (folder / "config.json").is_file():
         siblings = [str(p.parent) for p in folder.parent.glob("*/config.json")]
         raise ValueError(unknown("run directory", str(folder), siblings))
-    config = config_of(folder)
+    config = alone(config_of(folder)) if writes_only else config_of(folder)
+    if config.imports or not writes_only:
+        trust.check(folder, config)
     with config.unlocked():
         # Nothing is trained here, so batches need not divide as they did; rows are spread over the devices there are.
         config.mesh, config.rollout.mesh = default().mesh, default().rollout.mesh
@@ -164,7 +187,7 @@ def open_finished(
         config.warm_start.steps = 0
         for path, value in changes.items():
             config.update_from_flattened_dict({path: value})
-    prepare_process(config.compilation_cache)
+    prepare_process(None)  # not the run's own cache of compiled programs: that is code
     tokenizer = from_json(json.loads((folder / "tokenizer.json").read_text()))
     steps = finished_steps(checkpoints_of(workdir))
     if not steps or (step is not None and step not in steps):

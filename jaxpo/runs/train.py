@@ -20,6 +20,7 @@ from jaxpo.policy.families import tensors
 from jaxpo.policy.hf import check_source, open_source, read_config
 from jaxpo.policy.transformer import Params, parameter_count
 from jaxpo.protocols.gatherer import Watch
+from jaxpo.runs import trust
 from jaxpo.runs.evaluation import answers, pairs
 from jaxpo.runs.gatherer import make_gatherer, make_stage
 from jaxpo.runs.interrupt import Interrupt
@@ -186,6 +187,8 @@ def open_run(workdir: str, workspace: Workspace, resume: bool, found: Restored |
     wandb = {"project": config.logging.wandb_project} if config.logging.wandb_project else None
     log = RunDirectory(workdir, tensorboard=config.logging.tensorboard, wandb=wandb, resume_step=resume_step)
     log.save_json("config.json", config.to_dict())
+    if (signed := trust.signature(config.to_dict())) is not None:
+        log.save_json(trust.SIGNATURE, signed)
     log.save_json("tokenizer.json", workspace.tokenizer.to_json())
     if config.policy.name == "pretrained":
         (log.path / MODEL).mkdir(exist_ok=True)

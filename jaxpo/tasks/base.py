@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxpo.arguments import Share, check, domain_of
-from jaxpo.registry import check_arguments, names, register_later, unknown
+from jaxpo.registry import OWN, check_arguments, names, register_later, unknown
 from jaxpo.registry import entry as registered
 
 
@@ -109,7 +109,7 @@ def _choices() -> list[str]:
 
 def _factory(name: str) -> Callable[..., Task]:
     if name not in _choices():
-        raise ValueError(unknown("task", name, _choices()))
+        raise ValueError(unknown("task", name, _choices()) + OWN)
     return locate(TASKS[name]) if name in TASKS else registered(name, "task").factory
 
 

@@ -157,7 +157,7 @@ class PretrainedTokenizer:
         path = tokenizer if isinstance(tokenizer, (str, Path)) else None
         if path is not None:
             of_gguf = Path(path).suffix == ".gguf"
-            tokenizer = gguf_tokenizer(path) if of_gguf else transformers_library().AutoTokenizer.from_pretrained(path)
+            tokenizer = gguf_tokenizer(path) if of_gguf else without_code(path)
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(f"a fast tokenizer of transformers is needed, got {type(tokenizer).__name__}")
         if chat_template and not tokenizer.chat_template:
@@ -223,6 +223,28 @@ class PretrainedTokenizer:
             "chat_template": self.chat_template,
             "eos": [t.convert_ids_to_tokens(i) for i in self.eos_ids],
         }
+
+
+def without_code(path: str | Path) -> Any:
+    """The tokenizer of transformers in a folder or under a hub name; Python that comes with it is never run. Where
+    transformers asks for that Python, the tokenizer.json beside it is enough.
+
+    Raises:
+      ValueError: there is no tokenizer.json, so only the Python could read the tokenizer.
+      OSError: there is no tokenizer."""
+    library = transformers_library()
+    try:
+        return library.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+    try:
+        return library.PreTrainedTokenizerFast.from_pretrained(path)
+    except (OSError, ValueError, TypeError):
+        raise ValueError(
+            f"config.tokenizer.path {str(path)!r} brings Python code of its own for the tokenizer, which is not run, "
+            "and no tokenizer.json that does without: save one there with save_pretrained of a fast tokenizer"
+        ) from None
 
 
 def first_difference(a: Tokenizer, b: Tokenizer) -> int | None:
