@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> "Results":
         rules = Rules(**given)
         out = out or folder(rules)
         results = race(contenders, rules, out=out)
-    except ValueError as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
     results.show()
     print(f"results: {out}/{RESULTS}, curves: {out}/{CURVES}")

@@ -1,7 +1,9 @@
 """The command line of an experiment: a config file, overrides of its fields, and flags of its own."""
 
 import importlib.util
+import traceback
 from collections.abc import Sequence
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,23 @@ def read(path: str) -> ConfigDict:
     file = Path(path)
     if not file.is_file():
         raise ValueError(unknown("config file", str(file), [str(p) for p in file.parent.glob("*.py")]))
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    spec = importlib.util.spec_from_loader(file.stem, SourceFileLoader(file.stem, str(file)))
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"{path} has no function get_config()")
-    return module.get_config()
+    try:
+        spec.loader.exec_module(module)
+        made = module.get_config() if callable(getattr(module, "get_config", None)) else None
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        lines += [error.lineno] if isinstance(error, SyntaxError) and error.filename == str(file) else []
+        where = f"{path}, line {lines[-1]}" if lines else path
+        raise ValueError(f"{where}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if made is None:
+        raise ValueError(f"{path} has no function get_config() that returns a config")
+    if not isinstance(made, ConfigDict):
+        raise ValueError(
+            f"{path}: get_config() returns a {type(made).__name__}: start from jaxpo.config.fields.default()"
+        )
+    return made
 
 
 def _check_paths(config: ConfigDict, overrides: Sequence[str]) -> None:
