@@ -158,6 +158,14 @@ def alone(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def check_writes(workdir: str, step: int | None) -> None:
+    """``ValueError`` if a run whose objective is not known has the heads of a reward model."""
+    paths = saved_paths(checkpoints_of(workdir), step) if find_checkpoint(workdir) is not None else ()
+    heads = {path[2] for path in paths if path[:2] == ("params", "heads")} & {"score", "embed"}
+    if heads:
+        raise ValueError(f"{workdir} holds a reward model (head {', '.join(sorted(heads))}), which writes no answers")
+
+
 def open_finished(
     workdir: str, step: int | None = None, *, examples: bool = True, writes_only: bool = False, **changes: Any
 ) -> tuple[Workspace, Params, int]:
@@ -176,7 +184,12 @@ def open_finished(
     if not (folder / "config.json").is_file():
         siblings = [str(p.parent) for p in folder.parent.glob("*/config.json")]
         raise ValueError(unknown("run directory", str(folder), siblings))
-    config = alone(config_of(folder)) if writes_only else config_of(folder)
+    config = config_of(folder)
+    if writes_only:
+        known = config.objective.name
+        config = alone(config)
+        if config.objective.name != known:
+            check_writes(workdir, step)
     if config.imports or not writes_only:
         trust.check(folder, config)
     with config.unlocked():

@@ -66,7 +66,9 @@ def limited() -> bool:
         import resource
     except ImportError:
         return False
-    wanted = dict(AS=MEMORY, FSIZE=FILE, NOFILE=OPEN_FILES, CORE=0, NPROC=processes() + PROCESSES)
+    wanted = dict(AS=MEMORY, FSIZE=FILE, NOFILE=OPEN_FILES, CORE=0)
+    if running := processes():
+        wanted["NPROC"] = running + PROCESSES
     for name, value in wanted.items():
         kind = getattr(resource, f"RLIMIT_{name}", None)
         if kind is not None:

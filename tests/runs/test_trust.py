@@ -275,3 +275,11 @@ def test_a_config_that_is_none_is_named(finished, tmp_path, content):
     with pytest.raises(ValueError, match="config.json is not the config of a run: ") as error:
         open_finished(str(run))
     assert "\n" not in str(error.value)
+
+
+def test_a_reward_model_by_an_objective_of_ones_own_does_not_write(finished, tmp_path, monkeypatch):
+    run = elsewhere(finished.path, tmp_path / "run", objective={"name": "my_reward_model"})
+    sample.main([f"--run={run}", "--prompt=12"])
+    monkeypatch.setattr("jaxpo.runs.restore.saved_paths", lambda *_: {("params", "heads", "score", "bias")})
+    with pytest.raises(SystemExit, match="run holds a reward model .head score., which writes no answers"):
+        sample.main([f"--run={run}", "--prompt=12"])
