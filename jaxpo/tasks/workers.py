@@ -27,7 +27,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
@@ -87,6 +87,7 @@ class _Worker:
     process: subprocess.Popen
     pipe: Connection
     folder: str  # where it may write
+    received: bytearray = field(default_factory=bytearray)  # of a reply that is not whole yet
     ready: bool = False  # its imports are done
     item: int | None = None  # what it works on
     deadline: float = float("inf")
@@ -192,7 +193,7 @@ class WorkerPool:
 
     def _give(self, worker: _Worker, waiting: deque[int], calls: list[tuple]) -> None:
         try:
-            worker.pipe.send(calls[waiting[0]])
+            worker.pipe.send((waiting[0], calls[waiting[0]]))
         except OSError:  # it died while idle (the machine ran out of memory, say): nothing is lost
             self._drop(worker)
             return
@@ -200,7 +201,11 @@ class WorkerPool:
 
     def _receive(self, worker: _Worker, done: dict[int, Outcome]) -> None:
         try:
-            reply = loaded(worker.pipe.recv_bytes(REPLY))
+            if (whole := _received(worker)) is None:
+                return
+            reply = loaded(whole)
+            if worker.ready and reply[0] != worker.item:
+                raise ValueError("it answers another item")
         except Exception as error:  # it has died, or sends what no worker of ours sends
             self._drop(worker)
             died = f"the worker process died (exit code {worker.process.returncode})"
@@ -215,7 +220,7 @@ class WorkerPool:
                 raise RuntimeError(f"a worker process could not load the function: {reply}")
             worker.ready = True
         else:
-            value, error, left = reply
+            _, value, error, left = reply
             done[worker.item] = Outcome(value, error)
             if left:
                 self._drop(worker)
@@ -251,6 +256,27 @@ def _started_in(folder: str) -> list[int]:
     return found
 
 
+def _received(worker: _Worker) -> bytes | None:
+    """The next reply; None if it is not whole yet. It reads what is there and never waits: a process that may run
+    anything can also begin a reply and not end it.
+
+    Raises:
+      EOFError: the worker has closed its end.
+      OSError: the reply is too long."""
+    part = os.read(worker.pipe.fileno(), 1 << 20)
+    if not part:
+        raise EOFError
+    worker.received += part
+    length = int.from_bytes(worker.received[:4], "big", signed=True)  # as `Connection` sends it
+    if not 0 <= length <= REPLY:
+        raise OSError(f"it is longer than {REPLY >> 20} MiB")
+    if len(worker.received) < 4 + length or len(worker.received) < 4:
+        return None
+    whole = bytes(worker.received[4 : 4 + length])
+    del worker.received[: 4 + length]
+    return whole
+
+
 class _Data(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"{module}.{name} is neither a number, a text, nor a list or dict of them")
@@ -265,15 +291,15 @@ def loaded(reply: bytes) -> Any:
     return _Data(io.BytesIO(reply)).load()
 
 
-def _dumped(value: Any, error: str | None) -> bytes:
-    """The reply of a worker; a number of numpy is sent as Python's."""
+def _dumped(item: int, value: Any, error: str | None) -> bytes:
+    """The reply of a worker to an item; a number of numpy is sent as Python's."""
     left = hasattr(os, "WNOHANG") and confined.children()
     if value is not None and getattr(value, "shape", None) == () and hasattr(value, "item"):
         value = value.item()
     try:
-        loaded(reply := pickle.dumps((value, error, left)))
+        loaded(reply := pickle.dumps((item, value, error, left)))
     except Exception as problem:
-        reply = pickle.dumps((None, f"the result cannot be sent back: {_describe(problem)}", left))
+        reply = pickle.dumps((item, None, f"the result cannot be sent back: {_describe(problem)}", left))
     return reply
 
 
@@ -317,14 +343,15 @@ def _serve(pipe: Connection, folder: str) -> None:
         # The parent keeps the time. If it is killed meanwhile, the kernel ends this process too, even inside C code.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, 2 * timeout + 1)
+        item, arguments = pickle.loads(call)
         try:
-            reply = (function(*pickle.loads(call)), None)
+            reply = (function(*arguments), None)
         except BaseException as error:  # such as exit() in an evaluated text, or math-verify's own time-out
             reply = (None, _describe(error))
         if os.getpid() != worker:  # the function has forked, and this is the child: only the worker may reply
             os._exit(0)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        pipe.send_bytes(_dumped(*reply))
+        pipe.send_bytes(_dumped(item, *reply))
 
 
 if __name__ == "__main__":

@@ -201,6 +201,7 @@ def value_of(pool, expression):
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="what only Linux offers")
+FIND = "int(__import__('sys').argv[1])"  # the pipe, as a completion can find it
 CHILD = "__import__('subprocess').Popen(['sleep', '{}'], start_new_session={})"
 
 
@@ -280,10 +281,33 @@ def test_a_reply_is_data_and_runs_nothing(pool, tmp_path):
     with pytest.raises(pickle.UnpicklingError, match="neither a number"):
         workers.loaded(reply)
     # A completion that finds the pipe and writes a reply of its own to it.
-    found = "max(int(f) for f in __import__('os').listdir('/proc/self/fd') if f in '34567')"
-    forged = f"__import__('multiprocessing.connection').connection.Connection({found}).send_bytes({reply!r})"
+    forged = f"__import__('multiprocessing.connection').connection.Connection({FIND}).send_bytes({reply!r})"
     assert value_of(pool, forged).value is None
     assert value_of(pool, "7") == Outcome(7, None) and not list(tmp_path.iterdir())
+
+
+@linux
+@pytest.mark.parametrize(
+    ("written", "error"),
+    (
+        (b"\0\0\1\0abc", "timed out after 1 s"),  # the beginning of a reply of 256 bytes
+        (b"\0", "timed out after 1 s"),
+        (b"\x7f\xff\xff\xff", "longer than 64 MiB"),
+        (b"\xff\xff\xff\xff", "longer than 64 MiB"),
+        (b"\0\0\0\3abc", "no readable reply"),
+        (len(pickle.dumps((7, 1.0, None, False))).to_bytes(4) + pickle.dumps((7, 1.0, None, False)), "another item"),
+    ),
+)
+def test_a_reply_that_a_completion_writes_itself_hangs_nothing(pool, written, error):
+    hang = "__import__('signal').setitimer(0, 0), __import__('time').sleep(60)"
+    outcome = value_of(pool, f"__import__('os').write({FIND}, {written!r}), {hang}")
+    assert outcome.value is None and error in outcome.error
+    assert value_of(pool, "7") == Outcome(7, None)
+
+
+def test_a_long_reply_is_read_in_parts(pool):
+    assert len(value_of(pool, "'x' * 10_000_000").value) == 10_000_000
+    assert "longer than 64 MiB" in value_of(pool, "bytes(70_000_000)").error
 
 
 def test_a_number_of_numpy_comes_back_as_a_number(pool):
