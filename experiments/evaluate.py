@@ -23,6 +23,7 @@ SAMPLING = ("k", "samples", "prompts", "seed")  # flags of what a policy writes
 @program
 def main(argv: Sequence[str] | None = None) -> None:
     from jaxpo.config.command_line import parse
+    from jaxpo.runs.trust import FLAG, trust_runs
 
     argv = sys.argv[1:] if argv is None else argv
     asked = [name for name in SAMPLING if any(arg.startswith(f"--{name}=") for arg in argv)]
@@ -38,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=(0, "of the samples"),
         json=("", "also write the numbers to this file"),
         nonfinite=(False, "evaluate even if parameters are NaN or infinite"),
+        **FLAG,
     )
+    trust_runs(flags.pop("trust"))
     if not flags["run"]:
         raise ValueError("--run=DIRECTORY is required")
     if not all(k.isdigit() for k in flags["k"].split(",") if k):

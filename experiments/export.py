@@ -19,6 +19,7 @@ from experiments.program import program
 @program
 def main(argv: Sequence[str] | None = None) -> None:
     from jaxpo.config.command_line import parse
+    from jaxpo.runs.trust import FLAG, trust_runs
 
     _, flags = parse(
         sys.argv[1:] if argv is None else argv,
@@ -31,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         dtype=("", "of the weights; by default that of the model the run started from, or of its parameters"),
         head=("", "score or value: this head in the place of the vocabulary's; a reward model's is taken anyway"),
         adapter=(False, "of a LoRA run: the adapter alone, as peft reads it"),
+        **FLAG,
     )
+    trust_runs(flags.pop("trust"))
     if not flags["workdir"] or not flags["out"]:
         raise ValueError("--workdir=RUN and --out=DIRECTORY are required")
     step = None if flags["step"] < 0 else flags["step"]
@@ -71,7 +74,7 @@ def export_run(
 
     out = str(local(out, "--out"))
     check_out(out)
-    workspace, params, step = open_finished(workdir, step, examples=False, nonfinite=nonfinite)
+    workspace, params, step = open_finished(workdir, step, examples=False, writes_only=True, nonfinite=nonfinite)
     config, tokenizer = workspace.config, workspace.tokenizer
     head = head_of(workspace, params, workdir, head)
     if adapter:

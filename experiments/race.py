@@ -48,15 +48,18 @@ HELP = dict(
 def main(argv: Sequence[str] | None = None) -> "Results":
     """The command. Raises ``SystemExit`` with one line for what cannot be raced."""
     from jaxpo.config.command_line import parse
+    from jaxpo.config.imports import load_imports, modules_in
     from jaxpo.race.race import race
     from jaxpo.race.results import CURVES, RESULTS
     from jaxpo.race.rules import Rules
 
     flags = {name: (default, HELP[name]) for name, default in asdict(Rules()).items()}
     flags["objectives"] = ("grpo,dr_grpo,gspo,gtpo,bapo", 'names, with changes: "grpo,grpo(eps_high=0.3)"; or all')
+    flags["imports"] = ("", "modules of your own, which register objectives or the task: my_tasks,my_objectives")
     flags["out"] = ("", "folder of the results; by default one of races/, named after the rules")
     argv = list(sys.argv[1:] if argv is None else argv)
     _, given = parse(argv, about=__doc__, config_required=False, **flags)
+    load_imports(modules_in(given.pop("imports")), "--imports")
     contenders, out = given.pop("objectives"), given.pop("out")
     rules = Rules(**given)
     out = out or folder(rules)

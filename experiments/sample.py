@@ -13,6 +13,7 @@ from experiments.program import program
 @program
 def main(argv: Sequence[str] | None = None) -> None:
     from jaxpo.config.command_line import parse
+    from jaxpo.runs.trust import FLAG, trust_runs
 
     argv = list(sys.argv[1:] if argv is None else argv)
     prompts = [a.removeprefix("--prompt=") for a in argv if a.startswith("--prompt=")]
@@ -28,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         temperature=(1.0, "of the draw"),
         seed=(0, "of the draw"),
         nonfinite=(False, "sample even if parameters are NaN or infinite"),
+        **FLAG,
     )
+    trust_runs(flags.pop("trust"))
     if not flags["run"] or not prompts:
         raise ValueError('--run=DIRECTORY and at least one --prompt="..." are required')
     if flags["n"] < 1:
@@ -57,7 +60,8 @@ def sample(
     from jaxpo.tasks import Example
     from jaxpo.text.terminal import printable
 
-    workspace, params, _ = open_finished(run, None if step < 0 else step, examples=False, nonfinite=nonfinite)
+    step = None if step < 0 else step
+    workspace, params, _ = open_finished(run, step, examples=False, writes_only=True, nonfinite=nonfinite)
     if is_reward_model(workspace.objective):
         raise ValueError(f"--run={run} holds a reward model, which judges answers and writes none")
     examples, ids = tokenize([Example(i, p, None, {}) for i, p in enumerate(prompts)], workspace.tokenizer, None)

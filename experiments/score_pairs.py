@@ -23,6 +23,7 @@ BATCH = 64  # pairs that are judged at once
 def main(argv: Sequence[str] | None = None) -> None:
     """The command. Raises ``SystemExit`` with one line for what cannot be scored."""
     from jaxpo.config.command_line import parse
+    from jaxpo.runs.trust import FLAG, trust_runs
 
     _, flags = parse(
         sys.argv[1:] if argv is None else argv,
@@ -33,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         out=("", "file to write: the same lines with rm_chosen and rm_rejected (required)"),
         gap=(1.0, "pairs whose scores are at most so far apart are hard"),
         hard=("", "file for these, which must not be there yet; by default they are only counted"),
+        **FLAG,
     )
+    trust_runs(flags.pop("trust"))
     if absent := [name for name in ("pairs", "judge", "out") if not flags[name]]:
         raise ValueError(f"--{absent[0]} is required")
     score_pairs(**flags)

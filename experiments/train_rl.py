@@ -40,6 +40,7 @@ def launch(argv: Sequence[str] | None, about: str, check: "Callable[[Resolved], 
         open_devices()  # a config file may ask for them too
     from jaxpo.config.command_line import parse
     from jaxpo.runs.train import train_rl
+    from jaxpo.runs.trust import FLAG, trust_runs
 
     config, flags = parse(
         argv,
@@ -48,8 +49,10 @@ def launch(argv: Sequence[str] | None, about: str, check: "Callable[[Resolved], 
         resume=(False, "go on from the last checkpoint in workdir, if there is one"),
         other_data=(False, "with --resume: go on even if the data are not those that the run was trained on"),
         profile_steps=(0, "iterations to trace with the profiler, into workdir/profile"),
+        **FLAG,
         **FLAGS,
     )
+    trust_runs(flags.pop("trust"))
     if not flags["workdir"]:
         raise ValueError("--workdir=DIRECTORY is required")
     own = {name: value for name, value in flags.items() if name not in FLAGS}

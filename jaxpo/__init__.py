@@ -2,7 +2,13 @@
 
 __version__ = "0.1.0"
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+
+if find_spec("jaxpo.kernels") is None:  # the folder kernels/ gets this name when jaxpo is installed
+    raise ModuleNotFoundError(
+        "jaxpo is found but not installed: in its checkout, call: pip install --constraint constraints.txt --editable ."
+    )
 
 if TYPE_CHECKING:
     from jaxpo.batch import Demonstrations, Pairs, Rollouts, TokenStats, from_sequences

@@ -25,6 +25,15 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 
+def beyond(value: numbers.Real) -> bool:
+    """Whether a whole number is too large for a float: a number of 400 digits is a slip, wherever it is given."""
+    try:
+        float(value)
+    except OverflowError:
+        return True
+    return False
+
+
 class Domain(NamedTuple):
     """The numbers that an argument may be.
 
@@ -41,7 +50,7 @@ class Domain(NamedTuple):
     infinite: bool = False
 
     def __contains__(self, value: object) -> bool:
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or beyond(value) or math.isnan(value):
             return False
         if self.whole and not isinstance(value, numbers.Integral):
             return False

@@ -115,6 +115,9 @@ _TABLE: dict[tuple[str, str], Entry] = {}
 _LATER: dict[tuple[str, str], str] = {}
 
 
+OWN = "; if it is of your own, name its module in config.imports (in a race: --imports)"
+
+
 def unknown(what: str, name: str, choices: Iterable[str]) -> str:
     """The message for a ``name`` that is none of the ``choices``: the nearest ones first, then the rest."""
     choices = sorted(choices)
@@ -215,7 +218,7 @@ def entry(name: str, kind: str = "objective") -> Entry:
         if kinds:
             calls = " or ".join(f"make({name!r}, {k!r})" if k != "objective" else f"make({name!r})" for k in kinds)
             raise ValueError(f"unknown {kind} {name!r}: it is {' and '.join(map(_article, kinds))}: {calls}")
-        raise ValueError(unknown(kind, name, names(kind)))
+        raise ValueError(unknown(kind, name, names(kind)) + OWN)
     if (kind, name) not in _TABLE:
         module, function = _LATER[kind, name].split(":")
         factory = getattr(importlib.import_module(module), function)

@@ -30,4 +30,5 @@ def pytest_configure(config: pytest.Config) -> None:
         kept = tempfile.mkdtemp(prefix="jaxpo-tests-")
         config.add_cleanup(lambda: shutil.rmtree(kept, ignore_errors=True))
     jax.config.update("jax_compilation_cache_dir", kept)
+    os.environ["XDG_STATE_HOME"] = kept  # where the key is that signs runs: not the user's own
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

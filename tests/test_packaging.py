@@ -197,6 +197,13 @@ def test_every_folder_is_a_package():
     assert set(setup_arguments()["packages"]) == folders
 
 
+def test_a_checkout_that_is_not_installed_says_what_to_do():
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import jaxpo"
+    ran = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
+    last = ran.stderr.strip().splitlines()[-1]
+    assert ran.returncode and "found but not installed: in its checkout, call: pip install" in last
+
+
 def test_version_has_one_source():
     assert setup_arguments()["version"] == jaxpo.__version__
     assert not re.search(r"^version\s*=", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)

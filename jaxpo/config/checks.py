@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 from ml_collections import ConfigDict
 
-from jaxpo.arguments import Count, Positive, Share, Whole, check
+from jaxpo.arguments import Count, Domain, NonNegative, Positive, Share, Whole, check
 from jaxpo.config.blocks import block_of
 from jaxpo.config.fields import default
 from jaxpo.config.resolved import Resolved
@@ -29,7 +30,11 @@ WHOLE = (
 )
 DOMAINS = {
     **dict.fromkeys(WHOLE, Whole),
-    **dict.fromkeys(("steps", "warm_start.steps", "seed", "logging.samples", "lora.rank"), Count),
+    **dict.fromkeys(("steps", "warm_start.steps", "logging.samples", "lora.rank"), Count),
+    "seed": Annotated[int, Domain(0, 2**32 - 1, whole=True)],  # numpy and jax take 32 bits
+    "rollout.prompt_width": Whole | None,
+    "logging.plot_seconds": NonNegative,
+    "imports": tuple[str, ...],
     **dict.fromkeys(("policy_temperature", "lora.alpha"), Positive),
     **dict.fromkeys(("warm_start.drop_last", "soup.alpha"), Share),
     "evaluation.pass_at": tuple[Whole, ...],
@@ -49,6 +54,9 @@ def check_fields(config: ConfigDict) -> None:
             f"config.evaluation.pass_at asks for pass@{max(config.evaluation.pass_at)}, which takes at least as many "
             f"samples; config.evaluation.samples is {config.evaluation.samples}"
         )
+    if not all(isinstance(text, str) and text for text in config.sampling.stop):
+        raise ValueError(f"config.sampling.stop must hold texts that are not empty, not {tuple(config.sampling.stop)}")
+    lora.check(max(config.lora.rank, 1), config.lora.targets)
     if len(config.soup.of) not in (0, 2):
         raise ValueError(f"config.soup.of must name two run directories, or none, not {tuple(config.soup.of)}")
 

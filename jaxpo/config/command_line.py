@@ -2,7 +2,9 @@
 
 import ast
 import importlib.util
+import traceback
 from collections.abc import Sequence
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from ml_collections.config_flags import config_flags
 
 from jaxpo.config.blocks import NAMED, OWN, block_of
 from jaxpo.config.fill import fill
+from jaxpo.config.imports import load_imports, modules_in
 from jaxpo.config.paths import expand_paths
 from jaxpo.config.reward_flags import add_reward_fields
 from jaxpo.registry import unknown
@@ -30,12 +33,23 @@ def read(path: str) -> ConfigDict:
     file = Path(expanded(path))
     if not file.is_file():
         raise ValueError(unknown("config file", str(file), [str(p) for p in file.parent.glob("*.py")]))
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    spec = importlib.util.spec_from_loader(file.stem, SourceFileLoader(file.stem, str(file)))
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"{path} has no function get_config()")
-    return module.get_config()
+    try:
+        spec.loader.exec_module(module)
+        made = module.get_config() if callable(getattr(module, "get_config", None)) else None
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        lines += [error.lineno] if isinstance(error, SyntaxError) and error.filename == str(file) else []
+        where = f"{path}, line {lines[-1]}" if lines else path
+        raise ValueError(f"{where}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if made is None:
+        raise ValueError(f"{path} has no function get_config() that returns a config")
+    if not isinstance(made, ConfigDict):
+        raise ValueError(
+            f"{path}: get_config() returns a {type(made).__name__}: start from jaxpo.config.fields.default()"
+        )
+    return made
 
 
 def _check_paths(config: ConfigDict, overrides: Sequence[str]) -> None:
@@ -59,6 +73,16 @@ def _take_none(config: ConfigDict, overrides: Sequence[tuple[str, str]]) -> list
         with config.unlocked():
             config[path.split(".")[0]] = ConfigDict(dict(name=config_dict.placeholder(str)))
     return [override for override in overrides if override not in none]
+
+
+def _take_imports(config: ConfigDict, overrides: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Apply ``--config.imports=a,b`` and load all modules that the config names, before any name is looked up; return
+    the other overrides."""
+    for path, value in overrides:
+        if path == "imports":
+            config.imports = modules_in(value)
+    load_imports(config.get("imports") or ())
+    return [override for override in overrides if override[0] != "imports"]
 
 
 def _take_names(config: ConfigDict, overrides: Sequence[tuple[str, str]]) -> None:
@@ -146,7 +170,7 @@ def parse(
             given["config"] = value
     if "config" in given:
         config = read(given["config"])
-        overrides = _take_none(config, overrides)
+        overrides = _take_imports(config, _take_none(config, overrides))
         _take_names(config, overrides)
         fill(config)
         overrides = _take_open(config, overrides)

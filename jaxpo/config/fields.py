@@ -30,6 +30,8 @@ def default() -> ConfigDict:
     return ConfigDict(
         dict(
             seed=0,  # of parameters, prompt order and sampling; the task has its own
+            # Modules of your own, which register what this config names: ("my_tasks", "my_package.objectives").
+            imports=(),
             steps=100,  # iterations of reinforcement learning
             task=dict(name="toy"),  # None = none: the prompts are those of data, and nothing verifies answers
             data=dict(name=optional(str)),  # preferences: "jsonl", "datasets" or "task" (made of the task's answers)

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, config_dict
 from jaxpo import registry
 from jaxpo.config.blocks import EMPTY, NAMED, OWN, arguments_of, block_of
 from jaxpo.config.fields import default
+from jaxpo.config.imports import add_imports, load_imports
 from jaxpo.fields import JUDGED
 from jaxpo.objectives import Objective, make
 from jaxpo.policy.adapters import read_adapter
@@ -60,10 +61,12 @@ def fill_blocks(config: ConfigDict, but: Collection[str] = ()) -> None:
     ``sampling.max_new_tokens``.
     """
     check_names(config, default())
+    load_imports(config.imports)
     with config.unlocked():
         for path in NAMED:
             if path not in but:
                 fill_block(config, path)
+        add_imports(config)
 
 
 def fill_lora(config: ConfigDict) -> None:

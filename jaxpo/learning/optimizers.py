@@ -9,7 +9,7 @@ import jax
 import optax
 from jax import Array
 
-from jaxpo.arguments import Count, Positive, Share, check, checked
+from jaxpo.arguments import FINITE, Count, Positive, Share, check, checked
 from jaxpo.registry import check_arguments, unknown
 
 OPTIMIZERS = tuple(
@@ -32,6 +32,9 @@ OPTIMIZERS = tuple(
     )
     if hasattr(optax, n)
 )
+
+
+SHARES = ("b1", "b2", "b3", "decay", "decay_rate", "momentum")  # of optax: how much of a running mean stays
 
 
 def constant(peak: float, steps: int, warmup_steps: Count = 0) -> optax.Schedule:
@@ -137,6 +140,10 @@ def make_optimizer(config: Mapping[str, Any], steps: int, field: str = "optimize
     """
     own = {k: v for k, v in config.items() if k not in ("name", "learning_rate", "clip_norm", "schedule")}
     check_arguments(f"{field} {config['name']!r}", own, optimizer_arguments(config["name"]))
+    for name, value in own.items():
+        if isinstance(value, float) and not (value in FINITE and value >= 0 and (value < 1 or name not in SHARES)):
+            share = " below 1" if name in SHARES else ""
+            raise ValueError(f"{field}.{name} must be a finite number of at least 0{share}, not {value!r}")
     check(f"{field}.learning_rate", config["learning_rate"], Positive)
     check(f"{field}.clip_norm", config["clip_norm"], Positive | None)
     rule = getattr(optax, config["name"])(make_schedule(config["schedule"], config["learning_rate"], steps), **own)

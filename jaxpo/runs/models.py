@@ -16,6 +16,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxpo.config.checks import check_mesh
+from jaxpo.config.imports import load_imports
 from jaxpo.config.resolved import Resolved, made
 from jaxpo.learning.programs import several
 from jaxpo.learning.references import SCORED
@@ -27,6 +28,8 @@ from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.families import config_from_hf
 from jaxpo.policy.stats import CRITIC, Other
 from jaxpo.policy.transformer import Params
+from jaxpo.registry import names
+from jaxpo.runs import trust
 from jaxpo.runs.restore import checkpoints_of, config_of, find_checkpoint
 from jaxpo.runs.workspace import Critic, Models
 from jaxpo.storage.checkpoint import restore_params, saved_paths
@@ -165,6 +168,9 @@ def is_run(path: Path) -> bool:
 def of_run(path: Path) -> Found:
     """What a run has learned by its last checkpoint; adapters are added to the weights that they belong to."""
     config = config_of(path)
+    if config.imports and config.policy.name not in names("policy"):
+        trust.check(path, config)
+        load_imports(config.imports)
     tokenizer = from_json(json.loads((path / "tokenizer.json").read_text()))
     shape, directory = made(config.policy, "policy")(tokenizer.vocab_size), checkpoints_of(str(path))
     there = frozenset(p[2] for p in saved_paths(directory) if p[:2] == ("params", "heads"))

@@ -21,7 +21,8 @@ from jaxpo.policy.adapters import load_adapter
 from jaxpo.policy.hf import load, open_source
 from jaxpo.policy.stats import CRITIC
 from jaxpo.policy.transformer import Params
-from jaxpo.registry import unknown
+from jaxpo.registry import names, unknown
+from jaxpo.runs import trust
 from jaxpo.runs.finite import check_finite
 from jaxpo.runs.kept import held_config, tokenizer_of, use_kept
 from jaxpo.runs.workspace import Workspace, prepare_process, setup
@@ -163,16 +164,49 @@ def config_of(folder: Path, *, examples: bool = False) -> ConfigDict:
     examples: whether its data will be read.
 
     Raises:
-      ValueError: as of `use_kept`."""
+      ValueError: the file is no config; or as of `use_kept`."""
     config = default()
     with config.unlocked():
-        config.update(held_config(folder))
+        try:
+            config.update(held_config(folder))
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            what = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{folder / 'config.json'} is not the config of a run: {what}") from None
     use_kept(config, folder, finished=True, examples=examples)
     return config
 
 
+def alone(config: ConfigDict) -> ConfigDict:
+    """The config of a policy that only writes or is exported: names that it does not use give way to known ones."""
+    plain = default()
+    with config.unlocked():
+        if config.task.name is not None and config.task.name not in names("task"):
+            config.task = plain.task
+        config.judge, config.trace = plain.judge, plain.trace
+        if config.objective.name not in names():
+            for field in ("objective", "protocol", "data", "optimizers", "references", "soup", "training"):
+                config[field] = plain[field]
+        if config.policy.name in names("policy"):
+            config.imports = ()
+    return config
+
+
+def check_writes(workdir: str, step: int | None) -> None:
+    """``ValueError`` if a run whose objective is not known has the heads of a reward model."""
+    paths = saved_paths(checkpoints_of(workdir), step) if find_checkpoint(workdir) is not None else ()
+    heads = {path[2] for path in paths if path[:2] == ("params", "heads")} & {"score", "embed"}
+    if heads:
+        raise ValueError(f"{workdir} holds a reward model (head {', '.join(sorted(heads))}), which writes no answers")
+
+
 def open_finished(
-    workdir: str, step: int | None = None, *, examples: bool = True, nonfinite: bool = False, **changes: Any
+    workdir: str,
+    step: int | None = None,
+    *,
+    examples: bool = True,
+    nonfinite: bool = False,
+    writes_only: bool = False,
+    **changes: Any,
 ) -> tuple[Workspace, Params, int]:
     """A run directory to evaluate or sample from: its workspace, the parameters of checkpoint ``step`` (the last
     one), and that step.
@@ -180,10 +214,12 @@ def open_finished(
     Args:
       examples: whether its task and data are read, as of `jaxpo.runs.workspace.setup`.
       nonfinite: whether the parameters may hold NaN or infinity.
+      writes_only: the run's task, data, objective and judge are not used (`alone`), so they need not be known.
       changes: config fields by path ("evaluation.prompts": 100) that differ from the run's.
 
     Raises:
-      ValueError: no run directory, or no such checkpoint in it; parameters that are not finite.
+      ValueError: no run directory, no such checkpoint in it, parameters that are not finite, or it names code and came
+        from elsewhere.
     """
     folder = local(workdir, "run directory")
     workdir = str(folder)
@@ -191,6 +227,13 @@ def open_finished(
         siblings = [str(p.parent) for p in folder.parent.glob("*/config.json")]
         raise ValueError(unknown("run directory", str(folder), siblings))
     config = config_of(folder, examples=examples)
+    if writes_only:
+        known = config.objective.name
+        config = alone(config)
+        if config.objective.name != known:
+            check_writes(workdir, step)
+    if config.imports or not writes_only:
+        trust.check(folder, config)
     with config.unlocked():
         # Nothing is trained here, so batches need not divide as they did; rows are spread over the devices there are.
         config.mesh, config.rollout.mesh = default().mesh, default().rollout.mesh
@@ -199,7 +242,7 @@ def open_finished(
         config.warm_start.steps = 0
         for path, value in changes.items():
             config.update_from_flattened_dict({path: value})
-    prepare_process(config.compilation_cache)
+    prepare_process(None)  # not the run's own cache of compiled programs: that is code
     tokenizer = tokenizer_of(folder)
     steps = finished_steps(checkpoints_of(workdir))
     if not steps or (step is not None and step not in steps):

@@ -25,7 +25,7 @@ from jaxpo.policy.families import tensors
 from jaxpo.policy.hf import check_source, open_source
 from jaxpo.policy.transformer import Params, parameter_count
 from jaxpo.protocols.gatherer import Watch
-from jaxpo.runs import kept, memory
+from jaxpo.runs import kept, memory, trust
 from jaxpo.runs.evaluation import answers, pairs
 from jaxpo.runs.gatherer import make_gatherer, make_stage
 from jaxpo.runs.interrupt import Interrupt
@@ -306,6 +306,8 @@ def open_run(
     saved = ConfigDict(config.to_dict())
     saved.update_from_flattened_dict(given)
     log.save_json("config.json", saved.to_dict())
+    if (signed := trust.signature(saved.to_dict())) is not None:
+        log.save_json(trust.SIGNATURE, signed)
     if found is None or held is None:
         kept.keep(log.path, config, workspace.tokenizer)
     if found is None or held is None or other_data:

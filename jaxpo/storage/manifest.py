@@ -265,7 +265,8 @@ def read(folder: epath.Path) -> dict[str, Any]:
     """Read the manifest in ``folder``, and check it and the sizes of the files.
 
     Raises:
-      DamagedCheckpoint: there is no manifest, it has changed, or files are missing or of another size.
+      DamagedCheckpoint: there is no manifest, it has changed, it is of another step than the folder's name says, or
+        files are missing or of another size.
     """
     if not (folder / NAME).exists():
         raise DamagedCheckpoint(f"no {NAME}: it was never finished")
@@ -276,6 +277,8 @@ def read(folder: epath.Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{NAME} is not readable") from None
     if written != _hash(content):
         raise DamagedCheckpoint(f"{NAME} is not as it was written")
+    if folder.name.isdecimal() and content.get("step", int(folder.name)) != int(folder.name):
+        raise DamagedCheckpoint(f"it holds step {content['step']}: call the folder {content['step']} again")
     there = sizes(folder)
     for path, size in content["files"].items():
         if there.get(path) != size:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxpo.arguments import Share, check, domain_of
-from jaxpo.registry import check_arguments, names, register_later, unknown
+from jaxpo.registry import OWN, check_arguments, names, register_later, unknown
 from jaxpo.registry import entry as registered
 from jaxpo.tasks.user_functions import as_number, locate
 from jaxpo.text.conversations import Question, Said, key_of
@@ -130,7 +130,7 @@ def _choices() -> list[str]:
 
 def _factory(name: str) -> Callable[..., Task]:
     if name not in _choices():
-        raise ValueError(unknown("task", name, _choices()))
+        raise ValueError(unknown("task", name, _choices()) + OWN)
     return locate(TASKS[name]) if name in TASKS else registered(name, "task").factory
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from jaxpo.arguments import Domain, Positive, Whole
 from jaxpo.registry import register, unknown
 from jaxpo.tasks.base import Example, Score, Task, split, verdict
+from jaxpo.tasks.plain import is_algebra, is_arithmetic, is_literal
 from jaxpo.tasks.rewards import extract_answer, present
 from jaxpo.tasks.workers import runner
 
@@ -18,21 +19,21 @@ REFUSED = {
     "game_of_life_halting": "its verifier gives full credit to any completion",
     "puzzle24": "its verifier ignores which numbers are used",
 }
-# Datasets whose verifiers evaluate the completion (eval, sympy, Fraction("1e999999999")). They can hang, so they run in
-# worker processes.
-EVALUATES = frozenset(
-    {
-        "binary_matrix",
-        "coin_flip",
-        "countdown",
-        "intermediate_integration",
-        "n_queens",
-        "polynomial_multiplication",
-        "simple_integration",
-        "spiral_matrix",
-        "string_insertion",
-    }
-)
+# Datasets whose verifiers run the completion as Python (eval, sympy's parser), and what it must be before they see it:
+# anything else scores 0.
+EVALUATES = {
+    "binary_matrix": is_literal,
+    "countdown": is_arithmetic,
+    "intermediate_integration": is_algebra,
+    "n_queens": is_literal,
+    "polynomial_multiplication": is_algebra,
+    "simple_integration": is_algebra,
+    "spiral_matrix": is_literal,
+    "string_insertion": is_literal,
+}
+# Those, and one whose verifier only computes what it reads (Fraction("1e999999999")), can hang: they run in worker
+# processes.
+HANGS = frozenset({*EVALUATES, "coin_flip"})
 
 # An item's seed is `seed + index`. Every run seed owns a block of consecutive item seeds: half for testing, half for
 # training.
@@ -72,7 +73,8 @@ def reasoning_gym(
         from scratch cannot use the instructions, which are the same in every item. None = the question.
       prompt: template of the prompt, with ``{}`` for the question or field: "What is {}? Answer with the number only."
       timeout, workers: seconds for one verdict and number of worker processes. Verifiers that evaluate the completion
-        run in workers with 5 s by default; the others run in this process unless one of the two is given.
+        (``EVALUATES``, which get only plain expressions) run in confined workers with 5 s by default; the others run in
+        this process unless one of the two is given.
       **dataset_config: fields of the dataset's own config.
 
     Raises:
@@ -96,10 +98,15 @@ def reasoning_gym(
             Example(i, prompt.replace("{}", _prompt(e, prompt_field)), e["answer"], e) for i, e in enumerate(source)
         ]
 
+    if dataset in EVALUATES:
+        print(
+            f"reasoning_gym/{dataset}: its verifier evaluates completions as Python; only plain ones reach it, in "
+            "confined worker processes (docs/trust.md)"
+        )
     config = pickle.dumps(dataset_config)
     verify = runner(
         functools.partial(_verify, dataset, config, extract),
-        isolate=dataset in EVALUATES,
+        isolate=dataset in HANGS,
         timeout=timeout,
         workers=workers,
         prepare=functools.partial(_source, dataset, config),
@@ -137,9 +144,20 @@ def _check(dataset: str, config: dict[str, Any], datasets: dict[str, tuple]) -> 
 
 
 def _verify(dataset: str, config: bytes, extract: str, entry: dict[str, Any], completion: str) -> float:
-    """The dataset's own score; 0 if the completion has no answer to extract. Worker processes import it by name."""
+    """The dataset's own score; 0 if the completion has no answer to extract, or one that would run as a program. Worker
+    processes import it by name."""
     answer = extract_answer(completion, extract)
-    return 0.0 if answer is None else _source(dataset, config).score_answer(answer.strip(), entry)
+    if answer is None or not harmless(dataset, answer.strip(), entry):
+        return 0.0
+    return _source(dataset, config).score_answer(answer.strip(), entry)
+
+
+def harmless(dataset: str, answer: str, entry: Mapping[str, Any]) -> bool:
+    """Whether a verifier that evaluates its answers may see this one: one of its own right answers, or plain."""
+    if dataset not in EVALUATES:
+        return True
+    right = (entry["answer"], *entry["metadata"].get("valid_answers", ()))
+    return answer in right or EVALUATES[dataset](answer)
 
 
 @functools.lru_cache(maxsize=8)

@@ -5,30 +5,40 @@ handler can end it: only a process can be killed. The workers are fresh interpre
 because jax does not survive a fork. They are started without multiprocessing because that would import the parent's
 main module, and jax with it, into each of them.
 
+A worker is a process group of its own that dies whole, and it is confined (`jaxpo.tasks.confined`): limits of memory,
+processes and files, an environment without keys, no network, one folder to write to. Its replies are data: numbers,
+texts, lists, and nothing that loading could run.
+
 This file is also the program that a worker runs; it imports the standard library only.
 """
 
+import contextlib
 import functools
+import io
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
 from jaxpo.arguments import Positive, Whole, check
+from jaxpo.tasks import confined
 
 TIMEOUT = 5.0  # seconds for one item, unless the caller says otherwise
 STARTUP = 120.0  # seconds for a worker to import what it needs, on a machine that may be busy
+REPLY = 64 << 20  # bytes of the longest reply
 
 
 class Failure(str):
@@ -98,6 +108,8 @@ def default_workers() -> int:
 class _Worker:
     process: subprocess.Popen
     pipe: Connection
+    folder: str  # where it may write
+    received: bytearray = field(default_factory=bytearray)  # of a reply that is not whole yet
     ready: bool = False  # its imports are done
     item: int | None = None  # what it works on
     deadline: float = float("inf")
@@ -106,8 +118,9 @@ class _Worker:
 class WorkerPool:
     """Call one function in worker processes: ``WorkerPool(f, timeout=5).map([(a, b), (c, d)])``.
 
-    A call that takes longer than the limit is killed with its worker and becomes an error. So does a call whose worker
-    dies. The other calls go on, and a new worker replaces the old one. Workers start with the first ``map``, stay for
+    A call that takes longer than the limit is killed with its worker, and with all that it has started, and becomes an
+    error. So does a call whose worker dies. The other calls go on, and a new worker replaces the old one; it also
+    replaces one whose call leaves processes behind. Workers start with the first ``map``, stay for
     the next ones, and end with ``close``, with the pool itself, or with this process. Any thread may use the pool;
     calls of ``map`` wait for each other.
 
@@ -183,24 +196,26 @@ class WorkerPool:
 
     def _start(self) -> _Worker:
         pipe, theirs = Pipe()
+        folder = tempfile.mkdtemp(prefix="jaxpo-worker-")
         # -P keeps this file's folder off the path: its modules must not hide libraries of the same name. A new session:
         # Ctrl-C and a SIGTERM to the group reach the main process only. A verifier that imports jax must not take the
         # TPU.
         process = subprocess.Popen(
-            [sys.executable, "-P", "-W", "ignore", __file__, str(theirs.fileno())],
+            [sys.executable, "-P", "-W", "ignore", __file__, str(theirs.fileno()), folder],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,  # what a completion prints belongs on nobody's terminal
             pass_fds=[theirs.fileno()],
             start_new_session=True,
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            env=confined.environment(os.environ, folder),
         )
         theirs.close()
         pipe.send((list(sys.path), *self._payload, self._timeout))
-        return _Worker(process, pipe, deadline=time.monotonic() + STARTUP)
+        return _Worker(process, pipe, folder, deadline=time.monotonic() + STARTUP)
 
     def _give(self, worker: _Worker, waiting: deque[int], calls: list[tuple]) -> None:
         try:
-            worker.pipe.send(calls[waiting[0]])
+            worker.pipe.send((waiting[0], calls[waiting[0]]))
         except OSError:  # it died while idle (the machine ran out of memory, say): nothing is lost
             self._drop(worker)
             return
@@ -208,10 +223,16 @@ class WorkerPool:
 
     def _receive(self, worker: _Worker, done: dict[int, Outcome]) -> None:
         try:
-            reply = worker.pipe.recv()
-        except (EOFError, OSError):
+            if (whole := _received(worker)) is None:
+                return
+            reply = loaded(whole)
+            if worker.ready and reply[0] != worker.item:
+                raise ValueError("it answers another item")
+        except Exception as error:  # it has died, or sends what no worker of ours sends
             self._drop(worker)
             died = f"the worker process died (exit code {worker.process.returncode})"
+            if not isinstance(error, EOFError | ConnectionError):
+                died = f"the worker process sent no readable reply ({_describe(error)})"
             if not worker.ready:
                 raise RuntimeError(f"{died} while it started") from None
             done[worker.item] = Outcome(None, failure(died))
@@ -221,8 +242,10 @@ class WorkerPool:
                 raise RuntimeError(f"a worker process could not load the function: {reply}")
             worker.ready = True
         else:
-            value, *error = reply
-            done[worker.item] = Outcome(value, failure(*error) if error else None)
+            _, value, error, trace, left = reply
+            done[worker.item] = Outcome(value, None if error is None else failure(error, trace))
+            if left:
+                self._drop(worker)
         worker.item, worker.deadline = None, float("inf")
 
     def _drop(self, worker: _Worker) -> None:
@@ -231,12 +254,75 @@ class WorkerPool:
 
 
 def _end(workers: list[_Worker]) -> None:
-    """Kill the processes and empty the list. They hold no state, so nothing is lost."""
+    """Kill the processes with all that they started, and empty the list. They hold no state, so nothing is lost."""
     while workers:
         worker = workers.pop()
-        worker.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(worker.process.pid, signal.SIGKILL)
         worker.process.wait()
+        for pid in _started_in(worker.folder):  # such as left the group
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         worker.pipe.close()
+        shutil.rmtree(worker.folder, ignore_errors=True)
+
+
+def _started_in(folder: str) -> list[int]:
+    """The processes whose environment names a worker's folder; [] where the system does not tell (no /proc)."""
+    sign, found = f"TMPDIR={folder}\0".encode(), []
+    with contextlib.suppress(OSError):
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:
+                if sign in file.read():
+                    found.append(int(name))
+    return found
+
+
+def _received(worker: _Worker) -> bytes | None:
+    """The next reply; None if it is not whole yet. It reads what is there and never waits: a process that may run
+    anything can also begin a reply and not end it.
+
+    Raises:
+      EOFError: the worker has closed its end.
+      OSError: the reply is too long."""
+    part = os.read(worker.pipe.fileno(), 1 << 20)
+    if not part:
+        raise EOFError
+    worker.received += part
+    length = int.from_bytes(worker.received[:4], "big", signed=True)  # as `Connection` sends it
+    if not 0 <= length <= REPLY:
+        raise OSError(f"it is longer than {REPLY >> 20} MiB")
+    if len(worker.received) < 4 + length or len(worker.received) < 4:
+        return None
+    whole = bytes(worker.received[4 : 4 + length])
+    del worker.received[: 4 + length]
+    return whole
+
+
+class _Data(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"{module}.{name} is neither a number, a text, nor a list or dict of them")
+
+
+def loaded(reply: bytes) -> Any:
+    """The data in a reply. What is unpickled here was written by a process that may run anything, so no class is
+    loaded.
+
+    Raises:
+      pickle.UnpicklingError: it holds something else than numbers, texts, lists, tuples and dicts."""
+    return _Data(io.BytesIO(reply)).load()
+
+
+def _dumped(item: int, value: Any, error: str | None, trace: str) -> bytes:
+    """The reply of a worker to an item; a number of numpy is sent as Python's."""
+    left = hasattr(os, "WNOHANG") and confined.children()
+    if value is not None and getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()
+    try:
+        loaded(reply := pickle.dumps((item, value, error, trace, left)))
+    except Exception as problem:
+        reply = pickle.dumps((item, None, f"the result cannot be sent back: {_describe(problem)}", "", left))
+    return reply
 
 
 def _importable(function: Callable | None) -> bytes:
@@ -265,11 +351,12 @@ def _trace(error: BaseException) -> str:
     return "".join(traceback.format_exception(type(error), error, trace))[-8000:]
 
 
-def _serve(pipe: Connection) -> None:
-    """The worker's side: load the function, then answer calls until the other end closes."""
+def _serve(pipe: Connection, folder: str) -> None:
+    """The worker's side: confine itself, load the function, then answer calls until the other end closes."""
     try:
         path, payload, preparation, timeout = pipe.recv()
         sys.path[:] = path
+        confined.confine(folder)
         function, prepare = pickle.loads(payload), pickle.loads(preparation)
         if prepare is not None:
             prepare()
@@ -277,24 +364,25 @@ def _serve(pipe: Connection) -> None:
         pipe.send(_describe(error))
         return
     pipe.send(None)
+    worker = os.getpid()
     while True:
         try:
             call = pipe.recv_bytes()
         except EOFError:
-            return
+            os.killpg(0, signal.SIGKILL)  # with whatever it has started
         # The parent keeps the time. If it is killed meanwhile, the kernel ends this process too, even inside C code.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, 2 * timeout + 1)
+        item, arguments = pickle.loads(call)
         try:
-            reply = (function(*pickle.loads(call)),)
+            reply = (function(*arguments), None, "")
         except BaseException as error:  # such as exit() in an evaluated text, or math-verify's own time-out
             reply = (None, _describe(error), _trace(error))
+        if os.getpid() != worker:  # the function has forked, and this is the child: only the worker may reply
+            os._exit(0)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        try:
-            pipe.send(reply)
-        except Exception as error:  # user code: pickling it may raise anything
-            pipe.send((None, f"the result cannot be sent back: {_describe(error)}", ""))
+        pipe.send_bytes(_dumped(item, *reply))
 
 
 if __name__ == "__main__":
-    _serve(Connection(int(sys.argv[1])))
+    _serve(Connection(int(sys.argv[1])), sys.argv[2])

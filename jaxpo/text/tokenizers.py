@@ -185,7 +185,7 @@ class PretrainedTokenizer:
     ):
         path = tokenizer if isinstance(tokenizer, (str, Path)) else None
         if path is not None:
-            tokenizer = gguf_tokenizer(path) if Path(path).suffix == ".gguf" else _of_folder(path)
+            tokenizer = gguf_tokenizer(path) if Path(path).suffix == ".gguf" else without_code(path)
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(f"a fast tokenizer of transformers is needed, got {type(tokenizer).__name__}")
         if chat_template and not tokenizer.chat_template:
@@ -340,11 +340,6 @@ def _write_files(files: Mapping[str, bytes], folder: Path, but: Sequence[str] = 
             (folder / name).write_bytes(content)
 
 
-def _of_folder(path: str | Path) -> Any:
-    """The tokenizer of transformers in a folder, or of that name on the hub; no Python of the folder is run."""
-    return transformers_library().AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-
-
 def _text_of(content: bytes) -> str | dict[str, str]:
     """The content of a file as JSON can hold it."""
     try:
@@ -356,6 +351,28 @@ def _text_of(content: bytes) -> str | dict[str, str]:
 def _bytes_of(text: str | Mapping[str, str]) -> bytes:
     """The inverse of `_text_of`."""
     return text.encode() if isinstance(text, str) else base64.b64decode(text["base64"])
+
+
+def without_code(path: str | Path) -> Any:
+    """The tokenizer of transformers in a folder or under a hub name; Python that comes with it is never run. Where
+    transformers asks for that Python, the tokenizer.json beside it is enough.
+
+    Raises:
+      ValueError: there is no tokenizer.json, so only the Python could read the tokenizer.
+      OSError: there is no tokenizer."""
+    library = transformers_library()
+    try:
+        return library.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+    try:
+        return library.PreTrainedTokenizerFast.from_pretrained(path)
+    except (OSError, ValueError, TypeError):
+        raise ValueError(
+            f"config.tokenizer.path {str(path)!r} brings Python code of its own for the tokenizer, which is not run, "
+            "and no tokenizer.json that does without: save one there with save_pretrained of a fast tokenizer"
+        ) from None
 
 
 def first_difference(a: Tokenizer, b: Tokenizer) -> int | None:
@@ -496,7 +513,8 @@ def _pretrained_from_json(spec: Mapping[str, Any]) -> PretrainedTokenizer:
     files = {name: _bytes_of(text) for name, text in spec["files"].items()}
     with tempfile.TemporaryDirectory() as folder:
         _write_files(files, Path(folder))
-        tokenizer = PretrainedTokenizer(_of_folder(folder), spec["chat_template"], spec["eos"], **spec["conversations"])
+        read = without_code(folder)
+    tokenizer = PretrainedTokenizer(read, spec["chat_template"], spec["eos"], **spec["conversations"])
     tokenizer._files = files
     return tokenizer
 

@@ -133,6 +133,17 @@ def test_the_one_before_a_damaged_one_is_taken_loudly(copy, capsys, damage):
     assert sorted(path.name for path in copy.iterdir()) == ["1", "2", *kept]
 
 
+@pytest.mark.parametrize("name", ("99999", "0"))
+def test_a_renamed_checkpoint_is_not_taken_for_another_step(copy, capsys, name):
+    (copy / "2").rename(copy / name)
+    assert restore(copy, tree_of(1)).step == 1
+    with pytest.raises(DamagedCheckpoint, match="holds step 2: call the folder 2 again"):
+        restore(copy, tree_of(1), int(name))
+    shutil.rmtree(copy / "1")
+    with pytest.raises(FileNotFoundError, match="holds step 2"):
+        restore(copy, tree_of(1))
+
+
 def test_any_flipped_bit_is_noticed_or_meant_nothing(copy):
     """In every file that orbax wrote, at random places."""
     rng, whole, noticed = random.Random(0), tree_of(2), 0

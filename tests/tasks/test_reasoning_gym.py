@@ -1,11 +1,13 @@
 """Tasks of the library itself, with its own verifiers."""
 
 import dataclasses
+import pickle
 
 import pytest
 
 from jaxpo.tasks import Score, build
-from jaxpo.tasks.reasoning_gym import HALF, SEEDS, reasoning_gym
+from jaxpo.tasks.plain import is_algebra, is_arithmetic, is_literal
+from jaxpo.tasks.reasoning_gym import EVALUATES, HALF, SEEDS, _verify, harmless, reasoning_gym
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +143,43 @@ def test_bad_arguments_fail_before_anything_is_built(change, message):
     arguments = {"dataset": "spell_backward", "train_size": HALF, "test_size": HALF, "seed": 0}
     with pytest.raises(ValueError, match=message):
         reasoning_gym(**{**arguments, **change})
+
+
+ATTACKS = (
+    "__import__('os').system('id > {}')",
+    "open('{}', 'w')",
+    "[open('{}', 'w') for _ in [0]]",
+    "(lambda: open('{}', 'w'))()",
+    "sin.__class__.__init__.__globals__['__builtins__']['open']('{}', 'w')",
+    "sympify(\"open('{}', 'w')\")",
+    "exp(open('{}', 'w'))",
+    "f\"{{open('{}', 'w')}}\"",
+)
+
+
+@pytest.mark.parametrize("dataset", sorted(EVALUATES))
+def test_a_completion_that_is_a_program_scores_0_and_is_not_run(dataset, tmp_path, capsys):
+    task = reasoning_gym(dataset, 8, 2, seed=0, partial_credit=True, workers=1, timeout=20)
+    assert capsys.readouterr().out.count("evaluates completions as Python") == 1
+    example = task.test[0]
+    entry, made = example.entry, tmp_path / "made"
+    for attack in ATTACKS:
+        assert not harmless(dataset, attack.format(made), entry), attack
+        assert _verify(dataset, pickle.dumps({}), "text", entry, attack.format(made)) == 0.0
+    assert not made.exists()
+    assert _verify(dataset, pickle.dumps({}), "text", entry, task.demonstrate(example)) == 1.0
+    if dataset == "countdown":  # one is enough to see that the workers ask the same question
+        good, bad = task.score([example] * 2, [task.demonstrate(example), ATTACKS[0].format(made)])
+        assert good == Score(1.0, True) and bad == Score(0.0, False) and not made.exists()
+
+
+@pytest.mark.parametrize(
+    ("check", "good", "bad"),
+    (
+        (is_literal, ("[[0, 1], [1, 0]]", "-3", "'a'", " [1] "), ("x", "1 if 1 else 2", "[" * 10**4, "f(1)", "")),
+        (is_arithmetic, ("(1 + 2) * 3 / -4", "2**3"), ("x", "f(1)", "1 if 1 else 2", "'a'", "True", "1;2")),
+        (is_algebra, ("sin(x)**2 + C", "2*x + pi"), ("x.y", "open(1)", "sin(x=1)", "__x", "[x]", "sin('a')", "x!")),
+    ),
+)
+def test_plain_texts(check, good, bad):
+    assert all(map(check, good)) and not any(map(check, bad))

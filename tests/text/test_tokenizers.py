@@ -272,3 +272,39 @@ def test_what_transformers_5_writes_gets_names_that_others_know(tmp_path):
         again = transformers_library().AutoTokenizer.from_pretrained(tmp_path / name)
         assert again.encode("ab") == made.encode("ab") and again.all_special_ids == made._tokenizer.all_special_ids
         assert again.chat_template == made._tokenizer.chat_template
+
+
+def brings_python(tokenizer, folder, made, entry):
+    """A folder whose tokenizer asks for a Python file beside it, which leaves the file ``made`` when it is run."""
+    tokenizer.save_pretrained(folder)
+    (folder / "tokenization_evil.py").write_text(f"open({str(made)!r}, 'w')\nclass Evil: pass\n")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": entry}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "entry", (["tokenization_evil.Evil", None], [None, "tokenization_evil.Evil"], "tokenization_evil.Evil")
+)
+def test_a_folders_python_is_never_run_and_never_asked_for(byte_level, tmp_path, monkeypatch, entry):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question"))
+    folder, made = tmp_path / "folder", tmp_path / "made"
+    brings_python(byte_level, folder, made, entry)
+    loaded = PretrainedTokenizer(str(folder), chat_template=False)
+    assert loaded.encode("hello world") == PretrainedTokenizer(byte_level, False).encode("hello world")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="brings Python code of its own for the tokenizer, which is not run") as error:
+        PretrainedTokenizer(str(folder), chat_template=False)
+    assert "\n" not in str(error.value) and not made.exists()
+
+
+def test_a_models_own_python_is_not_run_for_its_tokenizer(byte_level, tmp_path):
+    byte_level.save_pretrained(tmp_path)
+    config = {"model_type": "evil", "auto_map": {"AutoConfig": "configuration_evil.EvilConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "configuration_evil.py").write_text(f"open({str(tmp_path / 'made')!r}, 'w')\n")
+    held = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    held.pop("tokenizer_class", None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(held))
+    assert PretrainedTokenizer(str(tmp_path), chat_template=False).encode("hello")
+    assert not (tmp_path / "made").exists()

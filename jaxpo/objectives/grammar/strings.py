@@ -4,7 +4,7 @@ import ast
 from typing import Any
 
 from jaxpo.arguments import Whole
-from jaxpo.calls import call_of
+from jaxpo.calls import call_of, elements_of, finite_number
 from jaxpo.objectives.grammar.base import Objective
 from jaxpo.objectives.grammar.parts import Part
 from jaxpo.objectives.grammar.policy_gradient import policy_gradient
@@ -70,10 +70,14 @@ def composed(
 
 def _items(kind: str, text: str, exactly: int | None = None) -> list[tuple[float, ast.expr]]:
     """(coefficient, name or call) of the parts that a text names: ``a, b(x=1)`` or ``0.1 * a + b``."""
+    if not text.strip() and exactly is None:
+        return []
     try:
-        elements = ast.parse(f"[{text}]", mode="eval").body.elts
-    except SyntaxError as error:
-        raise ValueError(f"{kind} {text!r} is not a list of names or calls such as name(option=1)") from error
+        elements = elements_of(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{kind} {text[:80]!r} is not a list of names or calls such as name(option=1): {error}"
+        ) from None
     items: list[tuple[float, ast.expr]] = []
 
     def add(node: ast.expr) -> None:
@@ -93,12 +97,11 @@ def _items(kind: str, text: str, exactly: int | None = None) -> list[tuple[float
 
 def _number(node: ast.expr, text: str) -> float:
     try:
-        value = ast.literal_eval(node)
+        return finite_number(node)
     except ValueError as error:
-        raise ValueError(f"in {text!r} a coefficient must be a number, as in 0.1 * name(option=1)") from error
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"in {text!r} the coefficient {value!r} is no number")
-    return value
+        raise ValueError(
+            f"in {text[:80]!r} a coefficient must be a number, as in 0.1 * name(option=1): {error}"
+        ) from None
 
 
 def _build(kind: str, node: ast.expr, facts: tuple[int | None, int | None]) -> Any:

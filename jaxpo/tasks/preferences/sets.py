@@ -245,6 +245,8 @@ def from_records(
             raise ValueError(unknown("field of config.data.fields", field, FIELDS_OF_ROWS))
     if check("test_size", test_size, Whole | None) is not None and len(sources) > 1:
         raise ValueError("give held-out rows or test_size, not both")
+    if fields is not None and not isinstance(fields, Mapping):
+        raise ValueError(f"fields must map our names to the file's, as in {{'prompt': 'question'}}, not {fields!r}")
     if seed and not test_size:
         raise ValueError(f"seed={seed!r} has no effect without test_size: it draws the rows that test_size holds out")
     for source in sources:

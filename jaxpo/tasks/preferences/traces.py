@@ -44,9 +44,10 @@ def calculator(question: str, answer: str) -> Trace:
     found = max(EXPRESSION.findall(question), key=len, default="").strip()
     try:
         value = evaluate(ast.parse(found, mode="eval").body)
-    except (SyntaxError, ValueError, ZeroDivisionError):
+        shown = f"{value:g}"
+    except (SyntaxError, ValueError, ArithmeticError, MemoryError, RecursionError):
         return []
-    return [("tool", found), ("observation", f"{value:g}")]
+    return [("tool", found), ("observation", shown)]
 
 
 def evaluate(node: ast.AST) -> float:
