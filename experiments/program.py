@@ -72,9 +72,9 @@ def signals_interrupt(*, at_once: bool) -> Iterator[list[int]]:
     def stop(number: int, _: object) -> None:
         seen.append(number)
         if at_once and len(seen) == 1:
-            leave = threading.Timer(GRACE, os._exit, (128 + number,))
-            leave.daemon = True
-            leave.start()
+            timer = threading.Timer(GRACE, leave, (number,))
+            timer.daemon = True
+            timer.start()
         raise KeyboardInterrupt(number)
 
     before = {}
@@ -87,6 +87,13 @@ def signals_interrupt(*, at_once: bool) -> Iterator[list[int]]:
         sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def leave(number: int) -> None:
+    """End the process where what the signal raised was lost, or cleaning up takes too long."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
+    os._exit(128 + number)
 
 
 def interruption(stop: KeyboardInterrupt) -> tuple[int, str]:
