@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 from jaxpo.config.blocks import arguments_of
 from jaxpo.config.checks import check_fields, check_resolved
 from jaxpo.config.fill import fill_blocks, fill_protocol, objective_of, protocol_name
+from jaxpo.config.pins import pin
 from jaxpo.config.resolved import Resolved
 from jaxpo.learning import references
 from jaxpo.learning.needs import form_of, heads_of, references_of
@@ -26,6 +27,7 @@ def resolve(config: ConfigDict, devices: int, *, objective: Objective | None = N
     """
     check_fields(config)
     fill_blocks(config, but=() if objective is None else ("objective",))
+    pin(config)
     objective = objective_of(config) if objective is None else objective
     name = protocol_name(config, objective)
     fill_protocol(config, objective)

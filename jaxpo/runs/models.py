@@ -1,7 +1,6 @@
 """Models beside the policy, which are no copies of it (``config.references``): found at a path, checked to know the
 same tokens, and loaded onto the run's mesh. They are not checkpointed: a run that is resumed loads them again."""
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,8 @@ from jax.sharding import Mesh
 
 from jaxpo.config.checks import check_mesh
 from jaxpo.config.resolved import Resolved, made
+from jaxpo.files import read_json
+from jaxpo.hub import WEIGHTS, model_files
 from jaxpo.learning.programs import several
 from jaxpo.learning.trainable import lora_scale, random_params
 from jaxpo.parallel import shardings
@@ -71,10 +72,9 @@ def find_models(resolved: Resolved, policy: TransformerConfig, mesh: Mesh) -> di
     """
     out = {}
     for name in resolved.models:
-        field, path = field_of(resolved, name), Path(resolved.config.references[name])
-        if not path.exists():
-            raise ValueError(f"{field} does not exist: it is a model folder, a GGUF file or a run directory")
+        field = field_of(resolved, name)
         try:
+            path = model_files(resolved.config.references[name], WEIGHTS)
             found = of_run(path) if is_run(path) else of_files(path, policy)
         except ValueError as error:
             raise ValueError(f"{field}: {error}") from None
@@ -90,7 +90,7 @@ def is_run(path: Path) -> bool:
     Raises:
       ValueError: a run directory without a checkpoint."""
     file = path / "config.json"
-    if not file.is_file() or not {"objective", "rollout"} <= json.loads(file.read_text()).keys():
+    if not file.is_file() or not {"objective", "rollout"} <= read_json(file).keys():
         return False
     if find_checkpoint(str(path)) is None:
         raise ValueError("this run directory has no checkpoint")
@@ -100,7 +100,7 @@ def is_run(path: Path) -> bool:
 def of_run(path: Path) -> Found:
     """What a run has learned by its last checkpoint; adapters are added to the weights that they belong to."""
     config = config_of(path)
-    tokenizer = from_json(json.loads((path / "tokenizer.json").read_text()))
+    tokenizer = from_json(read_json(path / "tokenizer.json"))
     shape = made(config.policy, "policy")(tokenizer.vocab_size)
 
     def load(mesh: Mesh) -> Params:

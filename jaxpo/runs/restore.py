@@ -1,6 +1,5 @@
 """A run as its checkpoints hold it: what is saved, and how it comes back to train, evaluate or sample."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from jaxpo.config.fields import default
+from jaxpo.files import read_json
 from jaxpo.learning import references
 from jaxpo.learning.programs import optimizer_of
 from jaxpo.learning.references import held
@@ -33,7 +33,7 @@ def checkpoints_of(workdir: str, config: ConfigDict | None = None) -> str:
     if config is not None:
         directory = config.checkpoint.directory
     else:
-        directory = json.loads(held.read_text()).get("checkpoint", {}).get("directory") if held.is_file() else None
+        directory = read_json(held).get("checkpoint", {}).get("directory") if held.is_file() else None
     return directory or f"{workdir}/checkpoints"
 
 
@@ -132,7 +132,7 @@ def config_of(folder: Path) -> ConfigDict:
     from may be gone."""
     config = default()
     with config.unlocked():
-        config.update(json.loads((folder / "config.json").read_text()))
+        config.update(read_json(folder / "config.json"))
         if config.policy.name == "pretrained" and not config.lora.rank:
             config.policy.path = str(folder / MODEL)
     return config
@@ -165,7 +165,7 @@ def open_finished(
         for path, value in changes.items():
             config.update_from_flattened_dict({path: value})
     prepare_process(config.compilation_cache)
-    tokenizer = from_json(json.loads((folder / "tokenizer.json").read_text()))
+    tokenizer = from_json(read_json(folder / "tokenizer.json"))
     steps = finished_steps(checkpoints_of(workdir))
     if not steps or (step is not None and step not in steps):
         raise ValueError(

@@ -12,7 +12,9 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from jaxpo.config.pins import keep_pins
 from jaxpo.config.resolved import Resolved
+from jaxpo.files import read_json
 from jaxpo.learning.needs import is_reward_model
 from jaxpo.learning.state import Run
 from jaxpo.parallel.distributed import check_shared, from_first, is_first, on_first, only_first_prints
@@ -110,6 +112,8 @@ def _train(
     if config.checkpoint.directory and done is not None and not resume:
         raise FileExistsError(f"{directory} holds checkpoint {done}; go on with --resume or choose another directory")
     check_profile(profile_steps, config.steps - (done or 0) - PROFILE_AFTER)
+    if resume and (held := Path(workdir) / "config.json").is_file():
+        keep_pins(config, read_json(held))
     voice, started = Voice(), time.perf_counter()
     workspace = setup(config, report=voice, check=check, load_models=load_models)
     watch = Watch(say=voice)
@@ -181,7 +185,7 @@ def open_run(workdir: str, workspace: Workspace, resume: bool, found: Restored |
     begun, held = Path(workdir).is_dir() and any(Path(workdir).iterdir()), Path(workdir) / "config.json"
     resume_step = (found.step if found else BEFORE_ALL) if resume and begun else None
     if found and found.manifest["config"] != config_hash(config) and held.is_file():
-        for line in differences(json.loads(held.read_text()), json.loads(json.dumps(config.to_dict()))):
+        for line in differences(read_json(held), json.loads(json.dumps(config.to_dict()))):
             print(f"WARNING: the run goes on with another config: {line}")
     wandb = {"project": config.logging.wandb_project} if config.logging.wandb_project else None
     log = RunDirectory(workdir, tensorboard=config.logging.tensorboard, wandb=wandb, resume_step=resume_step)

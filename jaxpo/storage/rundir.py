@@ -27,6 +27,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from jaxpo.files import read_json
+
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 RESERVED = ("step", "time", "nonfinite")  # fields of a metrics line that are not metrics
 
@@ -346,7 +348,7 @@ def _import(module: str, extra: str) -> ModuleType:
 
 def _start_wandb(module: ModuleType, run: RunDirectory, options: Mapping[str, Any]) -> Any:
     kept = run.path / "wandb.json"  # holds the id, so that a resumed run continues there
-    known = json.loads(kept.read_text()) if kept.exists() else {}
+    known = read_json(kept) if kept.exists() else {}
     started = module.init(dir=str(run.path), resume="allow", **{**known, **options})
     run.save_json(kept.name, {"id": started.id})
     return started

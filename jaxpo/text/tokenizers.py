@@ -15,6 +15,8 @@ from types import ModuleType
 from typing import Annotated, Any, Protocol
 
 from jaxpo.arguments import Domain, check
+from jaxpo.files import read_json
+from jaxpo.hub import model_files
 from jaxpo.registry import register, unknown
 from jaxpo.text import gguf
 
@@ -156,6 +158,7 @@ class PretrainedTokenizer:
     def __init__(self, tokenizer: Any, chat_template: bool, eos: Sequence[str] = ()):
         path = tokenizer if isinstance(tokenizer, (str, Path)) else None
         if path is not None:
+            path = model_files(path)
             of_gguf = Path(path).suffix == ".gguf"
             tokenizer = gguf_tokenizer(path) if of_gguf else transformers_library().AutoTokenizer.from_pretrained(path)
         if not getattr(tokenizer, "is_fast", False):
@@ -258,7 +261,7 @@ def pretrained(path: str, chat_template: bool = True) -> FromTexts:
     """The tokenizer of a pretrained model.
 
     Args:
-      path: a folder, a GGUF file or a hub name.
+      path: a folder, a GGUF file or a hub id (`jaxpo.hub`).
       chat_template: ask questions through the model's chat template.
     """
     return lambda texts: PretrainedTokenizer(path, chat_template)
@@ -369,7 +372,7 @@ def _generation_eos(path: str | Path | None) -> list[int]:
     file = None if path is None else Path(path) / "generation_config.json"
     if file is None or not file.is_file():
         return []
-    ids = json.loads(file.read_text()).get("eos_token_id")
+    ids = read_json(file).get("eos_token_id")
     return ids if isinstance(ids, list) else [ids]
 
 
