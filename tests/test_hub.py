@@ -1,7 +1,11 @@
 """Models and data sets of the hub, from a server on this machine: what is fetched, and one line for each error."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -182,3 +186,14 @@ def test_a_misspelt_model_path_names_the_nearest_alone(tmp_path):
     with pytest.raises(ValueError, match="there is no folder"):
         read_config(tmp_path / "nowhere" / "model")
     assert Path(tmp_path).is_dir()
+
+
+def test_the_environment_says_where_the_hub_is(tmp_path):
+    """HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE, as a user sets them."""
+    program = "from jaxpo.hub import model_files, pinned\nprint(pinned('some/model'), model_files('some/model'))"
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {"HF_HOME": str(tmp_path)}
+    run = partial(subprocess.run, [sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    with serving(REPOSITORIES) as (address, _):
+        first = run(env=kept | {"HF_ENDPOINT": address})
+    assert first.stdout.startswith(f"some/model@{COMMIT} {tmp_path}"), first.stderr
+    assert run(env=kept | {"HF_HUB_OFFLINE": "1"}).stdout == first.stdout
