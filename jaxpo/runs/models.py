@@ -75,9 +75,11 @@ def find_models(resolved: Resolved, policy: TransformerConfig, mesh: Mesh) -> di
         field = field_of(resolved, name)
         try:
             path = model_files(resolved.config.references[name], WEIGHTS)
-            found = of_run(path) if is_run(path) else of_files(path, policy)
+            found = None if not path.exists() else of_run(path) if is_run(path) else of_files(path, policy)
         except ValueError as error:
             raise ValueError(f"{field}: {error}") from None
+        if found is None:
+            raise ValueError(f"{field} does not exist: it is a model folder, a GGUF file, a run directory or a hub id")
         sizes = dict(mesh.shape) | ({} if found.config.experts else {"expert": 1})
         check_mesh("mesh", sizes, found.config, of=field)
         out[name] = found
