@@ -18,6 +18,7 @@ EXTRAS = {
     "wandb": ["wandb>=0.19"],
     "math": ["math-verify>=0.8"],
     "gguf": ["gguf>=0.17"],
+    "data": ["pyarrow>=20"],  # Parquet
     "datasets": ["datasets>=4.7"],
     "notebooks": ["jupyterlab>=4.2", "nbclient>=0.10", "ipykernel>=6.29"],
     # The systems that jaxpo is compared with: the only extras with torch in them.
@@ -34,6 +35,7 @@ EXTRAS["test"] = [
     *EXTRAS["tensorboard"],
     *EXTRAS["math"],
     *EXTRAS["gguf"],
+    *EXTRAS["data"],
 ]
 
 setup(
@@ -57,6 +59,7 @@ setup(
         "chex>=0.1.90",
         "etils[epath]>=1.10",
         "flax>=0.12",
+        "huggingface_hub>=2.4",  # models and data sets of the hub
         "jax>=0.10,<0.12",
         "jinja2>=3.1",  # chat templates of transformers' tokenizers
         "matplotlib>=3.9",
@@ -64,6 +67,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12",
+        "PyYAML>=6.0",  # the cards of data sets
         "reasoning-gym~=0.1.25",  # a newer series may generate other items from the same seed
         "rich>=13.7",
         "safetensors>=0.6",

@@ -55,18 +55,19 @@ def score_pairs(pairs: str, judge: str, out: str, gap: float = 1.0, hard: str = 
     from jaxpo.storage.rundir import Progress
     from jaxpo.tasks import Example
     from jaxpo.tasks.preferences.records import BadRow, row_of
+    from jaxpo.tasks.preferences.sets import readable
+    from jaxpo.tasks.rows import read_rows
 
     for path in filter(None, (out, hard)):
         if Path(path).exists():
             raise FileExistsError(f"{path} is there already")
     records, rows = [], []
-    for number, line in enumerate(Path(pairs).read_bytes().splitlines(), start=1):
-        if line.strip():
-            try:
-                records.append(json.loads(line))
-                rows.append(row_of(records[-1], {}, "pair")._replace(where=f"{pairs}:{number}"))
-            except (BadRow, ValueError) as error:
-                raise ValueError(f"{pairs}:{number}: {error}") from None
+    for name, _, number, record in read_rows(pairs).places():
+        try:
+            records.append(readable(record))
+            rows.append(row_of(record, {}, "pair")._replace(where=f"{name}:{number}"))
+        except BadRow as error:
+            raise ValueError(f"{name}:{number}: {error}") from None
     if not rows:
         raise ValueError(f"{pairs}: no pairs")
     opinion, done = by_model(judge, None), []

@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[1]
 
 # A module may import its own layer and the layers before it. The longest matching name decides.
 LAYERS = (
-    {"jaxpo.registry", "jaxpo.metrics", "jaxpo.fields", "jaxpo.arguments", "jaxpo.batch", "jaxpo.calls"},
+    {"jaxpo.registry", "jaxpo.metrics", "jaxpo.fields", "jaxpo.arguments", "jaxpo.batch", "jaxpo.calls"}
+    | {"jaxpo.files", "jaxpo.hub"},
     {"jaxpo.primitives", "jaxpo.kernels", "jaxpo.parallel", "jaxpo.text"},
     {"jaxpo.objectives", "jaxpo.policy", "jaxpo.tasks", "jaxpo.storage"},
     {"jaxpo.rollout"},

@@ -24,6 +24,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxpo import hub
+from jaxpo.files import no_such, read_json
+from jaxpo.hub import model_files
 from jaxpo.parallel.mesh import make_mesh
 from jaxpo.parallel.sharding import shardings
 from jaxpo.policy.config import TransformerConfig
@@ -89,12 +92,12 @@ class Safetensors:
 
 
 def open_source(path: str | Path) -> Source:
-    """Open the weights at ``path``: a folder with config.json and safetensors, or a GGUF file.
+    """Open the weights at ``path``: a folder with config.json and safetensors, a GGUF file, or a hub id.
 
     Raises:
       ValueError: there is neither, a file is missing or truncated, or the weights are pickled.
     """
-    path = Path(path)
+    path = model_files(path, hub.WEIGHTS)
     if path.is_file() and path.suffix == ".gguf":
         return gguf.open_source(path)
     config = read_config(path)
@@ -105,27 +108,26 @@ def open_source(path: str | Path) -> Source:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """Read the config.json of a folder, or the config of a GGUF file, at ``path``; the weights are not read.
+    """Read the config.json of a folder or a hub id, or the config of a GGUF file; the weights are not read.
 
     Raises:
       ValueError: there is none.
     """
-    path = Path(path)
+    path = model_files(path)
     if path.is_file() and path.suffix == ".gguf":
         return dict(open_source(path).config)
     if not path.is_dir():
-        missing = unknown("model folder or GGUF file", str(path), [str(p) for p in path.parent.glob("*")])
-        raise ValueError(f"{missing}; models of the hub are downloaded first (hf download NAME --local-dir=FOLDER)")
+        raise ValueError(f"{no_such('model folder or GGUF file', path)} A model of the hub is written owner/name")
     return _json(path / CONFIG)
 
 
 def _json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{file.parent} has no {file.name}: it is not the folder of a model")
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON ({error}): it may be truncated, fetch it again") from None
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no JSON object: it may be another file, fetch it again")
+    return content
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -34,7 +34,7 @@ def pretrained(
     """A pretrained transformer; its shape and vocabulary come from its own files.
 
     Args:
-      path: a folder with config.json and safetensors, or a GGUF file.
+      path: a folder with config.json and safetensors, a GGUF file, or a hub id (`jaxpo.hub`).
       dtype, param_dtype, scan_layers, remat, attention: how to compute, as in `TransformerConfig`.
     """
     how = dict(dtype=dtype, param_dtype=param_dtype, scan_layers=scan_layers, remat=remat, attention=attention)

@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.special import stdtrit
 
+from jaxpo.files import read_json
 from jaxpo.race.rules import Rules
 from jaxpo.storage.plots import COLORS, INK, PALE
 from jaxpo.storage.rundir import closing_table, write_atomically
@@ -143,7 +144,7 @@ def earlier(folder: Path, rules: Rules) -> Results | None:
     """
     if not (folder / RESULTS).is_file():
         return None
-    found = Results(**json.loads((folder / RESULTS).read_text()))
+    found = Results(**read_json(folder / RESULTS))
     for name, value in asdict(rules).items():
         if found.rules.get(name) != value:
             raise ValueError(

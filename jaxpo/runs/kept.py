@@ -19,6 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxpo.files import read_json
 from jaxpo.parallel.distributed import from_first
 from jaxpo.policy.hf import CONFIG, GENERATION, read_config
 from jaxpo.policy.transformer import Params
@@ -90,7 +91,7 @@ def data_places(config: ConfigDict) -> dict[str, str]:
 def held_config(folder: str | Path) -> dict[str, Any] | None:
     """The config that a run directory holds; None = it holds none."""
     file = Path(folder) / CONFIGURATION
-    return json.loads(file.read_text()) if file.is_file() else None
+    return read_json(file) if file.is_file() else None
 
 
 def paths_of(folder: str | Path) -> dict[str, str | None]:

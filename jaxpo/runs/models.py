@@ -5,7 +5,6 @@ Those of ``config.references`` are frozen and not checkpointed: a run that is re
 ``config.critic`` names is trained and checkpointed from there on.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,6 +17,8 @@ from jax.sharding import Mesh
 from jaxpo.config.checks import check_mesh
 from jaxpo.config.imports import load_imports
 from jaxpo.config.resolved import Resolved, made
+from jaxpo.files import read_json
+from jaxpo.hub import WEIGHTS, model_files
 from jaxpo.learning.programs import several
 from jaxpo.learning.references import SCORED
 from jaxpo.learning.trainable import lora_scale, random_critic, random_params
@@ -141,12 +142,13 @@ def find_critic(resolved: Resolved, policy: TransformerConfig, mesh: Mesh) -> Fo
 
 def find(field: str, path: str, like: TransformerConfig, mesh: Mesh) -> Found:
     """The model at a path; files of others are read as ``like`` computes."""
-    if not Path(path).exists():
-        raise ValueError(f"{field} does not exist: it is a model folder, a GGUF file or a run directory")
     try:
-        found = of_run(Path(path)) if is_run(Path(path)) else of_files(Path(path), like)
+        there = model_files(path, WEIGHTS)
+        found = None if not there.exists() else of_run(there) if is_run(there) else of_files(there, like)
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from None
+    if found is None:
+        raise ValueError(f"{field} does not exist: it is a model folder, a GGUF file, a run directory or a hub id")
     sizes = dict(mesh.shape) | ({} if found.config.experts else {"expert": 1})
     check_mesh("mesh", sizes, found.config, of=field)
     return found
@@ -158,7 +160,7 @@ def is_run(path: Path) -> bool:
     Raises:
       ValueError: a run directory without a checkpoint."""
     file = path / "config.json"
-    if not file.is_file() or not {"objective", "rollout"} <= json.loads(file.read_text()).keys():
+    if not file.is_file() or not {"objective", "rollout"} <= read_json(file).keys():
         return False
     if find_checkpoint(str(path)) is None:
         raise ValueError("this run directory has no checkpoint")
@@ -171,7 +173,7 @@ def of_run(path: Path) -> Found:
     if config.imports and config.policy.name not in names("policy"):
         trust.check(path, config)
         load_imports(config.imports)
-    tokenizer = from_json(json.loads((path / "tokenizer.json").read_text()))
+    tokenizer = from_json(read_json(path / "tokenizer.json"))
     shape, directory = made(config.policy, "policy")(tokenizer.vocab_size), checkpoints_of(str(path))
     there = frozenset(p[2] for p in saved_paths(directory) if p[:2] == ("params", "heads"))
 

@@ -16,7 +16,9 @@ from ml_collections import ConfigDict
 
 from jaxpo.config.fill import fill
 from jaxpo.config.paths import expand_paths
+from jaxpo.config.pins import keep_pins
 from jaxpo.config.resolved import Resolved
+from jaxpo.files import read_json
 from jaxpo.learning.needs import is_reward_model
 from jaxpo.learning.state import Run
 from jaxpo.parallel.distributed import check_shared, from_first, is_first, on_first, only_first_prints
@@ -137,6 +139,8 @@ def _train(
     if config.checkpoint.directory and done is not None and not resume:
         raise FileExistsError(f"{directory} holds checkpoint {done}; go on with --resume or choose another directory")
     check_profile(profile_steps, config.steps - (done or 0) - PROFILE_AFTER)
+    if resume and (held := Path(workdir) / "config.json").is_file():
+        keep_pins(config, read_json(held))
     voice, started = Voice(), time.perf_counter()
     goes_on = resume and done is not None
     given = kept.use_kept(config, workdir, finished=False) if goes_on else {}

@@ -1,6 +1,5 @@
 """Everything a run computes with, built once from its resolved config."""
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from ml_collections import ConfigDict
 from jaxpo.config.paths import expand_paths
 from jaxpo.config.resolve import resolve
 from jaxpo.config.resolved import Resolved
+from jaxpo.files import read_json
 from jaxpo.learning.programs import Computation, Programs, compile_programs, init_state, optimizer_of, packed, several
 from jaxpo.learning.state import TrainState
 from jaxpo.learning.trainable import lora_scale, policy_alone, random_params
@@ -207,7 +207,7 @@ def make_tokenizer(resolved: Resolved, task: Task, data: PreferenceSet | None = 
     config = resolved.config
     held = Path(config.init_from) / "tokenizer.json" if config.init_from else None
     if config.tokenizer.name == "characters" and held and held.is_file():
-        tokenizer = from_json(json.loads(held.read_text()))
+        tokenizer = from_json(read_json(held))
         if not isinstance(tokenizer, CharTokenizer):
             raise ValueError(
                 f"config.tokenizer.name is 'characters', and config.init_from {config.init_from!r} has another "

@@ -33,6 +33,7 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
+from jaxpo.files import read_json
 from jaxpo.storage import lock
 from jaxpo.storage.paths import local
 from jaxpo.text.terminal import printable
@@ -454,7 +455,7 @@ def _import(module: str, extra: str) -> ModuleType:
 
 def _start_wandb(module: ModuleType, run: RunDirectory, options: Mapping[str, Any]) -> Any:
     kept = run.path / "wandb.json"  # holds the id, so that a resumed run continues there
-    known = json.loads(kept.read_text()) if kept.exists() else {}
+    known = read_json(kept) if kept.exists() else {}
     try:
         started = module.init(dir=str(run.path), resume="allow", **{**known, **options})
     except Exception as error:  # of its network, account or settings: dozens of kinds

@@ -5,7 +5,8 @@ Everything here is plain Python on the host, so that processes that must not loa
 
 import inspect
 import random
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ class Example:
     """One prompt.
 
     Attributes:
-      index: its place in the set: ``task.train[e.index] is e`` (likewise for test).
+      index: its place in the set: ``task.train[e.index] == e`` (likewise for test).
       question: what to answer: a text, or a conversation (`jaxpo.text.conversations`).
       answer: the right answer, if it is known; an assistant's message where it has more than content.
       entry: data for the verifier.
@@ -93,7 +94,10 @@ class Task:
 # Where the factories live; a factory is imported when it is asked for. To add a task of your own:
 # @jaxpo.registry.register("task").
 TASKS = {
+    # One task by three names: what is read depends on the path.
     "jsonl": "jaxpo.tasks.jsonl:jsonl",
+    "datasets": "jaxpo.tasks.jsonl:jsonl",
+    "hub": "jaxpo.tasks.jsonl:jsonl",
     "marketplace": "jaxpo.tasks.marketplace:marketplace",
     "reasoning_gym": "jaxpo.tasks.reasoning_gym:reasoning_gym",
     "toy": "jaxpo.tasks.toy:toy",
@@ -134,7 +138,9 @@ def _factory(name: str) -> Callable[..., Task]:
     return locate(TASKS[name]) if name in TASKS else registered(name, "task").factory
 
 
-def split(train: Sequence[Example], test: Sequence[Example]) -> tuple[list[Example], list[Example], dict[str, float]]:
+def split(
+    train: Sequence[Example], test: Sequence[Example]
+) -> tuple[Sequence[Example], Sequence[Example], dict[str, float]]:
     """Remove from ``train`` every example whose question occurs in ``test``, renumber both sets, and report.
 
     Questions are compared as text: in a small task, different seeds or files can still give the same question.
@@ -147,26 +153,70 @@ def split(train: Sequence[Example], test: Sequence[Example]) -> tuple[list[Examp
       ValueError: a set is empty, or nothing is left of ``train``.
     """
     held_out = {key_of(e.question) for e in test}
-    kept = [e for e in train if key_of(e.question) not in held_out]
-    if not test or not kept:
+    kept = places_without(train, held_out)
+    if not len(test) or not len(kept):
         raise ValueError(
-            f"nothing to {'train' if test else 'test'} on: {len(train)} training items, {len(test)} test "
+            f"nothing to {'train' if len(test) else 'test'} on: {len(train)} training items, {len(test)} test "
             f"items, {len(train) - len(kept)} training items removed because their question is in the "
             "test set"
         )
-    seen = {key_of(e.question) for e in kept}
     report = {
         "train/size": float(len(kept)),
         "test/size": float(len(test)),
         "train/removed": float(len(train) - len(kept)),
-        "test/unseen_share": sum(key_of(e.question) not in seen for e in test) / len(test),
+        "test/unseen_share": 1.0,
         "test/distinct_share": len(held_out) / len(test),
     }
-    return _renumbered(kept), _renumbered(test), report
+    return taken(train, kept), taken(test, range(len(test))), report
 
 
-def _renumbered(examples: Sequence[Example]) -> list[Example]:
-    return [replace(e, index=i) for i, e in enumerate(examples)]
+def taken(examples: Sequence[Example], chosen: Sequence[int]) -> Sequence[Example]:
+    """The examples at these places, numbered anew."""
+    if isinstance(examples, Examples):
+        return examples.taken(chosen)
+    return [replace(examples[at], index=i) for i, at in enumerate(chosen)]
+
+
+class Examples(Sequence):
+    """Examples that are made when they are asked for, so that a million of them take little memory.
+
+    Args:
+      make: (place in the source, index) -> example.
+      keys: a hash of the question of each example, [n].
+      places: the place of each example in the source, [n]; None = 0, 1, ...
+    """
+
+    def __init__(self, make: Callable[[int, int], Example], keys: Sequence[int], places: Sequence[int] | None = None):
+        self._make, self.keys = make, keys
+        self._places = range(len(keys)) if places is None else places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, i: int | slice) -> Any:
+        chosen = range(len(self))[i]
+        return [self[j] for j in chosen] if isinstance(i, slice) else self._make(self._places[chosen], chosen)
+
+    def __eq__(self, other: object) -> bool:
+        same = isinstance(other, Sequence) and len(self) == len(other)
+        return same and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None
+
+    def taken(self, chosen: Sequence[int]) -> "Examples":
+        """The examples at these places, numbered anew."""
+        keys, places = (array("q", map(x.__getitem__, chosen)) for x in (self.keys, self._places))
+        return Examples(self._make, keys, places)
+
+
+def places_without(examples: Sequence[Example], questions: Collection[str]) -> Sequence[int]:
+    """The places of the examples whose question is none of ``questions`` (`key_of`)."""
+    if not isinstance(examples, Examples):
+        return [i for i, e in enumerate(examples) if key_of(e.question) not in questions]
+    hashes = set(map(hash, questions))
+    same = [i for i, key in enumerate(examples.keys) if key in hashes]  # by their hash: these few are compared as text
+    held = {i for i in same if key_of(examples[i].question) in questions}
+    return array("q", (i for i in range(len(examples)) if i not in held))
 
 
 def verdict(value: Any, error: str | None, partial_credit: bool) -> Score:

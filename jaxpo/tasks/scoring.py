@@ -25,6 +25,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 from jaxpo.registry import unknown
@@ -32,6 +33,7 @@ from jaxpo.tasks.base import Example, Score
 from jaxpo.tasks.rewards import Reward, make_reward, may_hang, option_names, preparation
 from jaxpo.tasks.user_functions import as_number, name_of, signature_of
 from jaxpo.tasks.workers import Failure, Outcome, call_by_names, failure, runner
+from jaxpo.text.conversations import plain_text
 
 Message = Mapping[str, Any]
 Part = float | Failure | None  # a number, an error, or None = it abstained
@@ -204,14 +206,16 @@ def asked_by(function: Callable, columns: Iterable[str], field: str) -> Asked:
     return Asked(tuple(required), tuple(n for n in parameters if n in known and n not in required), rest, batch)
 
 
-def check_columns(asked: Asked, examples: Sequence[Example], field: str) -> None:
+def check_columns(asked: Asked, rows: Callable[[], Iterable[Example]], field: str) -> None:
     """Raise ``ValueError`` for a row without a column that a reward asks for."""
     for name in asked.names:
-        lacking = [e for e in examples if name not in GIVEN and name not in BATCH and name not in e.entry]
+        if name in GIVEN or name in BATCH:
+            continue
+        lacking = [e.question for e in rows() if name not in e.entry]
         if lacking:
             raise ValueError(
-                f"{field} asks for the column {name!r}, which {len(lacking)} of {len(examples)} rows lack, the first "
-                f"with the question {str(lacking[0].question)[:60]!r}"
+                f"{field} asks for the column {name!r}, which {len(lacking)} of {sum(1 for _ in rows())} rows lack, "
+                f"the first with the question {plain_text(lacking[0])[:60]!r}"
             )
 
 
@@ -239,20 +243,21 @@ Judge = Callable[[Sequence[Example], Sequence[str]], list[Parts]]
 
 
 def make_judge(
-    choice: Choice, examples: Sequence[Example], timeout: float | None = None, workers: int | None = None
+    choice: Choice, sets: Sequence[Sequence[Example]], timeout: float | None = None, workers: int | None = None
 ) -> Judge:
     """Make ``(examples, completions) -> what the reward says of each, by part``.
 
     Args:
       choice: the reward.
-      examples: all rows of the data, whose columns it may ask for.
+      sets: the rows to train and to test on, whose columns it may ask for.
       timeout, workers: see `jaxpo.tasks.workers.runner`.
 
     Raises:
       ValueError: the function asks for what the data do not have.
     """
-    asked = asked_by(choice.function, {column for e in examples for column in e.entry}, choice.field)
-    check_columns(asked, examples, choice.field)
+    rows = partial(chain.from_iterable, sets)
+    asked = asked_by(choice.function, {column for e in rows() for column in e.entry}, choice.field)
+    check_columns(asked, rows, choice.field)
     prepare, isolate = preparation(choice.reward), may_hang(choice.reward, choice.function)
     called = choice.function if asked.by_place else partial(call_by_names, choice.function)
     run = runner(called, isolate=isolate, timeout=timeout, workers=workers, prepare=prepare)

@@ -18,6 +18,8 @@ from types import MappingProxyType, ModuleType
 from typing import Annotated, Any, Protocol
 
 from jaxpo.arguments import Domain, check
+from jaxpo.files import read_json
+from jaxpo.hub import model_files
 from jaxpo.registry import register, unknown
 from jaxpo.text import gguf
 from jaxpo.text.control import Encoder, Markup, any_of, mark
@@ -185,6 +187,7 @@ class PretrainedTokenizer:
     ):
         path = tokenizer if isinstance(tokenizer, (str, Path)) else None
         if path is not None:
+            path = model_files(path)
             tokenizer = gguf_tokenizer(path) if Path(path).suffix == ".gguf" else without_code(path)
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(f"a fast tokenizer of transformers is needed, got {type(tokenizer).__name__}")
@@ -415,7 +418,7 @@ def pretrained(
     """The tokenizer of a pretrained model.
 
     Args:
-      path: a folder, a GGUF file or a hub name.
+      path: a folder, a GGUF file or a hub id (`jaxpo.hub`).
       chat_template: ask questions through the model's chat template.
       end: the token that ends an answer; None = the one that the chat template writes after an answer.
       template_arguments: arguments of the chat template, as
@@ -543,7 +546,7 @@ def _generation_eos(path: str | Path | None) -> list[int]:
     file = None if path is None else Path(path) / "generation_config.json"
     if file is None or not file.is_file():
         return []
-    ids = json.loads(file.read_text()).get("eos_token_id")
+    ids = read_json(file).get("eos_token_id")
     return ids if isinstance(ids, list) else [ids]
 
 

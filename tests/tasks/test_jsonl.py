@@ -23,7 +23,7 @@ def test_a_held_out_part(sums):
     task = jsonl(sums, test_size=3)
     assert len(task.test) == 3 and len(task.train) == 7
     assert {e.question for e in task.train}.isdisjoint(e.question for e in task.test)
-    assert all(task.train[e.index] is e for e in task.train) and all(task.test[e.index] is e for e in task.test)
+    assert all(task.train[e.index] == e for e in task.train) and all(task.test[e.index] == e for e in task.test)
     assert task.report["test/unseen_share"] == 1 and task.report["train/removed"] == 0
     assert jsonl(sums, test_size=3).test == task.test != jsonl(sums, test_size=3, seed=1).test
 
@@ -126,9 +126,9 @@ def test_answers_are_checked_when_read(tmp_path):
 
 
 def test_wrong_arguments(tmp_path, sums):
-    with pytest.raises(ValueError, match="give exactly one of test_path and test_size"):
+    with pytest.raises(ValueError, match="give exactly one of test_path, test_split and test_size"):
         jsonl(sums)
-    with pytest.raises(ValueError, match="give exactly one of test_path and test_size"):
+    with pytest.raises(ValueError, match="give exactly one of test_path, test_split and test_size"):
         jsonl(sums, sums, test_size=1)
     with pytest.raises(ValueError, match="seed=3 has no effect"):
         jsonl(sums, sums, seed=3)

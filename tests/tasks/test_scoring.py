@@ -94,7 +94,7 @@ def test_token_ids_of_a_text_alone_are_an_error_of_the_row():
 def test_a_column_that_some_rows_lack_is_named_before_anything_is_asked():
     [choice] = choices(lambda completion, hint: 0)
     with pytest.raises(ValueError, match="asks for the column 'hint', which 1 of 2 rows lack"):
-        make_judge(choice, [PLAIN, TOLD])
+        make_judge(choice, [[PLAIN], [TOLD]])
 
 
 def test_a_batch_form_is_called_once_with_lists():

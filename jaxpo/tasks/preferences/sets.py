@@ -1,16 +1,14 @@
 """Preference sets: which answers people, verifiers or models prefer, read from files or made from a task.
 
-A set is a list of `records.Row`: a prompt and its answers. They come from JSON lines or a folder of Hugging Face
-``datasets`` (fields: `jaxpo.tasks.preferences.records`), or from a task's right and wrong answers.
+A set is a list of `records.Row`: a prompt and its answers. They come from the rows of a file, a folder or a data set of
+the hub (fields: `jaxpo.tasks.preferences.records`), or from a task's right and wrong answers.
 
 `build(config, task)` reads or makes a set. In `jaxpo.tasks.preferences.encode`, ``as_kind(rows, have, want)`` turns
 pairs into labelled or scored answers and scored answers into pairs; ``encode(rows, tokenizer, ...)`` encodes them as
 tokens; ``units(encoded, layout, numbers)`` makes `Rollouts`: units of consecutive rows in the order of ``layout``.
 """
 
-import importlib
 import inspect
-import json
 import os
 import random
 from collections import Counter
@@ -23,6 +21,7 @@ from jaxpo.fields import EDITS
 from jaxpo.registry import check_arguments, unknown
 from jaxpo.tasks.base import Task, locate
 from jaxpo.tasks.preferences.records import KINDS, BadRow, Row, columns, row_of, unread
+from jaxpo.tasks.rows import Rows, Unreadable, read_rows
 from jaxpo.text.conversations import key_of
 
 BAD = ("error", "drop")
@@ -91,7 +90,8 @@ class Sieve:
 # config.data.name -> the place of its factory.
 SETS = {
     "jsonl": "jaxpo.tasks.preferences.sets:jsonl",
-    "datasets": "jaxpo.tasks.preferences.sets:datasets",
+    "datasets": "jaxpo.tasks.preferences.sets:jsonl",
+    "hub": "jaxpo.tasks.preferences.sets:jsonl",
     "task": "jaxpo.tasks.preferences.verified:verified_pairs",
 }
 
@@ -133,12 +133,16 @@ def jsonl(
     fields: Mapping[str, str] | None = None,
     draft_prompt: str | None = None,
     rationale_prompt: str | None = None,
+    split: str | None = None,
+    test_split: str | None = None,
+    subset: str | None = None,
+    revision: str | None = None,
 ) -> PreferenceSet:
-    """A preference set from a file with one JSON object a line.
+    """A preference set from the rows of a file, a folder or a hub id (`jaxpo.tasks.rows`).
 
     Args:
       path: rows to train on.
-      test_path: held-out rows. Give this, ``test_size`` or neither (nothing is held out).
+      test_path: held-out rows. Give this, ``test_split``, ``test_size`` or none (nothing is held out).
       test_size: how many prompts of ``path`` to hold out.
       seed: seeds the draw of those prompts.
       bad: what to do with rows that cannot be used: "error", or "drop" (leave them out, count and report them).
@@ -146,20 +150,33 @@ def jsonl(
       draft_prompt: template with {prompt} and {draft}: the prompt of an answer that improves on a draft (SRPO).
       rationale_prompt: template with {prompt}, {chosen} and {rejected}: the prompt of a rationale that has none. For
         both templates, None = the default in `jaxpo.tasks.preferences.encode`.
+      split, test_split: splits of ``path`` (None = "train") to train on and to hold out.
+      subset: its subset, where it has several.
+      revision: branch, tag or commit hash of a hub id.
 
     Raises:
-      ValueError: a bad row (names file, line and field), or no row left.
-      FileNotFoundError: no such file.
+      ValueError: a bad row (names file, line and field), no such split or subset, or no row left.
+      FileNotFoundError: no such file or folder.
+      ModuleNotFoundError: a format whose library is not installed.
     """
-
-    def records(file: str | os.PathLike) -> Iterable[tuple[str, Any]]:
-        for number, line in enumerate(Path(file).read_bytes().splitlines(), start=1):
-            if line.strip():
-                yield f"{file}:{number}", line
-
-    sources = [records(p) for p in (path, test_path) if p is not None]
-    data = from_records(Path(path).name, sources, parsed, test_size, seed, bad, fields)
+    if fields is not None and not isinstance(fields, Mapping):
+        raise ValueError(f"fields must be a dictionary, our name of a field -> the file's, not {fields!r}")
+    if test_path is not None and test_split is not None:
+        raise ValueError("give test_path or test_split, not both")
+    path = path if revision is None else f"{path}@{revision}"
+    sources = [read_rows(path, split, subset)]
+    sources += [] if test_path is None else [read_rows(test_path)]
+    sources += [] if test_split is None else [read_rows(path, test_split, subset)]
+    data = from_records(Path(path).name, [records(rows) for rows in sources], test_size, seed, bad, fields)
     return data._replace(templates=templates(draft_prompt=draft_prompt, rationale_prompt=rationale_prompt))
+
+
+datasets = jsonl  # config.data.name datasets and hub: what is read depends on the path
+
+
+def records(rows: Rows) -> Iterable[tuple[str, Any]]:
+    """(place, record) of every row; an `Unreadable` stands for one that is none."""
+    return ((f"{name}:{number}", record) for name, _, number, record in rows.places())
 
 
 def templates(**given: str | None) -> dict[str, str]:
@@ -171,68 +188,16 @@ def templates(**given: str | None) -> dict[str, str]:
     return {name: template for name, template in given.items() if template is not None}
 
 
-def parsed(line: bytes) -> Any:
-    """Parse a line of JSON; `BadRow` if it is not JSON."""
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise BadRow("not_json", f"not JSON: {error}") from error
-
-
-def datasets(
-    path: str | os.PathLike,
-    split: str | None = None,
-    test_split: str | None = None,
-    test_size: int | None = None,
-    seed: int = 0,
-    bad: str = "error",
-    fields: Mapping[str, str] | None = None,
-    draft_prompt: str | None = None,
-    rationale_prompt: str | None = None,
-) -> PreferenceSet:
-    """A preference set from a folder that ``save_to_disk`` of a ``datasets.Dataset`` or ``DatasetDict`` wrote.
-
-    Args:
-      path: the folder.
-      split: the part of a DatasetDict to train on; None = "train".
-      test_split: the part of a DatasetDict to hold out.
-      test_size, seed, bad, fields, draft_prompt, rationale_prompt: as for `jsonl`.
-
-    Raises:
-      ModuleNotFoundError: the library ``datasets`` is not installed.
-      ValueError: a split that does not exist, a split of a folder that has none, or a bad row.
-      FileNotFoundError: no such folder.
-    """
-    if not Path(path).is_dir():
-        raise FileNotFoundError(f"{path} is not a folder with a data set")
-    try:
-        library = importlib.import_module("datasets")
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            f"{path} is a data set of the library 'datasets', which is not installed: pip install 'jaxpo[datasets]' "
-            "or write the rows as JSON lines and set config.data.name to jsonl"
-        ) from None
-    held = library.load_from_disk(str(path))
-    parts = held if isinstance(held, Mapping) else None
-    if parts is None and (split or test_split):
-        raise ValueError(f"{path} has no splits: leave split and test_split out")
-    chosen = [split or "train", *([test_split] if test_split else [])] if parts is not None else []
-    for name in chosen:
-        if name not in parts:
-            raise ValueError(f"{path}: {unknown('split', name, parts)}")
-
-    def records(part: Any, name: str) -> Iterable[tuple[str, Any]]:
-        return ((f"{path}{name}:{number}", record) for number, record in enumerate(part, start=1))
-
-    sources = [records(held, "")] if parts is None else [records(parts[name], f"[{name}]") for name in chosen]
-    data = from_records(Path(path).name, sources, lambda record: record, test_size, seed, bad, fields)
-    return data._replace(templates=templates(draft_prompt=draft_prompt, rationale_prompt=rationale_prompt))
+def readable(record: Any) -> Any:
+    """The record itself; `BadRow` if it could not be read."""
+    if isinstance(record, Unreadable):
+        raise BadRow("not_json", str(record))
+    return record
 
 
 def from_records(
     name: str,
     sources: Sequence[Iterable[tuple[str, Any]]],
-    parse: Callable[[Any], Any],
     test_size: int | None = None,
     seed: int = 0,
     bad: str = "error",
@@ -253,7 +218,7 @@ def from_records(
         rows: list[Row] = []
         for where, record in source:
             known = kind  # a copy for the lambda
-            for row, seen in sieve(lambda x, known=known: read(parse(x), fields or {}, known), where, record):
+            for row, seen in sieve(lambda x, known=known: read(readable(x), fields or {}, known), where, record):
                 kind = kind or kind_of_row(row)
                 left |= dict.fromkeys(unread(seen, fields or {}, kind))
                 rows.append(row._replace(where=where))
