@@ -133,9 +133,9 @@ def test_messages_and_a_system_prompt(tmp_path):
     ("talk", "message"),
     [
         ([], "field 'talk': is a list without messages"),
-        ([{"role": "user"}], "field 'talk': message 1 (user): its content is missing"),
+        ([{"role": "user"}], "field 'talk': message 1 .user.: its content is missing"),
         ([{"role": "assistant", "content": "b"}], "its last message is the assistant's"),
-        (["hi"], 'message 1 must have "role" and "content", found \'hi\''),
+        (["hi"], "message 1 must be an object with role and content, found 'hi'"),
     ],
 )
 def test_messages_that_ask_nothing(tmp_path, talk, message):
