@@ -5,7 +5,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.ops import segment_max
-from jax.scipy.special import betaln, xlogy
+from jax.scipy.special import gammaln, xlog1py, xlogy
 
 from jaxpo.arguments import choice
 from jaxpo.primitives.grouping import (
@@ -138,12 +138,41 @@ def beta_normalized(
     c = m * (1 - m) / jnp.maximum(v, 1e-8) - 1
     c = jnp.where(groups > 1, c, 0)
     alpha, beta = jnp.maximum(1 + c * m / 3, 1), jnp.maximum(1 + c * (1 - m) / 3, 1)
-    log_density = xlogy(alpha - 1, p) + xlogy(beta - 1, 1 - p) - betaln(alpha, beta)
-    w = jnp.exp(jnp.minimum(-log_density, jnp.log(1e6)))
+    w = jnp.exp(jnp.minimum(-beta_log_density(p, alpha - 1, beta - 1), jnp.log(1e6)))
     adv = w * group_centered(u, group, count)
     if singleton == "raw":
         adv = jnp.where(group_size(group, count) == 1, promote(reward), adv)
     return lax.stop_gradient(adv)
+
+
+def beta_log_density(p: Array, a: Array, b: Array) -> Array:
+    """Log of the Beta density ``p^a (1 - p)^b / B(a + 1, b + 1)``, exact to rounding however peaked it is.
+
+    ``= log(n + 1) + s(n) - s(a) - s(b) - n KL(mode || p)``, ``n = a + b``, ``mode = a / n``, ``s(x) = log x! - x log
+    x + x``: no term grows with n, where ``log B`` is a difference of numbers of the size of ``n log n``.
+
+    Args:
+      p: in [0, 1]. a, b: at least 0; 0 = flat on that side."""
+    n = a + b
+    mode = ratio_or_zero(a, n)
+    below = _log_ratio(a, p, mode, p - mode) + _log_ratio(b, 1 - p, 1 - mode, mode - p)  # - n KL(mode || p)
+    return jnp.log1p(n) + _stirling(n) - _stirling(a) - _stirling(b) + below
+
+
+def _log_ratio(k: Array, x: Array, y: Array, apart: Array) -> Array:
+    """``k log(x / y)``, 0 for k = 0; near 1 by ``log1p`` of the exact difference ``apart = x - y``, as two of a Beta
+    nearly cancel there."""
+    y = jnp.where(y > 0, y, 1)
+    return jnp.where(jnp.abs(apart) < y / 2, xlog1py(k, jnp.maximum(apart / y, -0.5)), xlogy(k, x / y))
+
+
+def _stirling(x: Array) -> Array:
+    """``log x! - x log x + x``: ``log(2 pi x) / 2`` and a series for large x."""
+    large = jnp.maximum(x, 10.0)
+    tail = 1 / (12 * large) - 1 / (360 * large**3) + 1 / (1260 * large**5) - 1 / (1680 * large**7)
+    small = jnp.minimum(x, 10.0)
+    exact = gammaln(small + 1) - xlogy(small, small) + small
+    return jnp.where(x > 10, 0.5 * jnp.log(2 * jnp.pi * large) + tail, exact)
 
 
 def asymmetric(

@@ -33,9 +33,11 @@ def sequence_mean_log_ratio(logp: Array, logp_old: Array, mask: Array, *, log_ra
 
 def sequence_token_log_ratio(logp: Array, logp_old: Array, mask: Array, *, log_ratio_clip: float = 10.0) -> Array:
     """``sg(s_i) + logp - sg(logp)`` [B, T] with ``s_i`` from `sequence_mean_log_ratio`: the value of the row with the
-    gradient of the token's own log-prob (GSPO-token, arXiv:2507.18071, eq. 14)."""
-    row = sequence_mean_log_ratio(logp, logp_old, mask, log_ratio_clip=log_ratio_clip)
-    return lax.stop_gradient(row)[:, None] + own_gradient(logp, mask)
+    gradient of the token's own log-prob (GSPO-token, arXiv:2507.18071, eq. 14). Beyond the clamp the gradient is 0, as
+    that of the row's ratio is."""
+    row = sequence_mean_log_ratio(logp, logp_old, mask, log_ratio_clip=jnp.inf)[:, None]
+    inside = row < log_ratio_clip
+    return lax.stop_gradient(jnp.minimum(row, log_ratio_clip)) + jnp.where(inside, own_gradient(logp, mask), 0)
 
 
 def own_gradient(logp: Array, mask: Array) -> Array:

@@ -135,7 +135,7 @@ def balanced_bounds(
     """BAPO's clip bounds (arXiv:2510.18927): they are raised step by step until positives carry enough weight.
 
     ``P(ch) = sum_{A >= 0} weight min(r, ch) A`` and ``N(cl) = sum_{A < 0} weight max(r, cl) |A|``; the search stops
-    when ``P/(N + 1e-8)`` (with ``share``: ``P/(P+N)``) reaches ``target``.
+    when ``P/(N + 1e-8)`` (with ``share``: ``P/(P+N)``) reaches ``target``. Without negatives the bounds do not move.
 
     Args:
       low, high: (start, maximum, step) of the two bounds.
@@ -162,7 +162,8 @@ def balanced_bounds(
     def enough(i: Array) -> Array:
         cl, ch = bounds(i)
         p, n = jnp.sum(positive * jnp.minimum(ratio, ch)), jnp.sum(negative * jnp.maximum(ratio, cl))
-        return jnp.where(n + p > 0, ratio_or_zero(p, n + p) >= target, True) if share else p / (n + 1e-8) >= target
+        reached = ratio_or_zero(p, n + p) >= target if share else p / (n + 1e-8) >= target
+        return jnp.where(n > 0, reached, True)
 
     last = steps(low) + steps(high)
     i = lax.while_loop(lambda i: (i < last) & ~enough(i), lambda i: i + 1, jnp.zeros((), jnp.int32))

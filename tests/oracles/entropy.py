@@ -241,7 +241,9 @@ def d3s(
         if base == "grpo":
             value, slope = ppo(token_gap(case, b, t), A[b], lo, hi, bound=bound)
         else:
-            value, slope = ppo(min(row_gap(case, b), bound), A[b], lo, hi, bound=math.inf)
+            gap = row_gap(case, b)
+            value, slope = ppo(min(gap, bound), A[b], lo, hi, bound=math.inf)
+            slope = slope if gap < bound else 0.0
         losses.append(value / len(tokens))
         grad[b, t] += slope / len(tokens)
     return math.fsum(losses), grad

@@ -30,12 +30,13 @@ def gspo(case: Case, *, eps_low=3e-4, eps_high=4e-4, adv_eps=1e-6, singleton="ze
 def gspo_token(
     case: Case, *, eps_low=3e-4, eps_high=4e-4, agg="seq_mean", adv_eps=1e-6, singleton="zero", log_ratio_clip=10.0
 ) -> Gradient:
-    """Choice: the clamp acts on the constant ``s_i`` only, so a clamped row keeps its gradient (unlike `gspo`)."""
+    """Beyond the clamp value and gradient are those of `gspo`: no gradient flows."""
     A = group_advantage(case, case.reward, adv_eps=adv_eps, singleton=singleton)
 
     def term(b: int, t: int) -> tuple[float, float]:
-        x = min(row_gap(case, b), log_ratio_clip)
-        return ppo(x, A[b], 1 - eps_low, 1 + eps_high, bound=math.inf)
+        x = row_gap(case, b)
+        value, slope = ppo(min(x, log_ratio_clip), A[b], 1 - eps_low, 1 + eps_high, bound=math.inf)
+        return value, slope if x < log_ratio_clip else 0.0
 
     return aggregate(case, agg, term)
 
@@ -85,7 +86,7 @@ def bapo_bounds(case: Case, A, mode, target, low, high, log_ratio_clip) -> tuple
         P, N = math.fsum(P), math.fsum(N)
         if mode == "official":
             return N > 0 and P / (N + 1e-8) < target
-        return P + N > 0 and P / (P + N) < target
+        return N > 0 and P / (P + N) < target
 
     lows, highs = _bapo_ladder(mode, *low), _bapo_ladder(mode, *high)
     i = j = 0

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from jaxpo.primitives import advantages
 from tests.oracles import Case, groups
@@ -107,3 +108,33 @@ def test_no_gradient_flows_through_an_advantage():
     total = jax.jit(jax.grad(lambda reward: sum(x.sum() for x in _all(reward, *args).values())))
     grad = total(jnp.asarray(case.reward))
     assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("a, b", [(0, 0), (0, 3.5), (2, 0), (0.5, 0.25), (9.9, 10.1), (300, 20), (4000, 9000)])
+def test_beta_log_density_is_that_of_scipy(a, b):
+    p = np.array([1e-9, 0.01, 0.3, 0.4999, 0.7, 0.99, 1 - 1e-9])
+    with jax.enable_x64(True):
+        ours = advantages.beta_log_density(jnp.asarray(p), jnp.asarray(float(a)), jnp.asarray(float(b)))
+    np.testing.assert_allclose(ours, scipy.stats.beta.logpdf(p, a + 1, b + 1), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("n", (1e3, 1e5, 1e7))
+def test_a_peaked_beta_is_the_same_in_float32(n):
+    """Near its mode, where ``log B`` is a difference of numbers of the size of n log n."""
+    mode = 0.375
+    p = np.float32(mode) + np.float32(0.25 / np.sqrt(n)) * np.arange(-4, 5, dtype=np.float32)
+    with jax.enable_x64(True):
+        exact = advantages.beta_log_density(*map(jnp.asarray, (p.astype(float), n * mode, n * (1 - mode))))
+    ours = advantages.beta_log_density(*(jnp.asarray(x, jnp.float32) for x in (p, n * mode, n * (1 - mode))))
+    assert ours.dtype == jnp.float32
+    np.testing.assert_allclose(ours, exact, atol=2e-3)
+
+
+def test_groups_of_one_success_rate_have_one_weight_in_float32():
+    """Their Beta is a peak: the weight is 1 / its density at the mode, sqrt(2 pi v), whatever the precision."""
+    reward, group = np.tile([1.0, 0, 0, 1, 1, 0, 1, 0], 6), np.repeat(np.arange(6), 8)
+    with jax.enable_x64(True):
+        exact = advantages.beta_normalized(jnp.asarray(reward), jnp.asarray(group), jnp.ones(48))
+    ours = advantages.beta_normalized(jnp.asarray(reward, jnp.float32), jnp.asarray(group), jnp.ones(48, jnp.float32))
+    np.testing.assert_allclose(ours, exact, rtol=1e-4)
+    assert np.abs(exact).max() > 0
