@@ -35,7 +35,8 @@ DOMAINS = {
     "rollout.prompt_width": Whole | None,
     "logging.plot_seconds": NonNegative,
     "imports": tuple[str, ...],
-    **dict.fromkeys(("policy_temperature", "lora.alpha"), Positive),
+    "lora.alpha": Positive,
+    "policy_temperature": Positive | None,
     **dict.fromkeys(("warm_start.drop_last", "soup.alpha"), Share),
     "evaluation.pass_at": tuple[Whole, ...],
 }
@@ -74,6 +75,7 @@ def check_resolved(resolved: Resolved, policy: TransformerConfig, devices: int) 
     _check_offload(resolved)
     _check_models(resolved)
     _check_critic(resolved)
+    _check_responses(resolved)
     _check_checkpoint(config)
     _check_judge(resolved)
     if objective.unit.layout and resolved.protocol.facts.rows is None:
@@ -176,6 +178,16 @@ def _check_critic(resolved: Resolved) -> None:
         raise ValueError(
             f"config.critic.path: protocol {resolved.protocol_name!r} moves the policy by its reference {moved[0]!r}, "
             "and a critic of its own would stay behind: leave config.critic.path out"
+        )
+
+
+def _check_responses(resolved: Resolved) -> None:
+    """An objective that compares the answers to a prompt has several to compare."""
+    config, least = resolved.config, resolved.objective.asks.responses
+    if resolved.protocol.facts.rows is None and config.rollout.responses < least:
+        raise ValueError(
+            f"config.rollout.responses must be at least {least}, not {config.rollout.responses}: objective "
+            f"{config.objective.name!r} compares the answers to a prompt with each other, and one alone has advantage 0"
         )
 
 

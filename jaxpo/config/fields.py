@@ -84,7 +84,7 @@ def default() -> ConfigDict:
                 packing=False,  # short completions share rows (`jaxpo.policy.packing`): the result is the same
                 offload_reference=False,  # the reference waits in the host's memory while it does not score
             ),
-            policy_temperature=1.0,  # at which the trainer scores
+            policy_temperature=optional(float),  # at which the trainer scores; None = that of sampling
             warm_start=dict(
                 steps=0,  # optimizer steps of supervised training before; 0 = none
                 batch=128,  # demonstrations per step

@@ -109,6 +109,14 @@ def fill_block(config: ConfigDict, path: str) -> None:
             block[name] = value_of(parameter)
 
 
+def tie_temperature(config: ConfigDict) -> bool:
+    """Let the trainer score at the temperature of sampling, where none of its own is set; whether that was so."""
+    tied = config.policy_temperature is None
+    if tied:
+        config.policy_temperature = config.sampling.temperature
+    return tied
+
+
 def fill_protocol(config: ConfigDict, objective: Objective) -> None:
     """Fill the protocol's options, without those that the objective's hyperparameters set."""
     block, name = config.protocol, protocol_name(config, objective)

@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 from jaxpo.config.blocks import arguments_of
 from jaxpo.config.checks import check_fields, check_resolved
-from jaxpo.config.fill import fill_blocks, fill_lora, fill_protocol, objective_of, protocol_name
+from jaxpo.config.fill import fill_blocks, fill_lora, fill_protocol, objective_of, protocol_name, tie_temperature
 from jaxpo.config.pins import pin
 from jaxpo.config.resolved import Resolved
 from jaxpo.fields import given_by
@@ -28,6 +28,7 @@ def resolve(config: ConfigDict, devices: int, *, objective: Objective | None = N
     """
     check_fields(config)
     fill_lora(config)
+    tie_temperature(config)
     fill_blocks(config, but=() if objective is None else ("objective",))
     pin(config)
     objective = objective_of(config) if objective is None else objective

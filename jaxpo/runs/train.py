@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxpo.config.fill import fill
+from jaxpo.config.fill import fill, tie_temperature
 from jaxpo.config.paths import expand_paths
 from jaxpo.config.pins import keep_pins
 from jaxpo.config.resolved import Resolved
@@ -251,7 +251,9 @@ def check_writable(workdir: str, directory: str) -> None:
 def same_config(workdir: str, config: ConfigDict) -> bool:
     """Whether the config that a run directory holds is this one, but for where it computes and what it reports."""
     held = json.loads((Path(workdir) / "config.json").read_text())
-    now = json.loads(json.dumps(fill(config).to_dict(), default=str))
+    filled = ConfigDict(fill(config).to_dict())
+    tie_temperature(filled)
+    now = json.loads(json.dumps(filled.to_dict(), default=str))
     return config_hash(ConfigDict(held)) == config_hash(ConfigDict(now))
 
 

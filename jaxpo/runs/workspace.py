@@ -324,7 +324,13 @@ def setup(
     Raises:
       ValueError: whatever `jaxpo.config.resolve.resolve` refuses, or no prompt short enough.
     """
+    tied = config.policy_temperature is None
     resolved = resolve(expand_paths(config), len(jax.devices()))
+    if tied and (temperature := resolved.config.policy_temperature) != 1:
+        report(
+            f"the trainer scores at temperature {temperature:g}, that of config.sampling: "
+            "config.policy_temperature is not set"
+        )
     if check:
         check(resolved)
     objective, facts = resolved.objective, resolved.protocol.facts

@@ -4,6 +4,7 @@ import itertools
 
 import jax
 import pytest
+from ml_collections import ConfigDict
 
 from jaxpo.config.blocks import block_of
 from jaxpo.config.command_line import parse
@@ -525,3 +526,28 @@ def test_sizes_of_heads(objective, sizes, found):
             heads_of(make(objective), given)
     else:
         assert heads_of(make(objective), given) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"), [("grpo", True), ("dr_grpo", True), ("gspo", True), ("rloo", True), ("reinforce", False)]
+)
+def test_objectives_that_compare_answers_refuse_groups_of_one(name, refused):
+    config = default()
+    config.objective = ConfigDict(dict(name=name))
+    config.rollout.responses = 1
+    if not refused:
+        assert resolve(config, 1).objective.asks.responses == 1
+        return
+    with pytest.raises(ValueError, match=f"config.rollout.responses must be at least 2, not 1: objective '{name}'"):
+        resolve(config, 1)
+    config.objective = ConfigDict(dict(name=name, singleton="raw"))
+    resolve(config, 1)
+
+
+def test_the_trainer_scores_at_the_temperature_of_sampling_unless_it_has_its_own():
+    for given, own, expected in ((0.7, None, 0.7), (0.7, 0.9, 0.9), (1.0, None, 1.0)):
+        config = default()
+        config.sampling.temperature = given
+        if own is not None:
+            config.policy_temperature = own
+        assert resolve(config, 1).config.policy_temperature == expected

@@ -50,6 +50,7 @@ class Asks(NamedTuple):
       the old policy, as ``logp_<name>``) ``needs`` may name them: nothing of the size of the vocabulary is ever stored.
       A `jaxpo.batch.Compared` also reads the logits of another model.
     rewards: the range in which rewards must lie; None = any number.
+    responses: answers to a prompt that it compares, at least; with fewer it learns nothing.
     """
 
     needs: frozenset[str] = frozenset()
@@ -57,6 +58,7 @@ class Asks(NamedTuple):
     peeks: frozenset[str] = frozenset()
     derived: Mapping[str, Statistic] = NONE
     rewards: tuple[float, float] | None = None
+    responses: int = 1
 
     def merged(self, *others: "Asks") -> "Asks":
         """Everything that these ask for together; rewards must lie in all of their ranges.
@@ -72,6 +74,7 @@ class Asks(NamedTuple):
             *(frozenset().union(*[getattr(a, name) for a in asks]) for name in ("needs", "wants", "peeks")),
             derived=_joined("Asks.derived", [a.derived for a in asks]),
             rewards=rewards,
+            responses=max(a.responses for a in asks),
         )
 
 

@@ -20,7 +20,7 @@ from jaxpo.arguments import (
 )
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.metrics import Mean, Metrics
-from jaxpo.objectives.grammar.base import Hooks, State, is_off
+from jaxpo.objectives.grammar.base import Asks, Hooks, State, is_off
 from jaxpo.objectives.grammar.parts import Advantage, asks_of, reads
 from jaxpo.primitives import advantages, returns, selection, token_advantages
 from jaxpo.primitives.advantages import Scale, Singleton
@@ -29,6 +29,11 @@ from jaxpo.primitives.regularizers import log_prob_at
 from jaxpo.registry import register
 
 GROUPS = asks_of("reward", "group")
+
+
+def compares(asks: Asks, singleton: Singleton = "zero") -> Asks:
+    """What an advantage asks for that compares the answers to a prompt: at least two, if one alone gets 0."""
+    return asks._replace(responses=2) if singleton == "zero" else asks
 
 
 @register("advantage", source="Williams 1992")
@@ -60,7 +65,8 @@ def group_normalized(
       clip: bound of ``|A|``; None = no bound."""
     options = dict(scale=scale, adv_eps=adv_eps, ddof=ddof, singleton=singleton)
     fn, asks = reads(advantages.group_normalized, **options)
-    return Advantage(fn if clip is None else lambda b, s: jnp.clip(fn(b, s), -clip, clip), asks)
+    bounded = fn if clip is None else lambda b, s: jnp.clip(fn(b, s), -clip, clip)
+    return Advantage(bounded, compares(asks, singleton))
 
 
 @register("advantage", source="arXiv:2508.08221")
@@ -74,6 +80,7 @@ def lite_ppo(adv_eps: NonNegative = 1e-6, singleton: Singleton = "zero") -> Adva
 def leave_one_out(singleton: Singleton = "zero", normalize: bool = False) -> Advantage:
     """``A_i = K/(K-1) (reward_i - group mean)``, then optionally standardized over the batch (``adv_eps`` 1e-4)."""
     fn, asks = reads(advantages.leave_one_out, singleton=singleton)
+    asks = compares(asks, singleton)
     return Advantage(lambda b, s: advantages.batch_standardized(fn(b, s), b.count) if normalize else fn(b, s), asks)
 
 
@@ -131,7 +138,7 @@ def reinforce_pp(
         )
 
     needs = ("reward", *(("group",) if baseline else ()), *(() if is_off(kl_coef) else ("logp_old", "logp_ref")))
-    return Advantage(fn, asks_of(*needs), per="token")
+    return Advantage(fn, compares(asks_of(*needs), singleton if baseline else "raw"), per="token")
 
 
 @register("advantage", source="REC, arXiv:2509.24203")
@@ -153,7 +160,7 @@ def rec(normalize: bool = False, drop: Literal["none", "balance"] = "none", sing
         adv = advantages.group_normalized(b.reward, b.group, count, scale=scale, ddof=0, singleton=singleton)
         return jnp.where(count > 0, adv, 0)
 
-    return Advantage(fn, asks_of("reward", "group", *(("seed",) if drop == "balance" else ())))
+    return Advantage(fn, compares(asks_of("reward", "group", *(("seed",) if drop == "balance" else ())), singleton))
 
 
 @register("advantage", source="Kimi k1.5, arXiv:2501.12599", when={"tau": when(baseline="logavgexp")})
@@ -168,7 +175,7 @@ def opmd(
         adv = promote(b.reward) - advantages.log_average_exp(b.reward, b.group, b.count, tau=tau)
         return jnp.where(advantages.group_size(b.group, b.count) == 1, b.reward, adv) if singleton == "raw" else adv
 
-    return Advantage(fn, GROUPS)
+    return Advantage(fn, compares(GROUPS, singleton))
 
 
 @register("advantage", source="Asymmetric REINFORCE, arXiv:2506.20520")
@@ -186,7 +193,8 @@ def gdpo(adv_eps: NonNegative = 1e-4, whiten: bool = True) -> Advantage:
 
     Args:
       whiten: standardize the sum over the batch."""
-    return Advantage(*reads(advantages.decoupled, adv_eps=adv_eps, whiten=whiten))
+    fn, asks = reads(advantages.decoupled, adv_eps=adv_eps, whiten=whiten)
+    return Advantage(fn, compares(asks))
 
 
 @register("advantage", source="BNPO, arXiv:2506.02864")
@@ -212,7 +220,7 @@ def bnpo(min: float = 0.0, max: float = 1.0, components: bool = False, singleton
         return jnp.mean(each * b.per_row.get("reward_weights", 1), 1)
 
     needs = ("rewards_multi", "group") if components else ("reward", "group")
-    return Advantage(fn, asks_of(*needs, rewards=(min, max) if concrete else None))
+    return Advantage(fn, compares(asks_of(*needs, rewards=(min, max) if concrete else None), singleton))
 
 
 @register("advantage", source="GTPO, arXiv:2508.03772; code of winstonsmith1897/GTPO")
@@ -305,7 +313,7 @@ def a_grae(
     def fn(b: Rollouts, s: State) -> Array:
         return advantages.asymmetric(normalized.fn(b, s), b.reward, b.group, b.count, alpha=alpha, easy_form=easy_form)
 
-    return Advantage(fn, asks_of("reward", "group", rewards=(0.0, 1.0)))
+    return Advantage(fn, compares(asks_of("reward", "group", rewards=(0.0, 1.0)), singleton))
 
 
 ADORA_WHEN = dict.fromkeys(("correct_score", "max_len"), when(rule=("llm", "vlm")))
@@ -334,7 +342,7 @@ def adora(
     def trend(b: Rollouts) -> Array:
         return rule(b) if callable(rule) else advantages.length_trend(b.reward, b.lengths, b.group, b.count, **options)
 
-    return Advantage(lambda b, s: normalized.fn(b, s) * jnp.where(trend(b), 1.0, lam), GROUPS)
+    return Advantage(lambda b, s: normalized.fn(b, s) * jnp.where(trend(b), 1.0, lam), normalized.asks)
 
 
 Schedule = Literal["constant", "accuracy", "inverse_accuracy", "cosine"]
@@ -384,7 +392,8 @@ def canon(
             damp="lower" if metric == "entropy" else "upper", singleton=singleton,
         )  # fmt: skip
 
-    return Advantage(fn, asks_of("reward", "group", *(("entropy_old",) if metric == "entropy" else ())))
+    needs = ("reward", "group", *(("entropy_old",) if metric == "entropy" else ()))
+    return Advantage(fn, compares(asks_of(*needs), singleton))
 
 
 @register("advantage", source="HAPO, arXiv:2509.16591")
@@ -398,7 +407,7 @@ def hapo(guard: NonNegativeOrInfinite = 5.0, adv_eps: NonNegative = 1e-6, single
             b.reward, b.mask, b.group, b.count, normalized.fn(b, s), guard=guard, adv_eps=adv_eps
         )
 
-    return Advantage(fn, GROUPS)
+    return Advantage(fn, compares(GROUPS, singleton))
 
 
 DCPO_WHEN = {name: when(cap=NONZERO) for name in ("H0", "T_hot", "T_cold", "threshold")}
