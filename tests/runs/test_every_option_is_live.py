@@ -43,7 +43,7 @@ def sources():
 
 
 SOURCES = sources()
-WHOLE = {"policy", "sampling", "mesh", "protocol", "schedule"}  # blocks that are handed on whole
+WHOLE = {"policy", "sampling", "mesh", "protocol", "schedule", "references"}  # blocks that are handed on whole
 
 
 @pytest.mark.parametrize("path", [p for p in leaves(default()) if not WHOLE & set(p.split("."))])

@@ -16,6 +16,7 @@ from jaxpo.objectives import Term, from_terms
 from jaxpo.objectives.grammar.base import asks_of
 from jaxpo.policy import hf
 from jaxpo.primitives import aggregation
+from jaxpo.runs import trust
 from jaxpo.runs.restore import checkpoint_of, checkpoints_of, open_finished, restore
 from jaxpo.runs.workspace import setup
 from jaxpo.storage.checkpoint import Checkpoints
@@ -56,6 +57,7 @@ def saved(request, tmp_path_factory):
     checkpoints.save(0, *checkpoint_of(run, workspace.config.seed))
     checkpoints.close()
     (path / "config.json").write_text(json.dumps(workspace.config.to_dict()))
+    (path / trust.SIGNATURE).write_text(json.dumps(trust.signature(workspace.config.to_dict())))
     (path / "tokenizer.json").write_text(json.dumps(workspace.tokenizer.to_json()))
     return request.param, path, workspace, run, shapes
 

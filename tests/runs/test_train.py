@@ -376,7 +376,7 @@ def test_dynamic_sampling_says_when_nothing_is_left(finished, tmp_path):
         ({"task": {"name": "toy", "train_size": 25, "test_size": 5}}, "task 'toy' needs seed"),
         ({"tokenizer": {"name": "integers", "base": 2}}, "character '[23]' of .* is not in the alphabet"),
         ({"init_from": "nowhere"}, "nowhere"),
-        ({"sampling.stop": ("1", "")}, "sampling.stop must hold non-empty strings"),
+        ({"sampling.stop": ("1", "")}, "config.sampling.stop must hold texts that are not empty"),
         (
             {"sampling.max_new_tokens": 2},
             "config.sampling.max_new_tokens 2 is too short for demonstrations of 3 tokens",
