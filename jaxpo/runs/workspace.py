@@ -43,7 +43,7 @@ from jaxpo.tasks.preferences.encode import filled
 from jaxpo.tasks.preferences.records import Row
 from jaxpo.tasks.preferences.sets import PLACES, PreferenceSet
 from jaxpo.text.conversations import plain_text
-from jaxpo.text.tokenizers import CharTokenizer, Tokenizer, from_json
+from jaxpo.text.tokenizers import CharTokenizer, PretrainedTokenizer, Tokenizer, from_json
 
 FAR_LONGER = 20  # times the usual length of a prompt
 BLANK = [Example(0, "", None, {})]
@@ -226,19 +226,29 @@ def make_tokenizer(resolved: Resolved, task: Task, data: PreferenceSet | None = 
     return resolved.tokenizer(texts)
 
 
-def unused_ids(model: Model, tokenizer: Tokenizer, *, most: int = 512) -> int:
-    """Vocabulary rows that no token uses: padding of a pretrained embedding.
+def within_table(tokenizer: Tokenizer, rows: int) -> Tokenizer:
+    """The tokenizer beside a vocabulary table of so many rows.
+
+    Rows that no token uses do no harm, nor do tokens beyond the table that no text has: a text with one cannot be
+    encoded.
 
     Raises:
-      ValueError: the tokenizer has more tokens than the model, or so many fewer that it is another model's.
+      ValueError: a pad or end token beyond the table, or so few tokens that the tokenizer is another model's.
     """
-    unused = model.config.vocab_size - tokenizer.vocab_size
-    if not 0 <= unused < most:
+    beyond = [i for i in (tokenizer.pad_id, *tokenizer.eos_ids) if i >= rows]
+    tokens = tokenizer.vocab_size
+    too_few = rows - tokens >= 512 and 2 * tokens < rows
+    if too_few or tokens > rows and not isinstance(tokenizer, PretrainedTokenizer):
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the policy {model.config.vocab_size}: set "
-            "config.tokenizer.name to pretrained and its path to the model's own"
+            f"the tokenizer has {tokens} tokens, the policy {rows}: set config.tokenizer.name to "
+            "pretrained and its path to the model's own"
         )
-    return unused
+    if beyond:
+        raise ValueError(
+            f"token {beyond[0]}, which pads or ends texts, is beyond the {rows} rows of the policy's vocabulary table: "
+            "name another end with config.tokenizer.end, or take the model's own tokenizer"
+        )
+    return tokenizer if tokens <= rows else tokenizer.within(rows)
 
 
 def examples_of(config: ConfigDict) -> tuple[Task, PreferenceSet | None]:
@@ -339,6 +349,8 @@ def setup(
     if check_data and examples:
         check_data(known)
     tokenizer = tokenizer or make_tokenizer(resolved, task, data)
+    shape = resolved.transformer(tokenizer.vocab_size)
+    tokenizer = within_table(tokenizer, shape.vocab_size)
     if data is not None:
         if data.unread:
             report(f"{data.name}: nothing reads the columns {', '.join(data.unread)}")
@@ -349,13 +361,13 @@ def setup(
         check_host_memory(mesh)
     questions, dropped = questions_of(config, task, tokenizer)
     pairs = None if data is None else preference_data.encoded(resolved, data, tokenizer)
-    model = transformer.build(resolved.transformer(tokenizer.vocab_size), several(mesh))
-    unused = unused_ids(model, tokenizer)
+    model = transformer.build(shape, several(mesh))
     base = hf.load(hf.open_source(config.policy.path), model.config, mesh) if config.lora.rank else None
     table = None
     if config.sampling.stop:
         pieces = spelled(config.sampling.stop, tokenizer.token_bytes(), tokenizer.control)
-        table = jnp.asarray(stop_table(config.sampling.stop, [*pieces, *[b""] * unused]))
+        unused = [b""] * max(0, shape.vocab_size - len(pieces))
+        table = jnp.asarray(stop_table(config.sampling.stop, [*pieces[: shape.vocab_size], *unused]))
     models, critic = load_models(resolved, tokenizer, mesh) if load_models else Models({}, None)
     rows, network = resolved.microbatch_rows, None if critic is None else critic.model
     of = Computation(config, mesh, model, objective, tokenizer.pad_id, rows, base, models, network)

@@ -4,6 +4,7 @@ Masks are never made from token ids: the pad id may be the same as the end-of-se
 """
 
 import base64
+import copy
 import importlib
 import importlib.util
 import json
@@ -194,6 +195,7 @@ class PretrainedTokenizer:
         if chat_template and not tokenizer.chat_template:
             raise ValueError("chat_template=True, but this tokenizer has no chat template: it belongs to a base model")
         self._tokenizer, self.chat_template = tokenizer, chat_template
+        self._rows: int | None = None  # of the vocabulary table, where it is shorter than the vocabulary
         self._options = dict(
             end=end,
             template_arguments=dict(template_arguments),
@@ -230,7 +232,17 @@ class PretrainedTokenizer:
             self._template = replace(self._template, control=self._encode.spelled)
 
     def encode(self, text: str) -> list[int]:
-        return self._encode(text)
+        ids = self._encode(text)
+        if self._rows is not None and (at := next((i for i in ids if i >= self._rows), None)) is not None:
+            token = self._tokenizer.convert_ids_to_tokens(at)
+            raise ValueError(f"token {token!r} ({at}) is beyond the {self._rows} rows of the policy's vocabulary table")
+        return ids
+
+    def within(self, rows: int) -> "PretrainedTokenizer":
+        """The same tokenizer, which refuses to encode tokens beyond a vocabulary table of so many rows."""
+        out = copy.copy(self)
+        out._rows = rows
+        return out
 
     def decode(self, ids: Sequence[int]) -> str:
         kept = [int(i) for i in ids if int(i) not in self._special]

@@ -17,9 +17,9 @@ from jaxpo.policy.hf import export as write_model
 from jaxpo.policy.hf import read_config
 from jaxpo.policy.transformer import init
 from jaxpo.runs.restore import open_finished
-from jaxpo.runs.workspace import setup
-from jaxpo.text.tokenizers import for_transformers, transformers_library
-from tests.runs import tiny
+from jaxpo.runs.workspace import setup, within_table
+from jaxpo.text.tokenizers import PretrainedTokenizer, for_transformers, transformers_library
+from tests.runs import tiny, tiny_model
 
 WEIGHTS = "model.safetensors"
 
@@ -111,6 +111,21 @@ def test_tables_may_be_padded(tmp_path, vocab_size, fits):
     else:
         with pytest.raises(ValueError, match=f"the tokenizer has 6 tokens, the policy {vocab_size}: set config.tok"):
             setup(config)
+
+
+def test_tokens_beyond_the_table_may_not_be_used(tmp_path):
+    """A special token that no text has does no harm (Gemma 3 1B); a text with one is refused, and such an end."""
+    tiny_model.write(tmp_path / "model")
+    whole = PretrainedTokenizer(str(tmp_path / "model"), chat_template=True)
+    rows, text = whole.vocab_size - 1, "\u00ad"  # a text of two bytes, the second of which is the last token
+    assert whole.encode(text)[1] == rows
+    cut = within_table(whole, rows)
+    assert cut.encode("a") == whole.encode("a")
+    with pytest.raises(ValueError, match=rf"token '.' \({rows}\) is beyond the {rows} rows of the policy's vocabulary"):
+        cut.encode(text)
+    assert within_table(whole, whole.vocab_size + 250) is whole
+    with pytest.raises(ValueError, match="which pads or ends texts, is beyond the 1 rows"):
+        within_table(whole, 1)
 
 
 def test_how_to_compute_is_chosen_and_the_shape_is_not(folder):
