@@ -148,7 +148,7 @@ def read_rows(path: Any, split: str | None = None, subset: str | None = None) ->
         chosen = choose(str(path), names, readme.read_text() if readme.is_file() else None)
         return Rows(str(path), tuple(part for name in chosen for part in read_file(path / name)))
     if not path.exists():
-        raise FileNotFoundError(f"{no_such('data file', path)} A data set of the hub is written owner/name")
+        raise FileNotFoundError(f"{no_such('data file', path)}; a data set of the hub is written owner/name")
     if split or subset:
         raise ValueError(f"{path} is one file, without splits and subsets: leave split and subset out")
     return Rows(str(path), tuple(read_file(path)))

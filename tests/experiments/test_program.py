@@ -160,7 +160,7 @@ def test_a_table_of_what_may_be_typed_ends_in_one_line(tmp_path, monkeypatch):
         (export, ["--workdir=~/runs/a", "--out=gs://b/x"], "is no local folder"),
         (race, [f"--out={tmp_path / 'file'}"], "is a file"),
         (race, ["--seeds=100000000", f"--out={tmp_path / 'race'}"], "seeds 100,000,000"),
-        (score_pairs, ["--pairs=~/p", "--judge=x", "--out=~/o"], f"{tmp_path}/home/p: No such file"),
+        (score_pairs, ["--pairs=~/p", "--judge=x", "--out=~/o"], f"unknown data file '{tmp_path}/home/p'"),
     )
     for module, arguments, said in table:
         with pytest.raises(SystemExit) as end:
