@@ -27,7 +27,8 @@ from jaxpo.storage.manifest import checksums, differences, is_fixed, named_leave
 from jaxpo.storage.rundir import write_atomically
 from jaxpo.tasks import Task
 from jaxpo.tasks.preferences.sets import PreferenceSet
-from jaxpo.text.tokenizers import PretrainedTokenizer, Tokenizer, from_json, read_files
+from jaxpo.text.tokenizer_files import read_files
+from jaxpo.text.tokenizers import PretrainedTokenizer, Tokenizer, from_json
 
 MODEL, DATA, TOKENIZER, CONFIGURATION = "model", "data", "tokenizer.json", "config.json"
 PLACES_FILE = f"{DATA}/places.json"

@@ -3,7 +3,6 @@
 Masks are never made from token ids: the pad id may be the same as the end-of-sequence id.
 """
 
-import base64
 import copy
 import importlib
 import importlib.util
@@ -14,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Annotated, Any, Protocol
 
@@ -35,6 +34,7 @@ from jaxpo.text.conversations import (
     text_said,
 )
 from jaxpo.text.templates import chat_template_of
+from jaxpo.text.tokenizer_files import BESIDE, bytes_of, files_of, read_files, text_of, write_files
 
 NONE: Mapping[str, Any] = MappingProxyType({})
 
@@ -297,75 +297,20 @@ class PretrainedTokenizer:
         """The files that make this tokenizer, by name: those of its folder as they are, else what transformers
         writes."""
         if self._files is None:
-            self._files = _files_of(self._tokenizer)
+            self._files = files_of(self._tokenizer)
         return self._files
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the files of the tokenizer into ``folder`` as they came, and a tokenizer.json if there was none."""
         backend = self._tokenizer.backend_tokenizer.to_str().encode()
-        _write_files({"tokenizer.json": backend, **self.files}, Path(folder), but=BESIDE)
+        write_files({"tokenizer.json": backend, **self.files}, Path(folder), but=BESIDE)
 
     def to_json(self) -> dict[str, Any]:
         """All files of the tokenizer, not its path: a run must be usable when the folder or the hub is gone."""
         ends = [self._tokenizer.convert_ids_to_tokens(i) for i in self.eos_ids]
-        files = {name: _text_of(content) for name, content in self.files.items()}
+        files = {name: text_of(content) for name, content in self.files.items()}
         told = dict(chat_template=self.chat_template, eos=ends, conversations=self._options)
         return {"kind": "pretrained", "files": files, **told}
-
-
-# ---- files of a pretrained tokenizer
-
-# What transformers and others read a tokenizer from. Of these, BESIDE is read where the others do not name a class, and
-# belongs to the model.
-BESIDE = ("config.json",)
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
-    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
-    *BESIDE,
-)
-
-
-def read_files(folder: str | Path) -> dict[str, bytes]:
-    """The files of a folder that a tokenizer is read from, by their names in it."""
-    found = [file for pattern in TOKENIZER_FILES for file in sorted(Path(folder).glob(pattern)) if file.is_file()]
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in found}
-
-
-def _files_of(tokenizer: Any) -> dict[str, bytes]:
-    """The files that transformers writes of a tokenizer. Its version 5 names a class and a list of special tokens that
-    version 4 and other programs refuse: they get the names that both know."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        files = read_files(folder)
-    settings = json.loads(files["tokenizer_config.json"])
-    if settings.get("tokenizer_class") == "TokenizersBackend":
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(settings.get("extra_special_tokens"), list):
-        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-    return files | {"tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False).encode()}
-
-
-def _write_files(files: Mapping[str, bytes], folder: Path, but: Sequence[str] = ()) -> None:
-    for name, content in files.items():
-        if not any(PurePosixPath(name).match(pattern) for pattern in TOKENIZER_FILES) or ".." in name or name[0] == "/":
-            raise ValueError(unknown("file of a tokenizer", name, TOKENIZER_FILES))  # a run may come from elsewhere
-        if name not in but:
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_bytes(content)
-
-
-def _text_of(content: bytes) -> str | dict[str, str]:
-    """The content of a file as JSON can hold it."""
-    try:
-        return content.decode()
-    except UnicodeDecodeError:
-        return {"base64": base64.b64encode(content).decode()}
-
-
-def _bytes_of(text: str | Mapping[str, str]) -> bytes:
-    """The inverse of `_text_of`."""
-    return text.encode() if isinstance(text, str) else base64.b64decode(text["base64"])
 
 
 def without_code(path: str | Path) -> Any:
@@ -525,9 +470,9 @@ def from_json(spec: Mapping[str, Any]) -> Tokenizer:
 def _pretrained_from_json(spec: Mapping[str, Any]) -> PretrainedTokenizer:
     if "files" not in spec:
         raise ValueError("tokenizer.json does not hold the files of its tokenizer: an older version of jaxpo wrote it")
-    files = {name: _bytes_of(text) for name, text in spec["files"].items()}
+    files = {name: bytes_of(text) for name, text in spec["files"].items()}
     with tempfile.TemporaryDirectory() as folder:
-        _write_files(files, Path(folder))
+        write_files(files, Path(folder))
         read = without_code(folder)
     tokenizer = PretrainedTokenizer(read, spec["chat_template"], spec["eos"], **spec["conversations"])
     tokenizer._files = files
