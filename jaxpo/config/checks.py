@@ -149,6 +149,11 @@ def _check_offload(resolved: Resolved) -> None:
             f"config.training.offload_reference is for a reference that stays as it is; {config.objective.name} also "
             f"has the reference {others[0]!r}: set it to False"
         )
+    if resolved.protocol.facts.references.get("ref"):
+        raise ValueError(
+            f"config.training.offload_reference is for a reference that stays as it is; {config.objective.name} renews "
+            "its reference during the run: set it to False"
+        )
     if config.lora.rank:
         raise ValueError(
             "config.training.offload_reference has no effect with config.lora.rank: the reference is the frozen "

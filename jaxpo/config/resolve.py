@@ -74,4 +74,5 @@ def protocol_of(config: ConfigDict, objective: Objective, name: str) -> Protocol
     taken = dict(objective.protocol.options) if name == objective.protocol.name else {}
     given = arguments_of(config.protocol, parameters)
     check_arguments(f"protocol {name!r}", given, parameters)
-    return make(name, "protocol", **{**given, **taken})
+    protocol = make(name, "protocol", **{**given, **taken})
+    return protocol.where(references={**objective.protocol.references, **protocol.facts.references})

@@ -10,7 +10,7 @@ from jaxpo.arguments import NONZERO, Domain, NonNegative, Positive, ShareBelowOn
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.fields import PAIR, role_id
 from jaxpo.metrics import Mean, Metrics
-from jaxpo.objectives.grammar.base import NOTHING, Asks, Hooks, Objective, State, Term, asks_of, from_terms
+from jaxpo.objectives.grammar.base import NOTHING, Asks, Gathering, Hooks, Objective, State, Term, asks_of, from_terms
 from jaxpo.objectives.grammar.units import Units, log_ratios, nll_term, preference, unit_objective, unit_term
 from jaxpo.primitives import aggregation, preference_data, preferences
 from jaxpo.primitives.numerics import promote, ratio_or_zero
@@ -173,6 +173,9 @@ def sppo(beta: Positive = 0.001, half: bool = True, hard: bool = False) -> Objec
     Shapes: logp, logp_ref [B, T], rows in pairs chosen, rejected; win [B] in [0, 1], the rate at which the answer beats
       the iterate.
 
+    A round is an iteration: the reference is renewed after each, unless ``config.protocol.ref_every`` says after how
+    many.
+
     Args:
       half: False drops the 1/2 (TRL's sppo_hard). hard: win is 1 for the chosen and 0 for the rejected answer."""
     sure = dict(zip(PAIR, (1.0, 0.0), strict=True))
@@ -180,7 +183,8 @@ def sppo(beta: Positive = 0.001, half: bool = True, hard: bool = False) -> Objec
     def target(units: Units, role: str) -> Array:
         return ((sure[role] if hard else units.get("win", role)) - 0.5) / beta
 
-    return regression(target, scale=0.5 if half else 1.0, asks=asks_of(*(() if hard else ("win",))))
+    objective = regression(target, scale=0.5 if half else 1.0, asks=asks_of(*(() if hard else ("win",))))
+    return objective._replace(protocol=Gathering(references={"ref": {"every": 1}}))
 
 
 def regression(

@@ -76,16 +76,16 @@ def gpm_rm(tau: Positive = 0.1, gate: bool = True, normalize: bool = True) -> Ob
         v, u = (units.of(units.stats.embed, role) for role in PAIR)
         return score(v, u, units.of(units.stats.gate, "chosen") if gate else None)
 
-    def wins(stats: TokenStats) -> Array:
+    def log_odds(stats: TokenStats) -> Array:
         v = stats.embed
-        return jax.nn.sigmoid(score(v[:, None], v[None], stats.gate[:, None] if gate else None) / tau)
+        return score(v[:, None], v[None], stats.gate[:, None] if gate else None) / tau
 
     objective = ranker(
         [unit_term("preference", lambda units, state: preferences.logistic(of_pairs(units) / tau))],
         of_pairs,
         asks_of(wants=("embed", "gate") if gate else ("embed",)),
     )
-    return objective._replace(wins=wins)
+    return objective._replace(log_odds=log_odds)
 
 
 THEMIS_WHEN = {

@@ -1,6 +1,6 @@
 """A judge compares the policy's own answers: who answers, which answers become pairs, and which rows they become."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +23,8 @@ from jaxpo.protocols.rows import stacked
 
 RULES = ("best_worst", "random", "adjacent")
 OF_OPPONENTS = {"win", "pref_opp", "pref_score"}  # fields that an opponent's answers change
-SOFT = {"pref_prob", "win"}  # objectives that read these take pairs in any order; others need the better answer first
+# Objectives that read these take pairs in any order; others need the better answer first.
+SOFT = {"pref_prob", "win", "pref_score"}
 Chosen = tuple[np.ndarray, np.ndarray, np.ndarray]  # indices i, j [G, pairs] of answers, and whether the pair counts
 
 
@@ -98,7 +99,7 @@ def collect(c: Comparison, run: Run, gather: Gatherer, key: Array) -> tuple[Run,
         gather.note("judge/win", float(verdict.wins[:, :k, k:].mean()))
     chosen = None
     if gather.objective.unit.layout:
-        chosen = pairs_of(c, verdict, k, keys[2], soft=bool(needs & SOFT))
+        chosen = pairs_of(c, verdict, k, keys[2], needs=needs)
         gather.note("judge/kept", float(chosen[2].mean()))
     batch = arranged(gather.objective, columns[0], verdict, chosen)
     if "label" not in needs:
@@ -109,9 +110,12 @@ def collect(c: Comparison, run: Run, gather: Gatherer, key: Array) -> tuple[Run,
     return run, with_labels(batch, good, known, form_of(gather.objective, k).mismatched)
 
 
-def pairs_of(c: Comparison, verdict: Verdict, k: int, key: Array, *, soft: bool) -> Chosen:
-    """The pairs of a comparison: in any order if ``soft``, otherwise the better answer first."""
-    i, j, there = c.choose(verdict, k, key) if c.choose else (*pick(c.rule, verdict, k, key), True)
+def pairs_of(c: Comparison, verdict: Verdict, k: int, key: Array, *, needs: Collection[str]) -> Chosen:
+    """The pairs of a comparison: in any order for an objective that needs one of ``SOFT``, otherwise the better answer
+    first. The best answer of an objective that needs pref_score has the highest one (GPO)."""
+    soft = bool(SOFT.intersection(needs))
+    by = answer_fields(verdict, k)["pref_score"] if "pref_score" in needs else None
+    i, j, there = c.choose(verdict, k, key) if c.choose else (*pick(c.rule, verdict, k, key, by=by), True)
     i, j, counts = (i, j, i != j) if soft else ordered(verdict, i, j, c.margin)
     return i, j, counts & there
 
@@ -138,6 +142,11 @@ def rows(c: Comparison, objective: Objective, responses: int) -> int:
     if not layout and (c.pairs is not None or c.margin):
         field = "margin" if c.pairs is None else "pairs"
         raise ValueError(f"config.protocol.{field} has no effect: the objective learns from single answers")
+    if c.margin and SOFT & needs:
+        raise ValueError(
+            "config.protocol.margin has no effect: the objective learns from what the judge says of a pair, whichever "
+            "answer is better"
+        )
     if c.choose and not layout:
         raise ValueError(
             "this protocol makes pairs, but the objective learns from single answers: choose protocol 'judged'"
@@ -167,9 +176,15 @@ def sampled(run: Run, gather: Gatherer, who: Source, indices: np.ndarray, key: A
 # ---- which answers become pairs
 
 
-def pick(rule: str, verdict: Verdict, k: int, key: Array) -> tuple[np.ndarray, np.ndarray]:
-    """Pick pairs among the first ``k`` answers to each prompt: their indices (i, j), [G, pairs] each."""
-    scores = np.asarray(verdict.scores)[:, :k]
+def pick(
+    rule: str, verdict: Verdict, k: int, key: Array, *, by: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pick pairs among the first ``k`` answers to each prompt: their indices (i, j), [G, pairs] each.
+
+    Args:
+      by: [G, k] what makes an answer the best or the worst; None = the judge's scores.
+    """
+    scores = np.asarray(verdict.scores)[:, :k] if by is None else by
     if rule == "best_worst":
         best, worst, _ = rules.best_and_worst(scores)
         return np.asarray(best)[:, None], np.asarray(worst)[:, None]
@@ -195,15 +210,15 @@ def answer_fields(verdict: Verdict, k: int) -> dict[str, np.ndarray]:
 
     win: mean probability to beat the opponent's answers; without an opponent, all k answers (itself at 1/2, like SPPO).
     pref_opp: the same, but without itself.
-    pref_score: mean logit of the probabilities that ``win`` averages.
+    pref_score: mean log-odds of the probabilities that ``win`` averages (GPO: the mean of s/tau, itself at 0).
     rm: score.
     """
     wins, total = np.asarray(verdict.wins), verdict.wins.shape[1]
-    against = wins[:, :k, k:] if total > k else wins[:, :k, :k]
-    logits = np.asarray(rules.ranker_reward(against))
+    others = slice(k, None) if total > k else slice(k)
+    against, odds = wins[:, :k, others], verdict.preference[:, :k, others]
     win = against.mean(-1)
     alone = (against.sum(-1) - 0.5) / max(k - 1, 1) if total == k else win
-    return dict(win=win, pref_opp=alone, pref_score=logits.mean(-1), rm=np.asarray(verdict.scores)[:, :k])
+    return dict(win=win, pref_opp=alone, pref_score=odds.mean(-1), rm=np.asarray(verdict.scores)[:, :k])
 
 
 def arranged(objective: Objective, own: Rollouts, verdict: Verdict, chosen: Chosen | None) -> Rollouts:

@@ -18,6 +18,7 @@ from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.learning.state import Run, advance
 from jaxpo.objectives import Objective, State
 from jaxpo.policy.transformer import Params
+from jaxpo.primitives.preference_data import ranker_reward
 from jaxpo.protocols.rows import in_batches
 from jaxpo.rollout.sampling import SamplingOptions, validate
 from jaxpo.tasks import Example
@@ -28,12 +29,20 @@ class Verdict(NamedTuple):
 
     scores: [G, K] score of each answer.
     wins: [G, K, K] probability that the first answer beats the second; 1/2 on the diagonal.
+    log_odds: [G, K, K] log-odds of ``wins``, unbounded, from a judge that computes them; None = from ``wins``.
     errors: [G] why the judge failed on the prompt (its answers then count as equally good), or None; () = on none.
     """
 
     scores: np.ndarray
     wins: np.ndarray
     errors: Sequence[str | None] = ()
+    log_odds: np.ndarray | None = None
+
+    @property
+    def preference(self) -> np.ndarray:
+        """[G, K, K] the log-odds that the first answer beats the second. Of a judge that gives probabilities alone,
+        these are clipped to [1e-6, 1 - 1e-6] first, so that the log-odds are finite."""
+        return np.asarray(ranker_reward(self.wins) if self.log_odds is None else self.log_odds)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from jaxpo.arguments import NonNegative, Positive, Share, Whole
 from jaxpo.primitives import preference_data
-from jaxpo.protocols.comparisons import Comparison, Source, compared
+from jaxpo.protocols.comparisons import POLICY, Comparison, Source, compared
 from jaxpo.protocols.gatherer import Verdict
 from jaxpo.protocols.preference_data import rounds
 from jaxpo.protocols.protocol import Protocol
@@ -82,21 +82,30 @@ def rso_sampler(beta: Positive = 0.5, n: Whole = 8) -> Callable[[np.ndarray, Arr
     return sample
 
 
+def at_random(places: np.ndarray, there: np.ndarray, key: Array) -> tuple[np.ndarray, np.ndarray]:
+    """(places, there), [G, n] each, in a random order of each prompt: those that are there come first."""
+    order = np.argsort(np.where(there, np.asarray(jax.random.uniform(key, there.shape)), 2.0), -1)
+    return np.take_along_axis(places, order, -1), np.take_along_axis(there, order, -1)
+
+
 @register("protocol", source="RSO, arXiv:2309.06657")
-def rso(beta: Positive = 0.5, n: Whole = 8) -> Protocol:
-    """Accept ``n`` of the policy's K = ``config.rollout.responses`` answers to a prompt (64 in the paper) by rejection
-    sampling, as if they came from the policy tilted by ``exp(score/beta)``; they make n/2 disjoint pairs.
+def rso(beta: Positive = 0.5, n: Whole = 8, candidates: Literal["ref", "policy"] = "ref") -> Protocol:
+    """Accept ``n`` of K = ``config.rollout.responses`` answers to a prompt (64 in the paper) by rejection sampling, as
+    if they came from their model tilted by ``exp(score/beta)``; they make n/2 disjoint pairs at random. The better
+    answer of a pair is the chosen one, and a tie does not count.
 
     Args:
       beta: temperature of the rejection sampling; the loss has its own beta.
       n: an even number.
+      candidates: who answers: "ref", the policy at the start of the run (the paper's SFT policy), or the "policy".
     """
     if n % 2:
         raise ValueError(f"n must be an even number of at least 2, not {n!r}")
     accepted = rso_sampler(beta, n)
 
     def choose(verdict: Verdict, k: int, key: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        places, there = accepted(verdict.scores[:, :k], key)
+        draw_key, pair_key = jax.random.split(key)
+        places, there = at_random(*accepted(verdict.scores[:, :k], draw_key), pair_key)
         return places[:, ::2], places[:, 1::2], there[:, ::2] & there[:, 1::2]
 
     def check(config: ConfigDict) -> None:
@@ -105,5 +114,12 @@ def rso(beta: Positive = 0.5, n: Whole = 8) -> Protocol:
                 f"config.rollout.responses {config.rollout.responses} must be at least config.protocol.n = {n}: the "
                 "responses are the candidates"
             )
+        if candidates == "ref" and config.training.offload_reference:
+            raise ValueError(
+                "config.training.offload_reference keeps the reference on the host, but the candidates of protocol "
+                "'rso' are sampled from it: set it to False, or config.protocol.candidates to policy"
+            )
 
-    return compared(Comparison(choose=choose, count=lambda responses: n // 2)).where(check=check)
+    who = Source(lambda run: run.references["ref"]) if candidates == "ref" else POLICY
+    keeps = {"ref": {}} if candidates == "ref" else {}
+    return compared(Comparison(who, choose=choose, count=lambda responses: n // 2), keeps).where(check=check)

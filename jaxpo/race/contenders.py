@@ -7,7 +7,6 @@ from jaxpo import registry
 from jaxpo.calls import parse_calls
 from jaxpo.config.resolved import Resolved
 from jaxpo.objectives import Objective, make
-from jaxpo.objectives.grammar.base import Gathering
 from jaxpo.race.rules import Rules, check_fit, resolved_by
 
 
@@ -45,7 +44,7 @@ def with_protocol(protocol: str | None, objective: Objective) -> Objective:
     taken = objective.protocol.options if name == objective.protocol.name else {}
     if both := sorted(set(options) & set(taken)):
         raise ValueError(f"protocol {name!r}: {both[0]} is set by the objective's own {both[0]}")
-    return objective._replace(protocol=Gathering(name, {**options, **taken}))
+    return objective._replace(protocol=objective.protocol._replace(name=name, options={**options, **taken}))
 
 
 def named(text: str, rules: Rules, max_new_tokens: int) -> tuple[dict[str, Objective], dict[str, str]]:

@@ -139,16 +139,16 @@ class Questions:
         if len(own):
             said = opinion([examples[i] for i in at[own]], answers.tolist())
         self.failures.tell("the judge", said.errors)
-        scores, wins = said[:2] if whole else (from_rows(x, own, len(at)) for x in said[:2])
+        parts = said.scores, said.wins, said.preference
+        scores, wins, odds = parts if whole else (from_rows(x, own, len(at)) for x in parts)
         failed = np.isnan(scores).all(-1)
         self.failures.check_any("the judge", int(failed.sum()), len(failed))
         if not failed.any():
-            return Verdict(scores, wins)
+            return Verdict(scores, wins, log_odds=odds)
         scores = np.where(failed[:, None], scores[~failed].mean(), scores)  # neither better nor worse than the others
         own_errors = dict(zip(own.tolist(), said.errors, strict=False))
-        return Verdict(
-            scores, wins, [own_errors.get(i, "another process shows it") if f else None for i, f in enumerate(failed)]
-        )
+        errors = [own_errors.get(i, "another process shows it") if f else None for i, f in enumerate(failed)]
+        return Verdict(scores, wins, errors, odds)
 
     def demonstrations(self, indices: np.ndarray, drop_last: float = 0.0, seed: int = 0) -> Rollouts:
         """The task's own answers to training prompts, each with its end (`jaxpo.text.tokenizers.Tokenizer.turn`).

@@ -11,12 +11,13 @@ import hmac
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+FUNCTIONS = ("reward", "embed")  # fields of a task, at any depth, that may name a function
 SIGNATURE = "signature.json"  # in a run directory
 FLAG = {"trust": (False, "use the code that a run from elsewhere names: read it before")}
 _answer = {"trust": False}  # of this process, as its command line says
@@ -29,12 +30,23 @@ def trust_runs(yes: bool) -> None:
 
 def code_named(config: Mapping[str, Any]) -> list[str]:
     """The code that a config names: its imports, and functions given as "module:function"."""
-    task, judge = (config.get(block) or {} for block in ("task", "judge"))
+    judge = config.get("judge") or {}
     judge = judge.get("path") if judge.get("name") == "function" else None
-    functions = (task.get("reward"), config.get("trace"), judge)
+    functions = [config.get("trace"), judge, *_of_rewards(config.get("task") or {})]
     imports = config.get("imports") or ()
     imports = [imports] if isinstance(imports, str) else list(imports)
     return sorted({*map(str, imports), *(f for f in functions if isinstance(f, str) and ":" in f)})
+
+
+def _of_rewards(block: Mapping[str, Any]) -> Iterator[Any]:
+    """What may be a function in a block of rewards and their options; a reward without a field ``reward`` is called
+    by its name."""
+    for field, value in block.items():
+        if field in FUNCTIONS:
+            yield value
+        if isinstance(value, Mapping | ConfigDict):
+            yield from value
+            yield from _of_rewards(value)
 
 
 def key_file() -> Path:

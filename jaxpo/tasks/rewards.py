@@ -11,6 +11,7 @@ completion (``extract``):
 A completion without such an answer is wrong (0). An exception means that the pair could not be judged.
 
 ``format`` and ``length`` look at the form of a completion, and are meant to be added to one of these with a weight.
+``relevance`` compares embeddings of the completion and of the question or the answer.
 """
 
 import functools
@@ -27,6 +28,7 @@ from typing import Any, Literal
 from jaxpo.arguments import NonNegative, Whole
 from jaxpo.registry import entry, make, names, register, unknown
 from jaxpo.tasks.numbers import Locale, Number, last_number, read_number
+from jaxpo.tasks.relevance import relevance
 from jaxpo.tasks.user_functions import locate, signature_of
 
 Reward = Callable[..., Any]
@@ -222,11 +224,15 @@ def length(
 
 
 def _check_form(name: str, options: Mapping[str, Any]) -> None:
-    """Check what the options of ``format`` and ``length`` must be together; ``ValueError`` names them."""
+    """Check what the options of some rewards must be together; ``ValueError`` names them."""
     if name == "length" and (options.get("target") is None) == (options.get("most") is None):
         raise ValueError("reward 'length' needs either target (the asked length) or most (the longest length)")
     if name == "length" and (options.get("most") or math.inf) < options.get("within", 100):
         raise ValueError(f"reward 'length': most={options['most']} is less than within={options.get('within', 100)}")
+    if name == "relevance":
+        if options.get("embed") is None:
+            raise ValueError("reward 'relevance' needs embed, a function \"module:function\" of texts [n]")
+        locate(options["embed"], "embed of reward 'relevance'")
     if name == "format":
         tags = options.get("tags", ("think", "answer"))
         if options.get("pattern") is not None and (options.get("opened") or tuple(tags) != ("think", "answer")):
@@ -255,6 +261,7 @@ BUILT_IN = {
     "math": mathematical,
     "format": formatted,
     "length": length,
+    "relevance": relevance,
 }
 for _name, _reward in BUILT_IN.items():
     register("verifier", id=_name)(_with_options(_reward))
@@ -294,9 +301,10 @@ def is_registered(reward: str | Reward) -> bool:
 
 def may_hang(reward: str | Reward, function: Callable) -> bool:
     """Whether a reward runs in worker processes with a time limit: one that backtracks, does symbolic algebra, or is
-    the user's own."""
+    (or asks) the user's own."""
     pattern = getattr(function, "keywords", {}).get("pattern")
-    return not is_registered(reward) or reward in ("regex", "math") or (reward == "format" and pattern is not None)
+    slow = ("regex", "math", "relevance")
+    return not is_registered(reward) or reward in slow or (reward == "format" and pattern is not None)
 
 
 def preparation(reward: str | Reward) -> Callable[[], object] | None:

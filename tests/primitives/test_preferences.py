@@ -334,8 +334,21 @@ def test_ranking_diagnostic(normalized):
     said = results(measure(TokenStats(logp=logp), batch))
     expected = dict(ranking_accuracy=0.5, reward_accuracy=0.5, idealized_accuracy=1.0, difficulty=-0.5)
     if normalized:
-        expected = dict(ranking_accuracy=0.5, reward_accuracy=0.5, idealized_accuracy=0.5, difficulty=0.0)
+        expected |= dict(ranking_accuracy=0.5)  # of averages; the others compare sums, as the card has them
     assert {k.removeprefix("preference/"): float(x) for k, x in said.items()} == pytest.approx(expected)
+
+
+def test_only_the_ranking_reads_lengths():
+    batch = Pairs([[1], [1]], [[2, 3], [2]], [[4], [5, 6, 7]])
+    logp = jnp.array([[-1.0, -2, 9], [-2, 9, 9], [-2, 9, 9], [-1, -1, -1]])  # means: other signs than sums
+    batch = batch.replace(logp_ref=jnp.array([[-1.0, -1, 9], [-3, 9, 9], [-2, 9, 9], [-1, -1, -1]]))
+    measure = make("dpo_ranking_accuracy", "diagnostic", beta=1e9, normalized=True)
+    said = {k.removeprefix("preference/"): float(x) for k, x in results(measure(TokenStats(logp=logp), batch)).items()}
+    expected = dict(ranking_accuracy=0.5, reward_accuracy=0.0, idealized_accuracy=1.0, difficulty=-1.0)
+    assert said == pytest.approx(expected)
+    flipped = logp.at[1].set(jnp.array([-1.4, 9, 9]))  # -1.5 < -1.4 on average
+    said = results(measure(TokenStats(logp=flipped), batch))
+    assert float(said["preference/ranking_accuracy"]) == 0.0
 
 
 def test_mode_gradients():

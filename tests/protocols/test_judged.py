@@ -9,7 +9,7 @@ import pytest
 from jaxpo.batch import Rollouts
 from jaxpo.fields import role_id
 from jaxpo.objectives import make
-from jaxpo.protocols.comparisons import answer_fields, arranged, labels, ordered, pick, with_labels
+from jaxpo.protocols.comparisons import answer_fields, arranged, labels, ordered, pairs_of, pick, with_labels
 from jaxpo.protocols.judged import judged, nash_md, rso, rso_sampler
 from jaxpo.protocols.preference_data import with_samples, without_equal_pairs
 from jaxpo.runs import questions
@@ -115,9 +115,9 @@ def test_each_process_judges_the_answers_to_its_own_prompts(monkeypatch):
         monkeypatch.setattr(questions, "own_rows", lambda x, own=own: np.array(own, int))
         compare(opinion, examples, *columns)
     assert asked == [["7", "5", "6", "4"], ["7", "5"], ["6", "4"]]
-    assert [rows for rows, _ in parts[::2]] == [[0, 1], [2, 3], []] and parts[5][1].shape == (0, 3, 3)
-    np.testing.assert_array_equal(np.concatenate([x for _, x in parts[::2]]), whole.scores)
-    np.testing.assert_array_equal(np.concatenate([x for _, x in parts[1::2]]), whole.wins)
+    assert [rows for rows, _ in parts[::3]] == [[0, 1], [2, 3], []] and parts[7][1].shape == (0, 3, 3)
+    for i, known in enumerate((whole.scores, whole.wins, whole.preference)):
+        np.testing.assert_array_equal(np.concatenate([x for _, x in parts[i::3]]), known)
     whole = compare(opinion, examples, *columns, whole=True)  # a judge on the mesh gets all, whoever calls
     assert asked[-1] == asked[0] and len(whole.scores) == 4
 
@@ -176,6 +176,14 @@ def test_what_is_said_of_an_answer():
     assert game["pref_opp"][0].tolist() == game["win"][0].tolist() == [0, 1] and game["rm"].shape == (2, 2)
     soft = answer_fields(judge.verdict_of_scores(SCORES, 1.0), 2)
     assert soft["pref_score"][0].tolist() == pytest.approx([-1, 1], abs=1e-5)  # GPO: mean score over the samples
+    odds = np.array([[[0.0, 40.0, -10.0], [-40.0, 0.0, 30.0], [10.0, -30.0, 0.0]]])  # a cycle, beyond any clip
+    said = judge.verdict_of_log_odds(odds)
+    assert answer_fields(said, 3)["pref_score"].tolist() == [[10, -10 / 3, -20 / 3]] == said.scores.tolist()
+    assert (said.wins + said.wins.swapaxes(1, 2) == 1).all() and said.wins[0, 1, 2] > 0.999
+    with pytest.raises(ValueError, match="not finite"):
+        judge.verdict_of_log_odds(np.full((1, 2, 2), np.inf))
+    sure = answer_fields(judge.verdict_of_wins(VERDICT.wins), 4)["pref_score"]
+    assert sure[0, 1] == pytest.approx(3 / 4 * np.log((1 - 1e-6) / 1e-6), rel=1e-3)  # probabilities alone: clipped
     single = arranged(make("nash_md"), answers(2), VERDICT, None)
     assert single.per_row["pref_opp"].tolist() == [0, 1, 0.5, 0.5] and single.layout == () and single.shared_prompt == 2
 
@@ -224,6 +232,52 @@ def test_rejection_sampling_of_the_best_and_of_the_first():
     places, _ = rso_sampler(beta=1e9, n=3)(scores, jax.random.key(0))
     assert places.tolist() == [[0, 1, 2]]
     assert rso_sampler(n=6)(scores, jax.random.key(0))[1].tolist() == [[True] * 4 + [False] * 2]
+
+
+def test_rso_pairs_what_it_accepted_at_random_and_disjoint():
+    scores = np.tile(np.repeat([1.0, 0.0], 4), (64, 1))  # in the order of acceptance, neighbors are ties
+    verdict = judge.verdict_of_scores(scores, None)
+
+    def drawn(seed):
+        chosen = rso(beta=1e9, n=8).collect.args[0].choose(verdict, 8, jax.random.key(seed))
+        return np.stack(chosen[:2], -1), chosen[2]
+
+    pairs, there = drawn(0)
+    assert (np.sort(pairs.reshape(64, 8), -1) == np.arange(8)).all() and there.all()  # each answer once
+    differ = verdict.scores[0][pairs[..., 0]] != verdict.scores[0][pairs[..., 1]]
+    assert differ.mean() == pytest.approx(4 / 7, abs=0.08)  # a random partner is one of the 4 others among 7
+    assert len({p.tobytes() for p in pairs}) > 60
+    np.testing.assert_array_equal(drawn(0)[0], pairs)
+    assert (drawn(1)[0] != pairs).any()
+
+
+def test_rso_pairs_only_what_was_accepted():
+    choose = rso(beta=1e9, n=8).collect.args[0].choose
+    pairs = choose(judge.verdict_of_scores(np.arange(10.0).reshape(2, 5), None), 5, jax.random.key(0))
+    assert pairs[2].tolist() == [[True, True, False, False]] * 2  # 5 candidates make two pairs, and one is left
+    for i, j, there in zip(*pairs, strict=True):
+        assert len({*i[there], *j[there]}) == 4
+
+
+def test_rso_asks_the_reference_unless_told_otherwise():
+    run = types.SimpleNamespace(references={"ref": "start"}, state=types.SimpleNamespace(params="now"))
+    assert rso().collect.args[0].own.params(run) == "start" and rso().facts.references == {"ref": {}}
+    own = rso(candidates="policy")
+    assert own.collect.args[0].own.params(run) == "now" and own.facts.references == {}
+
+
+def test_gpo_takes_the_best_and_the_worst_by_mean_score():
+    wins = np.array([[[0.5, 0.6, 0.6], [0.4, 0.5, 0.999999], [0.4, 0.000001, 0.5]]])
+    verdict = judge.verdict_of_wins(wins)  # 1 has the most wins ...
+    assert verdict.scores[0].argmax() == 1
+    odds = np.log(wins / (1 - wins)).mean(-1)[0]
+    c = judged().collect.args[0]
+    i, j, counts = pairs_of(c, verdict, 3, jax.random.key(0), needs=make("gpo").asks.needs)
+    assert (i[0, 0], j[0, 0], counts[0, 0]) == (odds.argmax(), odds.argmin(), True)
+    odds = np.array([[[0.0, 8.0, -1.0], [-8.0, 0.0, 1.0], [1.0, -1.0, 0.0]]])
+    verdict = judge.verdict_of_log_odds(odds)  # 0 is the best by its mean, though it loses against 2
+    i, j, counts = pairs_of(c, verdict, 3, jax.random.key(0), needs=make("gpo").asks.needs)
+    assert (i[0, 0], j[0, 0], counts[0, 0]) == (0, 1, True)
 
 
 # ---- data and samples side by side

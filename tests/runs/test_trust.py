@@ -149,6 +149,9 @@ def test_what_writes_needs_no_code_of_the_run(own, module, tmp_path, monkeypatch
         {"trace": "evil_module:reward"},
         {"judge": {"name": "function", "path": "evil_module:reward", "scale": None}},
         {"task": {"name": "jsonl", "path": "x", "reward": "evil_module:reward", "test_size": 2}},
+        {"task": {"name": "jsonl", "path": "x", "test_size": 2, "rewards": {"two": {"reward": "evil_module:reward"}}}},
+        {"task": {"name": "jsonl", "path": "x", "test_size": 2, "rewards": {"evil_module:reward": {"weight": 1.0}}}},
+        {"task": {"name": "jsonl", "path": "x", "test_size": 2, "reward": "relevance", "embed": "evil_module:reward"}},
     ),
 )
 @pytest.mark.parametrize("program", ("evaluate", "sample", "export", "judge"))

@@ -156,10 +156,17 @@ class Unit(NamedTuple):
 
 
 class Gathering(NamedTuple):
-    """How an objective's data is gathered: a registered protocol, and those of its options that the objective sets."""
+    """How an objective's data is gathered.
+
+    name: a registered protocol.
+    options: those of its options that the objective sets.
+    references: how references move, with their options (`jaxpo.learning.references`), under any protocol that does not
+      say otherwise.
+    """
 
     name: str = "on_policy"
     options: Mapping[str, Any] = NONE
+    references: Mapping[str, Mapping[str, Any]] = NONE
 
 
 class Objective(NamedTuple):
@@ -178,8 +185,8 @@ class Objective(NamedTuple):
       that is not named moves the "policy".
     beta: strength of the KL regularization, where a loss of pairs has one: an answer's implied reward is ``beta
       sum_t (logp - logp_ref)``. None = the loss implies no such reward.
-    wins: (stats of K answers to one prompt) -> [K, K], the probability that the answer of a row beats that of a column,
-      if the objective trains a model of preferences without scores.
+    log_odds: (stats of K answers to one prompt) -> [K, K], the log-odds that the answer of a row beats that of a
+      column, if the objective trains a model of preferences without scores.
     """
 
     init: Callable[[], State]
@@ -193,7 +200,7 @@ class Objective(NamedTuple):
     made_of: Mapping[str, tuple[str, ...]] = NONE
     trains: Mapping[str, str] = NONE
     beta: float | Array | None = None
-    wins: Callable[[TokenStats], Array] | None = None
+    log_odds: Callable[[TokenStats], Array] | None = None
 
 
 class Term(NamedTuple):

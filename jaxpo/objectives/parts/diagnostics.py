@@ -26,20 +26,19 @@ def dpo_ranking_accuracy(
     Args:
       beta: 0.01 to 10. pref_prob: share of annotators who prefer the chosen answer; None: the batch says, as pref_prob
         [B].
-      normalized: averages over tokens instead of sequence sums."""
+      normalized: the policy ranks by averages over tokens. The other three compare sequence sums all the same: they are
+        statements about the optimum of DPO, which knows no lengths."""
 
     def measure(stats: TokenStats, batch: Rollouts) -> Metrics:
         stats = stats.replace(logp=jnp.where(batch.mask > 0, promote(stats.logp), 0))
         ref = jnp.where(batch.mask > 0, promote(batch.get("logp_ref")), 0)
         units, old = Units(stats, batch), Units(stats.replace(logp=ref), batch)
-        per = [units.length(role) if normalized else 1 for role in PAIR]
-        (w, l), (ref_w, ref_l) = (  # noqa: E741
-            [u.logp(role) / n for role, n in zip(PAIR, per, strict=True)] for u in (units, old)
-        )
+        (w, l), (ref_w, ref_l) = ([u.logp(role) for role in PAIR] for u in (units, old))  # noqa: E741
+        length_w, length_l = [units.length(role) if normalized else 1 for role in PAIR]
         p = units.get("pref_prob") if pref_prob is None else jnp.full(w.shape, pref_prob)
         count = jnp.ones_like(w) if batch.count is None else batch.unit(promote(batch.count))[:, 0]
         values = {
-            "ranking_accuracy": preference_diagnostics.ranking_accuracy(w, l),
+            "ranking_accuracy": preference_diagnostics.ranking_accuracy(w / length_w, l / length_l),
             "reward_accuracy": preference_diagnostics.reward_accuracy(w - ref_w, l - ref_l),
             "idealized_accuracy": preference_diagnostics.idealized_accuracy(ref_w, ref_l, p, beta),
             "difficulty": preference_diagnostics.difficulty(ref_w, ref_l),

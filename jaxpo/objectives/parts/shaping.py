@@ -63,7 +63,10 @@ R3 = ("rel_query", "rel_answer", "open_ended", "num_words", "num_tri", "uniq_tri
 def relevance_reward_r3(scale: float = 1.0, shift: float = 0.0) -> Shaping:
     """Regularized relevance: ``rel_query num_words/100 rep`` of an open-ended question,
     ``(scale rel_answer + shift) rep`` of another, ``rep = uniq_tri/num_tri``; all [B]. The rescaling is assumed to be
-    the identity by default."""
+    the identity by default.
+
+    A batch of your own has these numbers as fields. In a run, the reward ``relevance`` of the task computes the same
+    from texts (docs/rewards.md)."""
 
     def fn(b: Rollouts, s: State) -> Array:
         fields = {name: promote(b.get(name)) for name in R3}

@@ -132,7 +132,19 @@ def verdict_of_scores(scores: np.ndarray, scale: float | None) -> Verdict:
         raise ValueError("the judge's scores are not finite")
     if scale is None:
         return Verdict(scores, (1 + np.sign(scores[:, :, None] - scores[:, None, :])) / 2)
-    return Verdict(scores, np.asarray(preference_data.win_matrix(scale * scores)))
+    gap = scale * (scores[:, :, None] - scores[:, None, :])
+    return Verdict(scores, np.asarray(preference_data.win_matrix(scale * scores)), log_odds=gap)
+
+
+def verdict_of_log_odds(log_odds: np.ndarray) -> Verdict:
+    """The verdict of log-odds [G, K, K] that the first answer beats the second.
+
+    An answer's score is its mean log-odds against all answers to its prompt, itself at 0 (GPO).
+    """
+    odds = np.asarray(log_odds, np.float64)
+    if not np.isfinite(odds).all():
+        raise ValueError("the judge's preference scores are not finite")
+    return Verdict(odds.mean(-1), 1 / (1 + np.exp(-np.clip(odds, -700, 700))), log_odds=odds)
 
 
 def verdict_of_wins(wins: np.ndarray) -> Verdict:
@@ -157,7 +169,7 @@ def by_verifier(task: Task, scale: float | None, examples: Sequence[Example], an
     verdict = verdict_of_scores(np.array([[s.reward for s in row] for row in rows]), scale)
     errors = [next((s.error for s in row if s.error is not None), None) for row in rows]
     failed = np.array([all(s.error is not None for s in row) for row in rows])
-    return Verdict(np.where(failed[:, None], np.nan, verdict.scores), verdict.wins, errors)
+    return verdict._replace(scores=np.where(failed[:, None], np.nan, verdict.scores), errors=errors)
 
 
 def scores_of(task: Task, examples: Sequence[Example], answers: Answers) -> list[list[Score]]:
@@ -185,10 +197,11 @@ def by_function(asked: Callable, scale: float | None, examples: Sequence[Example
     errors = [None if isinstance(said, Verdict) else said for said in each]
     if all(error is not None and not error.traceback for error in errors):  # it did not raise
         raise ValueError(errors[0])
-    tie = Verdict(np.full((1, k), np.nan), np.full((1, k, k), 0.5))
+    tie = Verdict(np.full((1, k), np.nan), np.full((1, k, k), 0.5), log_odds=np.zeros((1, k, k)))
     each = [said if isinstance(said, Verdict) else tie for said in each]
     shown = errors if any(errors) else [whole, *errors[1:]]  # it failed once, and then did not
-    return Verdict(np.concatenate([v.scores for v in each]), np.concatenate([v.wins for v in each]), shown)
+    odds = np.concatenate([v.preference for v in each])
+    return Verdict(np.concatenate([v.scores for v in each]), np.concatenate([v.wins for v in each]), shown, odds)
 
 
 def ask(asked: Callable, scale: float | None, questions: list, answers: Answers) -> Verdict | Failure:
@@ -319,7 +332,7 @@ def verdict_of_stats(
         score = 1 / (1 + np.exp(-score)) if "label" in workspace.objective.asks.needs else score
         return verdict_of_scores(score, 1.0 if scale is None else scale)
     by_prompt = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), stats)
-    return verdict_of_wins(np.asarray(jax.vmap(workspace.objective.wins)(by_prompt)))
+    return verdict_of_log_odds(np.asarray(jax.vmap(workspace.objective.log_odds)(by_prompt)))
 
 
 def rows_of(workspace: Workspace, examples: Sequence[Example], answers: Answers) -> Rollouts:
