@@ -551,3 +551,21 @@ def test_the_trainer_scores_at_the_temperature_of_sampling_unless_it_has_its_own
         if own is not None:
             config.policy_temperature = own
         assert resolve(config, 1).config.policy_temperature == expected
+
+
+def test_sppo_renews_its_reference_unless_told_otherwise():
+    def keeps(*flags):
+        return resolved("--config.objective.name=sppo", *flags).protocol.facts.references
+
+    assert keeps() == {"ref": {"every": 1}}
+    assert keeps("--config.protocol.name=judged", "--config.protocol.ref_every=5") == {"ref": {"every": 5}}
+    with pytest.raises(ValueError, match="sppo renews its reference during the run"):
+        keeps("--config.training.offload_reference=True")
+
+
+def test_rso_samples_from_a_reference_that_is_there():
+    flags = "--config.objective.name=rso", "--config.protocol.name=rso", "--config.protocol.n=2"
+    assert resolved(*flags).protocol.facts.references == {"ref": {}}
+    with pytest.raises(ValueError, match="candidates of protocol 'rso' are sampled from it"):
+        resolved(*flags, "--config.training.offload_reference=True")
+    assert resolved(*flags, "--config.objective.name=simpo").protocol.facts.references == {"ref": {}}
