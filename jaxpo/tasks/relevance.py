@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from jaxpo.tasks.user_functions import locate
 
 
@@ -35,20 +33,23 @@ def relevance(
     if lacking := [q for q, a, o in zip(question, answer, free, strict=True) if a is None and not o]:
         raise ValueError(f"the question {lacking[0][:60]!r} is not open-ended and has no answer")
     beside = [q if o else a for q, a, o in zip(question, answer, free, strict=True)]
-    said, known = np.split(embedded(embed, [*completions, *beside]), 2)
-    near = np.einsum("nd,nd->n", said, known)
+    near = inner_products(embed, completions, beside)
     return [
         float(r * len(text.split()) / 100 if o else scale * r + shift) * repetition(text)
         for r, o, text in zip(near, free, completions, strict=True)
     ]
 
 
-def embedded(embed: str | None, texts: list[str]) -> np.ndarray:
-    """The embeddings [n, D] of texts; ``ValueError`` if they are something else."""
+def inner_products(embed: str | None, completions: Sequence[str], beside: Sequence[str]) -> list[float]:
+    """``<e(completion), e(text beside it)>`` of each pair; ``ValueError`` if ``embed`` gives something else than
+    embeddings."""
+    import numpy as np  # here: workers of other rewards load without it
+
+    texts = [*completions, *beside]
     out = np.asarray(locate(embed, "embed of reward 'relevance'")(texts), np.float64)
     if out.ndim != 2 or len(out) != len(texts) or not np.isfinite(out).all():
         raise ValueError(f"embed {embed} must give finite numbers [{len(texts)}, D]; it gave an array {out.shape}")
-    return out
+    return [float(product) for product in np.einsum("nd,nd->n", *np.split(out, 2))]
 
 
 def repetition(text: str) -> float:

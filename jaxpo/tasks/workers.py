@@ -257,14 +257,31 @@ def _end(workers: list[_Worker]) -> None:
     """Kill the processes with all that they started, and empty the list. They hold no state, so nothing is lost."""
     while workers:
         worker = workers.pop()
+        started = _descendants(worker.process.pid)  # now: later they are no longer its own
         with contextlib.suppress(ProcessLookupError):
             os.killpg(worker.process.pid, signal.SIGKILL)
         worker.process.wait()
-        for pid in _started_in(worker.folder):  # such as left the group
+        for pid in {*started, *_started_in(worker.folder)}:  # such as left the group
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         worker.pipe.close()
         shutil.rmtree(worker.folder, ignore_errors=True)
+
+
+def _descendants(pid: int) -> list[int]:
+    """The children of a process and theirs; [] where the system does not tell (no /proc).
+
+    A process that is just being replaced by another program (exec) has no environment for a moment, so `_started_in`
+    alone would miss it."""
+    children: dict[int, list[int]] = {}
+    with contextlib.suppress(OSError):
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
+                children.setdefault(int(file.read().rpartition(b")")[2].split()[1]), []).append(int(name))
+    found = [pid]
+    for parent in found:
+        found += children.get(parent, [])
+    return found[1:]
 
 
 def _started_in(folder: str) -> list[int]:
