@@ -3,6 +3,7 @@
 from jaxpo.objectives import (  # noqa: F401 (imported for their registrations)
     entropy,
     group_relative,
+    guidance,
     hybrid,
     nash,
     off_policy,

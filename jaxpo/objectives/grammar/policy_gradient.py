@@ -27,7 +27,7 @@ from jaxpo.objectives.grammar.base import (
     per_token,
 )
 from jaxpo.objectives.grammar.parts import Advantage, Correction, Filter, Part, Ratio, Regularizer, Shaping, Surrogate
-from jaxpo.objectives.grammar.standard_metrics import sampled
+from jaxpo.objectives.grammar.standard_metrics import sampled, sampled_tokens
 from jaxpo.primitives import aggregation, grouping
 from jaxpo.primitives.numerics import promote
 
@@ -242,8 +242,10 @@ def corrected(parts: Parts, x: Array, batch: Rollouts, state: State) -> Array:
 
 def term_metrics(parts: Parts, stats: TokenStats, batch: Rollouts, state: State) -> Metrics:
     """How many tokens (or rows) of the policy term are clipped, and its unclipped surrogate."""
-    rows, on = promote(members(parts, batch, state).count) * sampled(batch), promote(batch.mask)
-    weight = rows * (on.sum(-1) > 0) if parts.ratio.per == "row" else on * rows[:, None]
+    rows, on = promote(members(parts, batch, state).count), promote(batch.mask)
+    weight = on * rows[:, None] * sampled_tokens(batch)
+    if parts.ratio.per == "row":
+        weight = rows * sampled(batch) * (on.sum(-1) > 0)
     of_surrogate = arguments(parts, stats, batch, state)
     clipped = parts.surrogate.clipped
     return {
@@ -265,7 +267,7 @@ def one_pass(parts: Parts, stats: TokenStats, batch: Rollouts, state: State) -> 
     if run is None or parts.rows is not None or not (parts.ratio.kernel and parts.surrogate.kernel):
         return {}, {}
     adv = arguments(parts, stats, batch, state)[1]
-    count = promote(batch.mask) * (promote(batch.count) * sampled(batch))[:, None]
+    count = promote(batch.mask) * promote(batch.count)[:, None] * sampled_tokens(batch)
     weight = corrected(parts, batch.weights["policy"], batch, state)
     penalty = next((p for _, p in parts.regularizers if p.kernel), None)
     options = {**parts.ratio.kernel(batch), **parts.surrogate.kernel(batch)}
