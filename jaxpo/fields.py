@@ -150,6 +150,10 @@ FIELDS: dict[str, Field] = {
     # ---- protocols
     "tracker_value": Field("row", "the prompt's value before the step", ("protocol",), example=uniform()),
     "tracker_reward": Field("row", "the reward before any shaping", ("protocol",)),
+    "flawed": Field(
+        "row", "1 = the answer is right and holds a wrong step", ("protocol",), example=cycled(0, 1, 1, 0, 1, 0)
+    ),
+    "token_adv": Field("token", "advantage of each token, from a critic of your own", ("user",), example=tokens(logp)),
     "expert_prob": Field(
         "token",
         "probability that the author of an expert row gave to the token",

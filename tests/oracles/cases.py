@@ -91,6 +91,7 @@ def make_case(seed: int, sizes=UNEQUAL, *, rewards="real", stale=0.3, extreme=Fa
             "seed": more.integers(0, 2**32, b, dtype=np.uint32),
         },
     )
+    case = case.replace(extra={**case.extra, "flawed": np.random.default_rng((seed, 4)).integers(0, 2, b) * 1.0})
     case = case.replace(extra={**case.extra, **other_models(b, np.random.default_rng((seed, 2)))})
     case = case.take(rng.permutation(b))
     hidden = ("logp", "logp_old", "ref", "entropy", "entropy_old")
@@ -119,7 +120,8 @@ def with_experts(case: Case, seed: int = 0, share: float = 0.3) -> Case:
     rng = np.random.default_rng(seed)
     expert = rng.random(len(case.reward)) < share
     prob = np.where(case.mask, rng.uniform(0.05, 1, case.mask.shape), np.nan)
-    extra = dict(role=np.where(expert, role_id("expert"), role_id("own")), expert_prob=prob)
+    more = dict(token_adv=np.where(case.mask, rng.normal(size=case.mask.shape), np.nan))
+    extra = dict(**more, role=np.where(expert, role_id("expert"), role_id("own")), expert_prob=prob)
     return case.replace(logp_old=np.where(expert[:, None], np.nan, case.logp_old), extra={**case.extra, **extra})
 
 

@@ -40,6 +40,7 @@ class Parts(NamedTuple):
     filters: choose rows before the advantage.
     selections: filters that see the advantage.
     rows: members of the policy term and of the advantage's statistics; None = all.
+    first: what is written before everything else.
     """
 
     advantage: Advantage
@@ -51,6 +52,7 @@ class Parts(NamedTuple):
     shaping: tuple[Shaping, ...]
     corrections: tuple[Correction, ...]
     rows: Rows | None
+    first: Callable[[Rollouts], Rollouts] | None = None
 
     @property
     def of_the_policy_term(self) -> list[Part]:
@@ -77,6 +79,7 @@ def policy_gradient(
     corrections: Sequence[Correction] = (),
     terms: Sequence[Term] = (),
     rows: Rows | None = None,
+    first: Callable[[Rollouts], Rollouts] | None = None,
     scale: float | Array | Callable[[State], Array] = 1.0,
     asks: Asks = NOTHING,
     unit: Unit = SINGLE_ROWS,
@@ -95,6 +98,7 @@ def policy_gradient(
       terms: more terms, beside the policy's and the regularizers'.
       rows: (batch, state) -> [B] rows that count in the denominators of the policy term and the regularizers; they
         alone are members of the groups that the advantage compares, and they alone are filtered. None = all rows.
+      first: batch -> batch, once per rollout batch and before everything else: fields that ``rows`` reads.
       scale: factor of the policy term, perhaps a function of the state.
       asks: besides those of the parts and terms. unit, protocol: as in `Objective`.
 
@@ -110,6 +114,7 @@ def policy_gradient(
         tuple(shaping),
         tuple(corrections),
         rows,
+        first,
     )
     check_parts(parts)
     inner = NO_HOOKS.merged(*[p.hooks for p in parts.of_the_policy_term])
@@ -163,6 +168,7 @@ def regularizer_term(parts: Parts, aggregate: aggregation.Aggregation, coef: Any
 
 def prepare(parts: Parts, write: Callable | None, batch: Rollouts, state: State) -> tuple[Rollouts, State]:
     """Filters, shaping, what parts write (``write``), advantage, selections: in this order."""
+    batch = parts.first(batch) if parts.first else batch
     if batch.reward is not None:
         degenerate = grouping.group_constant(batch.reward, batch.group, members(parts, batch, state).count)
         batch = batch.with_row(degenerate=promote(degenerate))
@@ -217,6 +223,9 @@ def _selected(batch: Rollouts, state: State) -> Array:
 def arguments(parts: Parts, stats: TokenStats, batch: Rollouts, state: State) -> tuple[Any, ...]:
     """The arguments of the surrogate: log-ratio and advantage of one shape, statistics, batch, state."""
     log_ratio, adv = parts.ratio.fn(stats, batch), batch.adv
+    if parts.rows is not None:  # what others wrote may hold anything as ``logp_old``
+        inside = parts.rows(batch, state) > 0
+        log_ratio = jnp.where(per_token(inside) if log_ratio.ndim == 2 else inside, log_ratio, 0)
     if parts.advantage.current:
         adv = lax.stop_gradient(parts.advantage.current(adv, stats, batch, state))
     adv = per_token(adv) if log_ratio.ndim == 2 else adv

@@ -58,6 +58,28 @@ def accuracy_and_format(w_acc: NonNegative = 1.0, w_fmt: NonNegative = 0.5) -> S
     return Shaping(fn, asks_of("rewards_multi", "reward_weights"))
 
 
+@register("reward", source="FAPO, arXiv:2510.22543; recipe/fapo of volcengine/verl")
+def less_flawed(lam: NonNegative = 1.0) -> Shaping:
+    """1 if the answer is correct, else -1; less ``lam`` if it is correct and flawed."""
+
+    def fn(b: Rollouts, s: State) -> Array:
+        right = promote(b.correct) > 0
+        return jnp.where(right, 1.0, -1.0) - lam * (right & (b.get("flawed") > 0))
+
+    return Shaping(fn, asks_of("correct", "flawed"))
+
+
+@register("reward", source="The Policy Cliff, arXiv:2507.20150")
+def weighted_sum() -> Shaping:
+    """``sum_k reward_weights_k rewards_multi_k`` [B]; a reward of weight 0 may hold anything."""
+
+    def fn(b: Rollouts, s: State) -> Array:
+        weight = promote(b.get("reward_weights"))
+        return jnp.where(weight != 0, weight * b.get("rewards_multi"), 0).sum(1)
+
+    return Shaping(fn, asks_of("rewards_multi", "reward_weights"))
+
+
 OVERLONG_WHEN = {"max_len": when(penalty=NONZERO), "buffer": when(penalty=NONZERO)}
 
 
