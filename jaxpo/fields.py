@@ -158,8 +158,7 @@ FIELDS: dict[str, Field] = {
         "token",
         "probability that the author of an expert row gave to the token",
         ("user",),
-        True,
-        tokens(lambda rng, shape: rng.uniform(0.1, 1, shape)),
+        example=tokens(lambda rng, shape: rng.uniform(0.1, 1, shape)),
     ),
     "hint_mask": Field(
         "token",

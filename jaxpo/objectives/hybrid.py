@@ -350,7 +350,9 @@ def among_own(advantage: Advantage) -> Advantage:
     return advantage._replace(fn=fn, asks=advantage.asks.merged(asks_of("role")))
 
 
-DYPO_WHEN = {"beta_gal": when(alpha=other_than(1)), "log_ratio_clip": when(alpha=NONZERO)}
+TIERS = Hooks(metrics=lambda stats, b, s: {f"tier/{name}": of_own(b, b.per_row[name]) for name in ("hard", "middle")})
+REINFORCED = ("beta_kl", "level", "eps_low", "eps_high", "eps", "adv_eps", "log_ratio_clip")
+DYPO_WHEN = {"beta_gal": when(alpha=other_than(1)), **dict.fromkeys(REINFORCED, when(alpha=NONZERO))}
 
 
 @register(source="DYPO, arXiv:2604.08926; an earlier commit of Tocci-Zhu/DYPO", when=DYPO_WHEN)
@@ -400,9 +402,6 @@ def dypo(
         total = jnp.where(b.mask > 0, -stats.logp, 0).sum(-1)
         return total if sft_norm == "sum" else ratio_or_zero(total, b.lengths)
 
-    tier = Hooks(
-        metrics=lambda stats, b, s: {f"tier/{name}": of_own(b, b.per_row[name]) for name in ("hard", "middle")}
-    )
     return policy_gradient(
         advantage=advantages.group_normalized(adv_eps),
         ratio=ratios.sequence_mean(log_ratio_clip) if level == "sequence" else ratios.token(log_ratio_clip),
@@ -420,7 +419,7 @@ def dypo(
                 rows=lambda b, s: EXPERT(b, s) * b.per_row["hard"],
                 coef=gamma_sft,
                 per="row",
-                hooks=tier,
+                hooks=TIERS,
             ),
             Term(
                 "gal", aligned, aggregation.prompt_sum, rows=middle, coef=1 - alpha, per="row", asks=asks_of("logp_ref")

@@ -35,7 +35,7 @@ UPGE_WHEN = {
     "use_std": when(method=COMPARING),
     "singleton": when(method=COMPARING),
     "adv_eps": when(method=COMPARING, use_std=True),
-    "log_ratio_clip": when(method=RATIO_METHODS),
+    "log_ratio_clip": when(method=("ppo", "grpo", "gspo")),
 }
 
 

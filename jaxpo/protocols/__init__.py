@@ -4,6 +4,7 @@ from jaxpo.protocols import (  # noqa: F401 (their registrations)
     demonstrations,
     dno,
     dynamic_sampling,
+    flaws,
     hints,
     iterates,
     judged,

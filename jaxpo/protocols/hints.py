@@ -1,6 +1,5 @@
 """Protocols that show a part of the solution: in the prompt (GHPO), or as the beginning of the answer (ADHint)."""
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -134,7 +133,7 @@ class Difficulty(NamedTuple):
 
 
 @register("protocol", source="ADHint, arXiv:2512.13095 (reconstructed from a secondary text: numbers assumed)")
-def adhint(hinted: Whole = 4, w_min: Share = 0.1, w_max: Share = 0.9, noise: Share = 0.0) -> Protocol:
+def adhint(hinted: Whole | None = None, w_min: Share = 0.1, w_max: Share = 0.9, noise: Share = 0.0) -> Protocol:
     """Sample K - ``hinted`` answers to each prompt, K = ``config.rollout.responses``. Then sample ``hinted`` ones that
     begin with a part of the task's demonstration: the larger, the fewer of the prompt's first answers were right.
 
@@ -144,21 +143,30 @@ def adhint(hinted: Whole = 4, w_min: Share = 0.1, w_max: Share = 0.9, noise: Sha
     Metric ``hints/ratio``: mean ratio.
 
     Args:
+      hinted: None = half of K, rounded down.
       w_min, w_max: ratio where all, or none, of the answers are right.
       noise: added to each prompt's ratio: uniform in [-noise, noise] (the law is assumed).
     """
     if w_min > w_max:
         raise ValueError(f"w_min {w_min:g} must not be above w_max {w_max:g}: harder prompts get longer hints")
 
+    def of(responses: int) -> int:
+        return responses // 2 if hinted is None else hinted
+
     def check(config: ConfigDict) -> None:
-        if not hinted < config.rollout.responses:
+        k = config.rollout.responses
+        if not 0 < of(k) < k:
             raise ValueError(
-                f"config.protocol.hinted {hinted} of config.rollout.responses {config.rollout.responses}: at least one "
-                "answer must begin without a hint"
+                f"config.protocol.hinted {of(k)} of config.rollout.responses {k}: at least one answer must begin with "
+                "a hint and one without"
             )
 
     facts = Facts(provides=frozenset({"hint_mask"}), compiles={"complete": 2}, check=check)
-    return Protocol(partial(with_hints, hinted, Difficulty(w_min, w_max, noise)), facts=facts)
+
+    def collect(run: Run, gather: Gatherer, key: Array) -> tuple[Run, Rollouts]:
+        return with_hints(of(gather.responses), Difficulty(w_min, w_max, noise), run, gather, key)
+
+    return Protocol(collect, facts=facts)
 
 
 def with_hints(hinted: int, law: Difficulty, run: Run, gather: Gatherer, key: Array) -> tuple[Run, Rollouts]:

@@ -138,7 +138,7 @@ def test_hinted_rows_begin_with_the_demonstration(world):
 
 
 def test_adhint_needs_rows_of_both_kinds():
-    with pytest.raises(ValueError, match="at least one answer must begin without a hint"):
+    with pytest.raises(ValueError, match="at least one answer must begin with a hint and one without"):
         tiny.run(
             tiny.config({"objective": dict(name="adhint"), "protocol.name": "adhint", "protocol.hinted": 4}), "never"
         )
@@ -205,3 +205,88 @@ def test_functions_that_are_not_there():
         make("scope", "protocol", prm=f"{__name__}:all_wrog")
     with pytest.raises(ValueError, match="config.protocol.corrector is called with"):
         make("scope", "protocol", corrector=f"{__name__}:judged_by")
+
+
+# ---- fapo
+
+
+def finds_flaws(question, answer):
+    if answer.startswith("1"):
+        raise RuntimeError("no answer")
+    return 0 if answer.startswith("2") else -1
+
+
+def test_only_right_answers_are_looked_into(world):
+    verify = judged_by(lambda r: np.arange(r.rows) % 2)
+    gather, batch = collected(world, "fapo", gatherer(world, verify=verify), genrm=f"{__name__}:finds_flaws")
+    texts = gather.texts(batch)
+    expected = [right and text.startswith("2") for right, text in zip(batch.correct, texts, strict=True)]
+    assert batch.per_row["flawed"].tolist() == expected and 0 < sum(expected) < G * K
+    assert gather.watch.notes["genrm/errors"] == sum(t.startswith("1") for t in texts[1::2])
+
+
+def test_fapo_needs_its_function():
+    with pytest.raises(ValueError, match="config.protocol.genrm names no function"):
+        tiny.run(tiny.config({"objective": dict(name="fapo"), "protocol.name": "fapo"}), "never")
+
+
+# ---- critique_grpo
+
+
+def critic(question, answer, correct, reference):
+    if answer.startswith("3"):
+        raise RuntimeError("no words")
+    return "1" if correct else "2"
+
+
+def test_one_refinement_of_each_prompt_joins_its_group(world):
+    request = "{answer}{critique}"
+    verify = judged_by(lambda r: np.asarray(r.completions)[:, 0] % 2 == 0)
+    gather, batch = collected(
+        world, "critique_grpo", gatherer(world, verify=verify), critique=f"{__name__}:critic", request=request
+    )
+    plain = collected(world, "on_policy", gatherer(world, verify=verify), jax.random.fold_in(KEY, 0))[1]
+    refined = batch.role == role_id("expert")
+    assert (np.flatnonzero(refined) % K == 0).all() and refined.sum() == G
+    np.testing.assert_array_equal(batch.completions[~refined], plain.completions[~refined])
+    np.testing.assert_array_equal(batch.tokens[:, : batch.prompt_width], plain.tokens[:, : plain.prompt_width])
+    ends = gather.options.eos_ids
+    for i in np.flatnonzero(refined):
+        said = batch.completions[i][batch.mask[i] > 0]
+        assert said[-1] in ends and not batch.logp_beh[i].any()
+    assert 0 < gather.watch.notes["critique/errors"] < G * K
+
+
+def test_what_critique_grpo_refuses(world):
+    with pytest.raises(ValueError, match="request must hold {critique}"):
+        make("critique_grpo", "protocol", request="{answer}")
+    with pytest.raises(ValueError, match="config.protocol.critique is called with"):
+        make("critique_grpo", "protocol", critique=f"{__name__}:one_score")
+    with pytest.raises(ValueError, match="config.protocol.critique must return a text"):
+        collected(world, "critique_grpo", critique=f"{__name__}:says_nothing", request="{answer}{critique}")
+
+
+def says_nothing(question, answer, correct, reference):
+    return 7
+
+
+# ---- demonstrations
+
+
+def test_demonstrations_join_the_group_of_their_prompt(world):
+    gather, batch = collected(world, "demonstrations", experts=2, drop_last=1.0)
+    expert = batch.role == role_id("expert")
+    assert (expert.reshape(G, K) == [False, False, True, True]).all()
+    assert (batch.group == np.repeat(np.arange(G), K)).all() and (
+        batch.prompt.reshape(G, K) == batch.prompt[::K, None]
+    ).all()
+    shown = world[0].questions.demonstrations(batch.prompt, 1.0, 0)
+    np.testing.assert_array_equal(batch.completions[expert], np.asarray(shown.completions)[expert])
+    assert gather.watch.notes["expert/reward"] == batch.reward[expert].mean() == 0
+
+
+def test_demonstrations_that_are_too_long_are_told_before_anything_is_sampled(world):
+    with pytest.raises(ValueError, match="config.sampling.max_new_tokens 1 is too short for demonstrations"):
+        tiny.run(
+            tiny.config({"objective": dict(name="luffy"), "sampling.max_new_tokens": 1, "warm_start.steps": 0}), "never"
+        )

@@ -126,13 +126,22 @@ def policy_gradient(
             *[regularizer_term(parts, aggregate, coef, p) for coef, p in parts.regularizers],
             *terms,
         ],
-        asks=asks.merged(*[p.asks for p in parts.of_the_policy_term]),
+        asks=asks.merged(asks_of_parts(parts)),
         hooks=hooks,
         one_pass=partial(one_pass, parts),
         unit=unit,
         protocol=protocol,
         made_of=made_of(parts, aggregate),
     )
+
+
+def asks_of_parts(parts: Parts) -> Asks:
+    """What the parts of the policy term ask for. A reward that the first shaping replaces is not read, but by
+    filters."""
+    asks = NOTHING.merged(*[p.asks for p in parts.of_the_policy_term])
+    if parts.shaping and parts.shaping[0].replaces and not any("reward" in p.asks.needs for p in parts.filters):
+        return asks._replace(needs=asks.needs - {"reward"})
+    return asks
 
 
 def policy_term(parts: Parts, aggregate: aggregation.Aggregation, scale: Any) -> Term:

@@ -55,7 +55,7 @@ def accuracy_and_format(w_acc: NonNegative = 1.0, w_fmt: NonNegative = 0.5) -> S
             )
         return w_acc * rewards[:, 0] + w_fmt * rewards[:, 1:].sum(1)
 
-    return Shaping(fn, asks_of("rewards_multi", "reward_weights"))
+    return Shaping(fn, asks_of("rewards_multi", "reward_weights"), replaces=True)
 
 
 @register("reward", source="FAPO, arXiv:2510.22543; recipe/fapo of volcengine/verl")
@@ -66,7 +66,7 @@ def less_flawed(lam: NonNegative = 1.0) -> Shaping:
         right = promote(b.correct) > 0
         return jnp.where(right, 1.0, -1.0) - lam * (right & (b.get("flawed") > 0))
 
-    return Shaping(fn, asks_of("correct", "flawed"))
+    return Shaping(fn, asks_of("correct", "flawed"), replaces=True)
 
 
 @register("reward", source="The Policy Cliff, arXiv:2507.20150")
@@ -77,7 +77,7 @@ def weighted_sum() -> Shaping:
         weight = promote(b.get("reward_weights"))
         return jnp.where(weight != 0, weight * b.get("rewards_multi"), 0).sum(1)
 
-    return Shaping(fn, asks_of("rewards_multi", "reward_weights"))
+    return Shaping(fn, asks_of("rewards_multi", "reward_weights"), replaces=True)
 
 
 OVERLONG_WHEN = {"max_len": when(penalty=NONZERO), "buffer": when(penalty=NONZERO)}
