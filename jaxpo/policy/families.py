@@ -13,7 +13,7 @@ import jax
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.transformer import init
 from jaxpo.registry import unknown
-from jaxpo.text.tokenizers import transformers_library
+from jaxpo.text.tokenizer_files import transformers_library
 
 
 class Family(NamedTuple):
