@@ -81,6 +81,12 @@ ROPE = {  # kind -> keys of its numbers, in the order of ``rope_scaling``
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
+LARGEST = {  # far above any model: a larger number is a mistake or a lie
+    "num_hidden_layers": 2**12,
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "num_experts"), 2**16),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), 2**22),
+    **dict.fromkeys(("vocab_size", "sliding_window"), 2**30),
+}
 
 
 # ---- config.json
@@ -97,6 +103,7 @@ def config_from_hf(hf: Mapping[str, Any], **numerics: Any) -> TransformerConfig:
         that this decoder does not have, or quantized weights.
     """
     family = _family(hf)
+    check_sizes(hf)
     c = _transformers_config(**hf)
     for key, value in family.only.items():
         if getattr(c, key, value) != value:
@@ -108,6 +115,31 @@ def config_from_hf(hf: Mapping[str, Any], **numerics: Any) -> TransformerConfig:
     fields = {ours: getattr(c, key, None) for ours, key in family.fields.items()}
     fields["activation"] = _choice("activation", fields["activation"], ACTIVATIONS)
     return TransformerConfig(**{**fields, **_layers(c, fields), **family.always, **numerics})
+
+
+def check_sizes(hf: Mapping[str, Any]) -> None:
+    """Check the sizes that a config.json claims, before anything is made of them.
+
+    Raises:
+      ValueError: one is no whole number above 0, or larger than that of any model."""
+    for key, largest in LARGEST.items():
+        size = hf.get(key)
+        if size is None:
+            continue
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"config.json: {key} is {size!r:.40}, not a whole number above 0")
+        if size > largest:
+            raise ValueError(f"config.json: {key} is {str(size):.20}, and no model has more than {largest:,}")
+    for key in ("rms_norm_eps", "query_pre_attn_scalar", "rope_theta"):
+        number = hf.get(key)
+        if number is not None and (not isinstance(number, int | float) or not 0 <= number < float("inf")):
+            raise ValueError(f"config.json: {key} is {number!r:.40}, not a finite number of at least 0")
+    for key in ("rope_parameters", "rope_scaling"):
+        if hf.get(key) is not None and not isinstance(hf[key], Mapping):
+            raise ValueError(f"config.json: {key} is {hf[key]!r:.40}, and no object")
+    types, layers = hf.get("layer_types"), hf.get("num_hidden_layers")
+    if types is not None and (not isinstance(types, list) or layers is not None and len(types) != layers):
+        raise ValueError(f"config.json: layer_types must name the type of each of {layers} layers")
 
 
 def _transformers_config(model_type: str, **hf: Any) -> Any:

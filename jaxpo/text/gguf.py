@@ -78,20 +78,6 @@ class GGUF:
         return out[0] if len(tensor.shape) == 1 else out
 
 
-def of_package(package: str, remedy: str) -> Path:
-    """The path of the GGUF file in an installed package; the package itself is not imported.
-
-    Raises:
-      FileNotFoundError: the package is not installed, or has no or several such files; the error says ``remedy``.
-    """
-    spec = importlib.util.find_spec(package)
-    files = [] if spec is None else [f for d in spec.submodule_search_locations or () for f in Path(d).glob("*.gguf")]
-    if len(files) != 1:
-        what = "is not installed" if spec is None else f"holds {len(files)} GGUF files, not one"
-        raise FileNotFoundError(f"the package {package} {what}: {remedy}")
-    return files[0]
-
-
 def open_source(path: str | Path) -> GGUF:
     """Open a file and check all of it before any tensor is read.
 

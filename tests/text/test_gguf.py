@@ -96,16 +96,3 @@ def test_the_library_is_named_where_it_is_missing(tiny, monkeypatch):
     monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'jaxpo\[gguf\]'"):
         gguf._library()
-
-
-def test_a_package_is_located_without_importing_it(tmp_path, monkeypatch):
-    package = tmp_path / "a_model_in_a_package"
-    package.mkdir()
-    (package / "__init__.py").write_text("raise RuntimeError('imported')")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(FileNotFoundError, match="holds 0 GGUF files, not one: make it"):
-        gguf.of_package(package.name, "make it")
-    (package / "m.gguf").write_bytes(b"")
-    assert gguf.of_package(package.name, "make it") == package / "m.gguf"
-    with pytest.raises(FileNotFoundError, match="the package no_such_model is not installed: make smollm2"):
-        gguf.of_package("no_such_model", "make smollm2")
