@@ -170,13 +170,12 @@ def _rope(field: Field, factors: np.ndarray | None) -> dict[str, Any]:
     if kind == "linear":
         return {**rope, "rope_type": "linear", "factor": field("rope.scaling.factor")}
     if kind == "yarn":
-        length = field("rope.scaling.original_context_length")
-        return {
-            **rope,
-            "rope_type": "yarn",
+        lengths = {
             "factor": field("rope.scaling.factor"),
-            "original_max_position_embeddings": length,
+            "original_max_position_embeddings": field("rope.scaling.original_context_length"),
         }
+        ends = {name: field(f"rope.scaling.yarn_{name}", 0) or None for name in ("beta_fast", "beta_slow")}
+        return {**rope, "rope_type": "yarn", **lengths, **{k: v for k, v in ends.items() if v is not None}}
     raise ValueError(f"rope scaling {kind!r} is not known: load the model from safetensors instead")
 
 

@@ -74,20 +74,22 @@ def test_weights_are_those_that_transformers_reads(path, theirs):
 
 
 def test_tokens_are_those_of_transformers(path, tokenizer, model):
-    """transformers leaves out the cuts of ``tokenizer.ggml.pre``: it is given them, as llama.cpp has them."""
+    """transformers leaves out the cuts of ``tokenizer.ggml.pre``: it is given them, as llama.cpp has them. Its version
+    here orders the merges of Gemma wrongly: tests/text/test_gguf_sentencepiece.py compares these."""
+    if model == "gemma3":
+        pytest.skip("transformers 5.12 reads Gemma's vocabulary wrongly")
+
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
     other = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     for text in (*QUESTIONS, *TEXTS):
         assert tokenizer.encode(text) == other.encode(text, add_special_tokens=False), text
-    if model == "smollm2":
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        cuts = [digits, other.backend_tokenizer.pre_tokenizer]
-        other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+    cuts = [pre_tokenizers.Digits(individual_digits=True), other.backend_tokenizer.pre_tokenizer]
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)
     for text in (*QUESTIONS, *TEXTS, *ODD):
         assert tokenizer.encode(Markup(text)) == other.encode(text, add_special_tokens=False), text
-    for question in QUESTIONS if tokenizer.chat_template else ():
+    for question in QUESTIONS:
         chat = [{"role": "user", "content": question}]
         rendered = other.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         assert tokenizer.render(question) == rendered
