@@ -55,6 +55,7 @@ OTHER = {
     ("bnpo", "min"): -1.0,
     ("dcpo_distribution", "H0"): 0.05,
     ("lp_reg", "rho"): 0.8,
+    ("lp_reg", "tau"): 0.1,
     ("nonzero_advantage", "at_least"): 0.5,
     ("dcpo_distribution", "threshold"): -0.5,
     ("gspo", "log_ratio_clip"): 0.01,
@@ -96,7 +97,7 @@ BESIDE = {
     ("policy_gradient", "max_new_tokens"): {"shaping": "overlong"},
     ("policy_gradient", "steps"): {"filters": "d3s_rows"},
     ("slic_hinge", "delta"): {"delta": 20.0},
-    **{("lp_reg", option): {"rho": 0.8} for option in ("beta", "form", "kappa")},
+    **{("lp_reg", option): {"rho": 0.8} for option in ("beta", "form", "kappa", "tau")},
 }
 WITH = {"seq_sum_const": {"L_const": 4.0}, "sum_const": {"L_const": 4.0}, "cosine": {"mu_period": 2}}  # of a choice
 AGGREGATIONS = ("token_mean", "seq_mean", "seq_sum", "seq_sum_const")

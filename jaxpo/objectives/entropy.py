@@ -7,6 +7,7 @@ from jaxpo.arguments import (
     AboveOne,
     NonNegative,
     NonNegativeOrInfinite,
+    OpenShare,
     Positive,
     PositiveOrInfinite,
     PositiveShare,
@@ -80,7 +81,8 @@ def kl_cov(
 LP_REG_WHEN = {
     "U": when(form="paper"),
     **dict.fromkeys(("eps_low", "eps_high", "eps"), when(form="released")),
-    **dict.fromkeys(("rho", "kappa"), when(beta=NONZERO)),
+    **dict.fromkeys(("rho", "tau"), when(beta=NONZERO)),
+    "kappa": when(beta=NONZERO, tau=None),
 }
 
 
@@ -89,7 +91,8 @@ def lp_reg(
     form: Literal["released", "paper"] = "released",
     rho: PositiveShare = 0.01,
     beta: NonNegative = 1.0,
-    kappa: PositiveShare = 0.02,
+    kappa: OpenShare = 0.02,
+    tau: OpenShare | None = None,
     U: Positive = 10.0,  # noqa: N803 (the card's name)
     eps_low: Positive = 0.2,
     eps_high: Positive = 0.2,
@@ -108,7 +111,8 @@ def lp_reg(
         have ``-r A + beta k3`` by the sampled token, the others PPO's clip. "paper": ``-min(r, U) A``, and the full
         ``KL(proxy || pi)`` at the surviving ones among the ``rho`` least probable of all tokens with A < 0; the proxy
         is the current policy's.
-      rho: 0.01 for 14B models, 0.005 for 32B. U: of "paper"; eps_low, eps_high: of "released".
+      rho: 0.01 for 14B models, 0.005 for 32B. tau: a fixed threshold of the proxy instead of ``kappa max pi`` (0.02 in
+        the paper's ablation). U: of "paper"; eps_low, eps_high: of "released".
     """
     paper = form == "paper"
     if not paper and is_off(beta):
@@ -122,7 +126,7 @@ def lp_reg(
         advantage=advantages.group_normalized(adv_eps, singleton=singleton),
         ratio=ratios.token(log_ratio_clip),
         surrogate=surrogate,
-        regularizers=[(beta, regularizers.lp_reg(form, rho, kappa))],
+        regularizers=[(beta, regularizers.lp_reg(form, rho, kappa, tau))],
         aggregate=aggregation.token_mean,
     )
 
