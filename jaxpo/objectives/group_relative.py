@@ -319,7 +319,7 @@ def a_grae(
 
 @register(source="ADORA, arXiv:2602.10019; code of ShadeCloak/ADORA", budget={"max_len": 1.0}, when=ADORA_WHEN)
 def adora(
-    max_len: Positive | None = None,
+    max_len: PositiveOrInfinite | None = None,
     lam: NonNegative = 0.1,
     rule: Literal["llm", "vlm"] | Callable[..., Any] = "llm",
     correct_score: Threshold = 0.5,
@@ -340,7 +340,8 @@ def adora(
     Shapes: logp [B, T], reward [B].
 
     Args:
-      max_len: wrong answers as long are truncated and left out of the comparison (a run takes its generation budget).
+      max_len: wrong answers as long are truncated and left out of the comparison (a run takes its generation budget);
+        None or infinite: all wrong answers are compared.
       rule: "llm", "vlm" (how one-sided groups count), or a function batch -> [B] bool.
       correct_score: rewards above it are right (the released 1.01 belongs to another reward).
     """
