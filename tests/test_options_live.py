@@ -212,8 +212,8 @@ def outcome(kind: str, name: str, given: tuple) -> tuple[str, dict[str, np.ndarr
     found: dict[str, object] = {name: f(*flat) for name, f in objective.asks.derived.items()}
     if objective.asks.rewards is not None:  # the same rewards in every range: a wider one would show nothing else
         start = start.replace(reward=testing.example(build(kind, name, {})).reward)
-    if not start.layout:  # a group of one row
-        start = start.replace(group=start.group.at[-1].set(1000))
+    if not start.layout:  # a group of one row, and a row without tokens
+        start = start.replace(group=start.group.at[-1].set(1000), mask=start.mask.at[-2].set(0))
     for stale in (1.0, 5.0):
         batch = start.replace(logp_old=stats.logp + stale * (start.logp_old - stats.logp))
         state = objective.init()

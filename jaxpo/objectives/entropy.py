@@ -20,11 +20,12 @@ from jaxpo.arguments import (
 from jaxpo.objectives.clipped import clipped_tokens, eps_pair
 from jaxpo.objectives.grammar.base import Gathering, Objective, is_off
 from jaxpo.objectives.grammar.policy_gradient import policy_gradient
-from jaxpo.objectives.parts import advantages, filters, ratios, regularizers, shaping, surrogates
+from jaxpo.objectives.parts import advantages, aggregation_of, filters, ratios, regularizers, shaping, surrogates
 from jaxpo.objectives.parts.advantages import DCPO_WHEN
 from jaxpo.objectives.parts.shaping import OVERLONG_WHEN
 from jaxpo.primitives import aggregation
 from jaxpo.primitives.advantages import Singleton
+from jaxpo.primitives.aggregation import EmptyRows
 from jaxpo.registry import register
 
 
@@ -139,6 +140,7 @@ def gtpo(
     conflict_norm: Literal["max", "none"] = "max",
     adv_eps: NonNegative = 1e-4,
     singleton: Singleton = "zero",
+    empty_rows: EmptyRows = "count",
 ) -> Objective:
     """Group-relative Trajectory-based Policy Optimization: tokens that right and wrong answers share at their
     beginning or end are spared in the wrong ones; answers of high entropy are left out; no KL, no old policy.
@@ -155,7 +157,7 @@ def gtpo(
         advantage=advantages.gtpo(entropy_threshold, entropy_scale, w_pos, conflict_norm, adv_eps, singleton),
         ratio=ratios.on_policy(),
         surrogate=surrogates.linear(),
-        aggregate=aggregation.seq_mean,
+        aggregate=aggregation_of("seq_mean", empty_rows=empty_rows),
     )
 
 

@@ -327,7 +327,7 @@ def _check_terms(terms: Sequence[Term]) -> None:
     if len({t.name for t in terms}) < len(terms):
         raise ValueError(f"two terms of one name in {[t.name for t in terms]}")
     for t in terms:
-        if t.per == "row" and t.aggregate not in aggregation.PER_ROW:
+        if t.per == "row" and not aggregation.is_per_row(t.aggregate):
             raise ValueError(
                 f"term {t.name!r} has one value a row, so aggregate must be seq_mean, group_mean or unit_mean: "
                 "a mean over tokens would weigh rows by a length the value does not have"

@@ -255,7 +255,7 @@ def gtpo(
         damped = jnp.where(h <= entropy_threshold, adv - entropy_scale * h, 0)
         return damped[:, None] * b.per_token["conflict_weight"]
 
-    asks = asks_of("reward", "group", "tokens", wants=("entropy",))
+    asks = compares(asks_of("reward", "group", "tokens", wants=("entropy",)), singleton)
     return Advantage(normalized.fn, asks, Hooks(prepare=write), per="token", current=current)
 
 
