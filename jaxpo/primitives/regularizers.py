@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxpo.primitives.numerics import promote
+from jaxpo.primitives.numerics import clamp, promote
 
 Estimator = Literal["k1", "k2", "k3", "abs"]
 KL_ESTIMATORS = get_args(Estimator)
@@ -26,7 +26,7 @@ def kl_estimate(logp: Array, logp_ref: Array, estimator: str, *, exponent_clip: 
             return jnp.square(d) / 2
         case "k3":
             # expm1 keeps the small values that exp(-d) - 1 + d would cancel.
-            d = jnp.clip(d, -exponent_clip, exponent_clip)
+            d = clamp(d, -exponent_clip, exponent_clip)
             return jnp.expm1(-d) + d
         case "abs":
             return d * jnp.sign(d)  # jnp.abs has gradient 1 at 0, where this has none
@@ -66,7 +66,7 @@ def toward(logp: Array, target: Array, *, clip: float = 10.0) -> Array:
     (Lp-Reg, arXiv:2510.03222, as released). 0 where the target is -inf."""
     known = jnp.isfinite(target)
     gap = jnp.where(known, lax.stop_gradient(target) - promote(logp), 0)
-    return jnp.clip(jnp.where(known, jnp.expm1(jnp.minimum(gap, 80.0)) - gap, 0), -clip, clip)
+    return clamp(jnp.where(known, jnp.expm1(jnp.minimum(gap, 80.0)) - gap, 0), -clip, clip)
 
 
 def without_noise(logits: Array, kappa: float = 0.02, tau: float | None = None) -> tuple[Array, Array]:
