@@ -13,7 +13,7 @@ from jaxpo.learning import references
 from jaxpo.learning.needs import must_score
 from jaxpo.learning.state import Run, advance
 from jaxpo.objectives import Objective
-from jaxpo.objectives.grammar.base import check_rewards
+from jaxpo.objectives.grammar.checks import check_numbers, check_prepared
 from jaxpo.policy.stats import HIDDEN, hidden_field
 from jaxpo.policy.transformer import Params
 from jaxpo.protocols.gatherer import Gatherer, Watch
@@ -57,7 +57,8 @@ class Stage(NamedTuple):
 def gather(stage: Stage, gatherer: Gatherer, run: Run, key: Array) -> tuple[Run, Rollouts]:
     """Collect an iteration's rows by the protocol and score them."""
     run, rollouts = stage.protocol.collect(run, gatherer, key)
-    check_rewards(stage.objective.asks.rewards, rollouts, stage.objective.asks.needs)
+    asks = stage.objective.asks
+    check_numbers(asks.needs, asks.rewards, rollouts, where=f"iteration {run.iteration}: ")
     with stage.watch.phase("score"):
         batch = score_references(stage, run, stage.put(rollouts))
     if stage.protocol.before:
@@ -93,8 +94,9 @@ def with_said(batch: Rollouts, name: str, told: TokenStats, objective: Objective
 def learn(stage: Stage, run: Run, batch: Rollouts, order: Order) -> tuple[Run, Rollouts, list[dict[str, Array]]]:
     """Prepare a scored batch and take the optimizer steps of an iteration; the metrics of each."""
     with stage.watch.phase("score"):
-        batch, memory = stage.prepare(batch, run.state.objective)
+        given, (batch, memory) = batch, stage.prepare(batch, run.state.objective)
         jax.block_until_ready(batch)
+    check_prepared(batch, given, where=f"iteration {run.iteration}: ")
     with stage.watch.phase("update"):
         state, frozen, steps = run.state.replace(objective=memory), run.references, []
         peeks = bool(stage.objective.asks.peeks) and not stage.protocol.facts.stale

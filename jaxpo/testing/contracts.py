@@ -34,7 +34,7 @@ from jaxpo.testing.cases import (
     train,
 )
 from jaxpo.testing.examples import GROUP
-from jaxpo.testing.variants import as_dtype, form, permutation, replaced, replica, stacked
+from jaxpo.testing.variants import as_dtype, bad_numbers, form, permutation, replaced, replica, stacked
 
 
 def finite_on_hostile_input(case: Case) -> str:
@@ -44,6 +44,26 @@ def finite_on_hostile_input(case: Case) -> str:
     bad = [line for what, out in inputs.items() for line in not_finite(what.removeprefix("hostile: "), out)]
     assert not bad, "; ".join(bad)
     return f"{len(inputs)} hostile inputs"
+
+
+def bad_numbers_are_refused(case: Case) -> str:
+    """A reward of a counted row that is not finite, or another number that the objective reads of it, is an error that
+    names the row; where nothing can be read, in a compiled function, the loss is NaN. It has no effect on rows of count
+    0."""
+    tried = 0
+    for what, row, batch in bad_numbers(case):
+        try:
+            case.objective.prepare(jax.tree.map(jnp.asarray, batch), case.objective.init())
+        except ValueError as error:
+            assert f"row {row}" in str(error), f"{what}: the error does not name row {row}: {error}"
+        else:
+            raise AssertionError(f"{what} is accepted by prepare")
+        loss = case.outcomes[what].loss
+        assert np.isnan(loss), f"{what}: the compiled loss is {loss}"
+        tried += 1
+    a, b = case.outcomes["left out, with NaN"], case.outcomes["left out"]
+    same("NaN in rows of count 0", a._replace(grads=a.grads[0]), b._replace(grads=b.grads[0]), 0)
+    return f"{tried} numbers that are not finite"
 
 
 def padding_invariance(case: Case) -> str:
@@ -317,6 +337,7 @@ def documented(case: Case) -> str:
 
 CONTRACTS: tuple[Callable[[Case], str], ...] = (
     finite_on_hostile_input,
+    bad_numbers_are_refused,
     padding_invariance,
     permutation_equivariance,
     count_is_multiplicity,

@@ -157,6 +157,12 @@ def advantage(stats, batch, state):
 BROKEN = {
     "overflow": ("finite_on_hostile_input", lambda: nll(value=lambda s, b, _: jnp.exp(4 * (s.logp - b.logp_old)))),
     "sums masked positions": ("finite_on_hostile_input", lambda: nll(value=advantage, hooks=Hooks(prepare=sum_of_all))),
+    "a prepare of its own, which lets NaN pass": (
+        "bad_numbers_are_refused",
+        lambda: nll(asks=asks_of("reward"))._replace(
+            prepare=lambda batch, state: (complete(batch), state.replace(iteration=state.iteration + 1))
+        ),
+    ),
     "divides by the width": (
         "padding_invariance",
         lambda: nll(lambda mask, count, b: mask * count[:, None] / mask.size),
