@@ -15,6 +15,7 @@ import pytest
 import jaxpo
 from jaxpo import testing
 from jaxpo.arguments import alternatives, choices_of, domain_of, has_effect, plain
+from jaxpo.batch import Compared
 from jaxpo.registry import entry
 from jaxpo.testing.cases import bigram, parameters
 
@@ -98,6 +99,7 @@ BESIDE = {
     ("policy_gradient", "steps"): {"filters": "d3s_rows"},
     ("slic_hinge", "delta"): {"delta": 20.0},
     **{("lp_reg", option): {"rho": 0.8} for option in ("beta", "form", "kappa", "tau")},
+    ("lp_reg", "proxy"): {"form": "paper", "rho": 0.8},
 }
 WITH = {"seq_sum_const": {"L_const": 4.0}, "sum_const": {"L_const": 4.0}, "cosine": {"mu_period": 2}}  # of a choice
 AGGREGATIONS = ("token_mean", "seq_mean", "seq_sum", "seq_sum_const")
@@ -209,7 +211,8 @@ def outcome(kind: str, name: str, given: tuple) -> tuple[str, dict[str, np.ndarr
     stats = bigram(objective, objective.asks.wants | objective.asks.peeks, params, start)
     before = start.tokens[:, start.prompt_width - 1 : -1]
     flat = params["table"][before].reshape(-1, params["table"].shape[1]), start.completions.reshape(-1)
-    found: dict[str, object] = {name: f(*flat) for name, f in objective.asks.derived.items()}
+    own = {name: f for name, f in objective.asks.derived.items() if not isinstance(f, Compared)}
+    found: dict[str, object] = {name: f(*flat) for name, f in own.items()}
     if objective.asks.rewards is not None:  # the same rewards in every range: a wider one would show nothing else
         start = start.replace(reward=testing.example(build(kind, name, {})).reward)
     if not start.layout:  # a group of one row, and a row without tokens

@@ -22,6 +22,7 @@ from jaxpo.objectives.grammar.base import Gathering, Objective, is_off
 from jaxpo.objectives.grammar.policy_gradient import policy_gradient
 from jaxpo.objectives.parts import advantages, aggregation_of, filters, ratios, regularizers, shaping, surrogates
 from jaxpo.objectives.parts.advantages import DCPO_WHEN
+from jaxpo.objectives.parts.regularizers import Proxy
 from jaxpo.objectives.parts.shaping import OVERLONG_WHEN
 from jaxpo.primitives import aggregation
 from jaxpo.primitives.advantages import Singleton
@@ -81,6 +82,7 @@ def kl_cov(
 
 LP_REG_WHEN = {
     "U": when(form="paper"),
+    "proxy": when(form="paper", beta=NONZERO),
     **dict.fromkeys(("eps_low", "eps_high", "eps"), when(form="released")),
     **dict.fromkeys(("rho", "tau"), when(beta=NONZERO)),
     "kappa": when(beta=NONZERO, tau=None),
@@ -94,6 +96,7 @@ def lp_reg(
     beta: NonNegative = 1.0,
     kappa: OpenShare = 0.02,
     tau: OpenShare | None = None,
+    proxy: Proxy = "current",
     U: Positive = 10.0,  # noqa: N803 (the card's name)
     eps_low: Positive = 0.2,
     eps_high: Positive = 0.2,
@@ -110,10 +113,12 @@ def lp_reg(
     Args:
       form: "released": the ``int(rho n)`` least probable of the tokens with A < 0, if less probable than their proxy,
         have ``-r A + beta k3`` by the sampled token, the others PPO's clip. "paper": ``-min(r, U) A``, and the full
-        ``KL(proxy || pi)`` at the surviving ones among the ``rho`` least probable of all tokens with A < 0; the proxy
-        is the current policy's.
+        ``KL(proxy || pi)`` at the surviving ones among the ``rho`` least probable of all tokens with A < 0.
       rho: 0.01 for 14B models, 0.005 for 32B. tau: a fixed threshold of the proxy instead of ``kappa max pi`` (0.02 in
-        the paper's ablation). U: of "paper"; eps_low, eps_high: of "released".
+        the paper's ablation).
+      proxy: of "paper": made of the "current" policy (the paper's on-policy case), or of the "old" one at the start of
+        the iteration (its off-policy case; a run keeps that copy).
+      U: of "paper"; eps_low, eps_high: of "released".
     """
     paper = form == "paper"
     if not paper and is_off(beta):
@@ -127,7 +132,7 @@ def lp_reg(
         advantage=advantages.group_normalized(adv_eps, singleton=singleton),
         ratio=ratios.token(log_ratio_clip),
         surrogate=surrogate,
-        regularizers=[(beta, regularizers.lp_reg(form, rho, kappa, tau))],
+        regularizers=[(beta, regularizers.lp_reg(form, rho, kappa, tau, proxy))],
         aggregate=aggregation.token_mean,
     )
 

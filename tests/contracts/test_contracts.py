@@ -20,6 +20,7 @@ OPTIONAL = {
     "dr_grpo": {"singleton": "raw"},
     "grpo": {"scale": "batch", "dual_clip": 3.0, "kl_is": True, "agg": "group_mean"},
     "dapo": {"dual_clip": 10.0},
+    "lp_reg": {"form": "paper", "proxy": "old", "rho": 0.3, "tau": 0.1},
     "sft": {"agg": "seq_sum_const", "L_const": 6.0},
     "policy_gradient": {"regularizers": "0.1 * orpo_chi2", "shaping": "salsa"},
     "orpo": {"include_prompt": True},

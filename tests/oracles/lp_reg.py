@@ -35,15 +35,17 @@ def lp_reg(
     eps_low=0.2,
     eps_high=0.2,
     log_ratio_clip=20.0,
+    of=None,
 ) -> tuple[float, np.ndarray]:
-    """(loss, its gradient in the logits [B, T, V]); ``case.logp`` is not read.
+    """(loss, its gradient in the logits [B, T, V]); ``case.logp`` is not read. ``of``: logits of the model whose proxy
+    it is.
 
     Ties of the lowest probabilities go by index. Released: ``int(rho n) <= 1`` regularizes nothing.
     """
     A = group_advantage(case, case.reward)
     tokens = drawn_tokens(case)
     p = {bt: probabilities(logits[bt]) for bt in set(tokens)}
-    proxy = {bt: proxy_of(p[bt], kappa, tau) for bt in p}
+    proxy = {bt: proxy_of(p[bt] if of is None else probabilities(of[bt]), kappa, tau) for bt in p}
     said = {bt: float(p[bt][case.tokens[bt]]) for bt in p}
     alive = {bt: float(proxy[bt][case.tokens[bt]]) for bt in p}
     if form == "paper":

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxpo
+from jaxpo.batch import from_logits
 from jaxpo.primitives.regularizers import forward_kl_to_proxy, log_prob_at, log_proxy_at
 from tests.objectives.entropy.test_identities import CASE, advantage, unclipped
 from tests.oracles import Case
@@ -63,19 +64,22 @@ def test_lp_reg_forward_kl_is_minus_log_of_the_kept_mass_with_gradient_policy_mi
         assert np.isneginf(log_proxy(PEAKED, PEAKED.argmin(-1), kappa=0.3)).all(), "the least probable are noise"
 
 
-def of_logits(logits: np.ndarray, case: Case, **hyperparameters) -> tuple[float, np.ndarray]:
-    """Loss, and gradient in the logits [B, T, V]."""
+def of_logits(logits: np.ndarray, case: Case, of=None, **hyperparameters) -> tuple[float, np.ndarray]:
+    """Loss, and gradient in the logits [B, T, V]; ``of``: logits of the old policy."""
     objective = jaxpo.make("lp_reg", **hyperparameters)
 
     def policy(logits, batch):
         flat = logits.reshape(-1, logits.shape[-1]), batch.tokens.reshape(-1)
-        derived = {name: f(*flat).reshape(batch.mask.shape) for name, f in objective.asks.derived.items()}
+        derived = {
+            name: from_logits(f, *flat, old).reshape(batch.mask.shape) for name, f in objective.asks.derived.items()
+        }
         return jaxpo.TokenStats(logp=log_prob_at(*flat, temperature=1.0).reshape(batch.mask.shape), derived=derived)
 
     def loss(logits, batch):
         return jaxpo.evaluate(objective, lambda b: policy(logits, b), batch)[0]
 
     with jax.enable_x64(True):
+        old = None if of is None else {"prev": jnp.asarray(of).reshape(-1, of.shape[-1])}
         run = jax.jit(jax.value_and_grad(loss), compiler_options=COMPILE_FAST)
         value, grad = run(jnp.asarray(logits), rollouts(case))
         return float(value), np.asarray(grad)
@@ -148,6 +152,19 @@ def test_loss_and_gradient_equal_the_oracle_that_makes_the_proxy_of_logits(hyper
     assert max(shown) > 1e-4, "the regularizer does nothing"
 
 
+@pytest.mark.parametrize("threshold", ({}, dict(tau=0.05)), ids=str)
+def test_the_proxy_of_the_old_policy_is_that_of_the_paper_off_policy(threshold):
+    """Tokens survive by the old policy, and the KL is taken from its proxy to the current policy."""
+    options = dict(form="paper", rho=0.6, beta=0.7, **threshold)
+    for label in ("K=4", "counts", "extreme ratios"):
+        case, logits = with_logits(label, 1.5)
+        old = logits + 0.8 * np.random.default_rng(7).normal(size=logits.shape)
+        expected = lp_reg(case, logits, of=old, **options)
+        assert_same(of_logits(logits, case, old, proxy="old", **options), expected)
+        assert_same(of_logits(logits, case, logits, proxy="old", **options), lp_reg(case, logits, **options))
+        assert label != "K=4" or np.abs(expected[1] - lp_reg(case, logits, **options)[1]).max() > 1e-3
+
+
 @pytest.mark.parametrize("form", ("released", "paper"))
 @pytest.mark.parametrize(
     ("scale", "threshold"),
@@ -169,5 +186,7 @@ def test_options_of_the_proxy():
         jaxpo.make("lp_reg", tau=0.1, kappa=0.3)
     with pytest.raises(ValueError, match="tau has no effect with beta=0"):
         jaxpo.make("lp_reg", form="paper", beta=0.0, tau=0.1)
+    with pytest.raises(ValueError, match="proxy has no effect with form='released'"):
+        jaxpo.make("lp_reg", proxy="old")
     with pytest.raises(ValueError, match="kappa must be a number in"):
         jaxpo.make("lp_reg", kappa=1.0)
