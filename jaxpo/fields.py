@@ -150,6 +150,28 @@ FIELDS: dict[str, Field] = {
     # ---- protocols
     "tracker_value": Field("row", "the prompt's value before the step", ("protocol",), example=uniform()),
     "tracker_reward": Field("row", "the reward before any shaping", ("protocol",)),
+    "flawed": Field(
+        "row", "1 = the answer is right and holds a wrong step", ("protocol",), example=cycled(0, 1, 1, 0, 1, 0)
+    ),
+    "token_adv": Field("token", "advantage of each token, from a critic of your own", ("user",), example=tokens(logp)),
+    "expert_prob": Field(
+        "token",
+        "probability that the author of an expert row gave to the token",
+        ("user",),
+        example=tokens(lambda rng, shape: rng.uniform(0.1, 1, shape)),
+    ),
+    "hint_mask": Field(
+        "token",
+        "1 on the tokens of a hint, which begin the answer and are trained",
+        ("protocol",),
+        example=tokens(lambda rng, shape: rng.integers(0, 2, shape)),
+    ),
+    "off_mask": Field(
+        "token",
+        "1 on the tokens that a corrector wrote",
+        ("protocol",),
+        example=tokens(lambda rng, shape: rng.integers(0, 2, shape)),
+    ),
     "edge_adv": Field("row", "advantage of an edge of the tree", ("protocol",)),
     "mc_value": Field(
         "token",

@@ -47,6 +47,11 @@ OTHER = {
     "steps": 3,
     "target": 0.2,
     ("adora", "correct_score"): -0.5,
+    ("ahpo", "static_coef"): 0.5,
+    ("chord", "mu"): 0.3,
+    ("hpt", "gate"): -1,
+    ("hpt", "rl_agg"): "token_mean",
+    ("sequence_mean", "log_ratio_clip"): 0.01,
     ("nash_mp", "eta"): 0.1,
     ("orpo_chi2", "c"): 0.1,
     ("rdpo", "eps"): 0.3,
@@ -93,6 +98,9 @@ BESIDE = {
     ("bapo", "high_step"): {"target": 0.8},
     ("bapo", "low_step"): {"mode": "paper", "target": 1.0},
     ("canon", "mu_period"): {"mu_schedule": "cosine", "mu_period": 2},
+    **{("chord", option): {"warmup": 0, "decay": 4} for option in ("decay", "valley")},
+    ("hpt", "singleton"): {"gate": -1},
+    ("rft", "select"): {"threshold": -0.5},
     ("clip_cov", "lb"): {"ratio": 0.5},
     ("clip_cov", "ub"): {"ratio": 0.5},
     ("policy_gradient", "max_new_tokens"): {"shaping": "overlong"},
@@ -101,7 +109,12 @@ BESIDE = {
     **{("lp_reg", option): {"rho": 0.8} for option in ("beta", "form", "kappa", "tau")},
     ("lp_reg", "proxy"): {"form": "paper", "rho": 0.8},
 }
-WITH = {"seq_sum_const": {"L_const": 4.0}, "sum_const": {"L_const": 4.0}, "cosine": {"mu_period": 2}}  # of a choice
+WITH = {
+    "seq_sum_const": {"L_const": 4.0},
+    "sum_const": {"L_const": 4.0},
+    "cosine": {"mu_period": 2},
+    "best": {"threshold": 1.0},
+}  # of a choice
 AGGREGATIONS = ("token_mean", "seq_mean", "seq_sum", "seq_sum_const")
 
 SLOT = {
@@ -115,7 +128,9 @@ SLOT = {
     "correction": "corrections",
 }
 AROUND = {  # parts that do not go with the default ones
-    **dict.fromkeys(("gspo", "gspo_token", "sequence", "sequence_sum", "sequence_token"), {"agg": "seq_mean"}),
+    **dict.fromkeys(
+        ("gspo", "gspo_token", "sequence", "sequence_mean", "sequence_sum", "sequence_token"), {"agg": "seq_mean"}
+    ),
     "squared_residual": {"ratio": "sequence_sum", "agg": "seq_mean"},
     "clipped_but_protected": {"regularizers": "lp_reg(rho=0.5)"},
     "gtpo": {"ratio": "on_policy"},
@@ -215,8 +230,8 @@ def outcome(kind: str, name: str, given: tuple) -> tuple[str, dict[str, np.ndarr
     found: dict[str, object] = {name: f(*flat) for name, f in own.items()}
     if objective.asks.rewards is not None:  # the same rewards in every range: a wider one would show nothing else
         start = start.replace(reward=testing.example(build(kind, name, {})).reward)
-    if not start.layout:  # a group of one row, and a row without tokens
-        start = start.replace(group=start.group.at[-1].set(1000), mask=start.mask.at[-2].set(0))
+    if not start.layout:  # groups of one row, whoever wrote it, and a row without tokens
+        start = start.replace(group=start.group.at[-2:].set([1001, 1000]), mask=start.mask.at[-3].set(0))
     for stale in (1.0, 5.0):
         batch = start.replace(logp_old=stats.logp + stale * (start.logp_old - stats.logp))
         state = objective.init()

@@ -3,13 +3,16 @@
 from jaxpo.objectives import (  # noqa: F401 (imported for their registrations)
     entropy,
     group_relative,
+    guidance,
     hybrid,
     nash,
     off_policy,
     parts,
     preference_multi,
     reward_models,
+    successes,
     trust_region,
+    unified,
     value_baseline,
 )
 from jaxpo.objectives import preference as _preference  # noqa: F401 (the function below takes the module's name)

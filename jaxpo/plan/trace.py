@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpo.batch import Rollouts
 from jaxpo.config.resolved import Resolved
-from jaxpo.fields import VECTORS, WEIGHTS
+from jaxpo.fields import FIELDS, VECTORS, WEIGHTS
 from jaxpo.learning import references
 from jaxpo.learning.compiled import Compiled
 from jaxpo.learning.needs import copies_of
@@ -29,6 +29,7 @@ from jaxpo.policy.packing import lanes_of
 from jaxpo.policy.stats import Other
 from jaxpo.policy.transformer import Params
 from jaxpo.protocols.gatherer import Watch
+from jaxpo.protocols.protocol import Facts
 from jaxpo.protocols.rows import as_scored, in_a_column, labelled
 from jaxpo.rollout.engine import decode_trips
 from jaxpo.runs.iteration import Stage, learn, score_references
@@ -233,7 +234,7 @@ def gathered(
         generate = record("rollout", programs.generate, mesh=mesh, loop=loop, **state)
         out = generate(sampler or params, tokens, length, key, resolved.sampling(data.eos_ids), responses=k)
     if not facts.rows:
-        return judged_shapes(out, rows, resolved.objective.asks.needs), sampler
+        return judged_shapes(out, rows, resolved.objective.asks.needs, facts), sampler
     width, vector = (data.prompt_width, config.sampling.max_new_tokens), config.heads.gate
     shapes = unit_shapes(resolved.objective, facts.provides, resolved.rows, *width, resolved.rows_per_prompt, vector)
     return everywhere(shapes, rows), sampler
@@ -322,13 +323,18 @@ def longest(resolved: Resolved, mesh: Mesh, rows: int) -> dict[str, Any]:
     return dict(plan=jax.ShapeDtypeStruct((rows, 3), jnp.int32, sharding=replicated(mesh)), bins=bins)
 
 
-def judged_shapes(out: Rollouts, rows: NamedSharding, needs: Collection[str]) -> Rollouts:
+def judged_shapes(out: Rollouts, rows: NamedSharding, needs: Collection[str], facts: Facts) -> Rollouts:
     """Generated rows as the loop hands them on: labelled and rewarded (several rewards take no more than one, beside
-    the tokens)."""
+    the tokens), with what the protocol adds."""
+    more = 0 if facts.room is None else facts.room(out.width)
+    axes = {"row": (out.rows,), "token": out.mask.shape}
+    added = {name: jnp.zeros(axes[FIELDS[name].axes]) for name in facts.provides & needs if name in FIELDS}
 
     def whole(out: Rollouts) -> Rollouts:
         indices, seeds = np.zeros(out.rows // out.shared_prompt, np.int32), jnp.zeros(out.rows, jnp.uint32)
         out = labelled(out, indices, seeds)
-        return out.replace(reward=out.count, correct=out.count, **in_a_column(out.count, needs))
+        tokens = jnp.pad(out.tokens, ((0, 0), (more, 0)))
+        given = dict(reward=out.count, correct=out.count, **in_a_column(out.count, needs))
+        return out.replace(tokens=tokens, **given, **added)
 
     return everywhere(jax.eval_shape(whole, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), out)), rows)

@@ -19,7 +19,7 @@ REMAT = {
 ATTENTION = ("auto", "xla", "splash")
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 # kind -> how many numbers follow it in ``rope_scaling``
-ROPE_SCALINGS = {"linear": 1, "llama3": 4}
+ROPE_SCALINGS = {"linear": 1, "llama3": 4, "yarn": 6}
 EVERYWHERE = 2**30  # the window of a layer without one, among layers that have one
 
 
@@ -32,7 +32,8 @@ class TransformerConfig:
       head_dim: None = width // heads.
       mlp_width: width of the MLP, or of each expert.
       tied: the embedding is also the head.
-      rope_scaling: () or ("linear", factor) or ("llama3", factor, low, high, original length): see `rope_frequencies`.
+      rope_scaling: () or ("linear", factor) or ("llama3", factor, low, high, original length) or ("yarn", factor,
+        original length, fast, slow, attention factor, whole): see `rope_frequencies`.
       qkv_bias: queries, keys and values have biases (Qwen2).
       qk_norm: queries and keys are normalized by an RMSNorm (Qwen3, Gemma 3).
       norm_plus_one: norms multiply by 1 + scale (Gemma).
@@ -105,8 +106,9 @@ class TransformerConfig:
 
     @property
     def attention_scale(self) -> float:
-        """The factor of the scores ``q k``."""
-        return (self.head_dim if self.query_scalar is None else self.query_scalar) ** -0.5
+        """The factor of the scores ``q k``. YaRN's attention factor multiplies queries and keys: its square is here."""
+        yarn = float(self.rope_scaling[5]) ** 2 if self.rope_scaling[:1] == ("yarn",) else 1.0
+        return yarn * (self.head_dim if self.query_scalar is None else self.query_scalar) ** -0.5
 
 
 def _check_sizes(c: TransformerConfig) -> None:
@@ -140,6 +142,8 @@ def _check_layers(c: TransformerConfig) -> None:
             raise ValueError("policy.local_layers has no effect without policy.window")
         if not set(c.local_layers) <= set(range(c.layers)):
             raise ValueError(f"policy.local_layers {c.local_layers} must be layers of 0 .. {c.layers - 1}")
+    if c.local_rope_theta is not None and c.rope_scaling[:1] == ("yarn",):
+        raise ValueError("policy.rope_scaling 'yarn' scales the scores of all layers: it goes without local_rope_theta")
     if c.local_rope_theta is not None and c.local_layers is None:
         raise ValueError("policy.local_rope_theta has no effect without policy.local_layers")
     if (c.experts is None) != (c.experts_per_token is None):
@@ -156,6 +160,11 @@ def rope_frequencies(head_dim: int, theta: float, scaling: tuple[str | float, ..
     ``("linear", factor)`` divides all of them by ``factor``. ``("llama3", factor, low, high, length)`` (Llama 3.1)
     divides those with a wavelength above ``length / low`` by ``factor``, keeps those with a wavelength below
     ``length / high``, and in between mixes both linearly in ``length / wavelength``.
+
+    ``("yarn", factor, length, fast, slow, attention factor, whole)`` (YaRN, arXiv:2309.00071) keeps the frequencies
+    that turn more than ``fast`` times within the original length, divides those that turn less than ``slow`` times, and
+    mixes both linearly in the index between; with ``whole`` the ends of that range are rounded outwards. The attention
+    factor is in `TransformerConfig.attention_scale`.
     """
     frequency = theta ** (-np.arange(head_dim // 2) * 2.0 / head_dim)
     match scaling:
@@ -165,6 +174,13 @@ def rope_frequencies(head_dim: int, theta: float, scaling: tuple[str | float, ..
             turns = length * frequency / (2 * math.pi)  # full turns within the original length
             kept = np.clip((turns - low) / (high - low), 0, 1)
             frequency = kept * frequency + (1 - kept) * frequency / factor
+        case ("yarn", factor, length, fast, slow, _, whole):
+            low, high = (head_dim * math.log(length / (n * 2 * math.pi)) / (2 * math.log(theta)) for n in (fast, slow))
+            if whole:
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, head_dim - 1)
+            ramp = np.clip((np.arange(head_dim // 2) - low) / ((high - low) or 0.001), 0, 1)
+            frequency = (1 - ramp) * frequency + ramp * frequency / factor
     return frequency.astype(np.float32)
 
 

@@ -4,7 +4,7 @@ table that serves both import and export."""
 import importlib
 from collections.abc import Mapping, Sequence
 from functools import partial
-from math import prod
+from math import log, prod
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import jax
 from jaxpo.policy.config import TransformerConfig
 from jaxpo.policy.transformer import init
 from jaxpo.registry import unknown
-from jaxpo.text.tokenizers import transformers_library
+from jaxpo.text.tokenizer_files import transformers_library
 
 
 class Family(NamedTuple):
@@ -79,8 +79,18 @@ ROPE = {  # kind -> keys of its numbers, in the order of ``rope_scaling``
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (
+        *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
+        *("attention_factor", "truncate"),
+    ),
 }
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
+LARGEST = {  # far above any model: a larger number is a mistake or a lie
+    "num_hidden_layers": 2**12,
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "num_experts"), 2**16),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), 2**22),
+    **dict.fromkeys(("vocab_size", "sliding_window"), 2**30),
+}
 
 
 # ---- config.json
@@ -97,6 +107,7 @@ def config_from_hf(hf: Mapping[str, Any], **numerics: Any) -> TransformerConfig:
         that this decoder does not have, or quantized weights.
     """
     family = _family(hf)
+    check_sizes(hf)
     c = _transformers_config(**hf)
     for key, value in family.only.items():
         if getattr(c, key, value) != value:
@@ -108,6 +119,31 @@ def config_from_hf(hf: Mapping[str, Any], **numerics: Any) -> TransformerConfig:
     fields = {ours: getattr(c, key, None) for ours, key in family.fields.items()}
     fields["activation"] = _choice("activation", fields["activation"], ACTIVATIONS)
     return TransformerConfig(**{**fields, **_layers(c, fields), **family.always, **numerics})
+
+
+def check_sizes(hf: Mapping[str, Any]) -> None:
+    """Check the sizes that a config.json claims, before anything is made of them.
+
+    Raises:
+      ValueError: one is no whole number above 0, or larger than that of any model."""
+    for key, largest in LARGEST.items():
+        size = hf.get(key)
+        if size is None:
+            continue
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"config.json: {key} is {size!r:.40}, not a whole number above 0")
+        if size > largest:
+            raise ValueError(f"config.json: {key} is {str(size):.20}, and no model has more than {largest:,}")
+    for key in ("rms_norm_eps", "query_pre_attn_scalar", "rope_theta"):
+        number = hf.get(key)
+        if number is not None and (not isinstance(number, int | float) or not 0 <= number < float("inf")):
+            raise ValueError(f"config.json: {key} is {number!r:.40}, not a finite number of at least 0")
+    for key in ("rope_parameters", "rope_scaling"):
+        if hf.get(key) is not None and not isinstance(hf[key], Mapping):
+            raise ValueError(f"config.json: {key} is {hf[key]!r:.40}, and no object")
+    types, layers = hf.get("layer_types"), hf.get("num_hidden_layers")
+    if types is not None and (not isinstance(types, list) or layers is not None and len(types) != layers):
+        raise ValueError(f"config.json: layer_types must name the type of each of {layers} layers")
 
 
 def _transformers_config(model_type: str, **hf: Any) -> Any:
@@ -150,22 +186,47 @@ def _layers(c: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
     rope = rope if GLOBAL in rope else {GLOBAL: rope}
     theta = rope[GLOBAL]["rope_theta"]
     own = rope[LOCAL]["rope_theta"] if LOCAL in rope and local else None
-    if own is not None and _scaling(rope[LOCAL]):
+    if own is not None and _scaling(rope[LOCAL], c.max_position_embeddings):
         raise ValueError(f"config.json: scaled rope of {LOCAL} layers is not supported: {rope[LOCAL]}")
     return dict(
         window=window,
         local_layers=None if window is None or len(local) == n and own is None else local,
         rope_theta=theta,
-        rope_scaling=_scaling(rope[GLOBAL]),
+        rope_scaling=_scaling(rope[GLOBAL], c.max_position_embeddings),
         local_rope_theta=own,
     )
 
 
-def _scaling(rope: Mapping[str, Any]) -> tuple[str | float, ...]:
+def _scaling(rope: Mapping[str, Any], positions: int) -> tuple[str | float, ...]:
     keys = _choice("rope type", rope.get("rope_type", "default"), ROPE)
     if rope.get("partial_rotary_factor", 1) != 1:
         raise ValueError("config.json: partial_rotary_factor is not supported: all of a head turns")
+    rope = yarn_numbers(rope, positions) if rope.get("rope_type") == "yarn" else rope
     return (rope["rope_type"], *(rope[key] for key in keys)) if keys else ()
+
+
+def yarn_numbers(rope: Mapping[str, Any], positions: int) -> dict[str, Any]:
+    """YaRN's parameters with those that follow from the others: the factor from the lengths, and the attention factor
+    ``m(mscale) / m(mscale_all_dim)``, or ``m(1)``, with ``m(s) = 0.1 s ln(factor) + 1``."""
+    length = rope.get("original_max_position_embeddings") or positions
+    factor = rope.get("factor") or positions / length
+
+    def m(scale: float = 1.0) -> float:
+        return 0.1 * scale * log(factor) + 1 if factor > 1 else 1.0
+
+    scales = rope.get("mscale"), rope.get("mscale_all_dim")
+    attention = rope.get("attention_factor")
+    if attention is None:
+        attention = m(scales[0]) / m(scales[1]) if all(scales) else m()
+    return {
+        **rope,
+        "factor": factor,
+        "original_max_position_embeddings": length,
+        "beta_fast": rope.get("beta_fast") or 32,
+        "beta_slow": rope.get("beta_slow") or 1,
+        "attention_factor": float(attention),
+        "truncate": int(bool(rope.get("truncate", True))),
+    }
 
 
 def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
@@ -199,6 +260,8 @@ def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
 def _rope_to_hf(config: TransformerConfig) -> dict[str, Any]:
     kind, *numbers = config.rope_scaling or ("default",)
     rope = dict(rope_type=kind, rope_theta=config.rope_theta, **dict(zip(ROPE[kind], numbers, strict=True)))
+    if kind == "yarn":
+        rope["truncate"] = bool(rope["truncate"])
     if config.local_rope_theta is None:
         return rope
     return {GLOBAL: rope, LOCAL: dict(rope_type="default", rope_theta=config.local_rope_theta)}

@@ -132,7 +132,10 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
-        files = sorted({folder / name for name in _json(folder / INDEX)["weight_map"].values()})
+        names = _json(folder / INDEX).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+            raise ValueError(f"{folder / INDEX}: weight_map must name a file of this folder for each tensor")
+        files = sorted({folder / name for name in names.values()})
     else:
         files = [folder / WEIGHTS]
     missing = [file.name for file in files if not file.is_file()]

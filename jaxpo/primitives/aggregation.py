@@ -74,6 +74,30 @@ def unit_mean(mask: Array, count: Array, batch: Any) -> Array:
     return ratio_or_zero(jnp.ones_like(mask, count.dtype) * count, count.sum())
 
 
+def prompt_mean(mask: Array, count: Array, batch: Any) -> Array:
+    """``mask count / (length_i count_group G)``: mean over all G groups of the batch, also those that have no row in
+    this term, of the mean over their rows in it."""
+    mask, count = promote(mask), promote(count)[:, None]
+    size = group_sum(count[:, 0], batch.group)[:, None]
+    return ratio_or_zero(mask * count, mask.sum(-1, keepdims=True) * size * groups(batch))
+
+
+def prompt_sum(mask: Array, count: Array, batch: Any) -> Array:
+    """``count / G`` [B, 1]: mean over all G groups of the batch of the sum over their rows, empty ones included."""
+    return ratio_or_zero(jnp.ones_like(promote(mask)) * promote(count)[:, None], groups(batch))
+
+
+def groups(batch: Any) -> Array:
+    """G, the number of groups with a counted row."""
+    count = promote(batch.count)
+    return ratio_or_zero(count, group_sum(count, batch.group)).sum()
+
+
+def row_sum(mask: Array, count: Array, batch: Any) -> Array:
+    """``mask count`` [B, 1]: the sum over the rows that have tokens."""
+    return promote(mask) * promote(count)[:, None]
+
+
 @functools.cache
 def without_empty_rows(aggregate: Aggregation) -> Aggregation:
     """The aggregation over the rows that have tokens: an empty row leaves the denominators, as in verl."""
@@ -87,9 +111,10 @@ def without_empty_rows(aggregate: Aggregation) -> Aggregation:
 
 PER_TOKEN = {"token_mean": token_mean, "seq_mean": seq_mean, "seq_sum": seq_sum, "group_mean": group_mean}
 WITH_CONSTANT = {"seq_sum_const": seq_sum_const, "sum_const": sum_const}
+PER_ROW = (seq_mean, group_mean, unit_mean, prompt_mean, prompt_sum, row_sum)
 OVER_ROWS = ("seq_mean", "seq_sum", "seq_sum_const", "group_mean")  # those that divide by a number of rows
 
 
 def is_per_row(aggregate: Aggregation) -> bool:
     """Whether an aggregation takes one value a row."""
-    return getattr(aggregate, "__wrapped__", aggregate) in (seq_mean, group_mean, unit_mean)
+    return getattr(aggregate, "__wrapped__", aggregate) in PER_ROW

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxpo.primitives.numerics import promote, ratio_or_zero
+from jaxpo.primitives.ratios import sequence_mean_log_ratio
 
 
 def log_prob(logp: Array, adv: Array) -> Array:
@@ -169,3 +170,30 @@ def balanced_bounds(
     last = steps(low) + steps(high)
     i = lax.while_loop(lambda i: (i < last) & ~enough(i), lambda i: i + 1, jnp.zeros((), jnp.int32))
     return tuple(lax.stop_gradient(b) for b in bounds(i))
+
+
+def estimator_weight(
+    logp: Array,
+    logp_old: Array,
+    mask: Array,
+    adv: Array,
+    *,
+    method: str,
+    eps: float | Array = 0.2,
+    bound: float | Array = 20.0,
+) -> Array:
+    """[B, T] weight ``stable A pi / pi_den`` of the unified policy-gradient estimator (arXiv:2509.04419): the gradient
+    of a loss is ``-w grad logp``.
+
+    "ppo", "grpo": ``r A`` where ``r <= 1 + eps`` (A >= 0) or ``r >= 1 - eps`` (A < 0), else 0; "gspo": the same with
+    the row's ratio ``exp(mean_t (logp - logp_old))``; "cispo": ``A clip(r, 1 - eps, 1 + eps)``. Where the log-ratio
+    leaves ``[-bound, bound]`` the weight is 0, but for "cispo".
+    """
+    x = jnp.where(mask > 0, promote(logp) - promote(logp_old), 0)
+    if method == "gspo":
+        x = jnp.broadcast_to(sequence_mean_log_ratio(logp, logp_old, mask, log_ratio_clip=jnp.inf)[:, None], x.shape)
+    r = jnp.exp(jnp.clip(x, -bound, bound))
+    if method == "cispo":
+        return adv * jnp.clip(r, 1 - eps, 1 + eps)
+    stable = jnp.where(adv >= 0, r <= 1 + eps, r >= 1 - eps) & (jnp.abs(x) < bound)
+    return jnp.where(stable, r * adv, 0)

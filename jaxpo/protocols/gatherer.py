@@ -17,11 +17,15 @@ from jax import Array
 from jaxpo.batch import Rollouts, TokenStats
 from jaxpo.learning.state import Run, advance
 from jaxpo.objectives import Objective, State
+from jaxpo.parallel.distributed import from_rows, own_rows, to_host
 from jaxpo.policy.transformer import Params
 from jaxpo.primitives.preference_data import ranker_reward
 from jaxpo.protocols.rows import in_batches
 from jaxpo.rollout.sampling import SamplingOptions, validate
 from jaxpo.tasks import Example
+from jaxpo.tasks.failures import Failures
+from jaxpo.tasks.workers import attempt
+from jaxpo.text.conversations import Question
 
 
 class Verdict(NamedTuple):
@@ -43,6 +47,19 @@ class Verdict(NamedTuple):
         """[G, K, K] the log-odds that the first answer beats the second. Of a judge that gives probabilities alone,
         these are clipped to [1e-6, 1 - 1e-6] first, so that the log-odds are finite."""
         return np.asarray(ranker_reward(self.wins) if self.log_odds is None else self.log_odds)
+
+
+class Codec(NamedTuple):
+    """Between tokens and texts.
+
+    read: (rollouts) -> the texts of the completions.
+    ask: (examples, questions) -> the tokens of other questions about these examples.
+    answer: (example, text) -> the tokens of an answer, with its end.
+    """
+
+    read: Callable[[Rollouts], Sequence[str]]
+    ask: Callable[[Sequence[Example], Sequence[Question]], list[list[int]]]
+    answer: Callable[[Example, str], list[int]]
 
 
 @dataclass(frozen=True)
@@ -126,7 +143,9 @@ class Gatherer:
     order: (position, n, size) -> the indices of the next n of ``size`` prompts or units.
     verify: (rollouts) -> the rollouts with reward and correct.
     compare: (examples, *columns of rollouts) -> the verdict of ``config.judge`` on answers to the same prompts.
-    demonstrate: (indices) -> the task's own answers to these training prompts, one each.
+    demonstrate: (indices, drop_last, seed) -> the task's own answers to these training prompts, one each.
+    codec: between tokens and texts.
+    failures: where errors of the user's functions are told.
     adapt: the protocol's ``sampler``: (options, objective state) -> options; None = as configured.
     preferences: the run's preference data; None = the run has none.
     watch: collects times, metrics and messages.
@@ -142,10 +161,12 @@ class Gatherer:
     order: Callable[[int, int, int], np.ndarray]
     verify: Callable[[Rollouts], Rollouts]
     compare: Callable[..., Verdict]
-    demonstrate: Callable[[np.ndarray], Rollouts]
+    demonstrate: Callable[..., Rollouts]
+    codec: Codec
     adapt: Callable[[SamplingOptions, State], SamplingOptions] | None = None
     preferences: Any = None
     watch: Watch = field(default_factory=Watch)
+    failures: Failures = field(default_factory=Failures)
 
     @property
     def size(self) -> int:
@@ -171,9 +192,54 @@ class Gatherer:
         """The tokens [n, P] of training prompts, left-padded, and their lengths [n]."""
         return self.train.tokens[indices], self.train.length[indices]
 
-    def demonstrations(self, indices: np.ndarray) -> Rollouts:
-        """The task's own answers to these training prompts (NumPy), one each."""
-        return self.demonstrate(indices).replace(prompt=indices)
+    def demonstrations(self, indices: np.ndarray, drop_last: float = 0.0, seed: int = 0) -> Rollouts:
+        """The task's own answers to these training prompts (NumPy), one each; a share ``drop_last`` of them lacks the
+        last character."""
+        return self.demonstrate(indices, drop_last, seed).replace(prompt=indices)
+
+    def texts(self, rollouts: Rollouts) -> list[str]:
+        """The completions as text, without special tokens and cut before a stop string."""
+        return list(self.codec.read(to_host(Rollouts(tokens=rollouts.tokens, mask=rollouts.mask))))
+
+    def rewritten(
+        self, rows: np.ndarray, width: int, write: Callable[[int], Question | None], field: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Other questions in place of training prompts: tokens [n, width], left-padded, and lengths [n]; 0 = there is
+        none, or it is longer. Each process writes its share, and every process gets all.
+
+        Args:
+          rows: [n] indices of the training prompts.
+          write: (i) -> the question for ``rows[i]``, or None.
+          field: of the config, which says how questions are written.
+
+        Raises:
+          ValueError: a question has no encoding, or the chat template refuses it; the line names ``field``."""
+        own = own_rows(rows)
+        questions = [write(i) for i in own]
+        there = [i for i, q in enumerate(questions) if q is not None]
+        try:
+            examples = [self.train.examples[rows[own[i]]] for i in there]
+            ids = self.codec.ask(examples, [questions[i] for i in there])
+        except ValueError as error:
+            raise ValueError(f"{field}: {error}") from None
+        tokens, length = np.zeros((len(own), width)), np.zeros(len(own))
+        for i, x in zip(there, ids, strict=True):
+            if len(x) <= width:
+                tokens[i, width - len(x) :], length[i] = x, len(x)
+        return tuple(from_rows(x, own, len(rows)).astype(np.int32) for x in (tokens, length))
+
+    def call(self, what: str, function: Callable[..., Any], calls: Sequence[tuple]) -> list[Any]:
+        """What a function of the user gives for each call; None where it failed.
+
+        Raises:
+          NoVerdict: it failed on every call."""
+        outcomes = [attempt(function, call) for call in calls]
+        errors = [o.error for o in outcomes]
+        self.failures.tell(what, errors)
+        failed = sum(e is not None for e in errors)
+        self.watch.add(f"{what.split()[0]}/errors", failed)
+        self.failures.check_any(what, failed, len(calls))
+        return [o.value for o in outcomes]
 
     # ---- sampling
 

@@ -23,6 +23,7 @@ class Facts(NamedTuple):
     compiles: by compiled function, how many shapes it calls it with besides those of every run.
     stale: its batches hold rows of earlier policies, so ``logp_old`` is always scored.
     judges: it asks ``config.judge`` about the policy's own answers.
+    room: (T) -> tokens by which the prompts of its rows are longer than those of the data; None = none.
     check: (config) raises ``ValueError`` if it cannot run with the config, before anything is compiled.
     """
 
@@ -32,6 +33,7 @@ class Facts(NamedTuple):
     compiles: Mapping[str, int] = NONE
     stale: bool = False
     judges: bool = False
+    room: Callable[[int], int] | None = None
     check: Callable[[ConfigDict], None] | None = None
 
 

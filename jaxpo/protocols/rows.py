@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 
 from jaxpo.batch import Rollouts, take
 from jaxpo.parallel.distributed import to_host
@@ -21,6 +22,26 @@ def with_rows(table: np.ndarray, at: np.ndarray | int, rows: np.ndarray | int) -
 def stacked(parts: Sequence[Rollouts]) -> Rollouts:
     """Stack the rows of NumPy batches of one structure and any sizes. On the host, where no shape is compiled."""
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+def side_by_side(parts: Sequence[Rollouts], sizes: Sequence[int], key: Array) -> Rollouts:
+    """The rows of NumPy batches of the same prompts, each prompt's rows one after the other: ``sizes[0]`` of the first
+    batch, ``sizes[1]`` of the second, and so on. A prompt is a group, and rows get new seeds."""
+    starts = np.cumsum([0, *(part.rows for part in parts)])
+    places = [start + np.arange(part.rows).reshape(-1, n) for start, part, n in zip(starts, parts, sizes, strict=False)]
+    order = np.concatenate(places, 1)
+    whole = stacked([part.replace(shared_prompt=1) for part in parts])
+    out = take(whole, order.reshape(-1), shared_prompt=sum(sizes))
+    return out.replace(
+        group=np.repeat(np.arange(len(order), dtype=np.int32), sum(sizes)),
+        seed=np.asarray(jax.random.bits(key, (out.rows,))),
+        count=np.ones(out.rows, np.float32),
+    )
+
+
+def widened(batch: Rollouts, more: int) -> Rollouts:
+    """The NumPy batch with ``more`` columns of padding before the prompts."""
+    return batch.replace(tokens=np.pad(batch.tokens, ((0, 0), (more, 0))))
 
 
 def in_batches(

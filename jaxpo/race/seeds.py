@@ -225,6 +225,7 @@ def gatherer_of(
         verify=partial(verified, questions, questions.train),
         compare=partial(questions.compare, partial(by_the_task, questions.task, None)),
         demonstrate=questions.demonstrations,
+        codec=questions.codec,
         adapt=resolved.protocol.sampler,
         preferences=pairs,
         watch=Watch(say=lambda text: None),

@@ -49,9 +49,11 @@ def make_gatherer(workspace: Workspace, watch: Watch) -> Gatherer:
         verify=partial(verified, workspace, watch, compare),
         compare=compare,
         demonstrate=questions.demonstrations,
+        codec=questions.codec,
         adapt=workspace.protocol.sampler,
         preferences=workspace.preferences,
         watch=watch,
+        failures=questions.failures,
     )
 
 

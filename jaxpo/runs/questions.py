@@ -1,7 +1,7 @@
 """A task as tokens: encode its prompts, decode and verify completions, and encode its own answers."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -9,11 +9,11 @@ import numpy as np
 
 from jaxpo.batch import Demonstrations, Rollouts
 from jaxpo.parallel.distributed import from_rows, own_rows, take_rows, to_host
-from jaxpo.protocols.gatherer import Prompts, Verdict
+from jaxpo.protocols.gatherer import Codec, Prompts, Verdict
 from jaxpo.tasks import Example, Task, imperfect
 from jaxpo.tasks.base import Completion, Score
 from jaxpo.tasks.failures import Failures
-from jaxpo.text.conversations import MARK, Said, Turn, plain_answer, plain_text
+from jaxpo.text.conversations import MARK, Question, Said, Turn, plain_answer, plain_text
 from jaxpo.text.tokenizers import Tokenizer
 
 Answers = list[list[Said]]  # texts, or messages with more than content
@@ -73,6 +73,21 @@ class Questions:
             out.append(Completion(text))
             out[-1].ids = ids
         return out
+
+    @property
+    def codec(self) -> Codec:
+        """What turns tokens into texts and back, for protocols."""
+        return Codec(self.texts, self.asked, lambda example, text: as_told(self.tokenizer, example, text).answer)
+
+    def asked(self, examples: Sequence[Example], questions: Sequence[Question]) -> list[list[int]]:
+        """The tokens of other questions about these examples, as prompts.
+
+        Raises:
+          ValueError: a question has no encoding, or the chat template refuses it; the line names the example's place.
+        """
+        return tokenize(
+            [replace(e, question=q) for e, q in zip(examples, questions, strict=True)], self.tokenizer, None
+        )[1]
 
     def verdicts(self, examples: Sequence[Example], rollouts: Rollouts) -> np.ndarray:
         """Verify the rows, which answer ``examples`` [B]; returns reward, correct and error (0 or 1) [B, 3]."""

@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 FUNCTIONS = ("reward", "embed")  # fields of a task, at any depth, that may name a function
+NAMED = re.compile(r"[\w.]+:[\w.]+")  # an option of a protocol that names a function
 SIGNATURE = "signature.json"  # in a run directory
 FLAG = {"trust": (False, "use the code that a run from elsewhere names: read it before")}
 _answer = {"trust": False}  # of this process, as its command line says
@@ -32,7 +34,8 @@ def code_named(config: Mapping[str, Any]) -> list[str]:
     """The code that a config names: its imports, and functions given as "module:function"."""
     judge = config.get("judge") or {}
     judge = judge.get("path") if judge.get("name") == "function" else None
-    functions = [config.get("trace"), judge, *_of_rewards(config.get("task") or {})]
+    protocol = [x for x in (config.get("protocol") or {}).values() if isinstance(x, str) and NAMED.fullmatch(x)]
+    functions = [config.get("trace"), judge, *protocol, *_of_rewards(config.get("task") or {})]
     imports = config.get("imports") or ()
     imports = [imports] if isinstance(imports, str) else list(imports)
     return sorted({*map(str, imports), *(f for f in functions if isinstance(f, str) and ":" in f)})

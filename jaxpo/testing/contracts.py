@@ -34,7 +34,7 @@ from jaxpo.testing.cases import (
     same,
     train,
 )
-from jaxpo.testing.examples import GROUP
+from jaxpo.testing.examples import GROUP, bigram
 from jaxpo.testing.float32 import apart
 from jaxpo.testing.variants import as_dtype, bad_numbers, form, permutation, replaced, replica, stacked
 
@@ -211,7 +211,11 @@ def _accepted(case: Case, names: list[str], now: Mapping[str, Any]) -> dict[str,
 
 
 def _vmap_equals_loop(case: Case, start: Mapping[str, float], changed: Mapping[str, float]) -> str:
-    stats, batch = case.stats, case.batch
+    stats, batch, asks = case.stats, case.batch, case.objective.asks
+    whole = case.factory(**{**case.hyperparameters, **changed}).asks
+    more = bool((whole.wants | whole.peeks) - (asks.wants | asks.peeks))
+    if more:  # a number that is 0 by default, such as an entropy bonus, asks for nothing until it is another one
+        stats = bigram(case.objective, asks.wants | asks.peeks | whole.wants | whole.peeks, case.params, batch)
 
     def run(numbers: Mapping[str, Any]) -> tuple[Array, TokenStats]:
         objective = case.factory(**{**case.hyperparameters, **numbers})
@@ -219,7 +223,10 @@ def _vmap_equals_loop(case: Case, start: Mapping[str, float], changed: Mapping[s
 
     settings = [start, {name: 1.1 * x if x == start[name] else x for name, x in changed.items()}]
     columns = {name: jnp.array([s[name] for s in settings], jnp.float32) for name in changed}
-    alone = [(case.eager.loss, case.eager.grads[0]) if _is_built(case, start) else run(start), run(settings[1])]
+    alone = [
+        (case.eager.loss, case.eager.grads[0]) if _is_built(case, start) and not more else run(start),
+        run(settings[1]),
+    ]
     return same(f"vmap over {', '.join(changed)}", quick_jit(jax.vmap(run))(columns), stacked(alone))
 
 

@@ -126,6 +126,22 @@ def as_json(question: Question) -> Any:
     return {"messages": messages, **talk.arguments} if talk.arguments else messages
 
 
+def said_more(question: Question, text: str) -> Question:
+    """The question, in which a text follows what the user said last.
+
+    Raises:
+      ValueError: a conversation in which the user says nothing."""
+    if isinstance(question, str):
+        return question + text
+    talk = conversation_of(question)
+    users = [i for i, m in enumerate(talk.messages) if m["role"] == "user"]
+    if not users:
+        raise ValueError("no message of the user, which more text could follow")
+    messages = list(talk.messages)
+    messages[users[-1]] = {**messages[users[-1]], "content": messages[users[-1]]["content"] + text}
+    return Conversation(tuple(messages), talk.arguments)
+
+
 def text_said(answer: Said) -> str:
     """The text of an answer without a chat template; ``ValueError`` for a message with more than content."""
     if isinstance(answer, str):

@@ -1,10 +1,14 @@
 """The files that a pretrained tokenizer is read from: as a run keeps them, and as they go out again."""
 
 import base64
+import importlib
+import importlib.util
 import json
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from types import ModuleType
 from typing import Any
 
 from jaxpo.registry import unknown
@@ -61,3 +65,12 @@ def text_of(content: bytes) -> str | dict[str, str]:
 def bytes_of(text: str | Mapping[str, str]) -> bytes:
     """The inverse of `_text_of`."""
     return text.encode() if isinstance(text, str) else base64.b64decode(text["base64"])
+
+
+def transformers_library() -> ModuleType:
+    """Import transformers without our ``kernels``. It looks for a library of that name; in a checkout of this project
+    it would find our folder, and load all of its modules a second time."""
+    spec = importlib.util.find_spec("kernels") if "kernels" not in sys.modules else None
+    if spec is not None and spec.origin and (Path(spec.origin).parent / "token_logprob").is_dir():
+        sys.modules["kernels"] = None  # importing it fails: transformers takes it for not installed
+    return importlib.import_module("transformers")

@@ -9,19 +9,17 @@ import importlib.util
 import json
 import re
 import string
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import Annotated, Any, Protocol
 
 from jaxpo.arguments import Domain, check
 from jaxpo.files import read_json
 from jaxpo.hub import model_files
 from jaxpo.registry import register, unknown
-from jaxpo.text import gguf
 from jaxpo.text.control import Encoder, Markup, any_of, mark
 from jaxpo.text.conversations import (
     Question,
@@ -33,8 +31,17 @@ from jaxpo.text.conversations import (
     question_of,
     text_said,
 )
+from jaxpo.text.gguf_vocabulary import gguf_tokenizer
 from jaxpo.text.templates import chat_template_of
-from jaxpo.text.tokenizer_files import BESIDE, bytes_of, files_of, read_files, text_of, write_files
+from jaxpo.text.tokenizer_files import (
+    BESIDE,
+    bytes_of,
+    files_of,
+    read_files,
+    text_of,
+    transformers_library,
+    write_files,
+)
 
 NONE: Mapping[str, Any] = MappingProxyType({})
 
@@ -394,67 +401,6 @@ def pretrained(
     )
 
 
-# How a GGUF's ``tokenizer.ggml.pre`` cuts a text before the merges: steps that come before GPT-2's own expression.
-GGUF_CUTS = {"gpt-2": [], "default": [], "smollm": [{"type": "Digits", "individual_digits": True}]}
-CONTROL, USER_DEFINED = 3, 4  # values of ``tokenizer.ggml.token_type``
-
-
-def gguf_tokenizer(path: str | Path) -> Any:
-    """A ``PreTrainedTokenizerFast`` with a GGUF file's vocabulary, merges, special tokens and chat template.
-
-    transformers itself reads GGUF files only if torch is installed, and ignores the cuts of ``tokenizer.ggml.pre``.
-
-    Raises:
-      ValueError: the vocabulary is not byte-level BPE, or ``tokenizer.ggml.pre`` is unknown.
-    """
-    fields = gguf.open_source(path).metadata
-    kind, cut = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "default")
-    if kind != "gpt2":
-        raise ValueError(f"{path}: " + unknown("GGUF vocabulary", kind, ["gpt2"]))
-    if cut not in GGUF_CUTS:
-        raise ValueError(f"{path}: " + unknown("tokenizer.ggml.pre", cut, GGUF_CUTS))
-    tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-    ids = {ours: fields.get(f"tokenizer.ggml.{theirs}_token_id") for ours, theirs in names.items()}
-    named = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
-    control = [t for t, kind in zip(tokens, kinds, strict=True) if kind == CONTROL]
-    begins = fields.get("tokenizer.ggml.add_bos_token", False)
-    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
-    backend = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": i, "content": token, **flags, "special": kind == CONTROL}
-            for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
-            if kind in (CONTROL, USER_DEFINED)
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*GGUF_CUTS[cut], byte_level]},
-        "post_processor": _begin_with(named["bos_token"], ids["bos"]) if begins else None,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]],
-        },
-    }
-    return transformers_library().PreTrainedTokenizerFast(
-        tokenizer_object=importlib.import_module("tokenizers").Tokenizer.from_str(json.dumps(backend)),
-        **named,
-        additional_special_tokens=[token for token in control if token not in named.values()],
-        chat_template=fields.get("tokenizer.chat_template"),
-    )
-
-
-def _begin_with(token: str, i: int) -> dict[str, Any]:
-    """The post-processor that puts a token before every text."""
-    special, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
-    tokens = {token: {"id": token, "ids": [i], "tokens": [token]}}
-    return {"type": "TemplateProcessing", "single": [special, text], "pair": [], "special_tokens": tokens}
-
-
 def from_json(spec: Mapping[str, Any]) -> Tokenizer:
     """Rebuild the tokenizer whose ``to_json`` is ``spec``. Raises ``ValueError`` for an unknown kind."""
     kinds = {
@@ -532,12 +478,3 @@ def _bytes_to_unicode() -> dict[int, str]:
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)}
-
-
-def transformers_library() -> ModuleType:
-    """Import transformers without our ``kernels``. It looks for a library of that name; in a checkout of this project
-    it would find our folder, and load all of its modules a second time."""
-    spec = importlib.util.find_spec("kernels") if "kernels" not in sys.modules else None
-    if spec is not None and spec.origin and (Path(spec.origin).parent / "token_logprob").is_dir():
-        sys.modules["kernels"] = None  # importing it fails: transformers takes it for not installed
-    return importlib.import_module("transformers")

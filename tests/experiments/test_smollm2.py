@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxpo.storage.rundir import read_metrics
-from tests.policy.smollm2 import path_or_skip
+from tests.policy.models import path_or_skip
 from tests.policy.test_hf import MEASURE
 
 ROOT = Path(__file__).parents[2]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxpo
+from jaxpo.fields import role_id
 from jaxpo.primitives.selection import row_uniform
 from tests.oracles import Case, Gradient
 
@@ -90,6 +91,7 @@ def make_case(seed: int, sizes=UNEQUAL, *, rewards="real", stale=0.3, extreme=Fa
             "seed": more.integers(0, 2**32, b, dtype=np.uint32),
         },
     )
+    case = case.replace(extra={**case.extra, "flawed": np.random.default_rng((seed, 4)).integers(0, 2, b) * 1.0})
     case = case.replace(extra={**case.extra, **other_models(b, np.random.default_rng((seed, 2)))})
     case = case.take(rng.permutation(b))
     hidden = ("logp", "logp_old", "ref", "entropy", "entropy_old")
@@ -113,6 +115,23 @@ CASES = {
 NO_COUNTS = [name for name, case in CASES.items() if (case.count == 1).all()]
 
 
+def with_experts(case: Case, seed: int = 0, share: float = 0.3) -> Case:
+    """Some rows were written by somebody else (role ``expert``), whose ``logp_old`` nobody may read."""
+    rng = np.random.default_rng(seed)
+    expert = rng.random(len(case.reward)) < share
+    prob = np.where(case.mask, rng.uniform(0.05, 1, case.mask.shape), np.nan)
+    more = dict(token_adv=np.where(case.mask, rng.normal(size=case.mask.shape), np.nan))
+    extra = dict(**more, role=np.where(expert, role_id("expert"), role_id("own")), expert_prob=prob)
+    return case.replace(logp_old=np.where(expert[:, None], np.nan, case.logp_old), extra={**case.extra, **extra})
+
+
+EXPERT_CASES = {name: with_experts(case, seed) for seed, (name, case) in enumerate(CASES.items())}
+EXPERT_CASES |= {
+    "no expert rows": with_experts(CASES["unequal groups"], share=0.0),
+    "only expert rows": with_experts(CASES["unequal groups"], share=1.1),
+}
+
+
 def unit_rewards(case: Case) -> Case:
     """Rewards in [0, 1]."""
     return case.replace(reward=1 / (1 + np.exp(-case.reward)))
@@ -128,7 +147,7 @@ def on_policy(case: Case) -> Case:
 def rollouts(case: Case) -> jaxpo.Rollouts:
     per_token = case.mask.shape
     extra = {k: jnp.asarray(x) for k, x in case.extra.items()}
-    seed = extra.pop("seed", None)
+    seed, role = extra.pop("seed", None), extra.pop("role", None)
     extra.pop("log_proxy", None)
     return jaxpo.Rollouts(
         tokens=jnp.asarray(case.tokens, jnp.int32),
@@ -137,6 +156,7 @@ def rollouts(case: Case) -> jaxpo.Rollouts:
         correct=jnp.asarray(case.correct),
         group=jnp.asarray(case.group, jnp.int32),
         seed=None if seed is None else seed.astype(jnp.uint32),
+        role=None if role is None else role.astype(jnp.int32),
         logp_old=jnp.asarray(case.logp_old),
         entropy_old=jnp.asarray(case.entropy_old),
         logp_ref=jnp.asarray(case.ref),

@@ -4,10 +4,13 @@ their authors state."""
 from functools import partial
 
 import jax
+import numpy as np
 import pytest
 
-from jaxpo.policy.families import config_from_hf
+from jaxpo.policy.config import rope_frequencies
+from jaxpo.policy.families import config_from_hf, config_to_hf
 from jaxpo.policy.transformer import init, parameter_count
+from tests.policy import tiny_hf
 
 # hidden, layers, heads, key heads, MLP, vocabulary
 SIZES = (
@@ -112,3 +115,70 @@ def test_published_models(name):
     config = config_from_hf(dict(zip(SIZES, sizes, strict=True), model_type=model_type, **more))
     assert {field: getattr(config, field) for field in expected} == expected
     assert parameter_count(jax.eval_shape(partial(init, config), jax.random.key(0))) == parameters
+
+
+def yarn_by_hand(dim, theta, factor, length, fast, slow, whole):
+    """YaRN's frequencies by a loop over pairs, from the paper's gamma: 1 keeps, 0 divides by the factor."""
+
+    def index(turns):  # of the pair that turns so often within the original length
+        return dim * np.log(length / (turns * 2 * np.pi)) / (2 * np.log(theta))
+
+    low, high = index(fast), index(slow)
+    if whole:
+        low, high = np.floor(low), np.ceil(high)
+    low, high = max(low, 0.0), min(high, dim - 1.0)
+    out = []
+    for i in range(dim // 2):
+        gamma = 1 - min(max((i - low) / (high - low if high > low else 0.001), 0.0), 1.0)
+        base = theta ** (-2 * i / dim)
+        out.append(gamma * base + (1 - gamma) * base / factor)
+    return np.array(out)
+
+
+@pytest.mark.parametrize("whole", (True, False))
+@pytest.mark.parametrize(
+    "numbers", ((128, 1e6, 4.0, 32768, 32, 1), (64, 1e4, 40.0, 4096, 32, 1), (8, 50.0, 2.0, 16, 3, 1))
+)
+def test_yarn_frequencies(numbers, whole):
+    dim, theta, factor, length, fast, slow = numbers
+    got = rope_frequencies(dim, theta, ("yarn", factor, length, fast, slow, 1.1, whole))
+    np.testing.assert_allclose(got, yarn_by_hand(*numbers, whole), rtol=1e-6)
+    assert got[0] == 1 and got[-1] == pytest.approx(theta ** (-(dim - 2) / dim) / factor, rel=1e-5)
+
+
+YARN = dict(rope_type="yarn", rope_theta=1e6, factor=4.0, original_max_position_embeddings=32768)
+
+
+@pytest.mark.parametrize(
+    ("changes", "attention"),
+    (
+        ({}, 0.1 * np.log(4) + 1),
+        (dict(attention_factor=1.25), 1.25),
+        (dict(mscale=0.707, mscale_all_dim=1.0), (0.0707 * np.log(4) + 1) / (0.1 * np.log(4) + 1)),
+        (dict(mscale=1.0), 0.1 * np.log(4) + 1),
+        (dict(factor=1.0), 1.0),
+    ),
+)
+def test_yarn_scales_queries_and_keys(changes, attention):
+    hf = tiny_hf.hf_config("llama3") | dict(rope_parameters=YARN | changes)
+    config = config_from_hf(hf)
+    assert config.rope_scaling[:5] == ("yarn", (YARN | changes)["factor"], 32768, 32, 1)
+    assert config.attention_scale == pytest.approx(attention**2 / np.sqrt(config.head_dim), rel=1e-12)
+    again = config_from_hf(config_to_hf(config))
+    assert again == config
+
+
+def test_yarn_as_older_files_write_it():
+    old = tiny_hf.hf_config("qwen2") | dict(max_position_embeddings=131072, rope_theta=1e6)
+    del old["rope_parameters"]
+    scaling = {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}
+    new = config_from_hf(old | dict(rope_scaling=scaling)).rope_scaling
+    assert new[:5] == ("yarn", 4.0, 32768, 32, 1)
+
+
+def test_yarn_beside_layers_with_their_own_positions_is_refused():
+    with pytest.raises(ValueError, match="'yarn' scales the scores of all layers"):
+        config_from_hf(
+            tiny_hf.hf_config("gemma3")
+            | dict(rope_parameters={tiny_hf.LOCAL: dict(rope_type="default", rope_theta=10.0), tiny_hf.GLOBAL: YARN})
+        )

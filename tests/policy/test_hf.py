@@ -236,14 +236,14 @@ def test_a_tied_head_may_be_written_out_and_buffers_left_over():
         ("llama3", dict(model_type="lama"), "unknown model_type of config.json 'lama': did you mean 'llama'"),
         (
             "llama3",
-            dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=2.0)),
-            "unknown rope type of config.json 'yarn': .*default, linear, llama3",
+            dict(rope_parameters=dict(rope_type="longrope", rope_theta=1e4, long_factor=[1.0], short_factor=[1.0])),
+            "unknown rope type of config.json 'longrope': .*default, linear, llama3",
         ),
         ("llama3", dict(hidden_act="relu"), "unknown activation of config.json 'relu': .*gelu_pytorch_tanh, silu"),
         ("llama3", dict(attention_bias=True), "attention_bias=True of llama is not known; False is"),
         ("qwen3_moe", dict(mlp_only_layers=[0]), "mlp_only_layers=.0. of qwen3_moe is not known"),
         ("llama3", dict(quantization_config=dict(bits=4)), "quantized weights"),
-        ("llama3", dict(hidden_size="wide"), "config.json is not accepted by transformers as llama: .*hidden_size"),
+        ("llama3", dict(hidden_size="wide"), "config.json: hidden_size is 'wide', not a whole number above 0"),
         ("gemma3", dict(layer_types=["chunked_attention"] * 3), "chunked_attention"),
     ],
 )

@@ -37,6 +37,7 @@ LLAMA3 = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=16,
 )
+YARN = dict(rope_type="yarn", rope_theta=50.0, factor=4.0, original_max_position_embeddings=16, beta_fast=2)
 PLAIN = dict(rope_type="default", rope_theta=50.0)
 WINDOWS = dict(sliding_window=4, layer_types=[LOCAL, GLOBAL, LOCAL], num_hidden_layers=3)
 GEMMA = dict(query_pre_attn_scalar=9, tie_word_embeddings=True, **WINDOWS)
@@ -44,6 +45,8 @@ MIXTURE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
 MODELS = {
     "llama3": ("llama", dict(rope_parameters=LLAMA3)),
     "llama_linear": ("llama", dict(rope_parameters=dict(rope_type="linear", rope_theta=50.0, factor=3.0))),
+    "llama_yarn": ("llama", dict(rope_parameters=YARN)),
+    "qwen3_yarn": ("qwen3", dict(rope_parameters=YARN | dict(attention_factor=1.3, beta_fast=4, truncate=False))),
     "smollm2": ("llama", dict(tie_word_embeddings=True, hidden_size=18, num_attention_heads=3, num_key_value_heads=1)),
     "mistral": ("mistral", dict(sliding_window=5, rope_parameters=PLAIN)),
     "qwen2": ("qwen2", dict(tie_word_embeddings=True, rope_parameters=PLAIN)),

@@ -15,8 +15,7 @@ from jaxpo.runs import kept
 from jaxpo.runs.restore import open_finished
 from jaxpo.storage.checkpoint import saved_origin
 from jaxpo.tasks.preferences import sets
-from jaxpo.text.tokenizer_files import read_files
-from jaxpo.text.tokenizers import transformers_library
+from jaxpo.text.tokenizer_files import read_files, transformers_library
 from tests.runs import tiny, tiny_model
 
 SETTINGS = dict(

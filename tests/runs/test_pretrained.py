@@ -18,7 +18,8 @@ from jaxpo.policy.hf import read_config
 from jaxpo.policy.transformer import init
 from jaxpo.runs.restore import open_finished
 from jaxpo.runs.workspace import setup, within_table
-from jaxpo.text.tokenizers import PretrainedTokenizer, for_transformers, transformers_library
+from jaxpo.text.tokenizer_files import transformers_library
+from jaxpo.text.tokenizers import PretrainedTokenizer, for_transformers
 from tests.runs import tiny, tiny_model
 
 WEIGHTS = "model.safetensors"

@@ -96,7 +96,12 @@ def run(changed: ConfigDict, workdir: Path, **options: Any) -> Finished:
     return Finished(workdir, result, printed.getvalue(), drawn)
 
 
-def stopped_and_resumed(changes: Mapping[str, Any], folder: Path, at: int) -> tuple[Finished, Finished]:
+SAVED = ("params", "opt_state", "objective", "tables")
+
+
+def stopped_and_resumed(
+    changes: Mapping[str, Any], folder: Path, at: int, entries: tuple[str, ...] = SAVED
+) -> tuple[Finished, Finished]:
     """A run, and the same run with SIGTERM in its iteration ``at`` and resumed. Both end with the same, bit for bit."""
     whole = run(config(changes), folder / "whole")
     iteration = loop.timed_iteration
@@ -111,7 +116,7 @@ def stopped_and_resumed(changes: Mapping[str, Any], folder: Path, at: int) -> tu
         assert run(config(changes), folder / "parts").result.iteration == at
     rest = run(config(changes), folder / "parts", resume=True)
     assert "AGAIN" not in whole.printed + rest.printed
-    for name in ("params", "opt_state", "objective", "tables"):
+    for name in entries:
         ours, position = restore_params(rest.path / "checkpoints", name=name)
         theirs, expected = restore_params(whole.path / "checkpoints", name=name)
         assert_same_params(ours, theirs)

@@ -7,7 +7,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxpo.policy.families import FAMILIES, config_from_hf, tensors
-from jaxpo.text.tokenizers import transformers_library
+from jaxpo.text.tokenizer_files import transformers_library
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (

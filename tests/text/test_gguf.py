@@ -61,10 +61,13 @@ def test_an_untied_head_is_a_tensor_of_its_own(tmp_path):
     ("options", "message"),
     [
         ({"architecture": "llamma"}, r"unknown GGUF architecture 'llamma'.*llama"),
-        ({"leave_out": "blk.1.ffn_up.weight"}, r"lacks 1 tensors, the first is blk.1.ffn_up.weight"),
+        ({"leave_out": "blk.1.ffn_up.weight"}, r"lacks tensors, the first is blk.1.ffn_up.weight"),
         ({"leave_out": "token_embd.weight"}, r"lacks the tensor token_embd.weight"),
-        ({"add": {"rope_freqs.weight": np.ones(8, np.float32)}}, r"does not have, the first is rope_freqs.weight"),
-        ({"llama__rope__scaling__type": "yarn"}, r"rope scaling 'yarn' is not read.*safetensors"),
+        ({"add": {"rope_freqs.weight": np.ones(8, np.float32)}}, r"rope_freqs.weight are not those of a Llama 3"),
+        ({"add": {"blk.0.what.weight": np.ones(8, np.float32)}}, r"does not have, the first is blk.0.what.weight"),
+        ({"llama__rope__scaling__type": "longrope"}, r"rope scaling 'longrope' is not known.*safetensors"),
+        ({"llama__rope__scaling__type": "yarn"}, r"llama.rope.scaling.original_context_length is missing"),
+        ({"llama__block_count": "3"}, r"llama.block_count is '3', not a whole number above 0"),
         ({"add": {"output.weight": np.ones((270, 32), np.int8)}}, r"cannot dequantize output.weight.*I8"),
     ],
 )
@@ -93,16 +96,3 @@ def test_the_library_is_named_where_it_is_missing(tiny, monkeypatch):
     monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'jaxpo\[gguf\]'"):
         gguf._library()
-
-
-def test_a_package_is_located_without_importing_it(tmp_path, monkeypatch):
-    package = tmp_path / "a_model_in_a_package"
-    package.mkdir()
-    (package / "__init__.py").write_text("raise RuntimeError('imported')")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(FileNotFoundError, match="holds 0 GGUF files, not one: make it"):
-        gguf.of_package(package.name, "make it")
-    (package / "m.gguf").write_bytes(b"")
-    assert gguf.of_package(package.name, "make it") == package / "m.gguf"
-    with pytest.raises(FileNotFoundError, match="the package no_such_model is not installed: make smollm2"):
-        gguf.of_package("no_such_model", "make smollm2")

@@ -3,7 +3,8 @@
 import pytest
 
 from jaxpo.text.control import Markup
-from jaxpo.text.tokenizers import PretrainedTokenizer, from_json, gguf_tokenizer
+from jaxpo.text.gguf_vocabulary import gguf_tokenizer
+from jaxpo.text.tokenizers import PretrainedTokenizer, from_json
 from tests.policy import tiny_gguf
 
 TEXTS = ["the inn", "12  345, 6", "  the\n\n\tthe  ", "naïve — 中 🙂", "<|im_start|>user\nx<|im_end|>", "a<tool> b", ""]
@@ -64,7 +65,8 @@ def test_a_file_that_begins_every_text_with_a_token(tmp_path):
     ("fields", "message"),
     [
         ({"tokenizer__ggml__pre": "smolm"}, "unknown tokenizer.ggml.pre 'smolm'.*smollm"),
-        ({"tokenizer__ggml__model": "llama"}, "unknown GGUF vocabulary 'llama'.*gpt2"),
+        ({"tokenizer__ggml__model": "rwkv"}, "unknown GGUF vocabulary 'rwkv'.*gpt2"),
+        ({"tokenizer__ggml__model": "llama"}, "tokenizer.ggml.scores is missing"),
     ],
 )
 def test_a_vocabulary_that_is_not_known_is_refused(tmp_path, fields, message):

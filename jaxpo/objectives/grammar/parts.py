@@ -115,12 +115,16 @@ class Filter(NamedTuple):
 
 
 class Shaping(NamedTuple):
-    """A new reward. ``fn(batch, state) -> [B]``."""
+    """A new reward. ``fn(batch, state) -> [B]``.
+
+    replaces: ``fn`` does not read the reward before it.
+    """
 
     fn: Callable[[Rollouts, State], Array]
     asks: Asks = Asks()
     hooks: Hooks = Hooks()
     per: Per = None
+    replaces: bool = False
     id: str = ""
 
 

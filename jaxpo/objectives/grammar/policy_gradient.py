@@ -27,7 +27,7 @@ from jaxpo.objectives.grammar.base import (
     per_token,
 )
 from jaxpo.objectives.grammar.parts import Advantage, Correction, Filter, Part, Ratio, Regularizer, Shaping, Surrogate
-from jaxpo.objectives.grammar.standard_metrics import sampled
+from jaxpo.objectives.grammar.standard_metrics import sampled, sampled_tokens
 from jaxpo.primitives import aggregation, grouping
 from jaxpo.primitives.numerics import promote
 
@@ -40,6 +40,7 @@ class Parts(NamedTuple):
     filters: choose rows before the advantage.
     selections: filters that see the advantage.
     rows: members of the policy term and of the advantage's statistics; None = all.
+    first: what is written before everything else.
     """
 
     advantage: Advantage
@@ -51,6 +52,7 @@ class Parts(NamedTuple):
     shaping: tuple[Shaping, ...]
     corrections: tuple[Correction, ...]
     rows: Rows | None
+    first: Callable[[Rollouts], Rollouts] | None = None
 
     @property
     def of_the_policy_term(self) -> list[Part]:
@@ -77,6 +79,7 @@ def policy_gradient(
     corrections: Sequence[Correction] = (),
     terms: Sequence[Term] = (),
     rows: Rows | None = None,
+    first: Callable[[Rollouts], Rollouts] | None = None,
     scale: float | Array | Callable[[State], Array] = 1.0,
     asks: Asks = NOTHING,
     unit: Unit = SINGLE_ROWS,
@@ -95,6 +98,7 @@ def policy_gradient(
       terms: more terms, beside the policy's and the regularizers'.
       rows: (batch, state) -> [B] rows that count in the denominators of the policy term and the regularizers; they
         alone are members of the groups that the advantage compares, and they alone are filtered. None = all rows.
+      first: batch -> batch, once per rollout batch and before everything else: fields that ``rows`` reads.
       scale: factor of the policy term, perhaps a function of the state.
       asks: besides those of the parts and terms. unit, protocol: as in `Objective`.
 
@@ -110,6 +114,7 @@ def policy_gradient(
         tuple(shaping),
         tuple(corrections),
         rows,
+        first,
     )
     check_parts(parts)
     inner = NO_HOOKS.merged(*[p.hooks for p in parts.of_the_policy_term])
@@ -121,13 +126,22 @@ def policy_gradient(
             *[regularizer_term(parts, aggregate, coef, p) for coef, p in parts.regularizers],
             *terms,
         ],
-        asks=asks.merged(*[p.asks for p in parts.of_the_policy_term]),
+        asks=asks.merged(asks_of_parts(parts)),
         hooks=hooks,
         one_pass=partial(one_pass, parts),
         unit=unit,
         protocol=protocol,
         made_of=made_of(parts, aggregate),
     )
+
+
+def asks_of_parts(parts: Parts) -> Asks:
+    """What the parts of the policy term ask for. A reward that the first shaping replaces is not read, but by
+    filters."""
+    asks = NOTHING.merged(*[p.asks for p in parts.of_the_policy_term])
+    if parts.shaping and parts.shaping[0].replaces and not any("reward" in p.asks.needs for p in parts.filters):
+        return asks._replace(needs=asks.needs - {"reward"})
+    return asks
 
 
 def policy_term(parts: Parts, aggregate: aggregation.Aggregation, scale: Any) -> Term:
@@ -163,6 +177,7 @@ def regularizer_term(parts: Parts, aggregate: aggregation.Aggregation, coef: Any
 
 def prepare(parts: Parts, write: Callable | None, batch: Rollouts, state: State) -> tuple[Rollouts, State]:
     """Filters, shaping, what parts write (``write``), advantage, selections: in this order."""
+    batch = parts.first(batch) if parts.first else batch
     if batch.reward is not None:
         degenerate = grouping.group_constant(batch.reward, batch.group, members(parts, batch, state).count)
         batch = batch.with_row(degenerate=promote(degenerate))
@@ -217,6 +232,9 @@ def _selected(batch: Rollouts, state: State) -> Array:
 def arguments(parts: Parts, stats: TokenStats, batch: Rollouts, state: State) -> tuple[Any, ...]:
     """The arguments of the surrogate: log-ratio and advantage of one shape, statistics, batch, state."""
     log_ratio, adv = parts.ratio.fn(stats, batch), batch.adv
+    if parts.rows is not None:  # what others wrote may hold anything as ``logp_old``
+        inside = parts.rows(batch, state) > 0
+        log_ratio = jnp.where(per_token(inside) if log_ratio.ndim == 2 else inside, log_ratio, 0)
     if parts.advantage.current:
         adv = lax.stop_gradient(parts.advantage.current(adv, stats, batch, state))
     adv = per_token(adv) if log_ratio.ndim == 2 else adv
@@ -242,8 +260,10 @@ def corrected(parts: Parts, x: Array, batch: Rollouts, state: State) -> Array:
 
 def term_metrics(parts: Parts, stats: TokenStats, batch: Rollouts, state: State) -> Metrics:
     """How many tokens (or rows) of the policy term are clipped, and its unclipped surrogate."""
-    rows, on = promote(members(parts, batch, state).count) * sampled(batch), promote(batch.mask)
-    weight = rows * (on.sum(-1) > 0) if parts.ratio.per == "row" else on * rows[:, None]
+    rows, on = promote(members(parts, batch, state).count), promote(batch.mask)
+    weight = on * rows[:, None] * sampled_tokens(batch)
+    if parts.ratio.per == "row":
+        weight = rows * sampled(batch) * (on.sum(-1) > 0)
     of_surrogate = arguments(parts, stats, batch, state)
     clipped = parts.surrogate.clipped
     return {
@@ -265,7 +285,7 @@ def one_pass(parts: Parts, stats: TokenStats, batch: Rollouts, state: State) -> 
     if run is None or parts.rows is not None or not (parts.ratio.kernel and parts.surrogate.kernel):
         return {}, {}
     adv = arguments(parts, stats, batch, state)[1]
-    count = promote(batch.mask) * (promote(batch.count) * sampled(batch))[:, None]
+    count = promote(batch.mask) * promote(batch.count)[:, None] * sampled_tokens(batch)
     weight = corrected(parts, batch.weights["policy"], batch, state)
     penalty = next((p for _, p in parts.regularizers if p.kernel), None)
     options = {**parts.ratio.kernel(batch), **parts.surrogate.kernel(batch)}

@@ -22,6 +22,12 @@ def sampled(batch: Rollouts) -> Array:
     return promote(~jnp.isin(batch.role, jnp.asarray([role_id(name) for name in WRITTEN_BY_OTHERS])))
 
 
+def sampled_tokens(batch: Rollouts) -> Array:
+    """[B, T] 1 for the tokens that the policy sampled in its rows (`sampled`), apart from mask and count."""
+    rows = sampled(batch)[:, None]
+    return rows * (1 - promote(batch.per_token["off_mask"] > 0)) if "off_mask" in batch.per_token else rows
+
+
 def per_token(x: Array) -> Array:
     """[B] -> [B, 1], so that it broadcasts over tokens; [B, T] as it is."""
     return x[:, None] if x.ndim == 1 else x
@@ -35,7 +41,7 @@ def standard_metrics(stats: TokenStats, batch: Rollouts) -> dict[str, Any]:
     policy alone, and on given answers explodes; how far these have moved is ``drift``."""
     count = promote(batch.count)
     tokens = promote(batch.mask) * count[:, None]
-    own = tokens * sampled(batch)[:, None]
+    own = tokens * sampled_tokens(batch)
     log_ratio = ratios.token_log_ratio(stats.logp, batch.logp_old, batch.mask)
     out: dict[str, Any] = {
         "ratio/mean": Mean.of(jnp.exp(log_ratio), own),
@@ -57,7 +63,7 @@ def standard_metrics(stats: TokenStats, batch: Rollouts) -> dict[str, Any]:
         out["length/truncated_frac"] = Mean.of(batch.truncated, count)
     sampler = batch.per_token.get("logp_sampler", batch.logp_beh)
     if sampler is not None:  # ``logp_old`` is the trainer's word on the same tokens under the same parameters
-        fresh = tokens * (batch.role == role_id("own"))[:, None]
+        fresh = tokens * sampled_tokens(batch) * (batch.role == role_id("own"))[:, None]
         gap = jnp.abs(batch.logp_old - jnp.where(batch.mask > 0, promote(sampler), 0))
         out["mismatch/logp_abs_max"] = Max.of(gap, fresh)
     if "degenerate" in batch.per_row:

@@ -20,10 +20,11 @@ from jaxpo.arguments import (
     when,
 )
 from jaxpo.batch import Rollouts, TokenStats
+from jaxpo.fields import role_id
 from jaxpo.metrics import Mean, Metrics
 from jaxpo.objectives.grammar.base import Asks, Hooks, State, is_off
 from jaxpo.objectives.grammar.parts import Advantage, asks_of, reads
-from jaxpo.primitives import advantages, returns, selection, token_advantages
+from jaxpo.primitives import advantages, guidance, returns, selection, token_advantages
 from jaxpo.primitives.advantages import Scale, Singleton
 from jaxpo.primitives.numerics import promote, ratio_or_zero
 from jaxpo.primitives.regularizers import log_prob_at
@@ -196,6 +197,20 @@ def gdpo(adv_eps: NonNegative = 1e-4, whiten: bool = True) -> Advantage:
       whiten: standardize the sum over the batch."""
     fn, asks = reads(advantages.decoupled, adv_eps=adv_eps, whiten=whiten)
     return Advantage(fn, compares(asks))
+
+
+@register("advantage", source="ADHint, arXiv:2512.13095 (the form is assumed)")
+def hinted(adv_eps: NonNegative = 1e-6, singleton: Singleton = "zero") -> Advantage:
+    """GRPO's advantage over rows with and without a hint (role ``hinted``), stronger where the hints help, times the
+    weight of each token of the hint [B, T]; see `jaxpo.primitives.guidance.hinted_advantage` and ``hint_weight``."""
+
+    def fn(b: Rollouts, s: State) -> Array:
+        began = b.role == role_id("hinted")
+        adv = guidance.hinted_advantage(b.reward, b.group, began, b.count, adv_eps=adv_eps, singleton=singleton)
+        return adv[:, None] * guidance.hint_weight(adv, b.get("hint_mask"), b.entropy_old, b.mask)
+
+    asks = asks_of("reward", "group", "role", "hint_mask", "entropy_old")
+    return Advantage(fn, compares(asks, singleton), per="token")
 
 
 @register("advantage", source="BNPO, arXiv:2506.02864")

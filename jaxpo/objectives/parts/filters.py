@@ -12,7 +12,7 @@ from jaxpo.objectives.grammar.base import State, per_token
 from jaxpo.objectives.grammar.parts import Filter, asks_of, reads
 from jaxpo.objectives.parts.surrogates import tokens_of
 from jaxpo.primitives import mismatch, selection, shaping
-from jaxpo.primitives.grouping import group_size
+from jaxpo.primitives.grouping import group_mean, group_size
 from jaxpo.primitives.numerics import promote, ratio_or_zero
 from jaxpo.registry import register
 
@@ -23,6 +23,17 @@ def mixed_groups() -> Filter:
     """Keep groups whose ``correct`` is neither all 0 nor all 1 (and groups of one row)."""
     fn, asks = reads(shaping.mixed_groups, "correct", "group", "count")
     return Filter(lambda b, s: promote(fn(b, s)), asks)
+
+
+@register("filter", source="NFT, arXiv:2505.18116")
+def solved_sometimes() -> Filter:
+    """Keep groups whose mean reward is strictly between 0 and 1."""
+
+    def fn(b: Rollouts, s: State) -> Array:
+        rate = group_mean(b.reward, b.group, b.count)
+        return promote((rate > 0) & (rate < 1))
+
+    return Filter(fn, asks_of("reward", "group"))
 
 
 @register("filter", source="DAPO, arXiv:2503.14476")

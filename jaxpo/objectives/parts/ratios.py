@@ -1,6 +1,7 @@
 """Ratios: ``fn(stats, batch) -> log-ratio`` [B, T], or [B] when ``per`` is "row". Their formulas are in
 `jaxpo.primitives.ratios`."""
 
+import jax.numpy as jnp
 from jax import Array
 
 from jaxpo.arguments import Positive, PositiveOrInfinite
@@ -27,6 +28,13 @@ def sequence_sum(log_ratio_clip: PositiveOrInfinite = 20.0) -> Ratio:
 def sequence(log_ratio_clip: PositiveOrInfinite = 10.0) -> Ratio:
     """``exp(min(mean_t (logp - logp_old), C))`` per row."""
     return Ratio(*reads(ratios.sequence_mean_log_ratio, log_ratio_clip=log_ratio_clip), per="row")
+
+
+@register("ratio", source="DYPO, arXiv:2604.08926")
+def sequence_mean(log_ratio_clip: PositiveOrInfinite = 20.0) -> Ratio:
+    """``exp(clip(mean_t (logp - logp_old), -C, C))`` per row: `sequence`, clamped on both sides."""
+    mean, asks = reads(ratios.sequence_mean_log_ratio, log_ratio_clip=jnp.inf)
+    return Ratio(lambda stats, b: jnp.clip(mean(stats, b), -log_ratio_clip, log_ratio_clip), asks, per="row")
 
 
 @register("ratio", id="gspo_token", source="GSPO, arXiv:2507.18071")

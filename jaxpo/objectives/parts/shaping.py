@@ -8,7 +8,7 @@ from jax import Array
 
 from jaxpo.arguments import NONZERO, Domain, NonNegative, Positive, Whole, number, when
 from jaxpo.batch import Rollouts
-from jaxpo.objectives.grammar.base import State
+from jaxpo.objectives.grammar.base import State, is_off
 from jaxpo.objectives.grammar.parts import Shaping, asks_of, reads
 from jaxpo.primitives import preference_data, shaping
 from jaxpo.primitives.numerics import promote
@@ -33,6 +33,51 @@ def salsa(kl_coef: NonNegative = 0.01) -> Shaping:
 def less_kl(coef: float | Array, reference: str) -> Shaping:
     """``reward - coef sum_t (logp_old - reference)``."""
     return Shaping(*reads(shaping.less_drift, "reward", "logp_old", reference, "mask", coef=coef))
+
+
+@register("reward", source="GHPO, arXiv:2507.10628; code of hkgc-1/GHPO")
+def accuracy_and_format(w_acc: NonNegative = 1.0, w_fmt: NonNegative = 0.5) -> Shaping:
+    """``w_acc r_1 + w_fmt (r_2 + ...)`` of ``rewards_multi`` [B, R]: the first reward is of accuracy, the others of
+    form. With ``w_fmt=0`` it is ``w_acc reward``. A reward whose weight in ``reward_weights`` [B, R] is 0 was not given
+    and counts as 0.
+
+    Raises:
+      ValueError: there is no reward of form, and w_fmt is not 0."""
+    if is_off(w_fmt):
+        return Shaping(lambda b, s: w_acc * promote(b.reward), asks_of("reward"))
+
+    def fn(b: Rollouts, s: State) -> Array:
+        rewards = jnp.where(b.get("reward_weights") != 0, promote(b.get("rewards_multi")), 0)
+        if rewards.shape[1] == 1:
+            raise ValueError(
+                f"w_fmt = {w_fmt} weighs rewards of form, and the task has one reward alone: give it a second one "
+                "(config.task.rewards, accuracy first), or set w_fmt=0"
+            )
+        return w_acc * rewards[:, 0] + w_fmt * rewards[:, 1:].sum(1)
+
+    return Shaping(fn, asks_of("rewards_multi", "reward_weights"), replaces=True)
+
+
+@register("reward", source="FAPO, arXiv:2510.22543; recipe/fapo of volcengine/verl")
+def less_flawed(lam: NonNegative = 1.0) -> Shaping:
+    """1 if the answer is correct, else -1; less ``lam`` if it is correct and flawed."""
+
+    def fn(b: Rollouts, s: State) -> Array:
+        right = promote(b.correct) > 0
+        return jnp.where(right, 1.0, -1.0) - lam * (right & (b.get("flawed") > 0))
+
+    return Shaping(fn, asks_of("correct", "flawed"), replaces=True)
+
+
+@register("reward", source="The Policy Cliff, arXiv:2507.20150")
+def weighted_sum() -> Shaping:
+    """``sum_k reward_weights_k rewards_multi_k`` [B]; a reward of weight 0 may hold anything."""
+
+    def fn(b: Rollouts, s: State) -> Array:
+        weight = promote(b.get("reward_weights"))
+        return jnp.where(weight != 0, weight * b.get("rewards_multi"), 0).sum(1)
+
+    return Shaping(fn, asks_of("rewards_multi", "reward_weights"), replaces=True)
 
 
 OVERLONG_WHEN = {"max_len": when(penalty=NONZERO), "buffer": when(penalty=NONZERO)}

@@ -65,6 +65,17 @@ def shaped_probability(gamma: Positive | None = 0.1) -> Surrogate:
     return Surrogate(*reads(surrogates.shaped_probability, gamma=gamma), per="token", uses_ratio=False)
 
 
+@register("surrogate", source="LUFFY, arXiv:2504.14945")
+def expert_ratio() -> Surrogate:
+    """``-p / (q + 1e-6) A`` with ``p = exp(logp)`` and q = expert_prob [B, T], the probability that the row's author
+    gave to the token. For rows of other authors; see `by_role`."""
+
+    def fn(x: Array, adv: Array, stats: TokenStats, b: Rollouts, s: State) -> Array:
+        return surrogates.shaped_probability(stats.logp, adv, None) / (promote(b.get("expert_prob")) + 1e-6)
+
+    return Surrogate(fn, asks_of("expert_prob"), per="token", uses_ratio=False)
+
+
 def by_role(own: Surrogate, **others: Surrogate) -> Surrogate:
     """Another surrogate for the rows of some roles: ``by_role(clipped(), expert=shaped_probability())``.
 
@@ -106,6 +117,38 @@ def by_role(own: Surrogate, **others: Surrogate) -> Surrogate:
         uses_ratio=any(p.uses_ratio for p in everything),
         requires=next((p.requires for p in everything if p.requires), None),
         id=f"by_role({', '.join([own.id, *[f'{name}={p.id}' for name, p in others.items()]])})",
+    )
+
+
+def by_token(own: Surrogate, field: str, other: Surrogate) -> Surrogate:
+    """Another surrogate for the tokens on which a field [B, T] is 1: ``by_token(clipped(), "off_mask",
+    shaped_probability())``.
+
+    ``own`` sees a log-ratio of 0 on them, and only its tokens are reported as clipped.
+
+    Raises:
+      ValueError: a surrogate of rows."""
+    if "row" in (own.per, other.per):
+        raise ValueError("by_token takes surrogates of tokens, not of rows")
+
+    def there(b: Rollouts) -> Array:
+        return b.get(field) > 0
+
+    def fn(x: Array, adv: Array, stats: TokenStats, b: Rollouts, s: State) -> Array:
+        return jnp.where(there(b), other.fn(x, adv, stats, b, s), own.fn(jnp.where(there(b), 0, x), adv, stats, b, s))
+
+    def cut(x: Array, adv: Array, stats: TokenStats, b: Rollouts, s: State) -> Array:
+        return own.clipped(x, adv, stats, b, s) & ~there(b)
+
+    return Surrogate(
+        fn,
+        asks_of(field).merged(own.asks, other.asks),
+        Hooks().merged(own.hooks, other.hooks),
+        per="token",
+        clipped=cut if own.clipped else None,
+        uses_ratio=own.uses_ratio or other.uses_ratio,
+        requires=own.requires or other.requires,
+        id=f"by_token({own.id}, {field}={other.id})",
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import jaxpo
 from tests.oracles import hybrid
-from tests.oracles.cases import CASES, ROWS, WIDTH, assert_same, evaluate
+from tests.oracles.cases import CASES, ROWS, WIDTH, assert_same, evaluate, with_experts
 
 VOCABULARY = 5
 
@@ -54,13 +54,14 @@ def test_sft_is_the_forward_kl_to_a_onehot_teacher(from_logits):
 
 
 def test_sft_equals_the_unified_estimator_in_its_sft_row():
-    case = CASES["counts"]
-    assert_same(evaluate("sft", case), hybrid.upge_sft(case))
+    case = with_experts(CASES["counts"], share=1.1)
+    assert_same(evaluate("sft", case), evaluate("upge", case, method="sft"))
 
 
 def test_sft_equals_chord_with_mu_1_and_no_phi():
     case = CASES["counts"]
-    assert_same(evaluate("sft", case), hybrid.chord(case, np.ones(ROWS, bool), mu=1.0))
+    case = with_experts(case, share=1.1)
+    assert_same(evaluate("sft", case), evaluate("chord", case, mu=1.0, phi="none"))
 
 
 def test_sft_equals_on_policy_distillation_of_whole_teacher_sequences():

@@ -1,4 +1,8 @@
-"""SmolLM2-135M-Instruct from its GGUF file, beside transformers on torch: weights, tokens, NLL, greedy text."""
+"""Models from their GGUF files, beside transformers on torch: weights, tokens, NLL, greedy text.
+
+SmolLM2-135M-Instruct is a Llama with a byte-level vocabulary. Gemma-3-270M has windows, norms of queries and keys, and
+a SentencePiece vocabulary of 262,144 tokens; it is a base model.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +18,7 @@ from jaxpo.rollout import SamplingOptions, generate
 from jaxpo.text import gguf
 from jaxpo.text.control import Markup
 from jaxpo.text.tokenizers import PretrainedTokenizer
-from tests.policy.smollm2 import path_or_skip
+from tests.policy.models import path_or_skip
 
 pytestmark = pytest.mark.parity
 
@@ -32,14 +36,19 @@ TEXTS = [
 ODD = ["", " ", "  two\n\n\nand\ttabs\r\n", "I'll we've DON'T", "x 1 2  3   4", "²³½ ٣٤ Ⅷ", "<|im_start|>a<|im_end|>"]
 
 
-@pytest.fixture(scope="module")
-def path():
-    return path_or_skip()
+@pytest.fixture(scope="module", params=("smollm2", "gemma3"))
+def model(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def tokenizer(path):
-    return PretrainedTokenizer(path, chat_template=True)
+def path(model):
+    return path_or_skip(model)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(path, model):
+    return PretrainedTokenizer(path, chat_template=model == "smollm2")
 
 
 @pytest.fixture(scope="module")
@@ -64,16 +73,20 @@ def test_weights_are_those_that_transformers_reads(path, theirs):
         assert np.array_equal(source.read(name), state[name].numpy()), name
 
 
-def test_tokens_are_those_of_transformers(path, tokenizer):
-    """transformers leaves out the cuts of ``tokenizer.ggml.pre``: it is given them, as llama.cpp has them."""
+def test_tokens_are_those_of_transformers(path, tokenizer, model):
+    """transformers leaves out the cuts of ``tokenizer.ggml.pre``: it is given them, as llama.cpp has them. Its version
+    here orders the merges of Gemma wrongly: tests/text/test_gguf_sentencepiece.py compares these."""
+    if model == "gemma3":
+        pytest.skip("transformers 5.12 reads Gemma's vocabulary wrongly")
+
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
     other = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     for text in (*QUESTIONS, *TEXTS):
         assert tokenizer.encode(text) == other.encode(text, add_special_tokens=False), text
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, other.backend_tokenizer.pre_tokenizer])
+    cuts = [pre_tokenizers.Digits(individual_digits=True), other.backend_tokenizer.pre_tokenizer]
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)
     for text in (*QUESTIONS, *TEXTS, *ODD):
         assert tokenizer.encode(Markup(text)) == other.encode(text, add_special_tokens=False), text
     for question in QUESTIONS:
@@ -86,15 +99,17 @@ def test_nll_of_every_token(tokenizer, ours, theirs):
     import torch
 
     model, params = ours
-    ids = [tokenizer.encode(text) for text in TEXTS]
+    bos = tokenizer.encode(tokenizer.render("a"))[:1] if not tokenizer.chat_template else []
+    ids = [[*bos, *tokenizer.encode(text)] for text in TEXTS]
     width = max(map(len, ids))
-    batch = Demonstrations([x[:1] for x in ids], [x[1:] for x in ids], prompt_width=1, width=width, pad_id=2)
+    batch = Demonstrations([x[:1] for x in ids], [x[1:] for x in ids], prompt_width=1, width=width, pad_id=0)
     logp = np.asarray(jax.jit(lambda p: token_stats(model, p, batch).logp)(params))
     for row, x in zip(logp, ids, strict=True):
         with torch.no_grad():
             z = torch.log_softmax(theirs(torch.tensor([x])).logits[0].double(), -1)
         expected = z[torch.arange(len(x) - 1), torch.tensor(x[1:])].numpy()
         np.testing.assert_allclose(row[: len(x) - 1], expected, atol=1e-3)
+        print(f"{-row[: len(x) - 1].mean():.4f} nats a token here, {-expected.mean():.4f} there")
 
 
 def test_greedy_text(tokenizer, ours, theirs):
