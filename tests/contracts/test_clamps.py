@@ -12,8 +12,9 @@ import pytest
 
 import jaxpo
 from jaxpo import testing
+from jaxpo.fields import role_id
 from jaxpo.kernels.policy_surrogate import core, reference
-from jaxpo.primitives import preferences, ratios, regularizers, surrogates, values
+from jaxpo.primitives import imitation, preferences, ratios, regularizers, surrogates, values
 from jaxpo.registry import entry
 
 C = 2.0**-4  # within every clip range, so that nothing but the clamp cuts
@@ -29,9 +30,11 @@ ALONE = {
     "lp_reg": dict(form="paper", beta=0.0),
     **dict.fromkeys(("gspo", "gspo_token"), dict(eps=0.2)),
     "clip_cov": dict(lb=1e6, ub=1e7),
+    "dypo": dict(alpha=1.0),
 }
 MORE = [
     ("d3s", dict(base="gspo", eps_low=0.2, eps_high=0.2)),
+    ("dypo", dict(alpha=1.0, level="token")),
     ("grpo", dict(beta=0.0, dual_clip=2.0, agg="token_mean")),
     ("policy_gradient", dict(ratio=f"sequence_sum(log_ratio_clip={C})", agg="seq_mean")),
     (
@@ -43,18 +46,22 @@ MORE = [
 ]
 # The ratio is a constant weight of these, or only looked at: nothing moves through it, inside or outside.
 CONSTANT = ("cispo", "rec")
-FROM_ABOVE = ("gspo", "gspo_token")  # log s is bounded from above only; d3s on gspo too
+
+
+def is_bounded_from_above_only(name: str, options: dict) -> bool:
+    """Whether the log-ratio is a mean over the row."""
+    return name in ("gspo", "gspo_token") or options.get("base") == "gspo"
 
 
 def gradient(name: str, shift: float, **options) -> np.ndarray:
     """[B, 1] d loss / d logp where every token's log-ratio is ``shift`` and rows have one token, so that sums and
-    means over a row are the token's."""
+    means over a row are the token's; of the policy's own rows and tokens: those of experts have no ratio."""
     if "log_ratio_clip" in entry(name).parameters:
         options["log_ratio_clip"] = C
     case = testing.case(name, **options)
     batch = case.batch.replace(mask=jnp.zeros_like(case.batch.mask).at[:, 0].set(1))
     batch = batch.replace(logp_old=jnp.full_like(batch.logp_old, -2.0))
-    batch = batch.with_token(logp_ref=jnp.full_like(batch.logp_old, -2.5))
+    batch = batch.with_token(logp_ref=jnp.full_like(batch.logp_old, -2.5), off_mask=jnp.zeros_like(batch.mask))
     stats = case.stats.replace(logp=batch.logp_old + shift)
 
     def loss(logp):
@@ -62,7 +69,7 @@ def gradient(name: str, shift: float, **options) -> np.ndarray:
 
     grad = np.asarray(jax.grad(loss)(stats.logp))
     assert not grad[:, 1:].any()
-    return grad[:, :1]
+    return np.where(batch.role[:, None] == role_id("own"), grad[:, :1], 0)
 
 
 CASES = [(name, ALONE.get(name, {})) for name in CLAMPED if name not in CONSTANT] + MORE
@@ -77,7 +84,7 @@ FAST = ("grpo", "gspo_token", "d3s", "rloo", "policy_gradient")
     [pytest.param(*x, marks=() if x[0] in FAST else pytest.mark.contracts, id=str(x)) for x in CASES],
 )
 def test_at_the_clamp_of_a_log_ratio_and_beyond_there_is_no_gradient(name, options):
-    one_sided = name in FROM_ABOVE or options.get("base") == "gspo"
+    one_sided = is_bounded_from_above_only(name, options)
     for sign in (1, -1):
         assert np.abs(gradient(name, sign * C / 2, **options)).max() > 1e-6, "no gradient inside"
         if sign > 0 or not one_sided:
@@ -111,6 +118,11 @@ def test_the_clamps_of_other_terms_cut_at_them_and_beyond():
     at = float(np.expm1(2.0) - 2.0)  # k3 of a gap of 2
     assert slopes(lambda x: pull(x, target, clip=at), -3.5, -3.0) == [0, 0]
     assert slopes(lambda x: pull(x, target, clip=at), -2.9)[0] < 0
+
+    def nft(x):
+        return imitation.negative_aware(x, jnp.float32(1.0), jnp.float32(0.5))
+
+    assert slopes(nft, 10.0, 11.0) == [0, 0] and slopes(nft, 9.5, -30.0) == [-1, -1], "from above only"
 
     for f in (preferences.log_odds, lambda a: preferences.log_model_count_ratio(a, jnp.float32(-1.0), "orpo")):
         assert slopes(f, preferences.HIGHEST, 0.0, 1.0) == [0, 0, 0] and slopes(f, -0.5)[0] > 0

@@ -108,13 +108,13 @@ def marked(batch: Rollouts, needs: Collection[str]) -> Rollouts:
 
 def marked_after(batch: Rollouts, given: Rollouts) -> Rollouts:
     """The prepared batch with count NaN on the rows that counted in the ``given`` one and whose reward, after shaping,
-    or advantage is not finite: also on those that a filter left out for that."""
-    bad = jnp.zeros(batch.rows, bool)
+    or advantage is not finite, and on those that were marked: also on those that a filter left out for that."""
+    bad = jnp.isnan(given.count)
     for x in (batch.reward, batch.adv):
         if x is not None:
             wrong = ~jnp.isfinite(x)
             bad |= wrong if x.ndim == 1 else (wrong & (batch.mask > 0)).any(-1)
-    return batch.replace(count=jnp.where((given.count > 0) & bad, jnp.nan, promote(batch.count)))
+    return batch.replace(count=jnp.where((given.count != 0) & bad, jnp.nan, promote(batch.count)))
 
 
 def check_prepared(batch: Rollouts, given: Rollouts, where: str = "") -> None:
