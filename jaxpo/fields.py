@@ -231,6 +231,7 @@ SHARES = frozenset(name for name, field in FIELDS.items() if field.share)
 LOOP = given_by("loop") - {"prompt_length", "logp_sampler"}  # what every batch of the training loop has
 NUMBERS = ("pref_prob", "margin", "win", "rm", "pref_score")  # what data may say of a pair or of its answers
 VECTORS = tuple(n for n, f in FIELDS.items() if f.axes == "vector" and "data" in f.givers)
+OF_UNIT = ("pref_prob", "margin")  # of a whole unit of answers: its first row holds it
 WEIGHTS = ("severity", "relevance")  # of the tokens of an answer
 JUDGED = given_by("judge")
 GIVEN = frozenset(n for n in given_by("data") if FIELDS[n].home == "per_row") - {"prompt_length", "role"}

@@ -200,7 +200,7 @@ def test_plain_types_of_annotations():
         ("rec", dict(regularizer="k2", coef=0), "regularizer has no effect with coef=0"),
         ("adora", dict(rule=len, correct_score=0.1), "correct_score has no effect with rule=a function"),
         ("adora", dict(rule=len, max_len=5), "max_len has no effect with rule=a function"),
-        ("adora", dict(), "adora needs max_len with rule='llm'"),
+        ("adora", dict(max_len=0.0), "max_len must be a positive number or None"),
         ("opmd", dict(tau=-1), "tau must be a number of at least 0, not -1"),
         ("asymre", dict(tau=-1), "tau must be a number of at least 0, not -1"),
         ("hapo", dict(rho=1.5), r"rho must be a number in \[0, 1\], not 1.5"),

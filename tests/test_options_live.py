@@ -15,6 +15,7 @@ import pytest
 import jaxpo
 from jaxpo import testing
 from jaxpo.arguments import alternatives, choices_of, domain_of, has_effect, plain
+from jaxpo.batch import Compared
 from jaxpo.registry import entry
 from jaxpo.testing.cases import bigram, parameters
 
@@ -60,6 +61,7 @@ OTHER = {
     ("bnpo", "min"): -1.0,
     ("dcpo_distribution", "H0"): 0.05,
     ("lp_reg", "rho"): 0.8,
+    ("lp_reg", "tau"): 0.1,
     ("nonzero_advantage", "at_least"): 0.5,
     ("dcpo_distribution", "threshold"): -0.5,
     ("gspo", "log_ratio_clip"): 0.01,
@@ -104,7 +106,8 @@ BESIDE = {
     ("policy_gradient", "max_new_tokens"): {"shaping": "overlong"},
     ("policy_gradient", "steps"): {"filters": "d3s_rows"},
     ("slic_hinge", "delta"): {"delta": 20.0},
-    **{("lp_reg", option): {"rho": 0.8} for option in ("beta", "form", "kappa")},
+    **{("lp_reg", option): {"rho": 0.8} for option in ("beta", "form", "kappa", "tau")},
+    ("lp_reg", "proxy"): {"form": "paper", "rho": 0.8},
 }
 WITH = {
     "seq_sum_const": {"L_const": 4.0},
@@ -223,11 +226,12 @@ def outcome(kind: str, name: str, given: tuple) -> tuple[str, dict[str, np.ndarr
     stats = bigram(objective, objective.asks.wants | objective.asks.peeks, params, start)
     before = start.tokens[:, start.prompt_width - 1 : -1]
     flat = params["table"][before].reshape(-1, params["table"].shape[1]), start.completions.reshape(-1)
-    found: dict[str, object] = {name: f(*flat) for name, f in objective.asks.derived.items()}
+    own = {name: f for name, f in objective.asks.derived.items() if not isinstance(f, Compared)}
+    found: dict[str, object] = {name: f(*flat) for name, f in own.items()}
     if objective.asks.rewards is not None:  # the same rewards in every range: a wider one would show nothing else
         start = start.replace(reward=testing.example(build(kind, name, {})).reward)
-    if not start.layout:  # groups of one row, whoever wrote it
-        start = start.replace(group=start.group.at[-2:].set([1001, 1000]))
+    if not start.layout:  # groups of one row, whoever wrote it, and a row without tokens
+        start = start.replace(group=start.group.at[-2:].set([1001, 1000]), mask=start.mask.at[-3].set(0))
     for stale in (1.0, 5.0):
         batch = start.replace(logp_old=stats.logp + stale * (start.logp_old - stats.logp))
         state = objective.init()

@@ -73,19 +73,26 @@ def references_of(objective: Objective, provides: Collection[str] = ()) -> list[
             f"the objective needs {', '.join(other)} ({missing(other[0])}); the training loop provides "
             f"{', '.join(sorted(provided))} and {', '.join(GIVEN_BY)}"
         )
-    return [GIVEN_BY[name] for name in lacking]
+    found = [GIVEN_BY[name] for name in lacking]
+    return found + [name for name in copies_of(objective) if name not in found]
 
 
 def compared_of(objective: Objective) -> frozenset[str]:
-    """The other models with which the objective's statistics compare the policy.
+    """The other models with which the objective's statistics compare the policy: another model, or a copy of the policy
+    that stays as it is during an iteration.
 
     Raises:
-      ValueError: a name that is no reference of its own model."""
-    asks, models = objective.asks, [name for name, r in SCORED.items() if r.model and r.gives is None]
+      ValueError: any other name."""
+    asks, models = objective.asks, [name for name, r in SCORED.items() if r.gives is None and not r.each_step]
     named = compared(asks.derived, asks.wants | asks.peeks | derived_needs(objective))
     if wrong := sorted(named.difference(models)):
         raise ValueError(f"a statistic of two models: {unknown('other model', wrong[0], models)}")
     return frozenset(named)
+
+
+def copies_of(objective: Objective) -> list[str]:
+    """The references of `compared_of` that are copies of the policy."""
+    return sorted(name for name in compared_of(objective) if not SCORED[name].model)
 
 
 def models_of(objective: Objective, references: Collection[str]) -> list[str]:

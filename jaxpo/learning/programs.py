@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from ml_collections import ConfigDict
 
 from jaxpo.batch import Rollouts, TokenStats, compared, take
 from jaxpo.learning.compiled import Compiled
-from jaxpo.learning.needs import JUDGING, compared_of, derived_needs
+from jaxpo.learning.needs import JUDGING, compared_of, copies_of, derived_needs
 from jaxpo.learning.optimizers import by_label, make_optimizer
 from jaxpo.learning.references import SCORED
 from jaxpo.learning.state import TrainState
@@ -70,6 +71,9 @@ class Programs(NamedTuple):
     def sampler_params(self, params: Params) -> Params:
         """The parameters as ``generate`` and ``complete`` take them."""
         return params if self.reshard is None else self.reshard(params)
+
+
+NO_COPIES: Mapping[str, Params] = MappingProxyType({})
 
 
 class Beside(NamedTuple):
@@ -147,9 +151,15 @@ class Computation:
     def seen(self, beside: Beside, apply: Apply) -> Apply:
         """``apply`` as a function of what is trained."""
         if beside.heads:
-            heads = {name: stats.Other(self.others[name].model, head) for name, head in beside.heads.items()}
+            models = {name: self.others[name].model if name in self.others else self.model for name in beside.heads}
+            heads = {name: stats.Other(models[name], head) for name, head in beside.heads.items()}
             apply = partial(apply, others=heads)
         return seen_with_base(self.config, beside.base, apply)
+
+    def with_copies(self, beside: Beside, copies: Mapping[str, Params]) -> Beside:
+        """``beside`` with the heads of copies of the policy too."""
+        models = {name: stats.Other(self.model, self.whole(beside, params)) for name, params in copies.items()}
+        return beside._replace(heads={**beside.heads, **{n: stats.head_of(x).params for n, x in models.items()}})
 
     def whole(self, beside: Beside, params: Params) -> Params:
         """The parameters that the policy samples with."""
@@ -218,6 +228,8 @@ def run_score(
     asked = asked_of_old(of.objective, batch)
     if of.critic and stats.CRITIC not in params:  # a reference has no critic
         asked -= {"value"}
+    if copies_of(of.objective):  # what is scored may be one of them
+        asked |= {stats.HIDDEN}
     old = partial(of.policy(asked), bins=bins)
     return score(of.seen(beside, old), params, with_plan(batch, plan), microbatches=of.slices)
 
@@ -457,9 +469,10 @@ def run_step(
     plan: Array | None = None,
     fresh: bool = False,
     bins: int = 0,
+    copies: Mapping[str, Params] = NO_COPIES,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One optimizer step on the chosen rows."""
-    mesh = of.mesh
+    """One optimizer step on the chosen rows; ``copies`` of the policy by name, with which it is compared."""
+    mesh, beside = of.mesh, of.with_copies(beside, copies)
     batch = constrain_rows(with_plan(take(batch, rows, shared_prompt=batch.shared_prompt), plan), mesh)
     fused = fused_of(of.model, of.config, of.objective, mesh)
     own, peeked, once = (f and (partial(f, bins=bins) if bins else f) for f in (of.policy(), of.peeked, fused))

@@ -7,7 +7,7 @@ share one copy of the policy.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -139,6 +139,7 @@ def moved(references: Mapping[str, Any], keeps: Keeps, policy: Params, iteration
     return {name: one(name, frozen) for name, frozen in references.items()}
 
 
-def scored(objective: Objective, references: Mapping[str, Any]) -> dict[str, Params]:
-    """The references whose log-probs the objective needs."""
-    return {name: frozen for name, frozen in references.items() if f"logp_{name}" in objective.asks.needs}
+def scored(objective: Objective, references: Mapping[str, Any], compared: Collection[str] = ()) -> dict[str, Params]:
+    """The references whose log-probs the objective needs, or with which it compares the policy."""
+    asked = {name for name in references if f"logp_{name}" in objective.asks.needs}.union(compared)
+    return {name: frozen for name, frozen in references.items() if name in asked}

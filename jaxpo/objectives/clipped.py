@@ -2,11 +2,14 @@
 
 from typing import Any
 
-from jaxpo.arguments import AboveOne, NonNegative, Positive, PositiveOrInfinite
+from jaxpo.arguments import AboveOne, NonNegative, Positive, PositiveOrInfinite, when
 from jaxpo.objectives.grammar.base import Objective
 from jaxpo.objectives.grammar.parts import Advantage
 from jaxpo.objectives.grammar.policy_gradient import policy_gradient
 from jaxpo.objectives.parts import aggregation_of, ratios, regularizers, surrogates
+from jaxpo.primitives.aggregation import OVER_ROWS, EmptyRows
+
+EMPTY_WHEN = {"empty_rows": when(agg=OVER_ROWS)}
 
 
 def eps_pair(
@@ -26,6 +29,7 @@ def clipped_tokens(
     *,
     agg: str,
     L_const: Positive | None = None,  # noqa: N803
+    empty_rows: EmptyRows = "count",
     dual_clip: AboveOne | None = None,
     beta: NonNegative = 0.0,
     log_ratio_clip: PositiveOrInfinite = 20.0,
@@ -40,6 +44,6 @@ def clipped_tokens(
         ratio=ratios.token(log_ratio_clip),
         surrogate=surrogates.clipped(*eps, dual_clip),
         regularizers=[(beta, regularizers.kl_to_reference("k3"))],
-        aggregate=aggregation_of(agg, L_const),
+        aggregate=aggregation_of(agg, L_const, empty_rows),
         **options,
     )

@@ -7,6 +7,7 @@ from jaxpo.arguments import (
     AboveOne,
     NonNegative,
     NonNegativeOrInfinite,
+    OpenShare,
     Positive,
     PositiveOrInfinite,
     PositiveShare,
@@ -19,11 +20,13 @@ from jaxpo.arguments import (
 from jaxpo.objectives.clipped import clipped_tokens, eps_pair
 from jaxpo.objectives.grammar.base import Gathering, Objective, is_off
 from jaxpo.objectives.grammar.policy_gradient import policy_gradient
-from jaxpo.objectives.parts import advantages, filters, ratios, regularizers, shaping, surrogates
+from jaxpo.objectives.parts import advantages, aggregation_of, filters, ratios, regularizers, shaping, surrogates
 from jaxpo.objectives.parts.advantages import DCPO_WHEN
+from jaxpo.objectives.parts.regularizers import Proxy
 from jaxpo.objectives.parts.shaping import OVERLONG_WHEN
 from jaxpo.primitives import aggregation
 from jaxpo.primitives.advantages import Singleton
+from jaxpo.primitives.aggregation import EmptyRows
 from jaxpo.registry import register
 
 
@@ -79,8 +82,10 @@ def kl_cov(
 
 LP_REG_WHEN = {
     "U": when(form="paper"),
+    "proxy": when(form="paper", beta=NONZERO),
     **dict.fromkeys(("eps_low", "eps_high", "eps"), when(form="released")),
-    **dict.fromkeys(("rho", "kappa"), when(beta=NONZERO)),
+    **dict.fromkeys(("rho", "tau"), when(beta=NONZERO)),
+    "kappa": when(beta=NONZERO, tau=None),
 }
 
 
@@ -89,7 +94,9 @@ def lp_reg(
     form: Literal["released", "paper"] = "released",
     rho: PositiveShare = 0.01,
     beta: NonNegative = 1.0,
-    kappa: PositiveShare = 0.02,
+    kappa: OpenShare = 0.02,
+    tau: OpenShare | None = None,
+    proxy: Proxy = "current",
     U: Positive = 10.0,  # noqa: N803 (the card's name)
     eps_low: Positive = 0.2,
     eps_high: Positive = 0.2,
@@ -106,9 +113,12 @@ def lp_reg(
     Args:
       form: "released": the ``int(rho n)`` least probable of the tokens with A < 0, if less probable than their proxy,
         have ``-r A + beta k3`` by the sampled token, the others PPO's clip. "paper": ``-min(r, U) A``, and the full
-        ``KL(proxy || pi)`` at the surviving ones among the ``rho`` least probable of all tokens with A < 0; the proxy
-        is the current policy's.
-      rho: 0.01 for 14B models, 0.005 for 32B. U: of "paper"; eps_low, eps_high: of "released".
+        ``KL(proxy || pi)`` at the surviving ones among the ``rho`` least probable of all tokens with A < 0.
+      rho: 0.01 for 14B models, 0.005 for 32B. tau: a fixed threshold of the proxy instead of ``kappa max pi`` (0.02 in
+        the paper's ablation).
+      proxy: of "paper": made of the "current" policy (the paper's on-policy case), or of the "old" one at the start of
+        the iteration (its off-policy case; a run keeps that copy).
+      U: of "paper"; eps_low, eps_high: of "released".
     """
     paper = form == "paper"
     if not paper and is_off(beta):
@@ -122,7 +132,7 @@ def lp_reg(
         advantage=advantages.group_normalized(adv_eps, singleton=singleton),
         ratio=ratios.token(log_ratio_clip),
         surrogate=surrogate,
-        regularizers=[(beta, regularizers.lp_reg(form, rho, kappa))],
+        regularizers=[(beta, regularizers.lp_reg(form, rho, kappa, tau, proxy))],
         aggregate=aggregation.token_mean,
     )
 
@@ -135,6 +145,7 @@ def gtpo(
     conflict_norm: Literal["max", "none"] = "max",
     adv_eps: NonNegative = 1e-4,
     singleton: Singleton = "zero",
+    empty_rows: EmptyRows = "count",
 ) -> Objective:
     """Group-relative Trajectory-based Policy Optimization: tokens that right and wrong answers share at their
     beginning or end are spared in the wrong ones; answers of high entropy are left out; no KL, no old policy.
@@ -151,7 +162,7 @@ def gtpo(
         advantage=advantages.gtpo(entropy_threshold, entropy_scale, w_pos, conflict_norm, adv_eps, singleton),
         ratio=ratios.on_policy(),
         surrogate=surrogates.linear(),
-        aggregate=aggregation.seq_mean,
+        aggregate=aggregation_of("seq_mean", empty_rows=empty_rows),
     )
 
 

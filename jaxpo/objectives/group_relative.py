@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from jaxpo.arguments import NONZERO, AboveOne, NonNegative, Positive, PositiveOrInfinite, Share, Threshold, Whole, when
-from jaxpo.objectives.clipped import clipped_tokens, eps_pair
+from jaxpo.objectives.clipped import EMPTY_WHEN, clipped_tokens, eps_pair
 from jaxpo.objectives.grammar.base import Gathering, Objective, is_off
 from jaxpo.objectives.grammar.policy_gradient import policy_gradient
 from jaxpo.objectives.parts import advantages, aggregation_of, filters, ratios, regularizers, shaping, surrogates
@@ -12,11 +12,14 @@ from jaxpo.objectives.parts.advantages import ADORA_WHEN, CANON_WHEN, Schedule
 from jaxpo.objectives.parts.shaping import OVERLONG_WHEN
 from jaxpo.primitives import aggregation
 from jaxpo.primitives.advantages import Scale, Singleton
+from jaxpo.primitives.aggregation import EmptyRows
 from jaxpo.registry import register
 
 
-@register(source="Williams 1992, Machine Learning 8")
-def reinforce(baseline: Literal["none", "batch_mean"] = "none", agg: str = "token_mean") -> Objective:
+@register(source="Williams 1992, Machine Learning 8", when=EMPTY_WHEN)
+def reinforce(
+    baseline: Literal["none", "batch_mean"] = "none", agg: str = "token_mean", empty_rows: EmptyRows = "count"
+) -> Objective:
     """REINFORCE for sequence rewards: ``-sg(A_i) logp[i, t]``, ``A_i = reward_i - m``.
 
     Shapes: logp [B, T], reward [B]. ``logp_old`` plays no part.
@@ -29,7 +32,7 @@ def reinforce(baseline: Literal["none", "batch_mean"] = "none", agg: str = "toke
         advantage=advantages.reward(baseline),
         ratio=ratios.token(),
         surrogate=surrogates.log_prob(),
-        aggregate=aggregation_of(agg),
+        aggregate=aggregation_of(agg, empty_rows=empty_rows),
     )
 
 
@@ -46,6 +49,7 @@ def rloo(
     normalize: bool = False,
     singleton: Singleton = "zero",
     log_ratio_clip: PositiveOrInfinite = 20.0,
+    empty_rows: EmptyRows = "count",
 ) -> Objective:
     """REINFORCE Leave-One-Out, sequence level, with the KL in the reward.
 
@@ -65,12 +69,15 @@ def rloo(
     )
     if form == "reinforce":
         return policy_gradient(
-            ratio=ratios.token(), surrogate=surrogates.log_prob(), aggregate=aggregation.seq_sum, **common
+            ratio=ratios.token(),
+            surrogate=surrogates.log_prob(),
+            aggregate=aggregation_of("seq_sum", empty_rows=empty_rows),
+            **common,
         )
     return policy_gradient(
         ratio=ratios.sequence_sum(log_ratio_clip),
         surrogate=surrogates.clipped(*eps_pair(eps, eps_low, eps_high, (0.2, 0.2))),
-        aggregate=aggregation.seq_mean,
+        aggregate=aggregation_of("seq_mean", empty_rows=empty_rows),
         **common,
     )
 
@@ -112,7 +119,7 @@ def reinforce_pp(
     )
 
 
-GRPO_WHEN = {"adv_eps": when(scale=("group", "batch")), "kl_is": when(beta=NONZERO)}
+GRPO_WHEN = EMPTY_WHEN | {"adv_eps": when(scale=("group", "batch")), "kl_is": when(beta=NONZERO)}
 
 
 @register(source="DeepSeekMath, arXiv:2402.03300, eq. 3-4", when=GRPO_WHEN)
@@ -129,6 +136,7 @@ def grpo(
     agg: str = "seq_mean",
     L_const: Positive | None = None,  # noqa: N803
     log_ratio_clip: PositiveOrInfinite = 20.0,
+    empty_rows: EmptyRows = "count",
 ) -> Objective:
     """Group Relative Policy Optimization: ``ppo(r, A) + beta k3(logp, logp_ref)``, ``A = (reward - group mean) /
     (group std + adv_eps)``.
@@ -140,14 +148,15 @@ def grpo(
       scale: std of the "group", the "batch", or "none". dual_clip: bound for A < 0 (verl: 3).
       kl_is: multiply k3 by the ratio (unbiased KL gradient off-policy). beta: a Python 0 removes the need for
         ``logp_ref``.
-      agg, L_const: aggregation; ``L_const`` only with the ``*_const`` ones."""
+      agg, L_const: aggregation; ``L_const`` only with the ``*_const`` ones.
+      empty_rows: whether rows without tokens "count" in the number of rows (TRL), or "leave" it (verl)."""
     weighted = dict(is_weighted=True, log_ratio_clip=log_ratio_clip) if kl_is else {}
     return policy_gradient(
         advantage=advantages.group_normalized(adv_eps, scale, singleton=singleton),
         ratio=ratios.token(log_ratio_clip),
         surrogate=surrogates.clipped(*eps_pair(eps, eps_low, eps_high, (0.2, 0.2)), dual_clip),
         regularizers=[(beta, regularizers.kl_to_reference("k3", **weighted))],
-        aggregate=aggregation_of(agg, L_const),
+        aggregate=aggregation_of(agg, L_const, empty_rows),
     )
 
 
@@ -159,6 +168,7 @@ def dr_grpo(
     eps: Positive | None = None,
     singleton: Singleton = "zero",
     log_ratio_clip: PositiveOrInfinite = 20.0,
+    empty_rows: EmptyRows = "count",
 ) -> Objective:
     """GRPO Done Right: ``A_i = reward_i - group mean``, token-level clip, sums over tokens divided by the constant
     ``L_const``.
@@ -169,6 +179,7 @@ def dr_grpo(
         advantages.group_normalized(scale="none", singleton=singleton),
         eps_pair(eps, eps_low, eps_high, (0.2, 0.2)),
         agg="seq_sum_const",
+        empty_rows=empty_rows,
         L_const=L_const,
         log_ratio_clip=log_ratio_clip,
     )
@@ -266,6 +277,7 @@ def bnpo(
     components: bool = False,
     singleton: Singleton = "zero",
     log_ratio_clip: PositiveOrInfinite = 20.0,
+    empty_rows: EmptyRows = "count",
 ) -> Objective:
     """Beta Normalization: each prompt weighs 1 over the density, at its success rate, of a Beta distribution fitted
     to the batch's success rates; PPO clip, dual clip, sequence sums. Not what TRL calls "bnpo".
@@ -279,12 +291,13 @@ def bnpo(
         advantages.bnpo(min, max, components, singleton),
         eps_pair(eps, eps_low, eps_high, (0.2, 0.28)),
         agg="seq_sum",
+        empty_rows=empty_rows,
         dual_clip=dual_clip,
         log_ratio_clip=log_ratio_clip,
     )
 
 
-@register(source="A-GRAE, arXiv:2602.05548; code of Yu7-code/A-GRAE")
+@register(source="A-GRAE, arXiv:2602.05548; code of Yu7-code/A-GRAE", when=EMPTY_WHEN)
 def a_grae(
     alpha: Positive = 1.0,
     easy_form: Literal["paper", "official"] = "paper",
@@ -297,6 +310,7 @@ def a_grae(
     agg: str = "seq_mean",
     L_const: Positive | None = None,  # noqa: N803
     log_ratio_clip: PositiveOrInfinite = 20.0,
+    empty_rows: EmptyRows = "count",
 ) -> Objective:
     """Asymmetric Group Relative Advantage Estimation: hard questions weigh more early and easy ones late, positive
     advantages are damped by ``min(1, omega / alpha)`` while the mean success rate omega is low; GRPO's loss without a
@@ -311,15 +325,18 @@ def a_grae(
         advantages.a_grae(alpha, easy_form, adv_eps, singleton),
         eps_pair(eps, eps_low, eps_high, (0.2, 0.2)),
         agg=agg,
+        empty_rows=empty_rows,
         L_const=L_const,
         dual_clip=dual_clip,
         log_ratio_clip=log_ratio_clip,
     )
 
 
-@register(source="ADORA, arXiv:2602.10019; code of ShadeCloak/ADORA", budget={"max_len": 1.0}, when=ADORA_WHEN)
+@register(
+    source="ADORA, arXiv:2602.10019; code of ShadeCloak/ADORA", budget={"max_len": 1.0}, when=ADORA_WHEN | EMPTY_WHEN
+)
 def adora(
-    max_len: Positive | None = None,
+    max_len: PositiveOrInfinite | None = None,
     lam: NonNegative = 0.1,
     rule: Literal["llm", "vlm"] | Callable[..., Any] = "llm",
     correct_score: Threshold = 0.5,
@@ -333,6 +350,7 @@ def adora(
     agg: str = "seq_mean",
     L_const: Positive | None = None,  # noqa: N803
     log_ratio_clip: PositiveOrInfinite = 20.0,
+    empty_rows: EmptyRows = "count",
 ) -> Objective:
     """Advantage Dynamics via Online Rollout Adaptation: GRPO whose advantage counts ``lam`` in groups where the
     longest right answer is not longer than the wrong ones are on average.
@@ -340,7 +358,8 @@ def adora(
     Shapes: logp [B, T], reward [B].
 
     Args:
-      max_len: wrong answers as long are truncated and left out of the comparison (a run takes its generation budget).
+      max_len: wrong answers as long are truncated and left out of the comparison (a run takes its generation budget);
+        None or infinite: all wrong answers are compared.
       rule: "llm", "vlm" (how one-sided groups count), or a function batch -> [B] bool.
       correct_score: rewards above it are right (the released 1.01 belongs to another reward).
     """
@@ -348,6 +367,7 @@ def adora(
         advantages.adora(max_len, lam, rule, correct_score, adv_eps, singleton),
         eps_pair(eps, eps_low, eps_high, (0.2, 0.2)),
         agg=agg,
+        empty_rows=empty_rows,
         L_const=L_const,
         dual_clip=dual_clip,
         beta=beta,
@@ -369,6 +389,7 @@ def canon(
     L_const: Positive = 8192.0,  # noqa: N803
     singleton: Singleton = "zero",
     log_ratio_clip: PositiveOrInfinite = 20.0,
+    empty_rows: EmptyRows = "count",
 ) -> Objective:
     """Conditional Advantage Estimation: the group is split by entropy or length, and ``A = mu (reward - mean of the
     other half) + (1 - mu) (reward - mean of the own half)``; PPO clip, dual clip, sequence sums over ``L_const``.
@@ -384,6 +405,7 @@ def canon(
         advantages.canon(metric, mu, mu_schedule, mu_period, alpha, singleton),
         eps_pair(eps, eps_low, eps_high, (0.2, 0.28)),
         agg="seq_sum_const",
+        empty_rows=empty_rows,
         L_const=L_const,
         dual_clip=dual_clip,
         log_ratio_clip=log_ratio_clip,

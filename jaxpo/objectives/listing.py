@@ -8,6 +8,7 @@ from jaxpo.arguments import choices_of
 from jaxpo.batch import compared
 from jaxpo.fields import FIELDS
 from jaxpo.objectives.grammar.base import Objective
+from jaxpo.objectives.precision import bound_of
 from jaxpo.registry import Entry, entry, make, names
 
 PART_KINDS = (
@@ -128,6 +129,7 @@ def section(name: str) -> str:
         *([f"- protocol: `{objective.protocol.name}`"] if objective.protocol.name != "on_policy" else []),
         *(["- rewards in [{:g}, {:g}]".format(*objective.asks.rewards)] if objective.asks.rewards else []),
         f"- hyperparameters: {settings(row)}",
+        f"- in float32: within {bound_of(name).error:g} of float64 ([measured](float32.md))",
     ]
     return "\n\n".join(lines[:2]) + "\n\n" + "\n".join(lines[2:])
 

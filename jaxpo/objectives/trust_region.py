@@ -5,12 +5,13 @@ import warnings
 from typing import Literal
 
 from jaxpo.arguments import AboveOne, NonNegative, Positive, PositiveOrInfinite, when
-from jaxpo.objectives.clipped import eps_pair
+from jaxpo.objectives.clipped import EMPTY_WHEN, eps_pair
 from jaxpo.objectives.grammar.base import Gathering, Objective
 from jaxpo.objectives.grammar.policy_gradient import policy_gradient
 from jaxpo.objectives.parts import advantages, aggregation_of, ratios, regularizers, surrogates
 from jaxpo.primitives import aggregation
 from jaxpo.primitives.advantages import Singleton
+from jaxpo.primitives.aggregation import EmptyRows
 from jaxpo.registry import register
 
 
@@ -22,6 +23,7 @@ def gspo(
     adv_eps: NonNegative = 1e-6,
     singleton: Singleton = "zero",
     log_ratio_clip: PositiveOrInfinite = 10.0,
+    empty_rows: EmptyRows = "count",
 ) -> Objective:
     """Group Sequence Policy Optimization: the clipped surrogate on ``s_i = exp(mean_t (logp - logp_old))``, mean over
     rows.
@@ -36,11 +38,11 @@ def gspo(
         advantage=advantages.group_normalized(adv_eps, singleton=singleton),
         ratio=ratios.sequence(log_ratio_clip),
         surrogate=surrogates.clipped(*eps_pair(eps, eps_low, eps_high, (3e-4, 4e-4))),
-        aggregate=aggregation.seq_mean,
+        aggregate=aggregation_of("seq_mean", empty_rows=empty_rows),
     )
 
 
-@register(source="GSPO, arXiv:2507.18071, eq. 13-14")
+@register(source="GSPO, arXiv:2507.18071, eq. 13-14", when=EMPTY_WHEN)
 def gspo_token(
     eps_low: Positive = 3e-4,
     eps_high: Positive = 4e-4,
@@ -49,6 +51,7 @@ def gspo_token(
     adv_eps: NonNegative = 1e-6,
     singleton: Singleton = "zero",
     log_ratio_clip: PositiveOrInfinite = 10.0,
+    empty_rows: EmptyRows = "count",
 ) -> Objective:
     """GSPO's token variant: ``sg(s_i) exp(logp - sg(logp))`` at every token, so that advantages may differ inside a
     row.
@@ -64,11 +67,11 @@ def gspo_token(
         advantage=advantages.group_normalized(adv_eps, singleton=singleton),
         ratio=ratios.sequence_token(log_ratio_clip),
         surrogate=surrogates.clipped(*eps_pair(eps, eps_low, eps_high, (3e-4, 4e-4))),
-        aggregate=aggregation_of(agg),
+        aggregate=aggregation_of(agg, empty_rows=empty_rows),
     )
 
 
-@register(source="MiniMax-M1, arXiv:2506.13585, eq. 4-5")
+@register(source="MiniMax-M1, arXiv:2506.13585, eq. 4-5", when=EMPTY_WHEN)
 def cispo(
     eps_low: Positive = 1.0,
     eps_high: Positive = 4.0,
@@ -77,6 +80,7 @@ def cispo(
     adv_eps: NonNegative = 1e-6,
     singleton: Singleton = "zero",
     log_ratio_clip: PositiveOrInfinite = 20.0,
+    empty_rows: EmptyRows = "count",
 ) -> Objective:
     """Clipped IS-weight Policy Optimization: ``-sg(clip(r, 1 - eps_low, 1 + eps_high)) A logp``; no token loses its
     gradient.
@@ -90,7 +94,7 @@ def cispo(
         advantage=advantages.group_normalized(adv_eps, singleton=singleton),
         ratio=ratios.token(log_ratio_clip),
         surrogate=surrogates.cispo(*eps_pair(eps, eps_low, eps_high, (1.0, 4.0))),
-        aggregate=aggregation_of(agg),
+        aggregate=aggregation_of(agg, empty_rows=empty_rows),
     )
 
 
@@ -130,7 +134,7 @@ def bapo(
     )
 
 
-@register(source="MHPO, arXiv:2603.16929 (reconstructed from two secondary transcriptions)")
+@register(source="MHPO, arXiv:2603.16929 (reconstructed from two secondary transcriptions)", when=EMPTY_WHEN)
 def mhpo(
     c: Positive = 1.5,
     k_pos: Positive = 1.5,
@@ -140,6 +144,7 @@ def mhpo(
     agg: str = "seq_mean",
     adv_eps: NonNegative = 1e-6,
     singleton: Singleton = "zero",
+    empty_rows: EmptyRows = "count",
 ) -> Objective:
     """Modulated Hazard-aware Policy Optimization: ``-exp(psi - sg(zeta)) A``, ``psi = c tanh((logp - logp_old)/c)``,
     zeta a Weibull hazard of drifting; no clip, no KL.
@@ -153,7 +158,7 @@ def mhpo(
         advantage=advantages.group_normalized(adv_eps, singleton=singleton),
         ratio=ratios.bounded(c),
         surrogate=surrogates.mhpo(k_pos, lam_pos, k_neg, lam_neg),
-        aggregate=aggregation_of(agg),
+        aggregate=aggregation_of(agg, empty_rows=empty_rows),
     )
 
 

@@ -15,6 +15,7 @@ from jaxpo.config.resolved import Resolved
 from jaxpo.fields import FIELDS, VECTORS, WEIGHTS
 from jaxpo.learning import references
 from jaxpo.learning.compiled import Compiled
+from jaxpo.learning.needs import copies_of
 from jaxpo.learning.programs import Computation, Programs, compile_programs, optimizer_of, several
 from jaxpo.learning.state import Run, TrainState
 from jaxpo.learning.trainable import random_params
@@ -275,7 +276,8 @@ def learned(
         others={name: partial(ask, name) for name in of.others},
     )
     batch = score_references(stage, run, batch)
-    learn(stage, Run(run.state), batch, lambda _: [chosen] * resolved.optimizer_steps)
+    copies = {name: run.references[name] for name in copies_of(of.objective)}
+    learn(stage, Run(run.state, copies), batch, lambda _: [chosen] * resolved.optimizer_steps)
 
 
 def unit_shapes(

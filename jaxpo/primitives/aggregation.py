@@ -3,11 +3,12 @@
 The loss is ``sum(weight * value)``. The weight is computed once on the whole optimizer batch, so losses of
 microbatches add up and no mean of means can exist. Notation: ``mask`` [B, T] marks the tokens that count, ``count`` [B]
 is the multiplicity of rows, ``length_i`` is the number of masked tokens of row i. A row without tokens contributes 0
-and still counts among the rows; a row with count 0 leaves the denominator. Some aggregations also read ``batch.group``.
-For a value per row, mask is [B, 1]."""
+and still counts among the rows (`without_empty_rows` leaves it out); a row with count 0 leaves the denominator. Some
+aggregations also read ``batch.group``. For a value per row, mask is [B, 1]."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import Array
@@ -17,6 +18,7 @@ from jaxpo.primitives.grouping import group_sum
 from jaxpo.primitives.numerics import promote, ratio_or_zero
 
 Aggregation = Callable[[Array, Array, Any], Array]
+EmptyRows = Literal["count", "leave"]  # whether rows without tokens count in the number of rows
 
 
 def token_mean(mask: Array, count: Array, batch: Any) -> Array:
@@ -96,6 +98,23 @@ def row_sum(mask: Array, count: Array, batch: Any) -> Array:
     return promote(mask) * promote(count)[:, None]
 
 
+@functools.cache
+def without_empty_rows(aggregate: Aggregation) -> Aggregation:
+    """The aggregation over the rows that have tokens: an empty row leaves the denominators, as in verl."""
+
+    @functools.wraps(aggregate)
+    def of_rows_with_tokens(mask: Array, count: Array, batch: Any) -> Array:
+        return aggregate(mask, promote(count) * jnp.any(mask > 0, -1), batch)
+
+    return of_rows_with_tokens
+
+
 PER_TOKEN = {"token_mean": token_mean, "seq_mean": seq_mean, "seq_sum": seq_sum, "group_mean": group_mean}
 WITH_CONSTANT = {"seq_sum_const": seq_sum_const, "sum_const": sum_const}
 PER_ROW = (seq_mean, group_mean, unit_mean, prompt_mean, prompt_sum, row_sum)
+OVER_ROWS = ("seq_mean", "seq_sum", "seq_sum_const", "group_mean")  # those that divide by a number of rows
+
+
+def is_per_row(aggregate: Aggregation) -> bool:
+    """Whether an aggregation takes one value a row."""
+    return getattr(aggregate, "__wrapped__", aggregate) in PER_ROW

@@ -8,7 +8,7 @@ from jax.ops import segment_max, segment_min
 
 from jaxpo.arguments import choice
 from jaxpo.primitives.grouping import group_constant, group_size, group_sum, segments
-from jaxpo.primitives.numerics import promote, ratio_or_zero
+from jaxpo.primitives.numerics import clamp, promote, ratio_or_zero
 
 Select = Literal["correct", "first_correct", "best"]
 Phi = Literal["p1mp", "is", "none"]
@@ -108,7 +108,7 @@ def negative_aware(
 
     Args:
       reward: c in [0, 1]. q: success rate of the prompt in (0, 1). Both have the shape of ``log_ratio``."""
-    x = jnp.minimum(log_ratio, bound)
+    x = clamp(log_ratio, high=bound)
     ratio, unfloored = jnp.exp(x), isinstance(clamp_pos, int | float) and clamp_pos == 0
     positive = -x if unfloored else -jnp.log(straight_through_floor(ratio, clamp_pos))
     negative = -jnp.log(straight_through_floor((1 - q * ratio) / (1 - q), clamp_neg))

@@ -1,7 +1,7 @@
 """Float rules that every primitive shares."""
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 
 def promote(x: Array) -> Array:
@@ -10,6 +10,14 @@ def promote(x: Array) -> Array:
     return x.astype(
         jnp.promote_types(x.dtype, jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.result_type(float)
     )
+
+
+def clamp(x: Array, low: Array | float = -jnp.inf, high: Array | float = jnp.inf) -> Array:
+    """``clip(x, low, high)`` whose gradient is that of x strictly between the ends and 0 at them and beyond.
+
+    What a clamp bounds (a log-ratio, the exponent of a KL estimate, a log-prob below 0) no longer moves there.
+    `jnp.clip` has half the gradient exactly at its ends. NaN stays NaN."""
+    return jnp.where((x > low) & (x < high), x, lax.stop_gradient(jnp.clip(x, low, high)))
 
 
 def ratio_or_zero(numerator: Array, denominator: Array) -> Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxpo.primitives.numerics import promote, ratio_or_zero
+from jaxpo.primitives.numerics import clamp, promote, ratio_or_zero
 
 # ---- links: margin -> loss ----------------------------------------------------------------------------------------
 
@@ -74,7 +74,7 @@ def log1mexp(a: Array) -> Array:
 
 def log_odds(a: Array) -> Array:
     """``a - log(1 - exp(a))`` of a log-probability ``a``, clamped to at most -1e-9 (ORPO, arXiv:2403.07691)."""
-    a = jnp.minimum(promote(a), HIGHEST)
+    a = clamp(promote(a), high=HIGHEST)
     return a - log1mexp(a)
 
 
@@ -110,7 +110,7 @@ def worlds_of(program: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def log_model_count_ratio(a_w: Array, a_l: Array, program: str) -> Array:
     """``rho = log(sum_top / sum_bottom)`` over the weights of a program's worlds (arXiv:2412.17696). The weight of a
     world is the product of ``p`` (T) or ``1 - p`` (F) of both answers. Log-probs are clamped to at most -1e-9."""
-    a_w, a_l = (jnp.minimum(promote(a), HIGHEST) for a in (a_w, a_l))
+    a_w, a_l = (clamp(promote(a), high=HIGHEST) for a in (a_w, a_l))
     w, l = ({"T": a, "F": log1mexp(a)} for a in (a_w, a_l))  # noqa: E741
     top, bottom = ([w[world[0]] + l[world[1]] for world in side] for side in worlds_of(program))
     return jax.nn.logsumexp(jnp.stack(top), 0) - jax.nn.logsumexp(jnp.stack(bottom), 0)

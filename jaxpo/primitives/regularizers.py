@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxpo.primitives.numerics import promote
+from jaxpo.primitives.numerics import clamp, promote
 
 Estimator = Literal["k1", "k2", "k3", "abs"]
 KL_ESTIMATORS = get_args(Estimator)
@@ -26,7 +26,7 @@ def kl_estimate(logp: Array, logp_ref: Array, estimator: str, *, exponent_clip: 
             return jnp.square(d) / 2
         case "k3":
             # expm1 keeps the small values that exp(-d) - 1 + d would cancel.
-            d = jnp.clip(d, -exponent_clip, exponent_clip)
+            d = clamp(d, -exponent_clip, exponent_clip)
             return jnp.expm1(-d) + d
         case "abs":
             return d * jnp.sign(d)  # jnp.abs has gradient 1 at 0, where this has none
@@ -66,31 +66,50 @@ def toward(logp: Array, target: Array, *, clip: float = 10.0) -> Array:
     (Lp-Reg, arXiv:2510.03222, as released). 0 where the target is -inf."""
     known = jnp.isfinite(target)
     gap = jnp.where(known, lax.stop_gradient(target) - promote(logp), 0)
-    return jnp.clip(jnp.where(known, jnp.expm1(jnp.minimum(gap, 80.0)) - gap, 0), -clip, clip)
+    return clamp(jnp.where(known, jnp.expm1(jnp.minimum(gap, 80.0)) - gap, 0), -clip, clip)
 
 
-def min_p_log_proxy(logits: Array, tokens: Array, *, kappa: float) -> Array:
-    """[N] log-prob of ``tokens`` under the proxy: the policy restricted to tokens with ``pi > kappa max pi`` and
-    renormalized; -inf for a token that is cut (Lp-Reg, arXiv:2510.03222).
+def without_noise(logits: Array, kappa: float = 0.02, tau: float | None = None) -> tuple[Array, Array]:
+    """The policy restricted to tokens with ``pi > kappa max pi`` (min-p), or with ``pi > tau``, and renormalized: its
+    log-probs [N, V], a constant, and the mass [N] that is cut (Lp-Reg, arXiv:2510.03222).
+
+    -inf for a token that is cut; all are cut where none is above ``tau``.
 
     Args:
-      logits: [N, V]."""
-    kept = logits > logits.max(-1, keepdims=True) + jnp.log(promote(kappa))
-    inside = jnp.where(kept, logits, -jnp.inf)
-    own = jnp.take_along_axis(inside, tokens[:, None], -1)[:, 0]
-    return lax.stop_gradient(own - jax.nn.logsumexp(inside, -1))
+      logits: [N, V]. tau: a fixed threshold, instead of ``kappa``."""
+    logp = lax.stop_gradient(jax.nn.log_softmax(promote(logits)))
+    kept = logp > (logp.max(-1, keepdims=True) + jnp.log(promote(kappa)) if tau is None else jnp.log(promote(tau)))
+    cut = jnp.sum(jnp.where(kept, 0, jnp.exp(logp)), -1, keepdims=True)
+    # Where little is cut log1p is exact: where nothing is, the proxy is the policy, bit for bit.
+    mass = jax.nn.logsumexp(jnp.where(kept, logp, -jnp.inf), -1, keepdims=True)
+    mass = jnp.where(cut < 0.5, jnp.log1p(-jnp.minimum(cut, 0.5)), mass)
+    return jnp.where(kept, logp - mass, -jnp.inf), cut[..., 0]
 
 
-def forward_kl_to_proxy(logits: Array, tokens: Array, *, kappa: float) -> Array:
-    """[N] ``KL(proxy || pi)`` over the whole vocabulary, with the proxy of `min_p_log_proxy` as a constant.
+def log_proxy_at(
+    logits: Array, tokens: Array, *, kappa: float = 0.02, tau: float | None = None, above: bool = False
+) -> Array:
+    """[N] log-probs of ``tokens`` under the proxy of `without_noise`; with ``above`` only where they exceed the
+    policy's, -inf where nothing is cut."""
+    log_proxy, cut = without_noise(logits, kappa, tau)
+    at = jnp.take_along_axis(log_proxy, tokens[:, None], -1)[:, 0]
+    return jnp.where(cut > 0, at, -jnp.inf) if above else at
 
-    With ``Z = sum_{kept} pi``, its value is ``-log Z`` and its gradient in the logits is ``pi - proxy``. It is never
-    NaN for kappa < 1."""
-    logp = jax.nn.log_softmax(logits)
-    kept = logits > logits.max(-1, keepdims=True) + jnp.log(promote(kappa))
-    inside = lax.stop_gradient(jnp.where(kept, logp, -jnp.inf))
-    log_proxy = inside - jax.nn.logsumexp(inside, -1, keepdims=True)
-    return jnp.sum(jnp.where(kept, jnp.exp(log_proxy) * (jnp.where(kept, log_proxy, 0) - logp), 0), -1)
+
+def forward_kl_to_proxy(
+    logits: Array, of: Array | None = None, *, kappa: float = 0.02, tau: float | None = None
+) -> Array:
+    """[N] ``KL(proxy || pi)`` over the whole vocabulary, with the proxy of `without_noise`; 0 where no token
+    survives.
+
+    If the proxy is the policy's own, with ``Z = sum_{kept} pi``, its value is ``-log Z``. Its gradient in the logits is
+    ``pi - proxy``.
+
+    Args:
+      logits: [N, V]. of: logits [N, V] of the model whose proxy it is; None = of the policy itself."""
+    target, _ = without_noise(logits if of is None else of, kappa, tau)
+    gap = jnp.where(target > -jnp.inf, target, 0) - jax.nn.log_softmax(promote(logits))
+    return jnp.sum(jnp.where(target > -jnp.inf, jnp.exp(target) * gap, 0), -1)
 
 
 def log_prob_at(logits: Array, tokens: Array, *, temperature: float) -> Array:

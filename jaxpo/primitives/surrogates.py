@@ -15,15 +15,16 @@ def log_prob(logp: Array, adv: Array) -> Array:
 def clipped(ratio: Array, adv: Array, low: Array | float, high: Array | float, dual: float | None = None) -> Array:
     """``-min(r A, clip(r, low, high) A)`` (PPO, arXiv:1707.06347, eq. 7).
 
+    A ratio exactly at a bound, or at ``dual``, still has its gradient: `is_clipped` says which have none.
+
     Args:
       ratio, adv: [B, T] or [B].
       low, high: bounds of the ratio (not of ratio - 1), scalars or one for each token.
       dual: c > 1; where A < 0 the objective does not fall below ``c A`` (dual clip, arXiv:1912.09729). None = off.
     """
-    loss = -jnp.minimum(ratio * adv, jnp.clip(ratio, low, high) * adv)
-    if dual is not None:
-        loss = jnp.where(adv < 0, jnp.minimum(loss, -dual * adv), loss)
-    return loss
+    bounded = jnp.where(adv > 0, high, low)
+    loss = -jnp.where(is_clipped(ratio, adv, low, high), bounded, ratio) * adv
+    return loss if dual is None else jnp.where((adv < 0) & (ratio > dual), -dual * adv, loss)
 
 
 def is_clipped(ratio: Array, adv: Array, low: Array | float, high: Array | float, dual: float | None = None) -> Array:
@@ -39,7 +40,7 @@ def linear(ratio: Array, adv: Array) -> Array:
 
 def capped(ratio: Array, adv: Array, cap: Array | float) -> Array:
     """``-min(r, cap) A``: no gradient above the cap, for either sign of A (Lp-Reg, arXiv:2510.03222)."""
-    return -jnp.minimum(ratio, cap) * adv
+    return -jnp.where(ratio > cap, cap, ratio) * adv
 
 
 def detached_weight(weight: Array, adv: Array, logp: Array) -> Array:

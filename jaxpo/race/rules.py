@@ -11,7 +11,7 @@ from jaxpo.config.fields import default
 from jaxpo.config.resolve import resolve
 from jaxpo.config.resolved import Resolved
 from jaxpo.fields import FIELDS, JUDGED, PAIR
-from jaxpo.learning.needs import Form, form_of, is_reward_model, models_of
+from jaxpo.learning.needs import Form, copies_of, form_of, is_reward_model, models_of
 from jaxpo.learning.references import GIVEN_BY
 from jaxpo.objectives import Objective, make
 from jaxpo.protocols.preference_data import rows as rows_of_unit
@@ -94,6 +94,9 @@ def resolved_by(rules: Rules, label: str, objective: Objective, max_new_tokens: 
     scored = [name for name in GIVEN_BY if name in objective.asks.needs and FIELDS[name].givers == ("reference",)]
     if models := models_of(objective, [GIVEN_BY[name] for name in scored]):
         raise ValueError(f"needs the model {', '.join(models)} beside the policy, and a race has none")
+
+    if copies := copies_of(objective):
+        raise ValueError(f"compares the policy with its copy {', '.join(copies)}, and a race gives it log-probs alone")
 
     def attempt(rules: Rules, **changes: Any) -> Resolved:
         config = config_of(rules, label, max_new_tokens)

@@ -126,7 +126,8 @@ class InTurn:
         """One iteration of all seeds: optimizer steps that were not finite, and the mean reward."""
         batches = [jax.tree.map(np.asarray, self._gather(seed)) for seed in range(self.rules.seeds)]
         batch = jax.tree.map(lambda *x: np.stack(x), *batches)
-        whole = Run(together([run.state for run in self.runs]), together([run.references for run in self.runs]))
+        states, references = (together([getattr(run, name) for run in self.runs]) for name in ("state", "references"))
+        whole = Run(states, references, iteration=self.runs[0].iteration)
         whole, batch, steps = learn(self.all, whole, batch, partial(steps_of, drawn))
         for seed, run in enumerate(self.runs):
             run = advance(run, state=one(whole.state, seed), references=one(whole.references, seed))

@@ -10,10 +10,10 @@ from jax import Array
 
 from jaxpo.batch import Rollouts, TokenStats, logps
 from jaxpo.learning import references
-from jaxpo.learning.needs import must_score
+from jaxpo.learning.needs import copies_of, must_score
 from jaxpo.learning.state import Run, advance
 from jaxpo.objectives import Objective
-from jaxpo.objectives.grammar.base import check_rewards
+from jaxpo.objectives.grammar.checks import check_numbers, check_prepared
 from jaxpo.policy.stats import HIDDEN, hidden_field
 from jaxpo.policy.transformer import Params
 from jaxpo.protocols.gatherer import Gatherer, Watch
@@ -35,7 +35,8 @@ class Stage(NamedTuple):
     steps: optimizer steps of an iteration.
     score: (params, rows as a policy reads them) -> what the policy says of them.
     prepare: (batch, objective state) -> (batch, objective state).
-    update: (train state, batch, rows, fresh, **packing) -> (train state, metrics).
+    update: (train state, batch, rows, fresh, **packing) -> (train state, metrics); also given ``copies``, the
+      references by name that are copies of the policy with which the objective compares it, if there are any.
     put: arrays [B, ...] to where they are computed with.
     pack: (batch, rows) -> further arguments of ``update``, and metrics.
     watch: where time is told.
@@ -57,7 +58,8 @@ class Stage(NamedTuple):
 def gather(stage: Stage, gatherer: Gatherer, run: Run, key: Array) -> tuple[Run, Rollouts]:
     """Collect an iteration's rows by the protocol and score them."""
     run, rollouts = stage.protocol.collect(run, gatherer, key)
-    check_rewards(stage.objective.asks.rewards, rollouts, stage.objective.asks.needs)
+    asks = stage.objective.asks
+    check_numbers(asks.needs, asks.rewards, rollouts, where=f"iteration {run.iteration}: ")
     with stage.watch.phase("score"):
         batch = score_references(stage, run, stage.put(rollouts))
     if stage.protocol.before:
@@ -71,13 +73,16 @@ def score_references(stage: Stage, run: Run, batch: Rollouts) -> Rollouts:
     the old policy says unless the first optimizer step is its own old policy."""
     for name, ask in stage.others.items():
         batch = with_said(batch, name, ask(batch), stage.objective)
-    frozen = references.scored(stage.objective, run.references)
-    scored = batch.with_token(**logps({name: stage.score(params, batch).logp for name, params in frozen.items()}))
+    copies, scored = copies_of(stage.objective), batch
+    for name, params in references.scored(stage.objective, run.references, copies).items():
+        said = stage.score(params, batch)
+        scored = with_said(scored, name, said if name in copies else said.replace(derived={}), stage.objective)
     always = stage.protocol.facts.stale or stage.steps > 1
     if always or must_score(stage.objective, scored, run.state.objective):
         old = stage.score(run.state.params, batch)
         constants = dict(logp_old=old.logp, entropy_old=old.entropy, value_old=old.value)
-        scored = scored.replace(**constants).with_token(**logps(old.derived))
+        derived = {name: x for name, x in old.derived.items() if name != HIDDEN}
+        scored = scored.replace(**constants).with_token(**logps(derived))
     return scored
 
 
@@ -93,14 +98,17 @@ def with_said(batch: Rollouts, name: str, told: TokenStats, objective: Objective
 def learn(stage: Stage, run: Run, batch: Rollouts, order: Order) -> tuple[Run, Rollouts, list[dict[str, Array]]]:
     """Prepare a scored batch and take the optimizer steps of an iteration; the metrics of each."""
     with stage.watch.phase("score"):
-        batch, memory = stage.prepare(batch, run.state.objective)
+        given, (batch, memory) = batch, stage.prepare(batch, run.state.objective)
         jax.block_until_ready(batch)
+    check_prepared(batch, given, where=f"iteration {run.iteration}: ")
     with stage.watch.phase("update"):
         state, frozen, steps = run.state.replace(objective=memory), run.references, []
+        copies = {name: run.references[name] for name in copies_of(stage.objective)}
+        theirs = dict(copies=copies) if copies else {}
         peeks = bool(stage.objective.asks.peeks) and not stage.protocol.facts.stale
         for rows in order(batch):
             packing, notes = stage.pack(batch, rows)
-            state, out = stage.update(state, batch, rows, fresh=not steps and peeks, **packing)
+            state, out = stage.update(state, batch, rows, fresh=not steps and peeks, **theirs, **packing)
             frozen = references.moved(frozen, stage.protocol.facts.references, state.params)
             steps.append(out | notes)
         jax.block_until_ready(state.params)

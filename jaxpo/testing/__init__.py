@@ -14,6 +14,7 @@ from jaxpo.batch import Rollouts
 from jaxpo.testing.cases import Case, NotChecked, Outcome, Subject, case, direct, same, train
 from jaxpo.testing.contracts import (
     CONTRACTS,
+    bad_numbers_are_refused,
     count_is_multiplicity,
     documented,
     evaluate_agrees_with_training,
@@ -41,6 +42,7 @@ __all__ = [
     "Outcome",
     "Report",
     "Subject",
+    "bad_numbers_are_refused",
     "bigram",
     "case",
     "check",

@@ -15,26 +15,30 @@ VOCABULARY, PROMPT, WIDTH, GROUP = 7, 3, 6, 4
 ROWS = 48  # for units of 1, 2, 3, 4 or 6 rows: with one shape, operations compile once for all objectives
 
 
-def example(objective: Objective) -> Rollouts:
+def example(objective: Objective, width: int = WIDTH, spread: float = 1.0) -> Rollouts:
     """A small batch with every field the objective may read: groups of 4 (or units), holes in the mask, no ties.
+
+    Args:
+      width: T; the lengths of answers go with it. spread: of the policy's logits and of how far log-probs of others are
+        from its own; 1 is wild.
 
     Raises:
       ValueError: the objective needs a field that is not in `jaxpo.fields.FIELDS`; give `check` a batch that has it.
     """
     rng, unit = np.random.default_rng(0), max(len(objective.unit.layout), 1)
     b = ROWS if ROWS % unit == 0 else 8 * unit
-    lengths = np.resize([WIDTH, 3, 5, 1, 4, 6, 2], b)
-    mask = (np.arange(WIDTH) < lengths[:, None]).astype(np.float32)
+    lengths = np.resize([6, 3, 5, 1, 4, 6, 2], b) * width // 6
+    mask = (np.arange(width) < lengths[:, None]).astype(np.float32)
     mask[::3, 1] = 0  # a hole: a token that the policy did not sample
 
     def logp() -> np.ndarray:
-        return rng.normal(-2, 0.5, (b, WIDTH)).astype(np.float32)
+        return rng.normal(-2, 0.5, (b, width)).astype(np.float32)
 
-    asked = drawn(objective.asks.needs, b)
+    asked = drawn(objective.asks.needs, b, width)
     group = np.arange(b, dtype=np.int32) // (GROUP if unit == 1 else unit)
     roles = [role_id(name) for name in roles_of(objective)]
     batch = Rollouts(
-        tokens=rng.integers(0, VOCABULARY, (b, PROMPT + WIDTH)).astype(np.int32),
+        tokens=rng.integers(0, VOCABULARY, (b, PROMPT + width)).astype(np.int32),
         mask=mask,
         prompt_length=rng.integers(1, PROMPT + 1, b).astype(np.int32),
         count=np.ones(b, np.float32),
@@ -44,8 +48,8 @@ def example(objective: Objective) -> Rollouts:
         seed=rng.integers(0, 2**32, b, dtype=np.uint32),
         reward=allowed(objective, rng.normal(size=b).astype(np.float32)),
         correct=np.resize([0, 1, 1, 0], b).astype(np.float32),
-        truncated=(lengths == WIDTH).astype(np.float32),
-        entropy_old=rng.uniform(0, 1, (b, WIDTH)).astype(np.float32),
+        truncated=(lengths == width).astype(np.float32),
+        entropy_old=rng.uniform(0, 1, (b, width)).astype(np.float32),
         value_old=logp(),
         layout=objective.unit.layout,
     )
@@ -53,10 +57,10 @@ def example(objective: Objective) -> Rollouts:
     batch.entropy_old[:] *= np.resize([0.1, 1, 0.4, 0.7], b)[:, None]
     batch = jax.tree.map(jnp.asarray, batch)
     slots = {n.removeprefix("logp_") for n in objective.asks.needs if n.startswith("logp_")} - {"old", "beh"}
-    said = bigram(objective, frozenset({"logp"}), parameters(), batch).logp
+    said = bigram(objective, frozenset({"logp"}), parameters(spread), batch).logp
 
     def near(x: Array, scale: float) -> Array:
-        return x + jnp.asarray(rng.normal(0, scale, x.shape), jnp.float32)
+        return x + jnp.asarray(rng.normal(0, spread * scale, x.shape), jnp.float32)
 
     old = near(said, 0.3)  # some ratios are clipped and some are not
     per_token = {n: x for n, x in asked.items() if FIELDS[n].home == "per_token"}
@@ -83,7 +87,7 @@ def roles_of(objective: Objective) -> tuple[str, ...]:
     return ("own", "own", "own", "expert") if "role" in objective.asks.needs else ("own",)
 
 
-def drawn(needs: Collection[str], rows: int) -> dict[str, Array]:
+def drawn(needs: Collection[str], rows: int, width: int = WIDTH) -> dict[str, Array]:
     """Draw examples of the needed fields that are not attributes of `Rollouts`, as `jaxpo.fields.FIELDS` says.
 
     Raises:
@@ -93,15 +97,15 @@ def drawn(needs: Collection[str], rows: int) -> dict[str, Array]:
     names = sorted(n for n in needs if n not in own and not n.startswith("logp_"))
     if strange := [n for n in names if n not in FIELDS]:
         raise ValueError(f"no example of {strange[0]!r}, which this objective needs: give check a batch that has it")
-    examples = {n: FIELDS[n].example(np.random.default_rng(2 + i), rows, WIDTH) for i, n in enumerate(names)}
+    examples = {n: FIELDS[n].example(np.random.default_rng(2 + i), rows, width) for i, n in enumerate(names)}
     return {n: jnp.asarray(x, jnp.float32) for n, x in examples.items()}
 
 
-def parameters() -> dict[str, Array]:
-    """Parameters of the policy `bigram`."""
+def parameters(spread: float = 1.0) -> dict[str, Array]:
+    """Parameters of the policy `bigram`; with a smaller ``spread`` it is less sure."""
     rng = np.random.default_rng(1)
     shapes = {"table": (VOCABULARY, VOCABULARY), "head": (VOCABULARY,)}
-    scale = {"table": 6, "head": 1}  # some tokens are almost certain, and some almost impossible
+    scale = {"table": 6 * spread, "head": 1}  # some tokens are almost certain, and some almost impossible
     return {name: jnp.asarray(scale[name] * rng.normal(size=x), jnp.float32) for name, x in shapes.items()}
 
 

@@ -13,6 +13,7 @@ from jax import Array
 
 from jaxpo.batch import Rollouts, TokenStats, concatenate, pad, take
 from jaxpo.objectives import Objective
+from jaxpo.objectives.grammar.checks import numbers_of
 from jaxpo.testing.examples import allowed, bigram
 
 Given = tuple[TokenStats, Rollouts, Any]  # arguments of `direct`: statistics, batch, state of the objective
@@ -47,6 +48,9 @@ def variants(case: Example) -> dict[str, Given]:
     found |= {f"hostile: {what}": given for what, *given in hostile(case)}
     found["permuted"] = chosen(stats, batch, permutation(case))
     found |= dict(zip(("count 2", "written twice"), doubled(case), strict=True))
+    found |= {what: (stats, batch) for what, _, batch in bad_numbers(case)}
+    left_out = replaced(batch, "count", batch.count * ~np.isin(np.arange(batch.rows), case.rows([1])))
+    found |= {"left out": (stats, left_out), "left out, with NaN": (stats, with_nan(case, left_out))}
     found["rounded"] = as_dtype(bfloat16(case.arrays), np.float32)
     found["replica"] = replica(case)
     given = {what: (stats, batch.replace(shared_prompt=1), begin) for what, (stats, batch) in found.items()}
@@ -109,6 +113,25 @@ def hostile(case: Example) -> Iterator[tuple[str, TokenStats, Rollouts]]:
         yield f"{value} of the policy at masked positions", where_masked(stats, batch.mask, value), batch
         fields = {name: where_masked(getattr(batch, name), batch.mask, value) for name in TOKEN_FIELDS}
         yield f"{value} of the batch at masked positions", stats, batch.replace(**fields)
+
+
+def bad_numbers(case: Example) -> Iterator[tuple[str, int, Rollouts]]:
+    """Yield the example with one number of a row that is not finite: what it is, the row, and the batch."""
+    batch, row = case.arrays[1], case.unit  # the first row of the second unit
+    for name, x in numbers_of(batch, case.objective.asks.needs):
+        for value in (np.nan, np.inf, -np.inf):
+            bad = x.copy()
+            bad[row] = value
+            yield f"{name} {value}", row, replaced(batch, name, bad)
+
+
+def with_nan(case: Example, batch: Rollouts) -> Rollouts:
+    """The batch with NaN for every number of the rows of the second unit."""
+    for name, x in numbers_of(batch, case.objective.asks.needs):
+        bad = x.copy()
+        bad[case.rows([1])] = np.nan
+        batch = replaced(batch, name, bad)
+    return batch
 
 
 def permutation(case: Example) -> np.ndarray:

@@ -6,18 +6,23 @@ from jax import Array, lax
 from jaxpo.kernels.policy_surrogate.core import KL_CLIP, Settings, Sums, Tokens
 
 
+def clamp(x: Array, bound: float) -> Array:
+    """``clip(x, -bound, bound)``, with no gradient at the ends and beyond."""
+    return jnp.where(jnp.abs(x) < bound, x, lax.stop_gradient(jnp.clip(x, -bound, bound)))
+
+
 def policy_surrogate(settings: Settings, x: Tokens) -> Sums:
     """`Sums`, differentiable in logp. Masked positions must be finite."""
     bound = settings.log_ratio_clip
-    r = jnp.exp(jnp.clip(x.logp - x.logp_old, -bound, bound))
+    r = jnp.exp(clamp(x.logp - x.logp_old, bound))
     bounded = jnp.clip(r, x.low, x.high)
     cut = jnp.zeros_like(r, bool)
     if settings.form == "clipped":
-        loss = -jnp.minimum(r * x.adv, bounded * x.adv)
         cut = ((x.adv > 0) & (r > x.high)) | ((x.adv < 0) & (r < x.low))
+        loss = -jnp.where(cut, lax.stop_gradient(bounded), r) * x.adv
         if settings.dual is not None:
-            loss = jnp.where(x.adv < 0, jnp.minimum(loss, -settings.dual * x.adv), loss)
-            cut = cut | ((x.adv < 0) & (r > settings.dual))
+            too_far = (x.adv < 0) & (r > settings.dual)
+            loss, cut = jnp.where(too_far, -settings.dual * x.adv, loss), cut | too_far
     else:
         loss = -lax.stop_gradient(bounded * x.adv) * x.logp
 
@@ -25,7 +30,7 @@ def policy_surrogate(settings: Settings, x: Tokens) -> Sums:
         return jnp.sum(jnp.broadcast_to(weight * value, x.logp.shape))
 
     def k3(d: Array) -> Array:
-        d = jnp.clip(d, -KL_CLIP, KL_CLIP)
+        d = clamp(d, KL_CLIP)
         return jnp.expm1(-d) + d
 
     kl = kl_ref = None

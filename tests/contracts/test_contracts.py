@@ -20,6 +20,7 @@ OPTIONAL = {
     "dr_grpo": {"singleton": "raw"},
     "grpo": {"scale": "batch", "dual_clip": 3.0, "kl_is": True, "agg": "group_mean"},
     "dapo": {"dual_clip": 10.0},
+    "lp_reg": {"form": "paper", "proxy": "old", "rho": 0.3, "tau": 0.1},
     "sft": {"agg": "seq_sum_const", "L_const": 6.0},
     "policy_gradient": {"regularizers": "0.1 * orpo_chi2", "shaping": "salsa"},
     "orpo": {"include_prompt": True},
@@ -157,6 +158,12 @@ def advantage(stats, batch, state):
 BROKEN = {
     "overflow": ("finite_on_hostile_input", lambda: nll(value=lambda s, b, _: jnp.exp(4 * (s.logp - b.logp_old)))),
     "sums masked positions": ("finite_on_hostile_input", lambda: nll(value=advantage, hooks=Hooks(prepare=sum_of_all))),
+    "a prepare of its own, which lets NaN pass": (
+        "bad_numbers_are_refused",
+        lambda: nll(asks=asks_of("reward"))._replace(
+            prepare=lambda batch, state: (complete(batch), state.replace(iteration=state.iteration + 1))
+        ),
+    ),
     "divides by the width": (
         "padding_invariance",
         lambda: nll(lambda mask, count, b: mask * count[:, None] / mask.size),

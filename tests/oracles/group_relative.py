@@ -355,7 +355,7 @@ def a_grae(
 def adora(
     case: Case,
     *,
-    max_len,
+    max_len=math.inf,
     lam=0.1,
     rule="llm",
     correct_score=0.5,

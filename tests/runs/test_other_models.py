@@ -259,10 +259,10 @@ def test_a_mesh_that_does_not_divide_the_teacher(places):
         setup(config, load_models=load_models)
 
 
-def test_a_statistic_that_compares_with_a_copy_of_the_policy():
-    compares = Asks(wants=frozenset({"kl"}), derived={"kl": Compared(full_kl, "ref")})
+def test_a_statistic_that_compares_with_what_moves_in_an_iteration():
+    compares = Asks(wants=frozenset({"kl"}), derived={"kl": Compared(full_kl, "ema")})
     objective = from_terms([Term("kl", lambda stats, b, s: stats.derived["kl"], asks=compares)])
-    with pytest.raises(ValueError, match="unknown other model 'ref'.*known: teacher"):
+    with pytest.raises(ValueError, match="unknown other model 'ema'.*known: prev, ref, soup, teacher"):
         resolve(tiny.config(QUICK), 1, objective=objective)
 
 

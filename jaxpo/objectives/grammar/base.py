@@ -15,14 +15,14 @@ from flax import struct
 from jax import Array, lax
 
 from jaxpo.batch import Rollouts, Statistic, TokenStats, complete, validate_stats
-from jaxpo.fields import SHARES, role_id
+from jaxpo.fields import role_id
 from jaxpo.metrics import Metrics, Sum
-from jaxpo.objectives.grammar.checks import check_range, check_rewards
+from jaxpo.objectives.grammar.checks import check_numbers, check_prepared, check_rewards, marked, marked_after
 from jaxpo.objectives.grammar.standard_metrics import per_token, standard_metrics
 from jaxpo.primitives import aggregation
 from jaxpo.primitives.numerics import promote, ratio_or_zero
 
-__all__ = ["check_range", "check_rewards", "per_token", "standard_metrics"]  # besides what is defined here
+__all__ = ["check_rewards", "per_token", "standard_metrics"]  # besides what is defined here
 
 Policy = Callable[[Rollouts], TokenStats]
 NONE: Mapping[str, Any] = MappingProxyType({})
@@ -327,7 +327,7 @@ def _check_terms(terms: Sequence[Term]) -> None:
     if len({t.name for t in terms}) < len(terms):
         raise ValueError(f"two terms of one name in {[t.name for t in terms]}")
     for t in terms:
-        if t.per == "row" and t.aggregate not in aggregation.PER_ROW:
+        if t.per == "row" and not aggregation.is_per_row(t.aggregate):
             raise ValueError(
                 f"term {t.name!r} has one value a row, so aggregate must be seq_mean, group_mean or unit_mean: "
                 "a mean over tokens would weigh rows by a length the value does not have"
@@ -341,13 +341,16 @@ def _init(plan: Plan) -> State:
 def _prepare(plan: Plan, batch: Rollouts, state: State) -> tuple[Rollouts, State]:
     for name in sorted(plan.asks.needs):  # before `complete`, which would fill in some of them
         batch.get(name)
-    check_rewards(plan.asks.rewards, batch, plan.asks.needs)
-    for name in sorted(SHARES.intersection(plan.asks.needs)):
-        check_range(name, batch.get(name), (0, 1), batch, "it is a probability or a label")
+    check_numbers(plan.asks.needs, plan.asks.rewards, batch)
     batch, state = complete(batch), state.replace(iteration=state.iteration + 1)
     if plan.unit.layout and batch.layout != plan.unit.layout:
         raise ValueError(f"Rollouts.layout is {batch.layout}; this objective needs units of rows {plan.unit.layout}")
-    return lax.stop_gradient(plan.hooks.prepare(batch, state) if plan.hooks.prepare else (batch, state))
+    batch = given = marked(batch, plan.asks.needs)
+    if plan.hooks.prepare:
+        batch, state = plan.hooks.prepare(batch, state)
+        batch = marked_after(batch, given)
+        check_prepared(batch, given)
+    return lax.stop_gradient((batch, state))
 
 
 def _weigh(plan: Plan, batch: Rollouts, state: State, peek: TokenStats | None) -> Rollouts:

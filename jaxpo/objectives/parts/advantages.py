@@ -12,6 +12,7 @@ from jaxpo.arguments import (
     NonNegative,
     NonNegativeOrInfinite,
     Positive,
+    PositiveOrInfinite,
     Share,
     Threshold,
     Whole,
@@ -269,7 +270,7 @@ def gtpo(
         damped = jnp.where(h <= entropy_threshold, adv - entropy_scale * h, 0)
         return damped[:, None] * b.per_token["conflict_weight"]
 
-    asks = asks_of("reward", "group", "tokens", wants=("entropy",))
+    asks = compares(asks_of("reward", "group", "tokens", wants=("entropy",)), singleton)
     return Advantage(normalized.fn, asks, Hooks(prepare=write), per="token", current=current)
 
 
@@ -336,7 +337,7 @@ ADORA_WHEN = dict.fromkeys(("correct_score", "max_len"), when(rule=("llm", "vlm"
 
 @register("advantage", source="ADORA, arXiv:2602.10019", budget={"max_len": 1.0}, when=ADORA_WHEN)
 def adora(
-    max_len: Positive | None = None,
+    max_len: PositiveOrInfinite | None = None,
     lam: NonNegative = 0.1,
     rule: Literal["llm", "vlm"] | Callable[..., Any] = "llm",
     correct_score: Threshold = 0.5,
@@ -348,11 +349,9 @@ def adora(
     Args:
       rule: "llm" or "vlm" (`jaxpo.primitives.advantages.length_trend`), or a function batch -> [B] bool, constant in
         a group.
-      max_len: of a rule by name: tokens from which a wrong answer counts as truncated."""
+      max_len: of a rule by name: tokens from which a wrong answer counts as truncated; None or infinite: none does."""
     normalized = group_normalized(adv_eps, singleton=singleton)
-    if not callable(rule) and max_len is None:
-        raise ValueError(f"adora needs max_len with rule={rule!r}: the generation budget, in tokens")
-    options = dict(rule=rule, correct_score=correct_score, max_len=max_len)
+    options = dict(rule=rule, correct_score=correct_score, max_len=jnp.inf if max_len is None else max_len)
 
     def trend(b: Rollouts) -> Array:
         return rule(b) if callable(rule) else advantages.length_trend(b.reward, b.lengths, b.group, b.count, **options)

@@ -1,38 +1,59 @@
 """Aggregations by name: ``(mask, count, batch) -> weight``. Their formulas are in `jaxpo.primitives.aggregation`."""
 
-import functools
 from collections.abc import Callable
+from typing import get_args
 
-from jaxpo.arguments import Positive
+from jaxpo.arguments import Positive, choice
 from jaxpo.primitives import aggregation
+from jaxpo.primitives.aggregation import OVER_ROWS, PER_TOKEN, WITH_CONSTANT, EmptyRows, without_empty_rows
 from jaxpo.registry import make, names, register, unknown
 
+EMPTY = get_args(EmptyRows)
 
-def _constant(fn: aggregation.Aggregation) -> Callable[[], aggregation.Aggregation]:
-    """A factory without options, documented as what it gives."""
 
-    @functools.wraps(fn)
-    def factory() -> aggregation.Aggregation:
+def _factory(name: str, fn: Callable) -> Callable[..., aggregation.Aggregation]:
+    """A factory of an aggregation, documented as what it gives, with the options that it has."""
+
+    def whole() -> aggregation.Aggregation:
         return fn
 
-    del factory.__wrapped__, factory.__annotations__  # its signature is its own
+    def over_rows(empty_rows: EmptyRows = "count") -> aggregation.Aggregation:
+        return of_rows(fn, empty_rows)
+
+    def with_constant(L_const: Positive, empty_rows: EmptyRows = "count") -> aggregation.Aggregation:  # noqa: N803
+        return of_rows(fn(L_const), empty_rows)
+
+    if name == "sum_const":
+        return fn
+    factory = with_constant if name in WITH_CONSTANT else over_rows if name in OVER_ROWS else whole
+    factory.__name__, factory.__doc__ = fn.__name__, fn.__doc__
     return factory
 
 
-for _name, _fn in aggregation.PER_TOKEN.items():
-    register("aggregation", id=_name)(_constant(_fn))
-for _name, _fn in aggregation.WITH_CONSTANT.items():
-    register("aggregation", id=_name, budget={"L_const": 1.0})(_fn)
+def of_rows(aggregate: aggregation.Aggregation, empty_rows: EmptyRows) -> aggregation.Aggregation:
+    """The aggregation; with "leave" rows without tokens leave its denominators."""
+    return aggregate if choice("empty_rows", empty_rows, EMPTY) == "count" else without_empty_rows(aggregate)
 
 
-def aggregation_of(agg: str, L_const: Positive | None = None) -> aggregation.Aggregation:  # noqa: N803
-    """The aggregation called ``agg``; ``L_const`` belongs to the ``*_const`` ones and is refused elsewhere."""
+for _name, _fn in {**PER_TOKEN, **WITH_CONSTANT}.items():
+    _budget = {"L_const": 1.0} if _name in WITH_CONSTANT else None
+    register("aggregation", id=_name, budget=_budget)(_factory(_name, _fn))
+
+
+def aggregation_of(
+    agg: str,
+    L_const: Positive | None = None,  # noqa: N803
+    empty_rows: EmptyRows = "count",
+) -> aggregation.Aggregation:
+    """The aggregation called ``agg``; ``L_const`` belongs to the ``*_const`` ones and is refused elsewhere, as
+    ``empty_rows`` where no number of rows divides."""
     if agg not in names("aggregation"):
         raise ValueError(unknown("aggregation", agg, names("aggregation")))
-    if agg in aggregation.WITH_CONSTANT:
-        return make(agg, "aggregation", L_const=L_const)
+    options = {} if empty_rows == "count" else {"empty_rows": empty_rows}
+    if options and agg not in OVER_ROWS:
+        raise ValueError(f"empty_rows has no effect with agg={agg!r}; it belongs to {' and '.join(OVER_ROWS)}")
+    if agg in WITH_CONSTANT:
+        return make(agg, "aggregation", L_const=L_const, **options)
     if L_const is not None:
-        raise ValueError(
-            f"L_const has no effect with agg={agg!r}; it belongs to {' and '.join(aggregation.WITH_CONSTANT)}"
-        )
-    return make(agg, "aggregation")
+        raise ValueError(f"L_const has no effect with agg={agg!r}; it belongs to {' and '.join(WITH_CONSTANT)}")
+    return make(agg, "aggregation", **options)

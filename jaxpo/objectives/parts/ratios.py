@@ -7,6 +7,7 @@ from jax import Array
 from jaxpo.arguments import Positive, PositiveOrInfinite
 from jaxpo.objectives.grammar.parts import Ratio, reads
 from jaxpo.primitives import ratios
+from jaxpo.primitives.numerics import clamp
 from jaxpo.registry import register
 
 
@@ -34,7 +35,7 @@ def sequence(log_ratio_clip: PositiveOrInfinite = 10.0) -> Ratio:
 def sequence_mean(log_ratio_clip: PositiveOrInfinite = 20.0) -> Ratio:
     """``exp(clip(mean_t (logp - logp_old), -C, C))`` per row: `sequence`, clamped on both sides."""
     mean, asks = reads(ratios.sequence_mean_log_ratio, log_ratio_clip=jnp.inf)
-    return Ratio(lambda stats, b: jnp.clip(mean(stats, b), -log_ratio_clip, log_ratio_clip), asks, per="row")
+    return Ratio(lambda stats, b: clamp(mean(stats, b), -log_ratio_clip, log_ratio_clip), asks, per="row")
 
 
 @register("ratio", id="gspo_token", source="GSPO, arXiv:2507.18071")

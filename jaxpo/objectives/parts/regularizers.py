@@ -1,12 +1,13 @@
 """Regularizers: ``fn(stats, batch, state) -> [B, T]``, a penalty that a coefficient multiplies."""
 
+from functools import partial
 from typing import Literal
 
 import jax.numpy as jnp
 from jax import Array
 
-from jaxpo.arguments import NonNegative, Positive, PositiveOrInfinite, PositiveShare, Share, when
-from jaxpo.batch import Rollouts, TokenStats
+from jaxpo.arguments import NonNegative, OpenShare, Positive, PositiveOrInfinite, PositiveShare, Share, when
+from jaxpo.batch import Compared, Rollouts, TokenStats
 from jaxpo.kernels.policy_surrogate.core import KL
 from jaxpo.metrics import Mean, Metrics
 from jaxpo.objectives.grammar.base import Hooks, State, clean, per_token
@@ -124,9 +125,20 @@ def kl_cov(ratio: Share = 2e-3) -> Regularizer:
     return Regularizer(fn, PEEK, Hooks(weigh=weigh), name="kl_cov", aggregate=aggregation.token_mean)
 
 
-@register("regularizer", source="Lp-Reg, arXiv:2510.03222; code of CarlanLark/Lp-Reg-dev")
+Proxy = Literal["current", "old"]
+
+
+@register(
+    "regularizer",
+    source="Lp-Reg, arXiv:2510.03222; code of CarlanLark/Lp-Reg-dev",
+    when={"kappa": when(tau=None), "proxy": when(form="paper")},
+)
 def lp_reg(
-    form: Literal["released", "paper"] = "released", rho: PositiveShare = 0.01, kappa: PositiveShare = 0.02
+    form: Literal["released", "paper"] = "released",
+    rho: PositiveShare = 0.01,
+    kappa: OpenShare = 0.02,
+    tau: OpenShare | None = None,
+    proxy: Proxy = "current",
 ) -> Regularizer:
     """Keeps alive the improbable tokens of failed answers that are no noise: those that survive ``pi > kappa max pi``.
 
@@ -134,19 +146,21 @@ def lp_reg(
       form: "released": of the tokens with A < 0 the ``int(rho n)`` least probable (none if that is 1 or less) which
         are less probable than their proxy get k3 to the proxy, by the sampled token, clamped to ±10. "paper": of
         *all* tokens the ``max(1, int(rho N))`` least probable, if A < 0 and they survive, get the full ``KL(proxy ||
-        pi)``; the proxy is that of the current policy, the paper's on-policy case."""
-    paper = form == "paper"
+        pi)``.
+      tau: those survive with ``pi > tau`` instead; none may, and then there is no proxy.
+      proxy: made of the "current" policy, or of the "old" one at the start of the iteration."""
+    paper, old = form == "paper", proxy == "old"
+    threshold = dict(kappa=kappa, tau=tau)
 
     def weigh(b: Rollouts, s: State, peek: TokenStats) -> Rollouts:
-        everything, proxy = tokens_of(b), peek.derived["log_proxy"]
+        everything, target = tokens_of(b), peek.derived["log_proxy"]
         failed = jnp.broadcast_to(per_token(b.adv), everything.shape) < 0
         weight = everything if paper else everything * failed
         k = jnp.floor(rho * weight.sum())
         k = jnp.maximum(k, 1) if paper else jnp.where(k <= 1, 0, k)
         picked = ratio_or_zero(selection.smallest(peek.logp, weight, k), weight)
-        alive = jnp.isfinite(proxy) if paper else peek.logp < proxy
-        share = jnp.where(failed & alive, picked, 0)
-        return b.with_token(protected=share, log_proxy=proxy)
+        share = jnp.where(failed & jnp.isfinite(target), picked, 0)
+        return b.with_token(protected=share, log_proxy=target)
 
     def fn(stats: TokenStats, b: Rollouts, s: State) -> Array:
         share = b.per_token["protected"]
@@ -154,9 +168,14 @@ def lp_reg(
             return share * stats.derived["proxy_kl"]
         return share * regularizers.toward(stats.logp, jnp.where(share > 0, b.per_token["log_proxy"], -jnp.inf))
 
-    derived = {"log_proxy": lambda logits, tokens: regularizers.min_p_log_proxy(logits, tokens, kappa=kappa)}
+    # Whether a token is less probable than its proxy is told by what was cut, and not by the rounding of log-probs.
+    derived = {"log_proxy": partial(regularizers.log_proxy_at, **threshold, above=not paper)}
     if paper:
-        derived["proxy_kl"] = lambda logits, tokens: regularizers.forward_kl_to_proxy(logits, tokens, kappa=kappa)
+        derived["proxy_kl"] = lambda logits, tokens, of=None: regularizers.forward_kl_to_proxy(logits, of, **threshold)
+    if old:
+        at, kl = derived["log_proxy"], derived["proxy_kl"]
+        derived["log_proxy"] = Compared(lambda logits, tokens, of: at(of, tokens), "prev")
+        derived["proxy_kl"] = Compared(kl, "prev")
     asks = asks_of(wants=("proxy_kl",) if paper else (), peeks=("logp", "log_proxy"), derived=derived)
     return Regularizer(fn, asks, Hooks(weigh=weigh), name="lp_reg", aggregate=aggregation.token_mean)
 

@@ -1,4 +1,4 @@
-"""`clip_cov`, `kl_cov`, `lp_reg`, `gtpo`, `hapo`, `dcpo_distribution` and `d3s` keep the identities of their cards."""
+"""`clip_cov`, `kl_cov`, `gtpo`, `hapo`, `dcpo_distribution` and `d3s` keep the identities of their cards."""
 
 import itertools
 import math
@@ -11,12 +11,11 @@ import pytest
 import jaxpo
 from jaxpo.metrics import Mean
 from jaxpo.primitives import token_advantages
-from jaxpo.primitives.regularizers import forward_kl_to_proxy, log_prob_at, min_p_log_proxy
 from jaxpo.primitives.selection import max_variance
 from jaxpo.primitives.surrogates import covariance
 from jaxpo.rollout.sampling import EntropyTemperature
 from tests.oracles import Case
-from tests.oracles.cases import CASES, COMPILE_FAST, ROWS, assert_same, evaluate, on_policy, prepared, rollouts
+from tests.oracles.cases import CASES, ROWS, assert_same, evaluate, on_policy, prepared
 
 CASE = CASES["unequal groups"]
 BINARY = CASES["K=8"]
@@ -87,101 +86,6 @@ def test_kl_cov_penalises_the_tokens_of_largest_covariance_and_no_more(ratio):
     np.testing.assert_allclose(np.abs(difference[penalised]), 7 / n)
     cov = covariances(CASE)
     assert cov[penalised].min() >= cov[CASE.mask & ~penalised].max()
-
-
-# ---- lp_reg --------------------------------------------------------------------------------------
-
-
-def test_lp_reg_without_beta_and_without_ratios_above_its_cap_is_the_unclipped_surrogate():
-    assert np.nanmax(np.exp(CASE.logp - CASE.logp_old)) < 10
-    np.testing.assert_allclose(evaluate("lp_reg", CASE, form="paper", beta=0.0)[1], unclipped(CASE), atol=1e-12)
-    with pytest.raises(ValueError, match="take grpo"):
-        jaxpo.make("lp_reg", beta=0.0)
-
-
-def test_lp_reg_caps_the_ratio_whatever_the_sign_of_the_advantage():
-    capped = evaluate("lp_reg", CASE, form="paper", beta=0.0, U=1.1)[1]
-    above = CASE.mask & (np.nan_to_num(CASE.logp - CASE.logp_old) > math.log(1.1)) & (advantage(CASE) != 0)
-    assert (above & (advantage(CASE) > 0)).any() and (above & (advantage(CASE) < 0)).any()
-    assert (capped[above] == 0).all()
-    np.testing.assert_allclose(capped[~above], unclipped(CASE)[~above], atol=1e-12)
-
-
-def test_lp_reg_touches_rows_of_negative_advantage_only():
-    plain = evaluate("grpo", CASE, beta=0.0, agg="token_mean")[1]
-    touched = np.abs(evaluate("lp_reg", CASE, rho=0.5)[1] - plain) > 1e-12
-    assert 0 < touched.sum() < (CASE.mask & (advantage(CASE) < 0)).sum()
-    assert (np.broadcast_to(advantage(CASE), touched.shape)[touched] < 0).all()
-
-
-PEAKED = 2 * np.random.default_rng(0).normal(size=(5, 9))  # logits
-log_proxy = jax.jit(min_p_log_proxy)
-proxy_kl = jax.jit(
-    jax.value_and_grad(lambda logits, kappa: forward_kl_to_proxy(logits, jnp.arange(5), kappa=kappa).sum())
-)
-
-
-def test_lp_reg_proxy_is_the_policy_itself_as_kappa_vanishes():
-    with jax.enable_x64(True):
-        logp = np.asarray(jax.nn.log_softmax(PEAKED))
-        np.testing.assert_allclose(log_proxy(PEAKED, np.arange(5), kappa=1e-30), np.diag(logp), atol=1e-12)
-        for x in proxy_kl(PEAKED, 1e-30):
-            np.testing.assert_allclose(x, 0, atol=1e-12)
-        value, grad = proxy_kl(PEAKED, 0.3)
-        assert value > 0.1 and np.abs(grad).max() > 0.01
-
-
-def test_lp_reg_forward_kl_is_minus_log_of_the_kept_mass_with_gradient_policy_minus_proxy():
-    p = np.exp(PEAKED) / np.exp(PEAKED).sum(-1, keepdims=True)
-    kept = p > 0.3 * p.max(-1, keepdims=True)
-    mass = (p * kept).sum(-1, keepdims=True)
-    with jax.enable_x64(True):
-        value, grad = proxy_kl(PEAKED, 0.3)
-        np.testing.assert_allclose(value, -np.log(mass).sum(), rtol=1e-12)
-        np.testing.assert_allclose(grad, p - p * kept / mass, atol=1e-12)
-        assert np.isneginf(log_proxy(PEAKED, PEAKED.argmin(-1), kappa=0.3)).all(), "the least probable are noise"
-
-
-def paper(logits: np.ndarray, case: Case, **hyperparameters) -> np.ndarray:
-    """Gradient of form "paper" in the logits [B, T, 3]."""
-    objective = jaxpo.make("lp_reg", form="paper", **hyperparameters)
-
-    def policy(logits, batch):
-        flat = logits.reshape(-1, 3), batch.tokens.reshape(-1)
-        derived = {name: f(*flat).reshape(batch.mask.shape) for name, f in objective.asks.derived.items()}
-        return jaxpo.TokenStats(logp=log_prob_at(*flat, temperature=1.0).reshape(batch.mask.shape), derived=derived)
-
-    def loss(logits, batch):
-        return jaxpo.evaluate(objective, lambda b: policy(logits, b), batch)[0]
-
-    with jax.enable_x64(True):
-        return np.asarray(jax.jit(jax.grad(loss), compiler_options=COMPILE_FAST)(jnp.asarray(logits), rollouts(case)))
-
-
-LOGITS = 1.5 * np.random.default_rng(1).normal(size=(*CASE.mask.shape, 3))
-SAID = np.take_along_axis(np.log(np.exp(LOGITS) / np.exp(LOGITS).sum(-1, keepdims=True)), CASE.tokens[..., None], -1)
-SAID = CASE.replace(logp=SAID[..., 0], logp_old=SAID[..., 0] - (CASE.logp - CASE.logp_old))  # what LOGITS say
-
-
-def test_lp_reg_paper_regularizer_and_its_gradient_vanish_with_kappa():
-    plain = paper(LOGITS, SAID, beta=0.0)
-    assert np.abs(plain).max() > 1e-3
-    np.testing.assert_allclose(paper(LOGITS, SAID, beta=5.0, rho=0.5, kappa=1e-30), plain, atol=1e-12)
-
-
-@pytest.mark.parametrize("rho", (0.6, 1e-9))
-def test_lp_reg_paper_pulls_improbable_tokens_of_failed_answers_that_are_no_noise_to_the_proxy(rho):
-    """With gradient ``beta (pi - proxy) / N`` in their logits; at least one token is looked at."""
-    difference = paper(LOGITS, SAID, beta=0.7, rho=rho, kappa=0.1) - paper(LOGITS, SAID, beta=0.0)
-    p = np.exp(LOGITS) / np.exp(LOGITS).sum(-1, keepdims=True)
-    kept = p > 0.1 * p.max(-1, keepdims=True)
-    proxy = p * kept / (p * kept).sum(-1, keepdims=True)
-    n, said = CASE.mask.sum(), np.where(CASE.mask, SAID.logp, np.inf)
-    low = said <= np.sort(said, None)[max(1, int(rho * n)) - 1]
-    alive = np.take_along_axis(kept, CASE.tokens[..., None], -1)[..., 0]
-    touched = low & alive & (advantage(CASE) < 0)
-    assert rho < 0.1 or 3 < touched.sum() < low.sum()
-    np.testing.assert_allclose(difference, 0.7 / n * touched[..., None] * (p - proxy), atol=1e-12)
 
 
 # ---- gtpo ----------------------------------------------------------------------------------------

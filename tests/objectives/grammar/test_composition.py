@@ -47,8 +47,7 @@ def test_policy_gradient_takes_what_scales_with_the_run_from_it():
     spelled = dict(advantage="adora", agg="seq_mean")
     given = evaluate("policy_gradient", CASES["K=8"], **spelled, max_new_tokens=5)
     assert_same(given, evaluate("adora", CASES["K=8"], max_len=5.0, beta=0.0))
-    with pytest.raises(ValueError, match="adora needs max_len"):
-        jaxpo.make("policy_gradient", **spelled)
+    assert_same(evaluate("policy_gradient", CASES["K=8"], **spelled), evaluate("adora", CASES["K=8"], beta=0.0))
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,8 @@ PLAIN = [
     ("reinforce_pp", dict(variant="baseline", kl_coef=0.2, kl_estimator="k3", singleton="raw", gamma=0.9)),
     ("lite_ppo", {}),
     ("lite_ppo", dict(eps_low=0.1, eps_high=0.4, adv_eps=1e-3, singleton="raw", log_ratio_clip=5.0)),
+    ("adora", {}),
+    ("adora", dict(rule="vlm", lam=0.3)),
     ("adora", dict(max_len=5.0)),
     ("adora", dict(max_len=5.0, rule="vlm", lam=0.3, correct_score=0.1, beta=0.1, agg="token_mean", dual_clip=3.0)),
     ("adora", dict(max_len=4.0, beta=0.0, singleton="raw", agg="seq_sum_const", L_const=9.0, adv_eps=1e-3)),

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import jax
 import numpy as np
@@ -247,6 +248,15 @@ def even(batch):
 def test_adora_takes_a_rule_of_ones_own():
     adv, plain = prepared("adora", CASE, rule=even, lam=0.25).adv, prepared("grpo", CASE, beta=0.0).adv
     np.testing.assert_allclose(adv, plain * np.where(CASE.group % 2 == 0, 1, 0.25), atol=1e-12)
+
+
+def test_adora_without_a_length_compares_all_wrong_answers():
+    """Which shows where some are as long as the budget: the longest right answer is not longer than they are."""
+    free, endless, short = (
+        prepared("adora", CASES["K=4"], max_len=n, correct_score=0.1).adv for n in (None, math.inf, 5.0)
+    )
+    np.testing.assert_array_equal(free, endless)
+    assert not np.allclose(free, short)
 
 
 def test_adora_keeps_the_ranking_within_a_group():
