@@ -40,6 +40,7 @@ DOMAINS = {
     **dict.fromkeys(("warm_start.drop_last", "soup.alpha"), Share),
     "evaluation.pass_at": tuple[Whole, ...],
 }
+MOST_SAMPLES = 1_000_000  # of a prompt, in an evaluation
 
 
 def check_fields(config: ConfigDict) -> None:
@@ -54,6 +55,11 @@ def check_fields(config: ConfigDict) -> None:
         raise ValueError(
             f"config.evaluation.pass_at asks for pass@{max(config.evaluation.pass_at)}, which takes at least as many "
             f"samples; config.evaluation.samples is {config.evaluation.samples}"
+        )
+    if config.evaluation.samples > MOST_SAMPLES:
+        raise ValueError(
+            f"config.evaluation.samples {config.evaluation.samples:,}: so many completions of each prompt take days; "
+            f"the most is {MOST_SAMPLES:,}"
         )
     if not all(isinstance(text, str) and text for text in config.sampling.stop):
         raise ValueError(f"config.sampling.stop must hold texts that are not empty, not {tuple(config.sampling.stop)}")

@@ -1,6 +1,7 @@
 """Published objectives as short compositions of primitives, in one registry."""
 
 from jaxpo.objectives import (  # noqa: F401 (imported for their registrations)
+    distillation,
     entropy,
     group_relative,
     guidance,

@@ -175,6 +175,7 @@ FIELDS = (
     ("evaluation.pass_at=('a',)", "config.evaluation.pass_at must be a tuple"),
     ("evaluation.pass_at=(0,)", "config.evaluation.pass_at must be a tuple"),
     ("evaluation.pass_at=(99,)", "config.evaluation.samples is 4"),
+    ("evaluation.samples=100000000", "config.evaluation.samples 100,000,000: so many completions"),
     ("evaluation.samples=0", f"config.evaluation.samples {WHOLE}"),
     ("checkpoint.every=0", f"config.checkpoint.every {WHOLE}"),
     ("checkpoint.keep=0", f"config.checkpoint.keep {WHOLE}"),
