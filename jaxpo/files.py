@@ -19,6 +19,19 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path} is no JSON ({error}): it may be truncated") from None
 
 
+def read_object(path: str | Path) -> dict[str, Any]:
+    """The content of a JSON file that holds an object.
+
+    Raises:
+      ValueError: it is no JSON, or something else; the line names the file.
+      OSError: it cannot be read.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object: it may be another file, fetch it again")
+    return found
+
+
 def no_such(what: str, path: str | Path) -> str:
     """The message for a path where nothing is: it names at most three things beside it with the nearest names."""
     path = Path(path)

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxpo import hub
-from jaxpo.files import no_such, read_json
+from jaxpo.files import no_such, read_object
 from jaxpo.hub import model_files
 from jaxpo.parallel.mesh import make_mesh
 from jaxpo.parallel.sharding import shardings
@@ -124,10 +124,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def _json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{file.parent} has no {file.name}: it is not the folder of a model")
-    content = read_json(file)
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object: it may be another file, fetch it again")
-    return content
+    return read_object(file)
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxpo.files import read_json
+from jaxpo.files import read_object
 from jaxpo.parallel.distributed import from_first
 from jaxpo.policy.hf import CONFIG, GENERATION, read_config
 from jaxpo.policy.transformer import Params
@@ -92,7 +92,7 @@ def data_places(config: ConfigDict) -> dict[str, str]:
 def held_config(folder: str | Path) -> dict[str, Any] | None:
     """The config that a run directory holds; None = it holds none."""
     file = Path(folder) / CONFIGURATION
-    return read_json(file) if file.is_file() else None
+    return read_object(file) if file.is_file() else None
 
 
 def paths_of(folder: str | Path) -> dict[str, str | None]:
@@ -108,13 +108,13 @@ def model_config_of(folder: str | Path) -> dict[str, Any] | None:
 def generation_of(folder: str | Path) -> dict[str, Any]:
     """The generation_config.json of that model; {} if it had none."""
     file = Path(folder) / MODEL / GENERATION
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_object(file) if file.is_file() else {}
 
 
 def tokenizer_of(folder: str | Path) -> Tokenizer | None:
     """The tokenizer of a run, in every process; None if the directory (of the first process) holds none."""
     file = Path(folder) / TOKENIZER
-    spec = from_first(lambda: json.loads(file.read_text()) if file.is_file() else None)
+    spec = from_first(lambda: read_object(file) if file.is_file() else None)
     return None if spec is None else from_json(spec)
 
 
@@ -167,7 +167,7 @@ def use_kept(config: ConfigDict, folder: str | Path, *, finished: bool, examples
 
 def _places(folder: Path) -> dict[str, Any]:
     file = folder / PLACES_FILE
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_object(file) if file.is_file() else {}
 
 
 def _check_base_is_there(path: str | None, folder: Path) -> None:

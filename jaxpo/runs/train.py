@@ -18,7 +18,7 @@ from jaxpo.config.fill import fill, tie_temperature
 from jaxpo.config.paths import expand_paths
 from jaxpo.config.pins import keep_pins
 from jaxpo.config.resolved import Resolved
-from jaxpo.files import read_json
+from jaxpo.files import read_object
 from jaxpo.learning.needs import is_reward_model
 from jaxpo.learning.state import Run
 from jaxpo.parallel.distributed import check_shared, from_first, is_first, on_first, only_first_prints
@@ -140,7 +140,7 @@ def _train(
         raise FileExistsError(f"{directory} holds checkpoint {done}; go on with --resume or choose another directory")
     check_profile(profile_steps, config.steps - (done or 0) - PROFILE_AFTER)
     if resume and (held := Path(workdir) / "config.json").is_file():
-        keep_pins(config, read_json(held))
+        keep_pins(config, read_object(held))
     voice, started = Voice(), time.perf_counter()
     goes_on = resume and done is not None
     given = kept.use_kept(config, workdir, finished=False) if goes_on else {}
@@ -250,7 +250,7 @@ def check_writable(workdir: str, directory: str) -> None:
 
 def same_config(workdir: str, config: ConfigDict) -> bool:
     """Whether the config that a run directory holds is this one, but for where it computes and what it reports."""
-    held = json.loads((Path(workdir) / "config.json").read_text())
+    held = read_object(Path(workdir) / "config.json")
     filled = ConfigDict(fill(config).to_dict())
     tie_temperature(filled)
     now = json.loads(json.dumps(filled.to_dict(), default=str))

@@ -184,10 +184,17 @@ class Examples(Sequence):
       make: (place in the source, index) -> example.
       keys: a hash of the question of each example, [n].
       places: the place of each example in the source, [n]; None = 0, 1, ...
+      columns: the names of the fields that entries have.
     """
 
-    def __init__(self, make: Callable[[int, int], Example], keys: Sequence[int], places: Sequence[int] | None = None):
-        self._make, self.keys = make, keys
+    def __init__(
+        self,
+        make: Callable[[int, int], Example],
+        keys: Sequence[int],
+        places: Sequence[int] | None = None,
+        columns: Collection[str] = (),
+    ):
+        self._make, self.keys, self.columns = make, keys, columns
         self._places = range(len(keys)) if places is None else places
 
     def __len__(self) -> int:
@@ -206,7 +213,14 @@ class Examples(Sequence):
     def taken(self, chosen: Sequence[int]) -> "Examples":
         """The examples at these places, numbered anew."""
         keys, places = (array("q", map(x.__getitem__, chosen)) for x in (self.keys, self._places))
-        return Examples(self._make, keys, places)
+        return Examples(self._make, keys, places, self.columns)
+
+
+def columns_of(examples: Sequence[Example]) -> set[str]:
+    """The names of the fields that some entry has."""
+    if isinstance(examples, Examples):
+        return {*examples.columns}
+    return {column for e in examples for column in e.entry}
 
 
 def places_without(examples: Sequence[Example], questions: Collection[str]) -> Sequence[int]:

@@ -135,18 +135,19 @@ def read_examples(rows: Rows, columns: Columns, check: Callable[[str], None]) ->
     Raises:
       ValueError: a bad row; the line names file, line and field.
     """
-    keys = array("q")
+    keys, found = array("q"), set()
     for name, unit, number, record in rows.places():
         try:
             check_record(record, columns)
             if columns.answer:
                 in_field(columns.answer, check, str(record[columns.answer]))
             keys.append(hash(key_of(question_in(record, columns))))
+            found.update(record)
         except ValueError as error:
             raise ValueError(f"{name}, {unit} {number}: {error}") from error
     if not keys:
         raise ValueError(f"{rows.name}: no items")
-    return Examples(lambda place, index: example_of(rows, place, columns, index), keys)
+    return Examples(lambda place, index: example_of(rows, place, columns, index), keys, columns=found)
 
 
 def check_record(record: Mapping[str, Any], columns: Columns) -> None:

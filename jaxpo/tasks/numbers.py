@@ -35,6 +35,7 @@ LONGEST = 1000  # characters of a number: int() refuses longer ones
 MINUS = dict.fromkeys("\u2212\u2010\u2011\u2013\ufe63\uff0d", "-")
 WIDE = {"\uff0b": "+", "\u2044": "/", "\u2215": "/", "\uff05": "%", "\uff0e": ".", "\uff0c": ","}
 PLAIN = str.maketrans(MINUS | WIDE)
+PLAIN_END = re.compile(r"(?:^|[\s#=:({$])-?[0-9]{1,15}\s*$")  # a short whole number after a space, and nothing else
 SPACE = "\u2009"  # what every thin, fixed or non-breaking space becomes
 SPACES = re.compile(r"[\u00a0\u2007-\u200a\u202f~]|\{\\[,;:! ]\}|\\[,;:! ]|\\thinspace\b|\\nobreakspace\b")
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
@@ -61,6 +62,12 @@ def last_number(text: str, locale: Locale = "en") -> str | None:
     """The last number in a text, as it is written: ``-3``, ``1,000``, ``.5``, ``2e-3``, ``3/4``; None without one."""
     found = _last(text, locale)
     return found.group("number") if found else None
+
+
+def ends_in_a_number(text: str) -> bool:
+    """Whether the text plainly ends in a number that has a value, in every locale. False may be wrong: it is the quick
+    look at whole data files."""
+    return PLAIN_END.search(text[-24:]) is not None
 
 
 def read_number(text: str, locale: Locale = "en") -> Number | None:

@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from jaxpo.arguments import NonNegative, Whole
 from jaxpo.registry import entry, make, names, register, unknown
-from jaxpo.tasks.numbers import Locale, Number, last_number, read_number
+from jaxpo.tasks.numbers import Locale, Number, ends_in_a_number, last_number, read_number
 from jaxpo.tasks.relevance import relevance
 from jaxpo.tasks.user_functions import locate, signature_of
 
@@ -335,7 +335,7 @@ def option_names(reward: str | Reward, field: str = "reward") -> list[str]:
 
 def check_answer(reward: str | Reward, answer: str, **options: object) -> None:
     """Raise ``ValueError`` if the reward can never judge against this answer. Cheap enough for whole data files."""
-    if reward == "numeric":
+    if reward == "numeric" and not ends_in_a_number(answer):
         _check_number(answer, options.get("locale", "en"))
     if reward == "regex" and options.get("pattern") is None:
         _compiles(answer, "the answer")

@@ -115,7 +115,7 @@ class JsonLines(Sequence):
 def parsed(line: bytes) -> Any:
     """The value of a line of JSON, or `Unreadable`."""
     try:
-        return json.loads(line)
+        return json.loads(line.decode("utf-8-sig"))
     except RecursionError:
         return Unreadable("not JSON: too many brackets inside each other")
     except ValueError as error:  # not JSON, or not UTF-8

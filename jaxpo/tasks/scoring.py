@@ -29,7 +29,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from jaxpo.registry import unknown
-from jaxpo.tasks.base import Example, Score
+from jaxpo.tasks.base import Example, Score, columns_of
 from jaxpo.tasks.rewards import Reward, make_reward, may_hang, option_names, preparation
 from jaxpo.tasks.user_functions import as_number, name_of, signature_of
 from jaxpo.tasks.workers import Failure, Outcome, call_by_names, failure, runner
@@ -256,7 +256,7 @@ def make_judge(
       ValueError: the function asks for what the data do not have.
     """
     rows = partial(chain.from_iterable, sets)
-    asked = asked_by(choice.function, {column for e in rows() for column in e.entry}, choice.field)
+    asked = asked_by(choice.function, set().union(*map(columns_of, sets)), choice.field)
     check_columns(asked, rows, choice.field)
     prepare, isolate = preparation(choice.reward), may_hang(choice.reward, choice.function)
     called = choice.function if asked.by_place else partial(call_by_names, choice.function)

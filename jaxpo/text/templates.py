@@ -15,6 +15,7 @@ from typing import Any
 from jaxpo.registry import unknown
 from jaxpo.text.control import Markup, any_of, mark
 from jaxpo.text.conversations import MARK, Conversation, Message, with_arguments
+from jaxpo.text.metered import metered, with_limits
 
 PROBE = Conversation(({"role": "user", "content": "Who asks?"},))
 ANSWER = "Somebody"
@@ -135,7 +136,8 @@ class ChatTemplate:
 
         def render(form: Callable[[Any], Any]) -> tuple[str, list[Noted]]:
             messages = [Noted(self.marked(as_read(m, source, form))) for m in talk.messages]
-            return compiled(source).render(messages=messages, **variables), messages
+            with metered():
+                return compiled(source).render(messages=messages, **variables), messages
 
         try:
             try:
@@ -286,6 +288,10 @@ def read_by(source: str) -> list[str]:
     return sorted(names - environment.globals.keys() - {"messages", "add_generation_prompt"})
 
 
+@lru_cache
 def compiled(source: str) -> Any:
-    """The template as transformers compiles it (once): in a sandbox, with its filters and functions."""
-    return importlib.import_module("transformers.utils.chat_template_utils")._compile_jinja_template(source)
+    """The template as transformers compiles it, in a sandbox, with its filters and functions, and with limits of time
+    and output (`jaxpo.text.metered`)."""
+    # Of an empty template: compiling computes what is constant, which may be much.
+    theirs = importlib.import_module("transformers.utils.chat_template_utils")._compile_jinja_template("")
+    return with_limits(theirs.environment, source)

@@ -3,6 +3,7 @@
 Masks are never made from token ids: the pad id may be the same as the end-of-sequence id.
 """
 
+import codecs
 import copy
 import importlib
 import importlib.util
@@ -17,7 +18,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, Protocol
 
 from jaxpo.arguments import Domain, check
-from jaxpo.files import read_json
+from jaxpo.files import read_object
 from jaxpo.hub import model_files
 from jaxpo.registry import register, unknown
 from jaxpo.text.control import Encoder, Markup, any_of, mark
@@ -44,6 +45,10 @@ from jaxpo.text.tokenizer_files import (
 )
 
 NONE: Mapping[str, Any] = MappingProxyType({})
+JSON_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("chat_template.json", "config.json"),
+)
 
 
 class Tokenizer(Protocol):
@@ -328,11 +333,22 @@ def without_code(path: str | Path) -> Any:
       ValueError: there is no tokenizer.json, so only the Python could read the tokenizer.
       OSError: there is no tokenizer."""
     library = transformers_library()
+    for name in JSON_FILES if Path(path).is_dir() else ():
+        file = Path(path) / name
+        if file.is_file():
+            read_object(file)
+            if file.read_bytes()[:3] == codecs.BOM_UTF8:
+                raise ValueError(f"{file} begins with a byte order mark: save it as plain UTF-8")
     try:
         return library.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except ValueError as error:
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds, by what is wrong in which file
         if "trust_remote_code" not in str(error):
-            raise
+            reason = next(iter(str(error).splitlines()), "")
+            raise ValueError(
+                f"{path}: transformers cannot read its tokenizer ({type(error).__name__}: {reason})"
+            ) from None
     try:
         return library.PreTrainedTokenizerFast.from_pretrained(path)
     except (OSError, ValueError, TypeError):
@@ -449,7 +465,7 @@ def _generation_eos(path: str | Path | None) -> list[int]:
     file = None if path is None else Path(path) / "generation_config.json"
     if file is None or not file.is_file():
         return []
-    ids = read_json(file).get("eos_token_id")
+    ids = read_object(file).get("eos_token_id")
     return ids if isinstance(ids, list) else [ids]
 
 

@@ -66,7 +66,7 @@ def test_an_untied_head_is_a_tensor_of_its_own(tmp_path):
         ({"add": {"rope_freqs.weight": np.ones(8, np.float32)}}, r"rope_freqs.weight are not those of a Llama 3"),
         ({"add": {"blk.0.what.weight": np.ones(8, np.float32)}}, r"does not have, the first is blk.0.what.weight"),
         ({"llama__rope__scaling__type": "longrope"}, r"rope scaling 'longrope' is not known.*safetensors"),
-        ({"llama__rope__scaling__type": "yarn"}, r"llama.rope.scaling.original_context_length is missing"),
+        ({"llama__rope__scaling__type": "yarn"}, r"llama.rope.scaling.factor is missing"),
         ({"llama__block_count": "3"}, r"llama.block_count is '3', not a whole number above 0"),
         ({"add": {"output.weight": np.ones((270, 32), np.int8)}}, r"cannot dequantize output.weight.*I8"),
     ],

@@ -6,13 +6,12 @@ A JSON file gives the replies (follow-ups) by category of helpfulness:
   {"clarity": {"positive": ["Thanks, now I see."], "negative": ["What do you mean?"]}, ...}
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from jaxpo.batch import Rollouts, from_sequences, pad
+from jaxpo.files import read_json
 from jaxpo.learning.needs import is_reward_model
 from jaxpo.parallel.distributed import to_host
 from jaxpo.policy.transformer import Params
@@ -36,9 +35,9 @@ def read(file: str) -> FollowUps:
       FileNotFoundError: no such file.
     """
     try:
-        found = json.loads(Path(file).read_text())
+        found = read_json(file)
     except ValueError as error:
-        raise ValueError(f"config.judge.file {file}: not JSON: {error}") from error
+        raise ValueError(f"config.judge.file: {error}") from None
     if not isinstance(found, Mapping) or not found:
         raise ValueError(f"config.judge.file {file} must hold categories with positive and negative follow-ups")
     for category, signs in found.items():

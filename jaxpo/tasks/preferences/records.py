@@ -193,6 +193,8 @@ def arguments_of(record: Mapping[str, Any]) -> dict[str, Any]:
     out = {}
     for name in (*ARGUMENTS, "chat_template_kwargs"):
         value = record.get(name) or None
+        if value is None:
+            continue
         value = checked(lambda x: conversations.from_text(x, "its value is a text"), value, name)
         if not value:
             continue
