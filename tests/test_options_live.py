@@ -107,6 +107,7 @@ BESIDE = {
     ("policy_gradient", "steps"): {"filters": "d3s_rows"},
     ("slic_hinge", "delta"): {"delta": 20.0},
     **{("lp_reg", option): {"rho": 0.8} for option in ("beta", "form", "kappa", "tau")},
+    **{(name, "empty_rows"): {"agg": "seq_mean"} for name in ("cispo", "reinforce")},
     ("lp_reg", "proxy"): {"form": "paper", "rho": 0.8},
 }
 WITH = {
