@@ -4,8 +4,6 @@ letter.
     python -m experiments.train_rl --config=configs/hybrid_reasoning_gym.py --workdir=runs/luffy
 
 Any objective with demonstrations by its name: --config.objective.name=srft, chord, hpt, ahpo or dypo.
-
-RESULT
 """
 
 from ml_collections import ConfigDict

@@ -101,6 +101,9 @@ BESIDE = {
     **{("chord", option): {"warmup": 0, "decay": 4} for option in ("decay", "valley")},
     ("hpt", "singleton"): {"gate": -1},
     ("rft", "select"): {"threshold": -0.5},
+    ("on_policy_distillation", "divergence"): {"divergence": "f_tvd"},  # f_rkl is reverse_kl by another name
+    **{("on_policy_distillation", x): {"mode": "sampled", "rl": True} for x in ("eps_low", "eps_high", "eps")},
+    ("on_policy_distillation", "log_ratio_clip"): {"mode": "sampled", "rl": True},
     ("clip_cov", "lb"): {"ratio": 0.5},
     ("clip_cov", "ub"): {"ratio": 0.5},
     ("policy_gradient", "max_new_tokens"): {"shaping": "overlong"},

@@ -131,7 +131,7 @@ def _replaced(text: str = "", old: str = "", new: str = "", *_: str) -> int:
 @functools.cache
 def environment_class() -> type:
     """Jinja's sandbox with counters. A class that is made when jinja2 is there."""
-    nodes, sandbox = importlib.import_module("jinja2.nodes"), importlib.import_module("jinja2.sandbox")
+    sandbox = importlib.import_module("jinja2.sandbox")
 
     class Metered(sandbox.ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset({"*", "**", "+", "%"})
@@ -171,44 +171,50 @@ def environment_class() -> type:
         def _parse(self, source: str, name: str | None, filename: str | None) -> Any:
             return with_counters(super()._parse(source, name, filename))
 
-    def with_counters(tree: Any) -> Any:
-        """The template with a look at the clock in every loop and macro, and counted texts."""
-
-        def filtered(node: Any, name: str, *arguments: Any) -> Any:
-            made = nodes.Filter(node, name, list(arguments), [], None, None)
-            return made.set_environment(tree.environment).set_lineno(getattr(node, "lineno", 1))
-
-        for node in [*tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock))]:
-            node.body.insert(0, nodes.ExprStmt(filtered(nodes.Const(0), "_tick")).set_lineno(node.lineno))
-        for output in [*tree.find_all(nodes.Output)]:
-            output.nodes = [
-                filtered(nodes.Const(x.data), "_written")
-                if isinstance(x, nodes.TemplateData)
-                else filtered(x, "_written")
-                for x in output.nodes
-            ]
-        replace_concats(tree, filtered)
-        return tree
-
-    def replace_concats(node: Any, filtered: Callable[..., Any]) -> None:
-        for field, value in node.iter_fields():
-            if isinstance(value, list):
-                new = [swapped(x, filtered) for x in value]
-                value[:] = new
-            elif isinstance(value, nodes.Node):
-                setattr(node, field, swapped(value, filtered))
-
-    def swapped(node: Any, filtered: Callable[..., Any]) -> Any:
-        if not isinstance(node, nodes.Node):
-            if isinstance(node, tuple):
-                return tuple(swapped(x, filtered) for x in node)
-            return node
-        replace_concats(node, filtered)
-        if isinstance(node, nodes.Concat):
-            return filtered(nodes.List(node.nodes).set_lineno(node.lineno), "_joined")
-        return node
-
     return Metered
+
+
+def with_counters(tree: Any) -> Any:
+    """The template with a look at the clock in every loop and macro, and counted texts."""
+    nodes = importlib.import_module("jinja2.nodes")
+
+    def filtered(node: Any, name: str, *arguments: Any) -> Any:
+        made = nodes.Filter(node, name, list(arguments), [], None, None)
+        return made.set_environment(tree.environment).set_lineno(getattr(node, "lineno", 1))
+
+    for node in [*tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock))]:
+        node.body.insert(0, nodes.ExprStmt(filtered(nodes.Const(0), "_tick")).set_lineno(node.lineno))
+    for output in [*tree.find_all(nodes.Output)]:
+        output.nodes = [
+            filtered(nodes.Const(x.data), "_written") if isinstance(x, nodes.TemplateData) else filtered(x, "_written")
+            for x in output.nodes
+        ]
+    replace_concats(tree, filtered)
+    return tree
+
+
+def replace_concats(node: Any, filtered: Callable[..., Any]) -> None:
+    """Let `_joined` put texts together in place of ``~``, everywhere below a node."""
+    nodes = importlib.import_module("jinja2.nodes")
+    for field, value in node.iter_fields():
+        if isinstance(value, list):
+            new = [swapped(x, filtered) for x in value]
+            value[:] = new
+        elif isinstance(value, nodes.Node):
+            setattr(node, field, swapped(value, filtered))
+
+
+def swapped(node: Any, filtered: Callable[..., Any]) -> Any:
+    """The node, or what takes its place."""
+    nodes = importlib.import_module("jinja2.nodes")
+    if not isinstance(node, nodes.Node):
+        if isinstance(node, tuple):
+            return tuple(swapped(x, filtered) for x in node)
+        return node
+    replace_concats(node, filtered)
+    if isinstance(node, nodes.Concat):
+        return filtered(nodes.List(node.nodes).set_lineno(node.lineno), "_joined")
+    return node
 
 
 def filters() -> dict[str, Callable[..., Any]]:

@@ -57,6 +57,7 @@ ALONE = {"spo_single_stream": ["--config.rollout.responses=1"], "nash_mp": ["--c
 UNITS = ("hypo", "mapl", "opa_dpo", "rationale_dpo", "rationale_orpo", "srpo")
 ALONE |= {name: ["--config.data.name=task"] for name in UNITS}
 ALONE["preference_orchestrator"] = ["--config.data.name=task", "--config.heads.gate=2"]
+ALONE["on_policy_distillation"] = ["--config.objective.mode=sequence"]  # the others need a teacher
 ALONE["fapo"] = ["--config.protocol.genrm=tests.protocols.test_hints:finds_flaws"]
 ALONE["themis"] = ["--config.data.name=task"]  # answers and tool calls
 

@@ -31,6 +31,7 @@ ALONE = {
     **dict.fromkeys(("gspo", "gspo_token"), dict(eps=0.2)),
     "clip_cov": dict(lb=1e6, ub=1e7),
     "dypo": dict(alpha=1.0),
+    "on_policy_distillation": dict(mode="sampled", use_ratio=True),
 }
 MORE = [
     ("d3s", dict(base="gspo", eps_low=0.2, eps_high=0.2)),
