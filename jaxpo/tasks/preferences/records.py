@@ -47,6 +47,8 @@ KINDS = {
     "edited": (*EDITS, "corrupted_prompt"),
 }
 Number = float | tuple[float, ...]
+OTHER_ROLES = frozenset(ROLES) - {*PAIR}
+NO_NUMBERS: Mapping[str, Number] = {}  # of most answers: one object for all of them
 Spans = tuple[tuple[str, float], ...]  # parts of a text in the order in which they occur, each with its weight
 
 
@@ -65,7 +67,7 @@ class Answer(NamedTuple):
 
     role: str
     text: str
-    numbers: Mapping[str, Number] = {}
+    numbers: Mapping[str, Number] = NO_NUMBERS
     prompt: Prompt | None = None
     trace: Trace = ()
     weights: Mapping[str, Spans] = {}
@@ -303,7 +305,9 @@ def number_of(value: Any, name: str) -> float:
 
 def pair_row(record: Mapping[str, Any]) -> Row:
     """The answers chosen and rejected, and those of any other role in the record, with their numbers."""
-    roles = [*PAIR, *(r for r in ROLES if r not in PAIR and record.get(r) is not None)]
+    roles = [*PAIR]
+    if not record.keys().isdisjoint(OTHER_ROLES):
+        roles += [r for r in ROLES if r in OTHER_ROLES and record.get(r) is not None]
     value, given = apart(record, {role: record[role] for role in roles})
     prompt, answers = prompt_of(value, record), []
     for role in roles:
@@ -316,8 +320,16 @@ def pair_row(record: Mapping[str, Any]) -> Row:
     return Row(prompt, tuple(answers))
 
 
+@cache
+def numbered(role: str) -> frozenset[str]:
+    """The fields that may hold a number of the answer with this role."""
+    return frozenset(field for name in (*NUMBERS, *VECTORS) for field in (name, f"{name}_{role}"))
+
+
 def numbers_of(record: Mapping[str, Any], role: str) -> dict[str, float]:
     """The numbers of the answer with this role: given for the whole pair, or for the role alone."""
+    if record.keys().isdisjoint(numbered(role)):
+        return NO_NUMBERS
     out = {}
     for name in NUMBERS:
         value = record.get(name)
@@ -433,5 +445,5 @@ def check_answers(row: Row, kind: str) -> None:
     """Raise `BadRow` if nothing can be learned: both answers of a pair are equal, or all scored answers are."""
     roles = (EDITS[0], EDITS[2]) if kind == "edited" else PAIR
     compared = [a for a in row.answers if kind == "scored" or a.role in roles]
-    if kind != "label" and len({key_of([a.message or {"content": a.text}]) for a in compared}) < 2:
+    if kind != "label" and len({a.text if a.message is None else key_of([a.message]) for a in compared}) < 2:
         raise BadRow("equal_answers", f"the answers are equal ({compared[0].text[:40]!r}): nothing is preferred")
