@@ -118,9 +118,12 @@ _LATER: dict[tuple[str, str], str] = {}
 OWN = "; if it is of your own, name its module in config.imports (in a race: --imports)"
 
 
+LONGEST = 1000  # characters of a name in a message; names in files may have any length
+
+
 def unknown(what: str, name: str, choices: Iterable[str]) -> str:
     """The message for a ``name`` that is none of the ``choices``: the nearest ones first, then the rest."""
-    choices = sorted(choices)
+    choices, name = sorted(choices), name[:LONGEST] if isinstance(name, str) else name
     near = difflib.get_close_matches(str(name), choices, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     return f"unknown {what} {name!r}: {hint}known: {', '.join(choices) or 'none'}"

@@ -101,24 +101,24 @@ def open_source(path: str | Path) -> Source:
     if path.is_file() and path.suffix == ".gguf":
         return gguf.open_source(path)
     config = read_config(path)
-    places: dict[str, Place] = {}
-    for file in _weight_files(path):
-        places |= _places(file)
-    return Safetensors(config, places)
+    return Safetensors(config, _all_places(path, config))
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """Read the config.json of a folder or a hub id, or the config of a GGUF file; the weights are not read.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is none, or weights beside it have other sizes than it claims.
     """
     path = model_files(path)
     if path.is_file() and path.suffix == ".gguf":
         return dict(open_source(path).config)
     if not path.is_dir():
         raise ValueError(f"{no_such('model folder or GGUF file', path)} A model of the hub is written owner/name")
-    return _json(path / CONFIG)
+    config = _json(path / CONFIG)
+    if (path / WEIGHTS).is_file() or (path / INDEX).is_file():
+        _all_places(path, config)
+    return config
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -127,12 +127,49 @@ def _json(file: Path) -> dict[str, Any]:
     return read_object(file)
 
 
+def _all_places(folder: Path, config: Mapping[str, Any]) -> dict[str, Place]:
+    """The tensors of a folder. What config.json and the index claim is compared with the files."""
+    places: dict[str, Place] = {}
+    for file in _weight_files(folder):
+        places |= _places(file)
+    for name, file in _weight_map(folder).items():
+        if name not in places or places[name].file != folder / file:
+            raise ValueError(f"{folder / INDEX}: weight_map has {name} in {file}, where it is not: fetch both again")
+    _check_claims(folder / CONFIG, config, places)
+    return places
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The table of an index: tensor -> file of the folder. {} if there is no index."""
+    index = folder / INDEX
+    if not index.is_file():
+        return {}
+    names = _json(index).get("weight_map")
+    well = isinstance(names, dict) and names
+    if not well or not all(isinstance(n, str) and Path(n).name == n not in ("", "..") for n in names.values()):
+        raise ValueError(f"{index}: weight_map must name a file of this folder for each tensor")
+    return names
+
+
+def _check_claims(file: Path, config: Mapping[str, Any], places: Mapping[str, Place]) -> None:
+    """Check the sizes by which memory is taken before tensors are compared one by one (`check_source`)."""
+    layers, embedding = config.get("num_hidden_layers"), places.get("model.embed_tokens.weight")
+    if type(layers) is int and layers > len(places):
+        raise ValueError(f"{file}: num_hidden_layers is {str(layers)[:40]}, but the files have {len(places):,} tensors")
+    if embedding is None or len(embedding.shape) != 2:
+        return
+    for axis, name in enumerate(("vocab_size", "hidden_size")):
+        claimed = config.get(name, embedding.shape[axis])
+        if type(claimed) is int and claimed != embedding.shape[axis]:
+            raise ValueError(
+                f"{file}: {name} is {str(claimed)[:40]}, but model.embed_tokens.weight is {list(embedding.shape)}: one "
+                "of them belongs to another model"
+            )
+
+
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
-        names = _json(folder / INDEX).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
-            raise ValueError(f"{folder / INDEX}: weight_map must name a file of this folder for each tensor")
-        files = sorted({folder / name for name in names.values()})
+        files = sorted({folder / name for name in _weight_map(folder).values()})
     else:
         files = [folder / WEIGHTS]
     missing = [file.name for file in files if not file.is_file()]

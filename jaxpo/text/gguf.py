@@ -97,7 +97,7 @@ def open_source(path: str | Path) -> GGUF:
 def _read(path: Path, size: int, _changed: int) -> GGUF:
     metadata, stored = _parse(path, size)
     family = metadata.get("general.architecture")
-    if family not in ARCHITECTURES:
+    if not isinstance(family, str) or family not in ARCHITECTURES:
         raise ValueError(f"{path}: " + unknown("GGUF architecture", family, ARCHITECTURES))
     if "token_embd.weight" not in stored:
         raise ValueError(f"{path} lacks the tensor token_embd.weight: the file is not whole")

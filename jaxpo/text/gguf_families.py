@@ -112,11 +112,17 @@ def config_of(
     """
     known = ARCHITECTURES[family]
     field = _reader(family, metadata)
+    _check_fields(family, metadata)
     width, heads, blocks = field("embedding_length"), field("attention.head_count"), field("block_count")
-    for name in ("embedding_length", "attention.head_count", "block_count", "feed_forward_length", "context_length"):
-        if not isinstance(field(name), int) or field(name) < 1:
-            raise ValueError(f"the field {family}.{name} is {field(name)!r}, not a whole number above 0")
     head_dim = field("attention.key_length", max(width // heads, 1))
+    if head_dim % 2 or heads % field("attention.head_count_kv", heads):
+        raise ValueError(
+            f"{heads} heads of {head_dim} numbers beside {field('attention.head_count_kv', heads)} of keys: heads are "
+            "even, and a multiple of those of keys"
+        )
+    if field("attention.value_length", head_dim) != head_dim:
+        raise ValueError(f"the field {family}.attention.value_length is not {head_dim}, as keys have it")
+    _check_shapes(family, field, shapes, head_dim)
     if field("rope.dimension_count", head_dim) != head_dim:
         raise ValueError(f"rotary positions on {field('rope.dimension_count')} of {head_dim} dimensions are not known")
     names = {"bos": "bos", "eos": "eos", "pad": "padding"}
@@ -143,6 +149,59 @@ def config_of(
         **known.more(field, blocks, head_dim),
         **{name: i for name, i in ids.items() if i is not None},
     }
+
+
+WHOLE = (
+    *("embedding_length", "block_count", "feed_forward_length", "context_length", "rope.dimension_count"),
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
+    *("attention.sliding_window", "rope.scaling.original_context_length"),
+)
+POSITIVE = (
+    *("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.freq_base_swa", "rope.scaling.factor"),
+    *("attn_logit_softcapping", "final_logit_softcapping"),
+)
+
+
+def _check_fields(family: str, metadata: Mapping[str, Any]) -> None:
+    """Check the numbers among the fields that are there. ``ValueError`` names one that is none."""
+    for name in (*WHOLE, *POSITIVE):
+        value = metadata.get(f"{family}.{name}")
+        if value is None:
+            continue
+        if name in WHOLE and (type(value) is not int or value < 1):
+            raise ValueError(f"the field {family}.{name} is {str(value)[:40]!r}, not a whole number above 0")
+        if name in POSITIVE and (type(value) not in (int, float) or not 0 < value < math.inf):
+            raise ValueError(f"the field {family}.{name} is {str(value)[:40]!r}, not a positive number")
+
+
+def _check_shapes(family: str, field: Field, shapes: Mapping[str, tuple[int, ...]], head_dim: int) -> None:
+    """Check the tensors of every block against the sizes that the fields claim."""
+    width, mlp = field("embedding_length"), field("feed_forward_length")
+    heads = field("attention.head_count")
+    queries, keys = heads * head_dim, field("attention.head_count_kv", heads) * head_dim
+    of = {
+        "attn_q": ("attention.head_count", (queries, width)),
+        "attn_k": ("attention.head_count_kv", (keys, width)),
+        "attn_v": ("attention.head_count_kv", (keys, width)),
+        "attn_output": ("attention.head_count", (width, queries)),
+        "ffn_gate": ("feed_forward_length", (mlp, width)),
+        "ffn_up": ("feed_forward_length", (mlp, width)),
+        "ffn_down": ("feed_forward_length", (width, mlp)),
+        "token_embd": ("embedding_length", (shapes["token_embd.weight"][0], width)),
+        "output": ("embedding_length", (shapes["token_embd.weight"][0], width)),
+        **dict.fromkeys(("attn_q_norm", "attn_k_norm"), ("attention.key_length", (head_dim,))),
+    }
+    for name, shape in shapes.items():
+        *_, kind, end = ("", *name.split("."))
+        if kind not in of and not kind.endswith("norm"):
+            continue  # `names_of` tells the unknown ones
+        claim, wanted = of.get(kind, ("embedding_length", (width,)))
+        wanted = wanted[:1] if end == "bias" else wanted
+        if shape != wanted:
+            raise ValueError(
+                f"tensor {name} is {list(shape)}, but the field {family}.{claim} would make it {list(wanted)}: the "
+                "file is broken"
+            )
 
 
 def _reader(family: str, metadata: Mapping[str, Any]) -> Field:
@@ -209,7 +268,9 @@ def names_of(family: str, blocks: int, stored: Mapping[str, Any]) -> dict[str, s
             names[ours] = theirs
     missing = [theirs for theirs in names.values() if theirs not in stored]
     if missing:
-        raise ValueError(f"it lacks tensors, the first is {missing[0]}: the file is not whole")
+        raise ValueError(
+            f"it lacks tensors, the first is {missing[0]}, with {family}.block_count {blocks:,}: the file is not whole"
+        )
     extra = sorted(stored.keys() - set(names.values()) - {FACTORS})
     if extra:
         raise ValueError(

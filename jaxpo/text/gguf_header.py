@@ -20,7 +20,7 @@ NUMBERS = {  # by the number of the type
     **{10: "<u8", 11: "<i8", 12: "<f8"},
 }
 STRING, ARRAY = 8, 9
-LONGEST_NAME, MOST_AXES, ALIGNMENT = 65_535, 4, 32
+LONGEST_NAME, MOST_AXES, ALIGNMENT = 256, 4, 32
 SizeOf = Callable[[int], tuple[int, int] | None]
 
 
@@ -58,11 +58,18 @@ class _Walk:
     def number(self, form: str, what: str) -> int:
         return struct.unpack(form, self.take(struct.calcsize(form), what))[0]
 
-    def text(self, what: str, longest: int | None = None) -> str:
-        n = self.number("<Q", what)
-        if longest is not None and n > longest:
-            raise ValueError(f"{what} claims {n:,} characters")
-        return bytes(self.take(n, what)).decode("utf-8", "replace")
+    def text(self, what: str) -> str:
+        try:
+            return str(self.take(self.number("<Q", what), what), "utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{what} is no UTF-8 text") from None
+
+    def name(self, what: str) -> str:
+        """A text that can stand in a message."""
+        name = self.text(what)
+        if len(name) > LONGEST_NAME or not name.isprintable():
+            raise ValueError(f"{what} is {name[:40]!a}, which is no name")
+        return name
 
     def value(self, kind: int, what: str) -> Any:
         if kind == STRING:
@@ -119,7 +126,7 @@ def _read(walk: _Walk, size_of: SizeOf) -> tuple[dict[str, Any], dict[str, Store
             raise ValueError(f"it claims {n:,} {what} where {walk.left:,} bytes are left")
     found: dict[str, Any] = {}
     for i in range(fields):
-        name = walk.text(f"the name of field {i}", LONGEST_NAME)
+        name = walk.name(f"the name of field {i}")
         if name in found:
             raise ValueError(f"the field {name} is there twice")
         found[name] = walk.value(walk.number("<I", f"the field {name}"), f"the field {name}")
@@ -136,11 +143,23 @@ def _read(walk: _Walk, size_of: SizeOf) -> tuple[dict[str, Any], dict[str, Store
             raise ValueError(
                 f"the tensor {name} ends at byte {start + t.offset + t.bytes:,}, beyond the end of the file"
             )
+    check_places(stored, align)
     return found, stored
 
 
+def check_places(stored: dict[str, Stored], align: int) -> None:
+    """Check that every tensor begins where one may, and none in another. ``ValueError`` names it."""
+    end, before = 0, ""
+    for name, t in sorted(stored.items(), key=lambda item: item[1].offset):
+        if t.offset % align:
+            raise ValueError(f"the tensor {name} begins at byte {t.offset:,}, which is no multiple of {align}")
+        if t.offset < end:
+            raise ValueError(f"the tensor {name} begins within the tensor {before}")
+        end, before = t.offset + t.bytes, name
+
+
 def _tensor(walk: _Walk, i: int, size_of: SizeOf) -> tuple[str, Stored]:
-    name = walk.text(f"the name of tensor {i}", LONGEST_NAME)
+    name = walk.name(f"the name of tensor {i}")
     axes = walk.number("<I", f"the tensor {name}")
     if not 1 <= axes <= MOST_AXES:
         raise ValueError(f"the tensor {name} claims {axes} axes")

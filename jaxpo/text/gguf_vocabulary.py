@@ -69,9 +69,11 @@ def gguf_tokenizer(path: str | Path) -> Any:
     fields = gguf.open_source(path).metadata
     kinds = {"gpt2": byte_level, "llama": sentencepiece}
     kind = fields.get("tokenizer.ggml.model")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise ValueError(f"{path}: " + unknown("GGUF vocabulary", kind, kinds))
     try:
+        if not isinstance(fields.get("tokenizer.chat_template"), str | None):
+            raise ValueError("tokenizer.chat_template is no text: fetch it again")
         vocabulary = vocabulary_of(fields, begins=kind == "llama")
         backend = kinds[kind](vocabulary, fields)
         return assembled(backend, vocabulary, fields)
@@ -83,20 +85,33 @@ def vocabulary_of(fields: Mapping[str, Any], begins: bool) -> Vocabulary:
     """The tokens of a file. ``begins``: whether texts begin with bos where the file does not say."""
     tokens = texts_in(fields, "tokens")
     kinds = fields.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
+    if not isinstance(kinds, list):
+        raise ValueError("tokenizer.ggml.token_type is no list of numbers: fetch it again")
     if len(kinds) != len(tokens):
         raise ValueError(f"tokenizer.ggml.token_type has {len(kinds)} entries for {len(tokens)} tokens")
+    odd = next((i for i, kind in enumerate(kinds) if type(kind) is not int or not NORMAL <= kind <= BYTE), None)
+    if odd is not None:
+        raise ValueError(
+            f"tokenizer.ggml.token_type of token {odd} is {str(kinds[odd])[:40]}, not one of {NORMAL} to {BYTE}"
+        )
     if len(set(tokens)) < len(tokens):
-        twice = next(t for i, t in enumerate(tokens) if t in set(tokens[:i]))
-        raise ValueError(f"tokenizer.ggml.tokens holds {twice!r} twice")
+        seen: set[str] = set()
+        twice = next(t for t in tokens if t in seen or seen.add(t))
+        raise ValueError(f"tokenizer.ggml.tokens holds {twice[:40]!r} twice")
     ids = {}
     for ours, theirs in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items():
         i = fields.get(f"tokenizer.ggml.{theirs}_token_id")
         if i is None:
             continue
         if not isinstance(i, int) or not 0 <= i < len(tokens):
-            raise ValueError(f"tokenizer.ggml.{theirs}_token_id is {i!r}, and there are {len(tokens)} tokens")
+            raise ValueError(f"tokenizer.ggml.{theirs}_token_id is {str(i)[:40]}, and there are {len(tokens)} tokens")
         ids[ours] = i
-    return Vocabulary(tokens, kinds, ids, bool(fields.get("tokenizer.ggml.add_bos_token", begins)) and "bos" in ids)
+    told = fields.get("tokenizer.ggml.add_bos_token")
+    if not isinstance(told, bool | None):
+        raise ValueError(f"tokenizer.ggml.add_bos_token is {str(told)[:40]!r}, not true or false")
+    if told and "bos" not in ids:
+        raise ValueError("tokenizer.ggml.bos_token_id is missing, and every text begins with it")
+    return Vocabulary(tokens, kinds, ids, (begins if told is None else told) and "bos" in ids)
 
 
 def texts_in(fields: Mapping[str, Any], name: str) -> Sequence[str]:
@@ -114,14 +129,14 @@ def byte_level(vocabulary: Vocabulary, fields: Mapping[str, Any]) -> Any:
     library = importlib.import_module("tokenizers")
     pre = library.pre_tokenizers
     name = fields.get("tokenizer.ggml.pre", "default")
-    if name not in CUTS:
+    if not isinstance(name, str) or name not in CUTS:
         raise ValueError(unknown("tokenizer.ggml.pre", name, CUTS))
     cut = CUTS[name]
     known = {token: i for i, token in enumerate(vocabulary.tokens)}
     merges = [tuple(merge.split(" ")) for merge in texts_in(fields, "merges")]
     for merge in merges:
         if len(merge) != 2 or merge[0] not in known or merge[1] not in known or "".join(merge) not in known:
-            raise ValueError(f"tokenizer.ggml.merges holds {' '.join(merge)!r}, which its tokens do not have")
+            raise ValueError(f"tokenizer.ggml.merges holds {' '.join(merge)[:80]!r}, which its tokens do not have")
     backend = library.Tokenizer(library.models.BPE(known, merges, ignore_merges=cut.whole))
     backend.normalizer = library.normalizers.NFC() if cut.nfc else None
     steps = [pre.Digits(individual_digits=True)] if cut.digits else []
@@ -139,8 +154,10 @@ def sentencepiece(vocabulary: Vocabulary, fields: Mapping[str, Any]) -> Any:
     library = importlib.import_module("tokenizers")
     decoders, normalizers = library.decoders, library.normalizers
     scores = fields.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(vocabulary.tokens):
-        found = "missing" if scores is None else f"of {len(scores)} entries for {len(vocabulary.tokens)} tokens"
+    number = isinstance(scores, list) and all(type(score) is float and score == score for score in scores)
+    if not number or len(scores) != len(vocabulary.tokens):
+        found = f"of {len(scores)} entries for {len(vocabulary.tokens)} tokens" if number else "no list of numbers"
+        found = "missing" if scores is None else found
         raise ValueError(f"tokenizer.ggml.scores is {found}: fetch it again")
     unknown_id = vocabulary.ids.get("unk", next((i for i, k in enumerate(vocabulary.kinds) if k == UNKNOWN), None))
     known = {token: i for i, token in enumerate(vocabulary.tokens)}

@@ -30,6 +30,7 @@ from jaxpo.race.rules import Rules
 from jaxpo.race.setup import make_task
 from jaxpo.runs.train import check_start
 from jaxpo.runs.workspace import setup
+from tests.policy import tiny_gguf
 from tests.runs import tiny
 
 WHOLE = "must be a whole number"
@@ -239,6 +240,56 @@ def test_starts(overrides, line):
     refused(line, start)
 
 
+# ---- files of models -------------------------------------------------------------------------------------------------
+
+VOCABULARY = "tokenizer.ggml."
+MODELS = (  # what is harmed, and the line
+    ("cut", "model.gguf (500 bytes) is truncated or no GGUF file"),
+    ("empty", "model.gguf (0 bytes) is truncated or no GGUF file (it is empty)"),
+    ("text", "it does not begin with GGUF"),
+    ("tensors", "tensors where"),
+    ("fields", "fields where"),
+    (dict(values={"llama.block_count": 4_000_000_000}), "with llama.block_count 4,000,000,000: the file is not whole"),
+    (
+        dict(values={"llama.embedding_length": 2**31}),
+        "but the field llama.embedding_length would make it [266, 2147483648]",
+    ),
+    (dict(values={"llama.attention.head_count": 0}), "llama.attention.head_count is '0', not a whole number"),
+    (dict(values={"llama.rope.freq_base": -1.0}), "llama.rope.freq_base is '-1.0', not a positive number"),
+    (dict(architecture="mamba"), "unknown GGUF architecture 'mamba'"),
+    (dict(leave_out="blk.0.attn_q.weight"), "lacks tensors, the first is blk.0.attn_q.weight"),
+    (dict(drop=["llama.context_length"]), "the field llama.context_length is missing"),
+    (dict(drop=[f"{VOCABULARY}tokens"]), "tokenizer.ggml.tokens is missing"),
+    (dict(drop=[f"{VOCABULARY}merges"]), "tokenizer.ggml.merges is missing"),
+    (dict(values={f"{VOCABULARY}token_type": [1, 2]}), "tokenizer.ggml.token_type has 2 entries"),
+    (dict(values={f"{VOCABULARY}token_type": [9] * 266}), "tokenizer.ggml.token_type of token 0 is 9"),
+    (dict(values={f"{VOCABULARY}merges": ["not there"]}), "tokenizer.ggml.merges holds 'not there'"),
+    (
+        dict(values={f"{VOCABULARY}eos_token_id": 99_999}),
+        "tokenizer.ggml.eos_token_id is 99999, and there are 266 tokens",
+    ),
+    (dict(values={f"{VOCABULARY}model": "wordpiece"}), "unknown GGUF vocabulary 'wordpiece'"),
+)
+
+
+@pytest.mark.parametrize(("harm", "line"), MODELS, ids=[line for _, line in MODELS])
+def test_gguf_files(tmp_path, harm, line):
+    file = tmp_path / "model.gguf"
+    tiny_gguf.write(file, **(harm if isinstance(harm, dict) else {}))
+    data = bytearray(file.read_bytes())
+    if harm in ("tensors", "fields"):
+        at = 8 if harm == "tensors" else 16
+        data[at : at + 8] = (2**60).to_bytes(8, "little")
+    file.write_bytes({"cut": data[:500], "empty": b"", "text": b"not a model"}.get(str(harm), bytes(data)))
+
+    def start():
+        named = ("policy", "tokenizer")
+        flags = [f"--config.{x}.{key}" for x in named for key in ("name=pretrained", f"path={file}")]
+        check_start(setup(parse([f"--config={tiny.FILE}", "--config.warm_start.steps=0", *flags])[0]))
+
+    refused(line, start)
+
+
 # ---- strings that name objectives, parts and tasks with their options -------------------------------------------
 
 OPTIONS = "options are plain values"
@@ -430,6 +481,6 @@ def test_programs(program, flags, line):
 
 def test_the_table_is_long_enough():
     """The count is kept: 150 inputs and those of the pages of faults."""
-    tables = (FIELDS, STARTS, CALLS, PARTS, TASKS, RULES, FILES, PROGRAMS)
+    tables = (FIELDS, STARTS, MODELS, CALLS, PARTS, TASKS, RULES, FILES, PROGRAMS)
     rows = [json.dumps(row, default=str) for table in tables for row in table]
     assert len(set(rows)) >= 250 and all(re.search(r"\w", row) for row in rows)

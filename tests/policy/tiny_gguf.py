@@ -1,6 +1,8 @@
 """A tiny random Llama as a GGUF file, written by the gguf package, and the weights that must be read from it."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -67,6 +69,12 @@ def permuted(x: np.ndarray, heads: int) -> np.ndarray:
     return x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 
+def kind_of(value: Any) -> gguf.GGUFValueType:
+    """The type of a field."""
+    types = gguf.GGUFValueType
+    return types.UINT32 if type(value) is int else types.get_type(value)
+
+
 def write(
     path: Path,
     *,
@@ -77,13 +85,15 @@ def write(
     kinds: dict[str, Kind] = KINDS,
     scale: float = 0.3,
     add_bos: bool = False,
+    values: dict[str, Any] | None = None,
+    drop: Sequence[str] = (),
     **fields: str,
 ) -> dict[str, np.ndarray]:
     """Write the file; returns the weights that its quantized numbers stand for, under Hugging Face's names.
 
     Args:
       leave_out: name of a tensor of the file that is not written. add: further tensors. fields: metadata strings, by
-        key with ``__`` for the dot.
+        key with ``__`` for the dot. values: further metadata of any kind, by key. drop: keys that are left out.
     """
     rng, writer, expected = np.random.default_rng(seed), gguf.GGUFWriter(path, architecture), {}
     writer.add_block_count(LAYERS)
@@ -109,6 +119,11 @@ def write(
         name = key.replace("__", ".")
         writer.kv_data[0].pop(name, None)
         writer.add_string(name, value)
+    for name, value in (values or {}).items():
+        writer.kv_data[0].pop(name, None)
+        writer.add_key_value(name, value, kind_of(value))
+    for name in drop:
+        del writer.kv_data[0][name]
     for name, shape in shapes().items():
         x = rng.normal(size=shape).astype(np.float32) * scale
         x = 1 + 0.1 * x if x.ndim == 1 else x
