@@ -220,7 +220,7 @@ def test_init_is_a_function_of_the_key_and_layers_differ():
         (dict(window=0), "policy.window must be a whole number of at least 1 or None, not 0"),
         (dict(final_softcap=0.0), "policy.final_softcap must be a positive number or None, not 0.0"),
         (dict(activation="gelu"), "unknown policy.activation 'gelu': did you mean 'gelu_tanh' or 'silu'"),
-        (dict(rope_scaling=("yarn", 2.0)), "unknown policy.rope_scaling 'yarn'"),
+        (dict(rope_scaling=("longrope", 2.0)), "unknown policy.rope_scaling 'longrope'"),
         (dict(rope_scaling=("llama3", 2.0)), "policy.rope_scaling 'llama3' takes 4 numbers, not 1"),
         (dict(local_layers=(0,)), "policy.local_layers has no effect without policy.window"),
         (dict(window=2, local_layers=(2,)), "policy.local_layers .2,. must be layers of 0 .. 1"),

@@ -107,7 +107,7 @@ def test_hints_begin_at_an_iteration(world):
     assert gather.watch.notes["hints/ratio"] == 0 and gather.watch.notes["hints/hard"] == 1
 
 
-def test_what_ghpo_refuses(world):
+def test_what_ghpo_refuses(world, tmp_path):
     with pytest.raises(ValueError, match="ratios must name at least one"):
         make("ghpo", "protocol", ratios=())
     with pytest.raises(ValueError, match="ratios must grow"):
@@ -115,7 +115,7 @@ def test_what_ghpo_refuses(world):
     with pytest.raises(ValueError, match="config.protocol.sentence.*!"):
         collected(world, "ghpo", gatherer(world, verify=judged_by(lambda r: np.zeros(r.rows))), sentence="!")
     with pytest.raises(ValueError, match="give it a second one"):
-        tiny.run(tiny.config({"objective": dict(name="ghpo")}), "never")
+        tiny.run(tiny.config({"objective": dict(name="ghpo")}), tmp_path / "run")
 
 
 # ---- adhint
@@ -225,9 +225,9 @@ def test_only_right_answers_are_looked_into(world):
     assert gather.watch.notes["genrm/errors"] == sum(t.startswith("1") for t in texts[1::2])
 
 
-def test_fapo_needs_its_function():
+def test_fapo_needs_its_function(tmp_path):
     with pytest.raises(ValueError, match="config.protocol.genrm names no function"):
-        tiny.run(tiny.config({"objective": dict(name="fapo"), "protocol.name": "fapo"}), "never")
+        tiny.run(tiny.config({"objective": dict(name="fapo"), "protocol.name": "fapo"}), tmp_path / "run")
 
 
 # ---- critique_grpo

@@ -60,7 +60,7 @@ def test_it_is_a_judge(scored, tmp_path):
 
 
 BAD = [
-    ("{", "not JSON"),
+    ("{", "is no JSON"),
     ("[]", "categories with positive and negative"),
     ('{"tone": {"positive": ["a"]}}', "category 'tone' has no list of negative texts"),
     ('{"tone": {"positive": ["a"], "negative": [""]}}', "no list of negative texts"),
