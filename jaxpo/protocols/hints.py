@@ -12,7 +12,7 @@ from jaxpo.batch import Rollouts
 from jaxpo.fields import role_id
 from jaxpo.learning.state import Run
 from jaxpo.parallel.distributed import to_host
-from jaxpo.primitives.guidance import first_solvable_stage, hint_length, hint_ratio
+from jaxpo.primitives.guidance import hint_length, hint_ratio
 from jaxpo.protocols.gatherer import Gatherer
 from jaxpo.protocols.on_policy import sample_once
 from jaxpo.protocols.prefixes import Prefixes
@@ -78,14 +78,11 @@ def ghpo(
 
 
 def unsolved(batch: Rollouts) -> np.ndarray:
-    """[G] prompts none of whose answers has an accuracy above 0: the first of several rewards, or ``correct``."""
+    """[G] prompts none of whose answers has an accuracy above 0: the first of several rewards, or ``correct``. They are
+    not solvable in this stage (`jaxpo.primitives.guidance.first_solvable_stage`)."""
     several = batch.per_row.get("rewards_multi")
     accuracy = batch.correct if several is None or several.shape[1] < 2 else several[:, 0]
-    groups = np.asarray(accuracy).reshape(-1, batch.shared_prompt)
-    return (
-        np.asarray(first_solvable_stage(np.stack([groups.max(1), np.ones(len(groups))], 1), np.arange(len(groups)), 1))
-        > 0
-    )
+    return np.asarray(accuracy).reshape(-1, batch.shared_prompt).max(1) <= 0
 
 
 def hinted_prompts(

@@ -286,3 +286,8 @@ def test_a_reward_model_by_an_objective_of_ones_own_does_not_write(finished, tmp
     monkeypatch.setattr("jaxpo.runs.restore.saved_paths", lambda *_: {("params", "heads", "score", "bias")})
     with pytest.raises(SystemExit, match="run holds a reward model .head score., which writes no answers"):
         sample.main([f"--run={run}", "--prompt=12"])
+
+
+def test_functions_of_a_protocol_are_code_and_its_texts_are_not():
+    protocol = {"name": "scope", "prm": "mine:scores", "corrector": "demonstration", "separator": "Step: ", "n": 3}
+    assert trust.code_named({"protocol": protocol}) == ["mine:scores"]
