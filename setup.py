@@ -22,7 +22,7 @@ EXTRAS = {
     "datasets": ["datasets>=4.7"],
     "notebooks": ["jupyterlab>=4.2", "nbclient>=0.10", "ipykernel>=6.29"],
     # The systems that jaxpo is compared with: the only extras with torch in them.
-    "parity": ["torch>=2.6", "trl>=1.0", "peft>=0.18"],
+    "parity": ["torch>=2.6", "trl>=1.0", "peft>=0.18", "sentencepiece>=0.2"],
     "bench": ["torch>=2.6", "trl>=1.0", "datasets>=4.7", "google-tunix>=0.1.7", "liger-kernel>=0.8"],
 }
 EXTRAS["test"] = [
